@@ -1,0 +1,1823 @@
+"""What every script shares: the transformer, its tokenizer, its files, its batches, its devices, its run folder.
+
+    model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen2
+    logprobs = gpt.token_logprobs(model, tokens)                # (B, T) -> (B, T-1)
+    out = gpt.generate(model, prompts, prompt_mask, key, 64, eos=tokenizer.eos_id)
+    gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
+
+Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
+1 configuration, 2 model, 3 log-probabilities, 4 generation, 5 tokenizers and chat, 6 weights in and out,
+7 rows, 8 token cache and batches, 9 devices, 10 optimiser, 11 the run folder.
+
+One alphabet of dimensions, everywhere:
+    B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
+    F width of the MLP  V vocabulary        L layers      S slots of a key-value cache
+"""
+
+import dataclasses
+import gzip
+import hashlib
+import importlib
+import itertools
+import json
+import os
+import shutil
+import signal
+import sys
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import cached_property, lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Configuration
+
+
+@dataclass(frozen=True)
+class Config:
+    """The shape of a model. `family` picks layer norms, positions and MLP as the published models have them."""
+
+    vocab_size: int
+    context: int  # longest sequence: learned positions, or what the rotary ones were trained for
+    layers: int
+    heads: int
+    dim: int
+    ffn: int
+    kv_heads: int
+    head_dim: int
+    family: str = "llama"  # gpt2: learned positions, LayerNorm, GELU. llama, qwen2: RoPE, RMSNorm, SwiGLU
+    norm_eps: float = 1e-5
+    tied: bool = True  # the output head is the embedding
+    qkv_bias: bool = False
+    out_bias: bool = False
+    mlp_bias: bool = False
+    rope_theta: float = 10000.0
+    rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3: factor, low, high, original context
+
+    @property
+    def gpt2(self) -> bool:
+        return self.family == "gpt2"
+
+
+def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int, family="llama", **other) -> Config:
+    """A new model's configuration with the family's usual widths and biases."""
+    if dim % heads:
+        raise ValueError(f"--dim {dim} is not divisible by --heads {heads}")
+    if family not in ("gpt2", "llama", "qwen2"):
+        raise ValueError(f"unknown model family {family!r}: gpt2, llama or qwen2")
+    gpt2 = family == "gpt2"
+    ffn = 4 * dim if gpt2 else -(-8 * dim // 3 // 32) * 32  # SwiGLU has three matrices: two thirds of the width
+    biases = dict(qkv_bias=family != "llama", out_bias=gpt2, mlp_bias=gpt2)
+    values = dict(ffn=ffn, kv_heads=heads, head_dim=dim // heads, family=family) | biases | other
+    return Config(vocab_size=vocab_size, context=context, layers=layers, heads=heads, dim=dim, **values)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Model
+
+
+@jax.custom_vjp
+def matmul(x, weight):
+    """x (..., I) @ weight (I, O), with a backward pass that XLA:CPU does not spoil.
+
+    Left alone, XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the
+    weight gradient; those copies take half of a training step. The barriers keep the operands as plain matrices.
+    """
+    return x @ weight
+
+
+def _matmul_forward(x, weight):
+    return x @ weight, (x, weight)
+
+
+def _matmul_backward(saved, g):
+    x, weight = saved
+    if jax.default_backend() == "cpu":
+        x, g = lax.optimization_barrier((x, g))
+    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+    return g @ weight.T, lax.dot_general(flat_x, flat_g, (((0,), (0,)), ((), ())))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Linear(eqx.Module):
+    weight: Array  # (I, O)
+    bias: Array | None  # (O,)
+
+    def __call__(self, x):
+        y = matmul(x, self.weight)
+        return y if self.bias is None else y + self.bias
+
+
+class Norm(eqx.Module):
+    """LayerNorm where there is a bias, RMSNorm where there is none; statistics in fp32."""
+
+    scale: Array  # (D,)
+    bias: Array | None
+    eps: float = eqx.field(static=True)
+
+    def __call__(self, x):
+        y = x.astype(jnp.float32)
+        if self.bias is not None:
+            y = y - y.mean(-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(y * y, -1, keepdims=True) + self.eps) * self.scale
+        return (y if self.bias is None else y + self.bias).astype(x.dtype)
+
+
+def attention(q, k, v, mask):
+    """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B, T, S) True where a query may look."""
+    B, H, T, E = q.shape
+    K = k.shape[1]
+    q = q.reshape(B, K, H // K, T, E)  # H / K query heads share each key-value head
+    scores = jnp.einsum("bkgte,bkse->bkgts", q, k, preferred_element_type=jnp.float32) / np.sqrt(E)
+    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return jnp.einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
+
+
+def rope_angles(config: Config, positions):
+    """Cosines and sines (B, 1, T, E/2) of the rotary embedding (arXiv:2104.09864), with Llama 3's long-context scale."""
+    E = config.head_dim
+    frequency = config.rope_theta ** (-np.arange(0, E, 2) / E)
+    if config.rope_scaling:  # slow waves are stretched by `factor`, fast ones kept, those between blended
+        factor, low, high, original = config.rope_scaling
+        turns = original * frequency / (2 * np.pi)
+        keep = np.clip((turns - low) / (high - low), 0, 1)
+        frequency = frequency * (keep + (1 - keep) / factor)
+    angles = positions[:, None, :, None].astype(jnp.float32) * jnp.asarray(frequency, jnp.float32)
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rotate(x, rope):
+    """Turn each pair (x_i, x_{i + E/2}) of x (B, H, T, E) by its angle: Hugging Face's "rotate half" layout."""
+    cos, sin = (r.astype(x.dtype) for r in rope)
+    a, b = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
+
+
+class Block(eqx.Module):
+    norm1: Norm
+    q: Linear
+    k: Linear
+    v: Linear
+    o: Linear
+    norm2: Norm
+    gate: Linear | None  # SwiGLU's third matrix; GPT-2 has none
+    up: Linear
+    down: Linear
+    head_dim: int = eqx.field(static=True)
+
+    def __call__(self, x, rope, mask, cache=None, slot=0):
+        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`."""
+        h = self.norm1(x)
+        q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
+        if rope is not None:
+            q, k = rotate(q, rope), rotate(k, rope)
+        if cache is not None:
+            k, v = (lax.dynamic_update_slice(old, new, (0, 0, slot, 0)) for old, new in zip(cache, (k, v)))
+        a = attention(q, k, v, mask)
+        x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        h = self.norm2(x)
+        h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
+        return x + self.down(h), (k, v)
+
+    def _heads(self, x):  # (B, T, H*E) -> (B, H, T, E)
+        return x.reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
+
+
+class GPT(eqx.Module):
+    """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
+
+    wte: Array  # (V, D)
+    wpe: Array | None  # (context, D)
+    blocks: Block  # every leaf stacked to (L, ...)
+    norm: Norm
+    head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
+    config: Config = eqx.field(static=True)
+
+    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
+        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule."""
+        if segments is None:
+            segments = jnp.ones(tokens.shape, jnp.int32)
+        positions = segment_positions(segments)
+        same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+        mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        x, rope = self.embed(tokens, positions)
+
+        def layer(x, block):
+            return shard_batch(block(x, rope, mask)[0]), None
+
+        x, _ = lax.scan(jax.checkpoint(layer) if remat else layer, x, self.blocks, unroll=self.config.layers <= 8)
+        return self.norm(x)
+
+    def embed(self, tokens, positions):
+        """Input vectors (B, T, D), and the rotary angles where the family has them."""
+        x = self.wte[tokens]
+        if self.wpe is not None:
+            return shard_batch(x + self.wpe[positions]), None
+        return shard_batch(x), rope_angles(self.config, positions)
+
+    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
+        head = self.wte if self.head is None else self.head
+        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
+        return lax.dot_general(hidden, head, contract, preferred_element_type=jnp.float32)
+
+
+def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
+    """[[0, 0, 1, 1, 1, 2, 2]] -> [[0, 1, 0, 1, 2, 0, 1]]: positions restart where the segment changes."""
+    index = jnp.arange(segments.shape[1])
+    starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
+    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+
+
+def init(config: Config, key) -> GPT:
+    """A fresh model: N(0, 0.02), with the two projections into the residual stream scaled down by sqrt(2 L) (GPT-2)."""
+    D, F, E, L = config.dim, config.ffn, config.head_dim, config.layers
+    keys = iter(jax.random.split(key, 10))
+
+    def normal(*shape, std=0.02):
+        return std * jax.random.normal(next(keys), shape)
+
+    def linear(rows, columns, bias, std=0.02):
+        return Linear(normal(L, rows, columns, std=std), jnp.zeros((L, columns)) if bias else None)
+
+    def norm(*shape):
+        return Norm(jnp.ones(shape), jnp.zeros(shape) if config.gpt2 else None, config.norm_eps)
+
+    residual = 0.02 / np.sqrt(2 * L)
+    blocks = Block(
+        norm1=norm(L, D),
+        q=linear(D, config.heads * E, config.qkv_bias),
+        k=linear(D, config.kv_heads * E, config.qkv_bias),
+        v=linear(D, config.kv_heads * E, config.qkv_bias),
+        o=linear(config.heads * E, D, config.out_bias, residual),
+        norm2=norm(L, D),
+        gate=None if config.gpt2 else linear(D, F, config.mlp_bias),
+        up=linear(D, F, config.mlp_bias),
+        down=linear(F, D, config.mlp_bias, residual),
+        head_dim=E,
+    )
+    wte = normal(config.vocab_size, D)
+    wpe = normal(config.context, D, std=0.01) if config.gpt2 else None
+    head = None if config.tied else 0.02 * jax.random.normal(jax.random.fold_in(key, 1), (config.vocab_size, D))
+    return GPT(wte, wpe, blocks, norm(D), head, config)
+
+
+class ScoreModel(eqx.Module):
+    """A trunk with a scalar head: a reward model (read once a sequence) or a critic (read at every token)."""
+
+    trunk: GPT
+    head: Array  # (D,)
+    query: Array | None  # (D,): what attention pooling looks for
+    bias: Array  # ()
+    pool: str = eqx.field(static=True, default="last")  # last: the last real token. mean, attention: over all of them
+    suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
+
+    def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
+        """The head at every position, in fp32."""
+        return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
+
+    def pooled(self, hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, " B"]:
+        """One score a row from hidden states; mask (B, T) marks real tokens, padded on either side."""
+        T = mask.shape[1]
+        if self.pool == "last":
+            last = T - 1 - jnp.argmax(jnp.flip(mask, 1), axis=1)
+            return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
+        weights = mask.astype(jnp.float32)
+        if self.pool == "attention":
+            look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
+            weights = jax.nn.softmax(jnp.where(mask > 0, look, MASKED), axis=-1)
+        weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
+        return (self.values(hidden) * weights).sum(1)
+
+    def __call__(self, tokens: Int[Array, "B T"], mask, remat: bool = False) -> Float[Array, " B"]:
+        return self.pooled(self.trunk(tokens, mask, remat), mask)
+
+
+def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
+    """A scalar head on a trunk: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
+    if pool not in ("last", "mean", "attention"):
+        raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
+    D = trunk.config.dim
+    head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
+    query = jnp.zeros(D) if pool == "attention" else None
+    return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
+
+
+def cast(tree, dtype):
+    """Every floating array of a pytree in another precision: fp32 master weights -> a bf16 copy at the point of use."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def compute_dtype(name: str):
+    """ "auto" is bf16 where the hardware multiplies it fast, fp32 on a CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Log-probabilities
+
+HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
+
+
+def token_logprobs(
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
+) -> Float[Array, "B T-1"]:
+    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
+
+    The one place that owns the shift by one, drawn on a row of three:
+        tokens     a    b    c
+        hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
+        targets    b    c
+        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
+    """
+    hidden = model(tokens, segments, remat)
+    return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+
+
+def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
+    """(log p(targets), entropy), each (B, T), of softmax(logits / temperature), in fp32.
+
+    Never a (B, T, V) log-softmax: the gathered logit less the log-sum-exp, a few columns of T at a time.
+    """
+
+    def piece(hidden, targets):
+        logits = model.logits(hidden) / temperature
+        lse = jax.nn.logsumexp(logits, axis=-1)
+        hit = jnp.arange(logits.shape[-1]) == targets[..., None]  # a comparison fuses; a gather's gradient is a scatter
+        chosen = jnp.where(hit, logits, 0.0).sum(-1)
+        entropy = lse - (jnp.exp(logits - lse[..., None]) * logits).sum(-1)
+        return chosen - lse, entropy
+
+    return map_columns(piece, model.config.vocab_size, hidden, targets)
+
+
+def map_columns(piece, width: int, *arrays):
+    """piece(*arrays) over (B, T, ...) arrays, in pieces of T columns small enough that B * columns * width floats fit
+    HEAD_BUDGET. Columns, not rows: rows may live on different devices."""
+    B, T = arrays[0].shape[:2]
+    pieces = -(-B * T * width // HEAD_BUDGET)
+    if pieces <= 1:
+        return piece(*arrays)
+    columns = -(-T // min(pieces, T))
+    pieces = -(-T // columns)
+
+    def split(x):  # (B, T, ...) -> (pieces, B, columns, ...), zero-padded
+        x = jnp.pad(x, [(0, 0), (0, pieces * columns - T)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, pieces, columns, *x.shape[2:]).swapaxes(0, 1)
+
+    outs = lax.map(lambda xs: jax.checkpoint(piece)(*xs), tuple(split(x) for x in arrays))
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, pieces * columns, *y.shape[3:])[:, :T], outs)
+
+
+def masked_mean(x, mask):
+    """Mean of x where mask is 1; 0 where nothing is."""
+    return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Generation
+
+
+class Generation(NamedTuple):
+    tokens: Array  # (B, T) sampled tokens, `pad` after EOS
+    mask: Array  # (B, T) 1 on sampled tokens including EOS
+    logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
+
+
+@partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature", "top_k", "top_p"))
+def generate(
+    model: GPT,
+    prompts: Int[Array, "B T"],
+    prompt_mask: Array,
+    key,
+    max_new_tokens: int,
+    *,
+    eos: int,
+    pad: int = 0,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    rows=None,
+) -> Generation:
+    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
+
+    temperature 0 is greedy. top_k and top_p cut the distribution: never use them for rollouts, whose log-probs must be
+    those of the whole softmax. `rows` (B,) are the rows' global numbers: noise is folded from (key, row, token), so a
+    row's text does not depend on how rows are batched or on how many devices there are. Stops when every row is done.
+    """
+    B, T = prompts.shape
+    S = T + max_new_tokens
+    if model.config.gpt2 and model.config.context < S:
+        raise ValueError(
+            f"prompt {T} + new tokens {max_new_tokens} > the {model.config.context} positions of the model"
+        )
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
+    lengths = prompt_mask.sum(1)
+    # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
+    layers = [jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers)]
+    pick = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
+
+    def draw(logits, t, done):
+        u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
+        token, logprob = pick(logits, u)
+        return jnp.where(done, pad, token), jnp.where(done, 0.0, logprob), done | (token == eos)
+
+    hidden, caches = prefill(model, layers, prompts, prompt_mask, S)
+    done = jnp.zeros(B, bool)
+    token, logprob, ended = draw(model.logits(hidden[:, -1]), 0, done)
+    tokens = jnp.full((B, max_new_tokens), pad, prompts.dtype).at[:, 0].set(token)
+    mask = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(1)
+    logprobs = jnp.zeros((B, max_new_tokens), jnp.float32).at[:, 0].set(logprob)
+    seen = jnp.pad(prompt_mask > 0, ((0, 0), (0, max_new_tokens)))
+
+    def unfinished(carry):
+        t, _, _, _, done, _, _ = carry
+        return (t < max_new_tokens) & ~done.all()
+
+    def step(carry):
+        t, tokens, mask, logprobs, done, seen, caches = carry
+        slot = T + t - 1  # of the token that was drawn last
+        seen = seen.at[:, slot].set(True)
+        x, rope = model.embed(tokens[:, t - 1, None], (lengths + t - 1)[:, None])
+        new_caches = []
+        for layer, cache in zip(layers, caches):
+            x, cache = layer(x, rope, seen[:, None, :], cache, slot)
+            new_caches.append(cache)
+        token, logprob, ended = draw(model.logits(model.norm(x[:, 0])), t, done)
+        column = lambda array, value: array.at[:, t].set(value.astype(array.dtype))
+        arrays = column(tokens, token), column(mask, ~done), column(logprobs, logprob)
+        return t + 1, *arrays, ended, seen, tuple(new_caches)
+
+    carry = (jnp.asarray(1), tokens, mask, logprobs, ended, seen, caches)
+    _, tokens, mask, logprobs, *_ = lax.while_loop(unfinished, step, carry)
+    return Generation(tokens, mask, logprobs)
+
+
+def prefill(model: GPT, layers, tokens, mask, slots: int):
+    """Run the prompts once; hidden states (B, T, D) and a key-value cache of `slots` places a layer."""
+    T = tokens.shape[1]
+    allowed = jnp.tril(jnp.ones((T, T), bool)) & (mask[:, None, :] > 0)
+    x, rope = model.embed(tokens, segment_positions(mask))
+    caches = []
+    for layer in layers:
+        x, cache = layer(x, rope, allowed)
+        caches.append(tuple(jnp.pad(c, ((0, 0), (0, 0), (0, slots - T), (0, 0))) for c in cache))
+    return model.norm(x), tuple(caches)
+
+
+def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature=1.0, top_k=0, top_p=1.0):
+    """One token a row by inverse CDF from one uniform u a row, and its log-prob under the (cut) distribution."""
+    if temperature == 0:
+        token = jnp.argmax(logits, -1)
+        return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
+    logits = logits / temperature
+    if top_k:
+        logits = jnp.where(logits < lax.top_k(logits, top_k)[0][:, -1:], MASKED, logits)
+    if top_p < 1:
+        logits = jnp.where(logits < nucleus_threshold(logits, top_p), MASKED, logits)
+    top = logits.max(-1, keepdims=True)
+    p = jnp.exp(logits - top)
+    token = inverse_cdf(p, u)
+    chosen = jnp.take_along_axis(logits - top, token[:, None], 1)[:, 0]
+    return token, chosen - jnp.log(p.sum(-1))
+
+
+def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256) -> Int[Array, " B"]:
+    """The index at which the running sum of p (not normalised) passes u of the total: first among sums of blocks, then
+    inside one block. A Gumbel per entry, or one long running sum, costs several times as much on a CPU."""
+    B, V = p.shape
+    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+
+    def locate(weights, target):  # first index whose running sum exceeds target, never one of weight 0
+        running = jnp.cumsum(weights, -1)
+        last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
+        index = jnp.minimum((running <= target[:, None]).sum(-1), last)
+        before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
+        return index, target - before
+
+    sums = blocks.sum(-1)
+    which, rest = locate(sums, u * sums.sum(-1))
+    inside, _ = locate(blocks[jnp.arange(B), which], rest)
+    return which * block + inside
+
+
+def nucleus_threshold(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+    """The largest cut such that what is at or above it has probability >= top_p: bisection, no sort of a vocabulary."""
+    logp = jax.nn.log_softmax(logits)
+    low, high = jnp.full_like(logp[:, :1], -50.0), jnp.zeros_like(logp[:, :1])
+    for _ in range(30):
+        middle = (low + high) / 2
+        enough = jnp.where(logp >= middle, jnp.exp(logp), 0).sum(-1, keepdims=True) >= top_p
+        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+    return low + jax.nn.logsumexp(logits, -1, keepdims=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Tokenizers and chat
+
+GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+PLAIN_TEMPLATE = (
+    "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {{ m['content'] }}"
+    "{% elif m['role'] == 'assistant' %}\n\nAssistant: {{ m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
+    "{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+)
+CHATML_TEMPLATE = (
+    "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+
+
+class Tokenizer:
+    """Text to ids and back. Special tokens are read from text only with `special=True`: what a person types, or a data
+    set holds, never becomes one."""
+
+    def __init__(self, plain, special, decode, size, specials, eos, pad=None, bos=None, template=None, files=None):
+        self._plain, self._special, self._decode = plain, special, decode
+        self.vocab_size, self.specials = size, specials  # specials: text -> id
+        self.eos_id = specials[eos]
+        self.bos_id = specials.get(bos)  # put before every text and plain prompt, where the model was trained so
+        # PAD is never EOS: a model that is not scored on its EOS never learns to stop. Masks come from lengths, so any
+        # other id will do where the files name none.
+        self.pad_id = specials[pad] if pad in specials and pad != eos else int(self.eos_id == 0)
+        self.template = template or PLAIN_TEMPLATE
+        self.files = files or {}  # name -> bytes, written beside the weights by `save`
+
+    def encode(self, text: str, special: bool = False) -> list[int]:
+        return self._special(text) if special else self._plain(text)
+
+    def decode(self, ids) -> str:
+        """Text of the ids; special tokens are left out."""
+        hidden = set(self.specials.values())
+        return self._decode([i for i in map(int, ids) if i not in hidden])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Same fingerprint, same ids: a reward model may score a policy's ids as they are."""
+        probe = self.encode("The quick brown fox, 12 dogs.\n\nHuman: é? i do not know .", False)
+        return hashlib.sha256(json.dumps([probe, self.vocab_size, self.specials], sort_keys=True).encode()).hexdigest()
+
+    @cached_property
+    def _jinja(self):
+        from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template from a model folder is somebody's code
+
+        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
+        environment.globals["raise_exception"] = _template_refuses
+        return environment.from_string(self.template)
+
+    def render(self, messages: list[dict], reply: bool) -> str:
+        """Messages as the model's own text; `reply` opens the assistant's next turn."""
+        special = {"eos_token": self._name(self.eos_id), "bos_token": self._name(self.bos_id)}
+        return self._jinja.render(messages=messages, add_generation_prompt=reply, **special)
+
+    def _name(self, token_id):
+        return next((text for text, i in self.specials.items() if i == token_id), "")
+
+    def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
+        """Ids of a conversation. Markers of the template may be special tokens; the contents of messages never are."""
+        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters stand in for the contents
+        hollow = [m | {"content": mark} for m, mark in zip(messages, marks)]
+        pieces, rest = [], self.render(hollow, reply)
+        if any(rest.count(mark) != 1 for mark in marks):  # the template edits or repeats contents: take it as it is
+            return self.encode(self.render(messages, reply), special=True)
+        for message, mark in zip(messages, marks):
+            before, rest = rest.split(mark)
+            # the blank before a content belongs to the content's first word, as in running text
+            gap = before[len(before.rstrip(" ")) :]
+            pieces += self.encode(before.rstrip(" "), special=True) + self.encode(gap + message["content"])
+        return pieces + (self.encode(rest, special=True) if rest else [])
+
+
+def _template_refuses(message):
+    raise ValueError(f"the chat template refuses these messages: {message}")
+
+
+def load_tokenizer(path) -> Tokenizer | None:
+    """The tokenizer of a folder: `tokenizer.json`, or GPT-2's `vocab.json` + `merges.txt` (also under their first
+    names, `encoder.json` + `vocab.bpe`). None where there is none."""
+    path = Path(path)
+    old_names = {"vocab.json": path / "encoder.json", "merges.txt": path / "vocab.bpe"}
+    files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
+    files |= {name: old.read_bytes() for name, old in old_names.items() if name not in files and old.is_file()}
+    if (path / "chat_template.jinja").is_file():
+        files["chat_template.jinja"] = (path / "chat_template.jinja").read_bytes()
+    settings = json.loads(files.get("tokenizer_config.json", "{}"))
+    settings = json.loads(files.get("special_tokens_map.json", "{}")) | settings
+    if "chat_template.jinja" in files:
+        settings["chat_template"] = files["chat_template.jinja"].decode()
+    if "tokenizer.json" in files:
+        spec = json.loads(files["tokenizer.json"])
+        byte_level = spec["model"].get("type", "BPE") == "BPE" and '"ByteLevel"' in json.dumps(spec["pre_tokenizer"])
+        build = _tiktoken_from_json if byte_level else _huggingface_tokenizer
+        return _finish_tokenizer(*build(spec, files["tokenizer.json"]), settings, spec, files, path)
+    if {"vocab.json", "merges.txt"} <= set(files):
+        vocab, merges = json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n")
+        merges = [line for line in merges if line and not line.startswith("#version")]
+        built = _tiktoken(vocab, merges, GPT2_SPLIT, {"<|endoftext|>": vocab.get("<|endoftext|>", len(vocab))})
+        return _finish_tokenizer(*built, {"eos_token": "<|endoftext|>"} | settings, {}, files, path)
+    return None
+
+
+def _finish_tokenizer(plain, special, decode, size, specials, settings, spec, files, path) -> Tokenizer:
+    token = lambda name: t["content"] if isinstance(t := settings.get(name), dict) else t
+    eos, bos = token("eos_token"), token("bos_token")
+    if eos is None:  # a folder may name it by id only
+        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
+        ids = config.get("eos_token_id")
+        eos = next((text for text, i in specials.items() if i in np.atleast_1d(ids)), None) if ids is not None else None
+    if eos not in specials:
+        raise ValueError(f"{path}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
+    adds_bos = settings.get("add_bos_token", bool(bos) and f'"{bos}"' in json.dumps(spec.get("post_processor") or {}))
+    template = settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else None
+    if template is None and {"<|im_start|>", "<|im_end|>"} <= specials.keys():
+        template = CHATML_TEMPLATE
+    bos = bos if adds_bos else None
+    return Tokenizer(plain, special, decode, size, specials, eos, token("pad_token"), bos, template, files)
+
+
+def _tiktoken_from_json(spec, raw):
+    """A byte-level BPE `tokenizer.json` as a tiktoken encoding: same ids, several times the speed."""
+    model, pre = spec["model"], spec["pre_tokenizer"]
+    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
+    splits = [s["pattern"].get("Regex") or s["pattern"]["String"] for s in steps if s["type"] == "Split"]
+    unknown = {s["type"] for s in steps} - {"Split", "ByteLevel"}
+    if unknown or len(splits) > 1 or any(s.get("add_prefix_space") for s in steps):
+        return _huggingface_tokenizer(spec, raw)
+    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
+    specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
+    kinds = [n["type"] for n in _flatten_normalizer(spec.get("normalizer"))]
+    if set(kinds) - {"NFC"}:
+        return _huggingface_tokenizer(spec, raw)
+    return _tiktoken(model["vocab"], merges, splits[0] if splits else GPT2_SPLIT, specials, nfc="NFC" in kinds)
+
+
+def _flatten_normalizer(node):
+    return [] if node is None else node["normalizers"] if node["type"] == "Sequence" else [node]
+
+
+def _tiktoken(vocab: dict, merges: list[str], split: str, specials: dict, nfc: bool = False):
+    import unicodedata
+
+    import tiktoken
+
+    # byte-level BPE writes each byte as a printable character; undo that
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    order = printable + [b for b in range(256) if b not in printable]
+    to_byte = {chr(b if i < len(printable) else 256 + i - len(printable)): b for i, b in enumerate(order)}
+    to_bytes = lambda token: bytes(to_byte[c] for c in token)
+    # tiktoken merges the pair of lowest rank: single bytes first, then the results of the merges in their order
+    tokens = [c for c in to_byte if c in vocab] + [m.replace(" ", "", 1) for m in merges]
+    tokens = [t for t in dict.fromkeys(tokens) if t in vocab]
+    ids = np.array([vocab[t] for t in tokens] + list(specials.values()))
+    ranks = {to_bytes(t): rank for rank, t in enumerate(tokens)}
+    special_ranks = {text: len(tokens) + i for i, text in enumerate(specials)}
+    encoding = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=special_ranks)
+    back = {int(i): rank for rank, i in enumerate(ids)}
+    normal = (lambda s: unicodedata.normalize("NFC", s)) if nfc else lambda s: s
+    plain = lambda text: ids[encoding.encode(normal(text), disallowed_special=())].tolist() if text else []
+    special = lambda text: ids[encoding.encode(normal(text), allowed_special="all")].tolist() if text else []
+    decode = lambda token_ids: encoding.decode([back[i] for i in token_ids if i in back])
+    return plain, special, decode, int(ids.max()) + 1, specials
+
+
+def _huggingface_tokenizer(spec, raw):
+    """Whatever is not byte-level BPE (SentencePiece BPE, whole words), through the `tokenizers` library."""
+    import tokenizers
+
+    special, plain = (tokenizers.Tokenizer.from_str(raw.decode()) for _ in range(2))
+    plain.encode_special_tokens = True  # special tokens in the text stay text
+    # SentencePiece puts a blank before every text; ours have their own where one belongs
+    prepends = any(n["type"] == "Prepend" for n in _flatten_normalizer(spec.get("normalizer")))
+    trim = (lambda s: s.removeprefix(" ")) if prepends else lambda s: s
+    encode = lambda t: lambda text: t.encode(trim(text), add_special_tokens=False).ids if text else []
+    specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
+    decode = lambda ids: special.decode(ids, skip_special_tokens=False)
+    return encode(plain), encode(special), decode, special.get_vocab_size(), specials
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Weights in and out: the Hugging Face layout
+
+
+def layout(config: Config) -> list[tuple[str, str, bool]]:
+    """(our leaf, Hugging Face's tensor name, transposed?) for every tensor; {i} is the layer."""
+    if config.gpt2:
+        head, block, transposed = "transformer.", "transformer.h.{i}.", False  # GPT-2's Conv1D is (in, out) as ours
+        linears = dict(q="attn.q", k="attn.k", v="attn.v", o="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj")
+        names = [("wte", head + "wte.weight", False), ("wpe", head + "wpe.weight", False)]
+        norms = dict(norm="ln_f", norm1="ln_1", norm2="ln_2")
+    else:
+        head, block, transposed = "model.", "model.layers.{i}.", True
+        linears = {x: f"self_attn.{x}_proj" for x in "qkvo"} | {x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+        names = [("wte", head + "embed_tokens.weight", False)]
+        norms = dict(norm="norm", norm1="input_layernorm", norm2="post_attention_layernorm")
+    biased = dict.fromkeys("qkv", config.qkv_bias) | dict(o=config.out_bias)
+    for ours, theirs in norms.items():
+        place, path = (head, "") if ours == "norm" else (block, "blocks.")
+        names.append((f"{path}{ours}.scale", f"{place}{theirs}.weight", False))
+        if config.gpt2:
+            names.append((f"{path}{ours}.bias", f"{place}{theirs}.bias", False))
+    for ours, theirs in linears.items():
+        names.append((f"blocks.{ours}.weight", f"{block}{theirs}.weight", transposed))
+        if biased.get(ours, config.mlp_bias):
+            names.append((f"blocks.{ours}.bias", f"{block}{theirs}.bias", False))
+    if not config.tied:
+        names.append(("head", "lm_head.weight", False))
+    return names
+
+
+def config_to_hf(config: Config) -> dict:
+    """`config.json` as transformers 4 and 5 both read it."""
+    c = config
+    if c.gpt2:
+        keys = dict(n_embd=c.dim, n_layer=c.layers, n_head=c.heads, n_positions=c.context, n_inner=c.ffn)
+        keys |= dict(activation_function="gelu_new", layer_norm_epsilon=c.norm_eps)
+        keys |= dict(attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0)
+    else:
+        keys = dict(hidden_size=c.dim, num_hidden_layers=c.layers, num_attention_heads=c.heads)
+        keys |= dict(num_key_value_heads=c.kv_heads, head_dim=c.head_dim, intermediate_size=c.ffn, hidden_act="silu")
+        keys |= dict(max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta)
+        scaling = None
+        if c.rope_scaling:
+            fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+            scaling = {"rope_type": "llama3"} | dict(zip(fields, c.rope_scaling))
+            scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
+        keys["rope_scaling"] = scaling
+        keys["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta} | (scaling or {})
+        if c.family == "llama":
+            keys |= dict(attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias)
+    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[c.family]
+    common = dict(architectures=[name], model_type=c.family, vocab_size=c.vocab_size, tie_word_embeddings=c.tied)
+    return common | keys | dict(torch_dtype="float32")
+
+
+def config_from_hf(hf: dict, path="config.json") -> Config:
+    """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters)."""
+    family = hf.get("model_type")
+    if family == "gpt2":
+        heads, dim = hf["n_head"], hf["n_embd"]
+        sizes = dict(layers=hf["n_layer"], heads=heads, dim=dim, ffn=hf.get("n_inner") or 4 * dim)
+        sizes |= dict(kv_heads=heads, head_dim=dim // heads, context=hf["n_positions"])
+        _refuse(
+            path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_by_inverse_layer_idx=(False,)
+        )
+        return Config(
+            hf["vocab_size"], family=family, norm_eps=hf.get("layer_norm_epsilon", 1e-5), qkv_bias=True, out_bias=True,
+            mlp_bias=True, tied=hf.get("tie_word_embeddings", True), **sizes,
+        )  # fmt: skip
+    if family not in ("llama", "qwen2"):
+        raise ValueError(f"{path}: model_type {family!r} is not one of gpt2, llama, qwen2")
+    heads, dim = hf["num_attention_heads"], hf["hidden_size"]
+    _refuse(path, hf, hidden_act=("silu",), use_sliding_window=(False, None))
+    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {})
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ("default", "llama3"):
+        raise ValueError(f"{path}: rope type {kind!r} is not supported (default, llama3)")
+    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+    attention_bias = hf.get("attention_bias", False)
+    return Config(
+        vocab_size=hf["vocab_size"],
+        context=hf["max_position_embeddings"],
+        layers=hf["num_hidden_layers"],
+        heads=heads,
+        dim=dim,
+        ffn=hf["intermediate_size"],
+        kv_heads=hf.get("num_key_value_heads") or heads,
+        head_dim=hf.get("head_dim") or dim // heads,
+        family=family,
+        norm_eps=hf["rms_norm_eps"],
+        tied=hf.get("tie_word_embeddings", False),
+        qkv_bias=attention_bias or family == "qwen2",
+        out_bias=attention_bias and family == "llama",
+        mlp_bias=hf.get("mlp_bias", False),
+        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
+        rope_scaling=tuple(float(rope[f]) for f in fields) if kind == "llama3" else None,
+    )
+
+
+def _refuse(path, hf, **allowed):
+    for key, values in allowed.items():
+        if hf.get(key, values[0]) not in values:
+            raise ValueError(f"{path}: {key} = {hf[key]!r} is not supported (only {', '.join(map(str, values))})")
+
+
+def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
+    """A model folder (or the name of one on the Hub) as (model, tokenizer). A folder saved as a sequence classifier
+    comes back as a ScoreModel. Every tensor's name and shape is checked; what is missing or left over is named."""
+    path = find_folder(path)
+    hf = json.loads((path / "config.json").read_text())
+    config = config_from_hf(hf, path / "config.json")
+    scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
+    model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
+    return model, load_tokenizer(path)
+
+
+def find_folder(path) -> Path:
+    """A local model folder, downloaded first where `path` is a name on the Hub."""
+    folder = Path(path)
+    if (folder / "config.json").is_file() and list(folder.glob("*.safetensors*")):
+        return folder
+    if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
+        made = {"sft": "sft.py", "base": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "dpo": "dpo.py"}
+        script = made.get(folder.name, "the script that trains it")
+        script = f"python {script} --out {path}" if script.endswith(".py") else script
+        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors): run `{script}` first")
+    from huggingface_hub import snapshot_download
+
+    try:
+        wanted = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+        return Path(snapshot_download(str(path), allow_patterns=wanted))
+    except Exception as error:
+        raise FileNotFoundError(
+            f"{path} is neither a model folder here nor a model that the Hub could give ({type(error).__name__}). "
+            f"Without a network, download it elsewhere and give the folder's path."
+        ) from error
+
+
+def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+    from safetensors import safe_open
+
+    tensors = {}
+    for file in sorted(path.glob("*.safetensors")):
+        try:
+            with safe_open(file, "numpy") as f:
+                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+        except Exception as error:
+            raise ValueError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+    return tensors
+
+
+def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT | ScoreModel:
+    """Arrays of the layout put into a model of shapes."""
+    tensors = _canonical_names(config, tensors)
+    shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
+    filled = {}
+    for ours, theirs, transposed in layout(config):
+        leaf = _leaf(shapes, ours)
+        rows = []
+        for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
+            if name not in tensors:
+                raise ValueError(f"{path}: tensor {name} is missing")
+            array = tensors.pop(name)
+            shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
+            if array.shape != (shape[::-1] if transposed else shape):
+                expected = shape[::-1] if transposed else shape
+                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
+            rows.append((array.T if transposed else array).astype(dtype))
+        filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
+    model = jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(filled[_path(p)]), shapes)
+    if score is not None:
+        model = _fill_score(model, tensors, path, score)
+    if tensors:
+        raise ValueError(f"{path}: tensors that the configuration does not know: {', '.join(sorted(tensors)[:5])}")
+    return model
+
+
+def _fill_score(trunk: GPT, tensors: dict, path, score: dict) -> ScoreModel:
+    if "score.weight" not in tensors or tensors["score.weight"].shape != (1, trunk.config.dim):
+        found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
+        raise ValueError(f"{path}: score.weight must be (1, {trunk.config.dim}), one label: found {found}")
+    head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
+    query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
+    bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
+    return ScoreModel(trunk, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
+
+
+def _canonical_names(config: Config, tensors: dict) -> dict:
+    """Undo what differs between files of one family: missing prefixes, buffers, a stored tied head, fused q, k, v."""
+    renamed = {}
+    for name, array in tensors.items():
+        if name.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq")):
+            continue  # buffers: causal masks and rotary tables
+        if config.gpt2 and not name.startswith(("transformer.", "lm_head.", "score.")):
+            name = "transformer." + name
+        if ".attn.c_attn." in name:
+            parts = np.split(array, 3, axis=-1) if array.shape[-1] % 3 == 0 else [array] * 3
+            renamed |= {name.replace("c_attn", x): part for x, part in zip("qkv", parts)}
+        elif not (name == "lm_head.weight" and (config.tied or "score.weight" in tensors)):
+            renamed[name] = array
+    return renamed
+
+
+def _path(path) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
+
+
+def _leaf(tree, path: str):
+    for name in path.split("."):
+        tree = getattr(tree, name)
+    return tree
+
+
+def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict | None = None, dtype=np.float32):
+    """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors and
+    the tokenizer's files. `extra` joins config.json. Each file is written aside and renamed into place."""
+    from safetensors.numpy import save_file
+
+    path, scores = Path(path), isinstance(model, ScoreModel)
+    path.mkdir(parents=True, exist_ok=True)
+    trunk = model.trunk if scores else model
+    tensors = {}
+    for ours, theirs, transposed in layout(trunk.config):
+        array = np.asarray(_to_host(_leaf(trunk, ours)), dtype)
+        stacked = [(theirs.format(i=i), x) for i, x in enumerate(array)] if "{i}" in theirs else [(theirs, array)]
+        # safetensors silently stores a transposed view in the wrong order
+        tensors |= {name: np.ascontiguousarray(x.T if transposed else x) for name, x in stacked}
+    for i in range(trunk.config.layers if trunk.config.gpt2 else 0):
+        for kind in ("weight", "bias"):
+            parts = [tensors.pop(f"transformer.h.{i}.attn.{x}.{kind}") for x in "qkv"]
+            tensors[f"transformer.h.{i}.attn.c_attn.{kind}"] = np.concatenate(parts, axis=-1)
+    hf = config_to_hf(trunk.config)
+    if scores:
+        tensors.pop("lm_head.weight", None)
+        tensors["score.weight"] = np.asarray(_to_host(model.head), dtype)[None]
+        if model.query is not None:
+            tensors["score.query"] = np.asarray(_to_host(model.query), dtype)
+        name = hf["architectures"][0].replace("LMHeadModel", "ForCausalLM")
+        hf["architectures"] = [name.replace("CausalLM", "SequenceClassification")]
+        hf |= dict(num_labels=1, id2label={"0": "score"}, label2id={"score": 0})
+        hf["score"] = dict(pool=model.pool, bias=float(model.bias), suffix=list(model.suffix))
+    if tokenizer is not None:
+        hf |= dict(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.bos_id)
+    if jax.process_index() == 0:
+        write_atomic(path / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
+        for name, content in (tokenizer.files if tokenizer else {}).items():
+            write_atomic(path / name, lambda file, content=content: Path(file).write_bytes(content))
+        write_json(path / "config.json", hf | (extra or {}))
+
+
+def _to_host(array):
+    """The whole array on this machine, also when other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(array, tiled=True)
+    return jax.device_get(array)
+
+
+def write_atomic(path: Path, write):
+    """write(temporary path), flush to disk, rename into place: a reader or a crash never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        write(str(temporary))
+        with open(temporary, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Path, value):
+    write_atomic(Path(path), lambda file: Path(file).write_text(json.dumps(value, indent=2, default=str) + "\n"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 7. Rows: one JSON object a line, in the formats that TRL documents
+
+KINDS = {
+    "text": "{text}",
+    "demos": "{prompt, completion} or {messages}",
+    "pairs": "{prompt, chosen, rejected} or {chosen, rejected} with a shared start",
+    "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
+    "prompts": "{prompt}",
+}
+
+
+class BadRow(ValueError):
+    """A row that cannot be used, with its reason."""
+
+
+def open_text(path):
+    path = Path(path)
+    if not path.is_file():
+        hint = f": run `python {'toy' if 'toy' in path.parts else 'prepare'}.py` first" if not path.exists() else ""
+        raise FileNotFoundError(f"no data file {path}{hint}")
+    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+
+
+def read_rows(path, kind: str, skip_bad: bool = False):
+    """Yield (line number, checked row) of a JSONL file. A bad line stops with file, line and reason; with `skip_bad` it
+    is counted and the count printed."""
+    bad = []
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield from ((number, row) for row in check_row(parse_json(line), kind))
+            except BadRow as error:
+                if not skip_bad:
+                    raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
+                bad.append(f"{number}: {error}")
+    if bad:
+        print(f"{path}: {len(bad):,} bad rows skipped, for example line {bad[0]}", file=sys.stderr)
+
+
+def parse_json(line: str) -> dict:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadRow(f"not JSON ({error})") from None
+    if not isinstance(row, dict):
+        raise BadRow(f"a {type(row).__name__}, not an object")
+    return row
+
+
+def check_row(row: dict, kind: str) -> list[dict]:
+    """The row in the full form of its kind (thumbs from a pair are two), or BadRow."""
+    if kind == "text":
+        _need_text(row, "text")
+    elif kind == "demos" and "messages" in row:
+        _need_text(row, "messages")
+        if not isinstance(row["messages"], list) or not any(m["role"] == "assistant" for m in row["messages"]):
+            raise BadRow("`messages` must be a list with at least one assistant turn")
+    elif kind == "demos":
+        _need_text(row, "prompt", "completion")
+    elif kind == "prompts":
+        if "prompt" not in row and "chosen" in row:
+            row = split_implicit(row)
+        _need_text(row, "prompt")
+    elif kind == "pairs" or (kind == "thumbs" and "chosen" in row):
+        row = row if "prompt" in row else split_implicit(row)
+        _need_text(row, "prompt", "chosen", "rejected")
+        for name in ("margin", "weight", "label_p"):
+            if not isinstance(row.get(name, 0.0), int | float) or not np.isfinite(row.get(name, 0.0)):
+                raise BadRow(f"`{name}` is {row[name]!r}, not a number")
+        if kind == "thumbs":
+            rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
+            return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    else:
+        _need_text(row, "prompt", "completion")
+        if not isinstance(row.get("label"), bool):
+            raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
+    return [row]
+
+
+def _need_text(row, *names):
+    for name in names:
+        if name not in row:
+            raise BadRow(f"no `{name}` (found: {', '.join(row) or 'nothing'})")
+        value = row[name]
+        if isinstance(value, list):
+            if not value or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
+                raise BadRow(f"`{name}` is a list, but not of {{role, content}} messages")
+            if not all(isinstance(m["content"], str) for m in value):
+                raise BadRow(f"`{name}` has a message whose content is not text")
+        elif not isinstance(value, str):
+            raise BadRow(f"`{name}` is {type(value).__name__}, not text")
+        elif not value.strip():
+            raise BadRow(f"`{name}` is empty")
+
+
+def split_implicit(row: dict) -> dict:
+    """{chosen, rejected} whole transcripts -> {prompt, chosen, rejected}: the prompt is what both share, up to the last
+    `Assistant:` turn (or message) that they have in common."""
+    chosen, rejected = row.get("chosen"), row.get("rejected")
+    if not chosen or type(chosen) is not type(rejected):
+        raise BadRow(f"a pair needs `chosen` and `rejected` of one type (found: {', '.join(row) or 'nothing'})")
+    if isinstance(chosen, str):
+        shared = len(os.path.commonprefix([chosen, rejected]))
+        turn = "\n\nAssistant:"
+        cut = chosen.rfind(turn, 0, shared)
+        if cut < 0:
+            raise BadRow("`chosen` and `rejected` share no `Assistant:` turn, and there is no `prompt`")
+        cut += len(turn)
+    else:
+        pairs = zip(chosen, rejected)
+        cut = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
+        if cut < 1:
+            raise BadRow("`chosen` and `rejected` share no first message, and there is no `prompt`")
+    return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 8. Token cache and batches
+
+EXTRAS = ("margin", "weight", "label_p", "label")  # numbers that may ride on a row; absent: 0, 1, 1, 1
+
+
+def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
+    ids = tokenizer.chat(prompt)
+    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+
+
+def encode_completion(completion, tokenizer: Tokenizer) -> list[int]:
+    """Completion ids with exactly one EOS at the end. Tokenised apart from the prompt: these are the ids that the policy
+    would have to produce, whatever merges the joint text would allow."""
+    if isinstance(completion, list):
+        completion = completion[-1]["content"]
+        gap = "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
+        completion = gap + completion
+    ids = tokenizer.encode(completion)
+    while ids and ids[-1] == tokenizer.eos_id:
+        ids.pop()
+    return [*ids, tokenizer.eos_id]
+
+
+def encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
+    """A conversation as (ids, mask): 1 on the assistant's tokens and the token that ends its turn."""
+    ids, mask = [], []
+    for i, message in enumerate(messages):
+        if message["role"] != "assistant":
+            continue
+        prompt = encode_prompt(messages[:i], tokenizer)
+        if prompt[: len(ids)] != ids:  # templates without an end-of-turn token: the EOS stays at the very end
+            ids, mask = ids[:-1], mask[:-1]
+        answer = encode_completion([message], tokenizer)
+        mask = mask + [0] * (len(prompt) - len(mask)) + [1] * len(answer)
+        ids = prompt + answer
+    return ids, mask
+
+
+def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suffix=()) -> list[tuple[list, list]]:
+    """The row's sequences as (ids, mask) with mask 1 on scored tokens: one sequence, or chosen and rejected.
+
+    A completion that does not fit `max_length` loses its end, EOS included: a cut answer must not teach stopping.
+    `suffix` replaces the EOS of whole completions (where a reward model reads its score). BadRow where no room is left.
+    """
+    if kind == "text":
+        ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
+        return [(ids, [0] + [1] * (len(ids) - 1))]
+    if kind == "demos" and "messages" in row:
+        ids, mask = encode_messages(row["messages"], tokenizer)
+        if 1 not in mask[:max_length]:
+            raise BadRow(f"no assistant token within {max_length} tokens")
+        return [(ids[:max_length], mask[:max_length])]
+    prompt = encode_prompt(row["prompt"], tokenizer)
+    room = max_length - len(prompt) - len(suffix)
+    if room < 1:
+        raise BadRow(f"the prompt alone fills {max_length} tokens")
+    if kind == "prompts":
+        return [(prompt, [0] * len(prompt))]
+    sequences = []
+    for name in ("chosen", "rejected") if kind == "pairs" else ("completion",):
+        answer = encode_completion(row[name], tokenizer)[:room]
+        if suffix:
+            answer = answer[:-1] + list(suffix) if answer[-1] == tokenizer.eos_id else answer + list(suffix)
+        sequences.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
+    if kind == "pairs" and sequences[0][0] == sequences[1][0]:
+        raise BadRow("chosen and rejected are equal (after truncation)")
+    return sequences
+
+
+class TokenData:
+    """A tokenised file as memmaps: sequence j of row i is tokens[starts[j*?]]. Larger than memory streams from disk."""
+
+    def __init__(self, folder: Path):
+        info = json.loads((folder / "info.json").read_text())
+        self.folder, self.kind, self.sides, self.info = folder, info["kind"], info["sides"], info
+        self.tokens = np.memmap(folder / "tokens.bin", info["dtype"], "r")
+        self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
+        self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
+        self.extras = np.load(folder / "extras.npy", mmap_mode="r")  # (rows, len(EXTRAS))
+        self.lengths = np.diff(self.starts).reshape(-1, self.sides)  # (rows, sides)
+        self.row_starts = np.load(folder / "row_starts.npy", mmap_mode="r")
+
+    def __len__(self):
+        return len(self.lengths)
+
+    def sequence(self, row: int, side: int = 0):
+        start, stop = self.starts[row * self.sides + side : row * self.sides + side + 2]
+        return self.tokens[start:stop], self.mask[start:stop]
+
+    def row(self, i: int) -> dict:
+        """The row as it was written, for rewards that want more than its text."""
+        with open(self.folder / "rows.jsonl", "rb") as f:
+            f.seek(int(self.row_starts[i]))
+            return json.loads(f.readline())
+
+
+def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), skip_bad=False) -> TokenData:
+    """The file's tokens, from the cache beside it where file, tokenizer, kind and length are the same as before."""
+    path = Path(path)
+    if not path.is_file():
+        open_text(path)
+    key = [file_hash(path), tokenizer.fingerprint, tokenizer.template, kind, max_length, list(suffix), skip_bad, 2]
+    name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
+    cache = path.parent / ".tokens"
+    if not os.access(path.parent, os.W_OK):
+        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf-tokens"
+    folder = cache / f"{path.name.split('.')[0]}-{name}"
+    if not (folder / "info.json").is_file():
+        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
+        temporary.mkdir(parents=True, exist_ok=True)
+        try:
+            _write_token_data(temporary, path, kind, tokenizer, max_length, suffix, skip_bad)
+            if not folder.exists():
+                os.replace(temporary, folder)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+    data = TokenData(folder)
+    for reason, count in data.info["dropped"].items():
+        print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
+    if data.info["truncated"]:
+        print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
+    if len(data) == 0:
+        raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
+    return data
+
+
+def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    lengths, extras, row_starts, dropped, truncated = [], [], [], Counter(), 0
+    bar = progress(desc=f"tokenising {path.name}", unit=" rows")
+    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as masks:
+        with open(folder / "rows.jsonl", "wb") as rows:
+            for _, row in read_rows(path, kind, skip_bad):
+                bar.update()
+                try:
+                    sequences = encode_row(row, kind, tokenizer, max_length, suffix)
+                except BadRow as reason:
+                    dropped[str(reason)] += 1
+                    continue
+                for ids, mask in sequences:
+                    if kind != "text" and kind != "prompts":
+                        truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
+                    lengths.append(len(ids))
+                    tokens.write(np.asarray(ids, dtype).tobytes())
+                    masks.write(np.asarray(mask, np.uint8).tobytes())
+                extras.append([float(row.get(name, default)) for name, default in zip(EXTRAS, (0, 1, 1, 1))])
+                row_starts.append(rows.tell())
+                if kind == "prompts":
+                    rows.write(json.dumps(row).encode() + b"\n")
+    bar.close()
+    np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    np.save(folder / "extras.npy", np.asarray(extras, np.float32).reshape(-1, len(EXTRAS)))
+    np.save(folder / "row_starts.npy", np.asarray(row_starts, np.int64))
+    if not lengths:
+        for name in ("tokens.bin", "mask.bin"):
+            (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
+    info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
+    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped)))
+
+
+@lru_cache
+def file_hash(path) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
+
+
+def parse_sources(data) -> list[tuple[str, float | None]]:
+    """["a.jsonl:0.7", "b.jsonl:0.3"] -> [("a.jsonl", 0.7), ("b.jsonl", 0.3)]; None where no weight is given."""
+    sources = []
+    for item in [data] if isinstance(data, str | Path) else data:
+        name, colon, weight = str(item).rpartition(":")
+        try:
+            sources.append((name, float(weight)) if colon and name else (str(item), None))
+        except ValueError:
+            sources.append((str(item), None))
+    weights = [w for _, w in sources]
+    if any(w is not None and not w > 0 for w in weights) or (None in weights and set(weights) != {None}):
+        raise ValueError(f"--data {' '.join(map(str, data))}: give every file a weight above 0 (name:0.7), or none")
+    return sources
+
+
+class Batches:
+    """batch(step): a pure function of (seed, step), so that a resumed run needs nothing but its step.
+
+    Rows of similar length share a batch (rows are sorted by length within windows of `window` batches), and each batch
+    is padded to one of four widths: few compilations, little padding. With `packed`, single sequences are laid end to
+    end in rows of `length` tokens instead, told apart by their segments.
+    """
+
+    window = 50
+
+    def __init__(self, data, kind, tokenizer, batch_size, length, seed, packed=False, suffix=(), skip_bad=False):
+        sources = parse_sources(data)
+        self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
+        self.weights = [weight for _, weight in sources]
+        self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
+        self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
+        processes = jax.process_count()
+        if batch_size % processes:
+            raise ValueError(f"--batch-size {batch_size} is not divisible by {processes} processes")
+        self.packs = [pack(data.lengths[:, 0], length, seed) for data in self.sets] if packed else None
+        sizes = [len(rows) for rows in (self.packs or self.sets)]
+        counts = sizes
+        if self.weights[0] is not None:
+            counts = [max(1, round(w / sum(self.weights) * sum(sizes))) for w in self.weights]
+        self.sizes, self.counts = sizes, counts
+        if sum(counts) < batch_size:
+            raise ValueError(f"{sum(counts)} rows are fewer than --batch-size {batch_size}: lower it")
+        self.steps_per_epoch = sum(counts) // batch_size
+        self._epochs = lru_cache(maxsize=2)(self._epoch)
+
+    def _epoch(self, epoch: int) -> np.ndarray:
+        """(steps, batch_size, 2): which (source, row) each batch of this pass over the data holds."""
+        picks = []
+        for source, (size, count) in enumerate(zip(self.sizes, self.counts)):
+            # the next `count` rows of this source's endless stream of shuffled passes
+            first, last = epoch * count // size, ((epoch + 1) * count - 1) // size
+            passes = [np.random.default_rng((self.seed, source, p)).permutation(size) for p in range(first, last + 1)]
+            rows = np.concatenate(passes)[epoch * count - first * size :][:count]
+            picks.append(np.stack([np.full(count, source), rows], 1))
+        rng = np.random.default_rng((self.seed, 1_000_003, epoch))
+        picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
+        if self.packs is None:
+            lengths = np.concatenate([data.lengths.max(1) for data in self.sets])
+            offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
+            width = self.window * self.batch_size
+            windows = [picks[i : i + width] for i in range(0, len(picks), width)]
+            keys = (lengths[offsets[w[:, 0]] + w[:, 1]] for w in windows)
+            picks = np.concatenate([w[np.argsort(key, kind="stable")] for w, key in zip(windows, keys)])
+        return rng.permutation(picks.reshape(-1, self.batch_size, 2))
+
+    def picks(self, step: int) -> np.ndarray:
+        epoch, at = divmod(step, self.steps_per_epoch)
+        return self._epochs(epoch)[at]
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """This process's share of the batch: tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for
+        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row."""
+        picks = self.picks(step)
+        share = self.batch_size // jax.process_count()
+        mine = picks[jax.process_index() * share :][:share]
+        if self.packs is not None:
+            return self._packed(mine)
+        longest = max(self.sets[s].lengths[r].max() for s, r in picks)  # of all processes: one shape everywhere
+        return self._padded(mine, bucket(longest, self.length))
+
+    def _padded(self, picks, width):
+        sides = self.sets[0].sides
+        shape = (len(picks), sides, width)
+        tokens = np.full(shape, self.pad, np.int32)
+        mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        left = self.sets[0].kind == "prompts"  # prompts end where the response begins
+        for i, (source, row) in enumerate(picks):
+            for side in range(sides):
+                ids, scored = self.sets[source].sequence(row, side)
+                place = slice(width - len(ids), width) if left else slice(0, len(ids))
+                tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
+        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
+        batch = dict(tokens=tokens, mask=mask, segments=segments)
+        batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
+        return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
+
+    def _packed(self, picks):
+        shape = (len(picks), self.length)
+        tokens = np.full(shape, self.pad, np.int32)
+        mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        for i, (source, row) in enumerate(picks):
+            at = 0
+            for segment, (document, start, size) in enumerate(self.packs[source][row], 1):
+                ids, scored = self.sets[source].sequence(document)
+                place = slice(at, at + size)
+                tokens[i, place], segments[i, place] = ids[start : start + size], segment
+                mask[i, place] = scored[start : start + size]
+                mask[i, at] = 0  # a document's first token has nothing before it to predict it from
+                at += size
+        return dict(tokens=tokens, mask=mask, segments=segments)
+
+    def rows(self, batch) -> list[dict]:
+        """The rows of a batch of prompts, as they were written."""
+        return [self.sets[source].row(row) for source, row in batch["index"]]
+
+    def stream(self, start: int, stop: int, ahead: int = 2):
+        """Batches start..stop-1, made on a thread while the device works."""
+        with ThreadPoolExecutor(1) as thread:
+            waiting = [thread.submit(self, step) for step in range(start, min(start + ahead, stop))]
+            for step in range(start, stop):
+                if step + ahead < stop:
+                    waiting.append(thread.submit(self, step + ahead))
+                yield waiting.pop(0).result()
+
+
+def bucket(longest: int, length: int, buckets: int = 4) -> int:
+    """The narrowest of `buckets` widths up to `length` that holds `longest`."""
+    step = -(-length // buckets // 8) * 8 or 8
+    return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
+
+
+def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:
+    """Documents into rows of `size` tokens: [(document, start, length), ...] a row. Longer documents are cut into whole
+    rows and a rest; rests go best-fit-decreasing, in shuffled windows so that a row mixes documents from all over."""
+    import bisect
+
+    rows, rests = [], []
+    for document, length in enumerate(lengths):
+        whole = int(length) // size * size
+        rows += [[(document, start, size)] for start in range(0, whole, size)]
+        if length - whole >= 2:
+            rests.append((document, whole, int(length) - whole))
+    order = np.random.default_rng(seed).permutation(len(rests))
+    for begin in range(0, len(order), window):
+        open_rows = []  # (room left, index of the row), sorted
+        for document, start, length in sorted((rests[i] for i in order[begin : begin + window]), key=lambda r: -r[2]):
+            fit = bisect.bisect_left(open_rows, (length, -1))
+            if fit < len(open_rows):
+                room, row = open_rows.pop(fit)
+            else:
+                room, row = size, len(rows)
+                rows.append([])
+            rows[row].append((document, start, length))
+            bisect.insort(open_rows, (room - length, row))
+    return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Devices: one mesh, one rule, the same code on one CPU and on many hosts
+
+
+def start(seed: int = 0):
+    """Join the other hosts where a cluster is detected (SLURM, Open MPI, Cloud TPU, Kubernetes, or JAX's own variables),
+    set the mesh, and return the run's random key."""
+    clustered = {"SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS", "CLOUD_TPU_TASK_ID"}
+    if any(os.environ.get(name, "1") != "1" for name in clustered) and not jax.distributed.is_initialized():
+        jax.distributed.initialize()
+    jax.set_mesh(make_mesh())
+    return jax.random.key(seed)
+
+
+def make_mesh(devices=None) -> jax.sharding.Mesh:
+    devices = jax.devices() if devices is None else devices
+    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+
+
+def shard_batch(x):
+    """Inside jit: keep rows spread over the data axis, so that weights are gathered and activations are not."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
+        return x
+    return lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
+
+
+def sharding(path, leaf, mesh) -> NamedSharding:
+    """FSDP in one rule: split a leaf's longest axis over the data axis, if it divides; small leaves stay whole. The
+    layer axis of stacked blocks is never split: the scan walks along it."""
+    n = mesh.shape["data"]
+    axes = range(1 if "blocks" in _path(path) else 0, leaf.ndim)
+    fits = [a for a in axes if leaf.shape[a] % n == 0]
+    if n == 1 or leaf.size < 2**14 or not fits:
+        return NamedSharding(mesh, P())
+    longest = max(fits, key=lambda a: leaf.shape[a])
+    return NamedSharding(mesh, P(*["data" if a == longest else None for a in range(leaf.ndim)]))
+
+
+def shard(tree, mesh=None):
+    """Parameters or optimiser state onto the mesh, each leaf by the rule."""
+    mesh = mesh or jax.sharding.get_mesh()
+    if mesh.empty:
+        return tree
+    return jax.tree_util.tree_map_with_path(lambda p, x: jax.device_put(x, sharding(p, x, mesh)), tree)
+
+
+def put_batch(batch: dict, mesh=None) -> dict:
+    """Host arrays -> device arrays, rows spread over the data axis; each process brings its own rows."""
+    mesh = mesh or jax.sharding.get_mesh()
+    if mesh.empty:
+        return jax.tree.map(jnp.asarray, batch)
+
+    def place(x):
+        rows = NamedSharding(mesh, P("data", *[None] * (np.ndim(x) - 1)))
+        return jax.make_array_from_process_local_data(rows, np.asarray(x))
+
+    return jax.tree.map(place, batch)
+
+
+def to_numpy(tree):
+    """Whole arrays on the host, whoever holds the parts."""
+    return jax.tree.map(lambda x: np.asarray(_to_host(x)), tree)
+
+
+def check_batch_size(batch_size: int, name="--batch-size"):
+    if batch_size % jax.device_count():
+        raise ValueError(f"{name} {batch_size} is not divisible by the {jax.device_count()} devices")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 10. Optimiser
+
+
+def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
+    """Linear warm-up to lr, then cosine, linear or constant down to final * lr at the last step."""
+    rest = max(steps - warmup, 1)
+    tails = dict(
+        cosine=optax.cosine_decay_schedule(lr, rest, alpha=final),
+        linear=optax.linear_schedule(lr, final * lr, rest),
+        constant=optax.constant_schedule(lr),
+    )
+    if kind not in tails:
+        raise ValueError(f"unknown schedule {kind!r}: {', '.join(tails)}")
+    return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
+
+
+def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8):
+    """AdamW on the global gradient clipped to norm `clip`. Decay is for the matrices of linear layers alone, found by
+    name: a stacked norm scale has two axes as well."""
+    decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
+    adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
+
+
+def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
+    """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics), as one big batch would give them.
+
+    The loss is a mean over `count(batch)` items (tokens, pairs). With micro-batches each part's mean is weighted by its
+    own count: a mean of means would be wrong as soon as the counts differ.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        return value_and_grad(model, batch)
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % micro_batches:
+            raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
+    # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+    counts = jax.vmap(count)(parts).astype(jnp.float32)
+    weights = counts / jnp.maximum(counts.sum(), 1)
+
+    def add(total, part):
+        out = value_and_grad(model, part[0])
+        return jax.tree.map(lambda a, b: a + part[1] * b, total, out), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
+    return lax.scan(add, zeros, (parts, weights))[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 11. The run folder
+
+CACHE_NOTE = "compiling the first step"
+
+
+def progress(total=None, **options):
+    """A progress bar on a terminal and silence in a log file."""
+    from tqdm import tqdm
+
+    return tqdm(total=total, disable=None, dynamic_ncols=True, **options)
+
+
+def load_function(name: str):
+    """`module:function` -> the function; modules are looked up in the working directory too."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r} is not module:function")
+    sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load {name}: {error}") from None
+    finally:
+        sys.path.pop(0)
+
+
+class Run:
+    """A training script's folder and its clock.
+
+        run = gpt.Run(config, steps)                      # makes out/NAME, or refuses to overwrite it
+        state, first = run.restore(state)                 # --resume: the last checkpoint
+        for step in run.steps(first):
+            state, metrics = train_step(state, ...)
+            run.log(step, metrics)                        # written one step later: the device is never waited for
+            run.checkpoint(step, state)                   # every --save-every steps, and when asked to stop
+        run.finish(model, tokenizer)
+
+    `config` is the script's dataclass: its out, resume, overwrite, save_every, seed and track are read. The folder holds
+    config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl, checkpoint/ and, at the end,
+    the model. Ctrl-C and SIGTERM end the step under way, save and stop.
+    """
+
+    def __init__(self, config, steps: int, data_hashes=None, **notes):
+        self.config, self.total, self.out = config, steps, Path(config.out)
+        self.main = jax.process_index() == 0
+        self.stopping, self._pending, self._bar, self._manager = None, None, None, None
+        self._saved = 0
+        if not config.resume and self.out.exists() and any(self.out.iterdir()):
+            if not config.overwrite:
+                raise FileExistsError(f"{self.out} is not empty: --resume continues it, --overwrite starts it anew")
+            if self.main:
+                for name in ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json"):
+                    remove(self.out / name)
+        self.out.mkdir(parents=True, exist_ok=True)
+        self.info = dict(
+            script=Path(sys.argv[0]).name,
+            command=" ".join(sys.argv),
+            config={f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
+            seed=config.seed,
+            versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, eqx, optax, np)},
+            devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            data=data_hashes or {},
+            **notes,
+        )
+        if self.main and not (self.out / "config.json").exists():
+            write_json(self.out / "config.json", {"run": self.info})
+        self._print_header()
+
+    def _print_header(self):
+        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
+        changed = {k: v for k, v in vars(self.config).items() if v != defaults[k]}
+        if self.main:
+            print(f"{self.info['script']} -> {self.out} on {self.info['devices']}; {self.total:,} steps")
+            print(
+                "  " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) if changed else "  defaults"
+            )
+
+    # checkpoints -----------------------------------------------------------------------------------------------------
+
+    @property
+    def manager(self):
+        if self._manager is None:
+            import orbax.checkpoint as ocp
+
+            options = ocp.CheckpointManagerOptions(max_to_keep=1, enable_async_checkpointing=True)
+            self._manager = ocp.CheckpointManager((self.out / "checkpoint").absolute(), options=options)
+        return self._manager
+
+    def restore(self, state):
+        """(state, first step): the last checkpoint with --resume, otherwise what was given and 0."""
+        if not self.config.resume:
+            return state, 0
+        import orbax.checkpoint as ocp
+
+        step = self.manager.latest_step()
+        if step is None:
+            print(f"{self.out} has no checkpoint yet: starting from step 0")
+            self._cut_logs(0)
+            return state, 0
+        leaves, tree = jax.tree_util.tree_flatten_with_path(state)
+        wanted = {_path(p): jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding) for p, x in leaves}
+        try:
+            found = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
+        except ValueError as error:
+            raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {error}") from None
+        self._cut_logs(step)
+        self._saved = step
+        print(f"continuing {self.out} at step {step:,}")
+        return jax.tree_util.tree_unflatten(tree, [found[_path(p)] for p, _ in leaves]), step
+
+    def checkpoint(self, step: int, state):
+        """Save when it is time, or when a signal asks to stop; then the process ends here."""
+        done = step + 1
+        if not (self.stopping or done % self.config.save_every == 0 or done == self.total):
+            return
+        import orbax.checkpoint as ocp
+
+        self.flush()  # a NaN is found before it is saved
+        leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
+        if done != self._saved:
+            self.manager.save(done, args=ocp.args.StandardSave(leaves))
+            self._saved = done
+        if self.stopping:
+            self.manager.wait_until_finished()
+            self.close()
+            print(f"\nstopped by {self.stopping} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            raise SystemExit(1)
+
+    def _cut_logs(self, step: int):
+        """Forget what was logged after the checkpoint: those steps will be run again."""
+        for name in ("metrics.jsonl", "samples.jsonl") if self.main else ():
+            file = self.out / name
+            if file.exists():
+                lines = [line for line in file.read_text().splitlines() if _step_of(line) < step]
+                write_atomic(file, lambda f, lines=lines: Path(f).write_text("".join(line + "\n" for line in lines)))
+
+    # steps and metrics -----------------------------------------------------------------------------------------------
+
+    def steps(self, first: int):
+        """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
+        self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
+        self._tracker = start_tracker(self.config, self.info) if self.main else None
+        self._bar = progress(total=self.total, initial=first, desc=f"{self.out.name} ({CACHE_NOTE})", unit="step")
+        before = (
+            {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        )
+        self._clock = time.perf_counter()
+        try:
+            for step in range(first, self.total):
+                yield step
+                self._bar.update()
+            self.flush()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+            self.close()
+
+    def _ask_to_stop(self, number, frame):
+        if self.stopping:
+            raise KeyboardInterrupt
+        self.stopping = signal.Signals(number).name
+
+    def log(self, step: int, metrics: dict):
+        """Keep this step's metrics (device arrays are fine) and write the previous step's."""
+        self.flush()
+        now = time.perf_counter()
+        self._pending = (step, metrics | {"seconds": now - self._clock})
+        self._clock = now
+
+    def flush(self):
+        if self._pending is None:
+            return
+        (step, metrics), self._pending = self._pending, None
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
+        if self._log:
+            print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
+        if self._tracker:
+            self._tracker(metrics, step)
+        if not np.isfinite(metrics.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss of step {step} is {metrics['loss']}. The last good state is in {self.out}/checkpoint. "
+                "Try a lower --lr, a longer --warmup, --dtype float32, or look at the batch of that step."
+            )
+        self._bar.set_description(self.out.name)
+        shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
+        self._bar.set_postfix(shown)
+        if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
+            print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+    def sample(self, step: int, **record):
+        """Keep a sample in samples.jsonl and show it."""
+        if self.main:
+            with open(self.out / "samples.jsonl", "a") as file:
+                file.write(json.dumps({"step": step} | record) + "\n")
+            lines = [
+                f"  {name}: {value if isinstance(value, str) else round(value, 3)}" for name, value in record.items()
+            ]
+            self._bar.write(f"-- step {step}\n" + "\n".join(line.replace("\n\n", " ") for line in lines))
+
+    def warn(self, text: str):
+        if self.main:
+            self._bar.write(f"warning: {text}", file=sys.stderr)
+
+    def finish(self, model, tokenizer):
+        """Wait for the last checkpoint and write the model folder."""
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+        save(self.out, model, tokenizer, {"run": self.info})
+        if self.main:
+            print(f"wrote {self.out}")
+
+    def close(self):
+        if self._bar is not None:
+            self._bar.close()
+        if self._manager is not None:
+            self._manager.wait_until_finished()
+        if getattr(self, "_log", None):
+            self._log.close()
+
+
+SHOWN = {
+    "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
+    "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
+}  # fmt: skip
+
+
+def _main_thread():
+    import threading
+
+    return threading.current_thread() is threading.main_thread()
+
+
+def _step_of(line: str) -> float:
+    try:
+        return json.loads(line)["step"]
+    except ValueError:
+        return float("inf")  # a line cut short by a kill
+
+
+def remove(path: Path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def start_tracker(config, info):
+    """log(metrics, step) of --track wandb, tensorboard or trackio; None without."""
+    kind = getattr(config, "track", None)
+    if not kind:
+        return None
+    try:
+        if kind == "tensorboard":
+            from tensorboardX import SummaryWriter
+
+            writer = SummaryWriter(str(Path(config.out) / "tensorboard"))
+            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
+        tracker = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[kind])
+    except ImportError as error:
+        raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
+    tracker.init(project="rlhf", name=Path(config.out).name, config=info)
+    return lambda metrics, step: tracker.log(metrics, step=step)
