@@ -153,7 +153,7 @@ def attention(q, k, v, mask):
 
 
 def rope_angles(config: Config, positions):
-    """Cosines and sines (B, 1, T, E/2) of the rotary embedding (arXiv:2104.09864), with Llama 3's long-context scale."""
+    """Cosines and sines (B, 1, T, E/2) of the rotary embedding (arXiv:2104.09864), with Llama 3's long-context rule."""
     E = config.head_dim
     frequency = config.rope_theta ** (-np.arange(0, E, 2) / E)
     if config.rope_scaling:  # slow waves are stretched by `factor`, fast ones kept, those between blended
@@ -323,6 +323,10 @@ def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> Sco
     return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
 
 
+def count_parameters(model) -> int:
+    return sum(x.size for x in jax.tree.leaves(model))
+
+
 def cast(tree, dtype):
     """Every floating array of a pytree in another precision: fp32 master weights -> a bf16 copy at the point of use."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
@@ -371,6 +375,17 @@ def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array,
         return chosen - lse, entropy
 
     return map_columns(piece, model.config.vocab_size, hidden, targets)
+
+
+def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Float[Array, "B T"]:
+    """KL(model || other) of the next-token distributions at each position, over the whole vocabulary, in nats."""
+
+    def piece(hidden, other_hidden):
+        p = jax.nn.log_softmax(model.logits(hidden) / temperature)
+        q = jax.nn.log_softmax(other.logits(other_hidden) / temperature)
+        return (jnp.exp(p) * (p - q)).sum(-1)
+
+    return map_columns(piece, 2 * model.config.vocab_size, hidden, other_hidden)
 
 
 def map_columns(piece, width: int, *arrays):
@@ -830,6 +845,8 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     hf = json.loads((path / "config.json").read_text())
     config = config_from_hf(hf, path / "config.json")
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
+    if scores:
+        config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
     model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
@@ -916,7 +933,9 @@ def _canonical_names(config: Config, tensors: dict) -> dict:
         if ".attn.c_attn." in name:
             parts = np.split(array, 3, axis=-1) if array.shape[-1] % 3 == 0 else [array] * 3
             renamed |= {name.replace("c_attn", x): part for x, part in zip("qkv", parts)}
-        elif not (name == "lm_head.weight" and (config.tied or "score.weight" in tensors)):
+        elif name == "lm_head.weight" and config.tied:
+            renamed.setdefault(layout(config)[0][1], array)  # stored under either name, or both
+        else:
             renamed[name] = array
     return renamed
 
@@ -1277,6 +1296,34 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped)))
 
 
+def find_kind(data, kinds) -> str:
+    """Which of `kinds` the first row of the data is."""
+    path = parse_sources(data)[0][0]
+    with open_text(path) as lines:
+        row = parse_json(next((line for line in lines if line.strip()), "{}"))
+    for kind in kinds:
+        try:
+            check_row(row, kind)
+            return kind
+        except BadRow:
+            continue
+    known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
+    raise BadRow(f"{path}:1: keys {', '.join(row) or 'none'} fit none of what this script reads: {known}")
+
+
+def heldout_file(data) -> str | None:
+    """NAME-heldout.jsonl beside NAME.jsonl, where it exists."""
+    path = Path(parse_sources(data)[0][0])
+    name, dot, rest = path.name.partition(".")
+    beside = path.with_name(f"{name}-heldout{dot}{rest}")
+    return str(beside) if beside.is_file() else None
+
+
+def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, their_name):
+    if theirs is None or ours.fingerprint != theirs.fingerprint:
+        raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
+
+
 @lru_cache
 def file_hash(path) -> str:
     with open(path, "rb") as f:
@@ -1308,11 +1355,14 @@ class Batches:
 
     window = 50
 
-    def __init__(self, data, kind, tokenizer, batch_size, length, seed, packed=False, suffix=(), skip_bad=False):
+    def __init__(
+        self, data, kind, tokenizer, batch_size, length, seed, packed=False, suffix=(), skip_bad=False, score_all=False
+    ):
         sources = parse_sources(data)
         self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
         self.weights = [weight for _, weight in sources]
         self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
+        self.score_all = score_all  # the prompt's tokens too
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
         processes = jax.process_count()
         if batch_size % processes:
@@ -1376,6 +1426,8 @@ class Batches:
                 tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         batch = dict(tokens=tokens, mask=mask, segments=segments)
+        if self.score_all:
+            batch["mask"] = segments
         batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
 
@@ -1489,6 +1541,7 @@ def shard(tree, mesh=None):
 
 def put_batch(batch: dict, mesh=None) -> dict:
     """Host arrays -> device arrays, rows spread over the data axis; each process brings its own rows."""
+    batch = {name: x for name, x in batch.items() if name != "index"}
     mesh = mesh or jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
@@ -1572,6 +1625,20 @@ def progress(total=None, **options):
     from tqdm import tqdm
 
     return tqdm(total=total, disable=None, dynamic_ncols=True, **options)
+
+
+def cli(main, config_class, description: str):
+    """Parse the command line and run. Exit codes: 0 done, 1 the run failed (one line; DEBUG=1 shows where), 2 usage."""
+    import tyro
+
+    config = tyro.cli(config_class, description=description)
+    try:
+        main(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def load_function(name: str):

@@ -1,0 +1,763 @@
+"""Raw preference data, demonstrations or text -> clean rows in data/NAME, split by prompt; every drop is reported.
+
+    python prepare.py --data hh-rlhf/*/train.jsonl.gz --out data/hh          # then sft.py, reward.py, ppo.py, dpo.py
+    python prepare.py --data hub:Anthropic/hh-rlhf --heldout-data hub:Anthropic/hh-rlhf/test --out data/hh
+    python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --out data/mix
+    python prepare.py --data TinyStories.txt.gz --out data/stories           # documents between <|endoftext|>
+    python prepare.py --data reviews.txt --separator '\\n' --out data/reviews # a document a line
+
+Pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts; thumbs
+thumbs and prompts; text text.jsonl; each with a NAME-heldout.jsonl, and report.json beside them. Sources are .jsonl,
+.json (also one big array) and plain text, all of them also .gz, and hub:ORG/NAME[/SPLIT[/CONFIG]]. Rows come in the
+project's formats (gpt.py, section 7) or in these spellings; other keys than the texts and CARRIED are left out:
+    {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
+    {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
+    {conversations: [{from, value}], chosen, rejected}, sharegpt                pairs; without the sides: demos
+    {messages, label}                                  thumbs on the last message
+    {instruction, input, output}, alpaca               demos, as messages
+    {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
+    {turns: [...]}, MT-bench                           prompts: the first turn
+
+Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
+--heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
+together. With --heldout-data the files decide, and training rows whose first turn occurs in those files are dropped.
+Mixing. Weighted sources are read in turn, so that at every point the rows kept so far have the given proportions; the
+mixture ends where the first source ends. Sources without weights are read one after the other.
+Memory. Rows stream; what stays is 8 bytes for each key of the exact-duplicate search in a table at most 3/4 full (three
+keys a pair: up to 64 bytes a row, 96 while the table doubles), however long the texts. The search for near duplicates
+remembers the last 131,072 rows in 50 MB, ratings wait for others of their prompt among the last 4,096 prompts, and a
+text document without a separator is cut after a million characters.
+"""
+
+import gzip
+import hashlib
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+import unicodedata
+import zlib
+from array import array
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import tyro
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    """Clean rows from raw data."""
+
+    data: tuple[str, ...]  # files or hub:ORG/NAME[/SPLIT], each with an optional weight (a.jsonl:0.7 b.jsonl:0.3)
+    out: Path  # folder of the clean rows
+    heldout_data: tuple[str, ...] = ()  # files whose rows are the held-out rows, instead of a share of --data
+    heldout: float = 0.05  # share of prompts that is held out
+    seed: int = 0  # of the split
+    kind: Literal["auto", "text", "demos", "pairs", "thumbs", "prompts"] = "auto"  # auto: what the first row's keys say
+    separator: str = ""  # between plain text documents; empty: <|endoftext|> if the file has it, else a blank line
+    limit: int = 0  # stop after this many kept rows (0: none)
+
+    max_words: int = 2000  # longest prompt + answer; longer rows are dropped (0: no limit; documents have none)
+    max_chars: int = 0  # the same in characters, and for documents too (0: no limit)
+    truncate_words: int = 0  # drop pairs that agree in their first so many words, as training would cut them (0: never)
+    near_duplicates: bool = False  # drop rows whose 3-word shingles are 80% those of an earlier row
+    skip_bad_rows: bool = False  # count rows that cannot be read instead of stopping at the first
+    overwrite: bool = False  # replace the files of an earlier run
+
+
+class Dropped(Exception):
+    """A readable row that training should not see; the message is the reason it is counted under."""
+
+
+# ------------------------------------------------------------------------------------------------------------- reading
+
+UNREADABLE = {".csv", ".tsv", ".parquet", ".arrow", ".zip", ".xlsx", ".zst"}
+DOCUMENT_LIMIT = 1_000_000  # characters of one plain-text document
+
+
+def read_source(name: str, separator: str = ""):
+    """Yield ("file:line", raw row) of a file or a Hub data set."""
+    if name.startswith("hub:"):
+        yield from read_hub(name)
+        return
+    path = Path(name)
+    suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
+    if suffix in UNREADABLE:
+        raise ValueError(f"{name}: unknown format {suffix} (known: JSON lines, a JSON array, plain text, hub:ORG/NAME)")
+    try:
+        with gpt.open_text(path) as file:
+            if suffix not in (".json", ".jsonl", ".ndjson"):
+                yield from read_documents(file, name, separator)
+            elif file.read(64).lstrip("\ufeff \t\n").startswith("["):
+                file.seek(0)
+                yield from read_array(file, name)
+            else:
+                file.seek(0)
+                lines = enumerate(file, 1)
+                yield from ((f"{name}:{number}", line.lstrip("\ufeff")) for number, line in lines if line.strip())
+    except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise ValueError(f"{name}: not whole UTF-8 text ({error})") from None
+
+
+def read_hub(name: str):
+    try:
+        import datasets
+    except ImportError:
+        raise ValueError(f"{name} needs the `hub` extra: pip install datasets") from None
+    organisation, dataset, split, config = (name.removeprefix("hub:").split("/") + ["", ""] * 2)[:4]
+    options = dict(split=split or "train", streaming=True)
+    try:
+        rows = datasets.load_dataset(f"{organisation}/{dataset}", config or None, **options)
+    except Exception as error:  # of many kinds: no network, no such set, a configuration to choose
+        raise ValueError(f"cannot read {name}: {error}") from None
+    yield from ((f"{name}:{number}", dict(row)) for number, row in enumerate(rows, 1))
+
+
+def read_array(file, name: str):
+    """The objects of one JSON array, a megabyte at a time."""
+    decoder, buffer, line, opened = json.JSONDecoder(), "", 1, False
+    while chunk := file.read(1 << 20):
+        buffer, position = buffer + chunk, 0
+        while True:
+            start = re.compile(r"[\s,]*" if opened else r"[\s\ufeff]*\[\s*").match(buffer, position).end()
+            line, position, opened = line + buffer.count("\n", position, start), start, True
+            try:
+                row, end = decoder.raw_decode(buffer, position)
+            except ValueError:  # the rest of this object is in the next chunk, or it is broken
+                break
+            yield f"{name}:{line}", row
+            line, position = line + buffer.count("\n", position, end), end
+        buffer = buffer[position:]
+        if len(buffer) > 64 << 20:
+            break
+    if buffer.strip() != "]":
+        raise gpt.BadRow(f"{name}:{line}: not JSON (the array breaks off in {buffer[:40]!r})")
+
+
+def read_documents(file, name: str, separator: str):
+    """Plain text: {text} rows between separators."""
+    buffer, line = file.read(1 << 20), 1
+    separator = separator.replace("\\n", "\n") or ("<|endoftext|>" if "<|endoftext|>" in buffer else "")
+    split = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n")
+    while buffer:
+        chunk = file.read(1 << 20)
+        position = 0
+        for match in split.finditer(buffer):
+            yield f"{name}:{line}", {"text": buffer[position : match.start()].strip()}
+            line, position = line + buffer.count("\n", position, match.end()), match.end()
+        buffer = buffer[position:]
+        while len(buffer) > DOCUMENT_LIMIT or (buffer and not chunk):
+            end = buffer.rfind("\n", 0, DOCUMENT_LIMIT) + 1 if len(buffer) > DOCUMENT_LIMIT else len(buffer)
+            end = end or DOCUMENT_LIMIT
+            yield f"{name}:{line}", {"text": buffer[:end].strip()}
+            line, buffer = line + buffer.count("\n", 0, end), buffer[end:]
+        buffer += chunk
+
+
+# ------------------------------------------------------------------------------------- foreign spellings to the formats
+
+ROLES = {"human": "user", "gpt": "assistant"}
+CARRIED = ("id", "source", "margin", "weight", "label_p")  # what a row keeps beside its texts
+FORMATS = (
+    "{text}, {prompt, completion}, {messages}, {prompt, chosen, rejected}, {chosen, rejected}, {prompt}, "
+    "{prompt, completion, label}, {messages, label}, {prompt, completion, rating}, {instruction, input, output}, "
+    "{question, answer}, {conversations}, {conversations, chosen, rejected}, {turns}"
+)
+
+
+def convert(raw: str | dict) -> tuple[str, dict]:
+    """(kind, row in the project's spelling) of a line or an object; whatever is wrong with it comes as BadRow."""
+    row = gpt.parse_json(raw) if isinstance(raw, str) else raw
+    if not isinstance(row, dict):
+        raise gpt.BadRow(f"a {type(row).__name__}, not an object")
+    try:
+        kind, texts = convert_texts(row)
+    except (TypeError, AttributeError, LookupError) as error:
+        raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
+    return kind, take(row, *(("source",) if kind == "text" else CARRIED)) | texts
+
+
+def convert_texts(row: dict) -> tuple[str, dict]:
+    """ "ratings" are rows that become pairs with others of their prompt."""
+    if "chosen" in row and "rejected" in row:
+        return "pairs", convert_pair(row)
+    if {"prompt", "completion", "rating"} <= row.keys():
+        return "ratings", take(row, "prompt", "completion") | {"rating": number(row, "rating")}
+    if "label" in row and "messages" in row:
+        messages = to_messages(row["messages"])
+        return "thumbs", {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
+    if "label" in row and "completion" in row:
+        return "thumbs", take(row, "prompt", "completion", "label")
+    if "completion" in row:
+        return "demos", take(row, "prompt", "completion")
+    if "messages" in row or "conversations" in row:
+        return "demos", {"messages": to_messages(row.get("messages") or row["conversations"])}
+    if "instruction" in row and "output" in row:
+        return "demos", exchange("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
+    if "question" in row and "answer" in row:
+        result = {"answer": row["answer"].rpartition("####")[2].strip()} if "####" in row["answer"] else {}
+        return "demos", exchange(row["question"], row["answer"]) | result
+    if "prompt" in row:
+        return "prompts", take(row, "prompt")
+    if "turns" in row:
+        return "prompts", {"prompt": [{"role": "user", "content": row["turns"][0]}]}
+    if "text" in row:
+        return "text", take(row, "text")
+    raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {FORMATS}")
+
+
+def take(row: dict, *names: str) -> dict:
+    return {name: row[name] for name in names if row.get(name) is not None}
+
+
+def number(row: dict, name: str) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise gpt.BadRow(f"`{name}` is {value!r}, not a number")
+    return value
+
+
+def to_messages(value) -> list[dict]:
+    """{role, content} messages from those or from sharegpt's {from, value}, also from a single one."""
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
+    messages = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+    if any(not isinstance(part, str) for message in messages for part in message):
+        raise gpt.BadRow("a message needs a role and a content that are text")
+    return [{"role": ROLES.get(role, role), "content": content} for role, content in messages]
+
+
+def exchange(question: str, answer: str) -> dict:
+    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"prompt": [user], "completion": [assistant]}
+
+
+def convert_pair(row: dict) -> dict:
+    sides = {
+        name: row[name] if isinstance(row[name], str) else to_messages(row[name]) for name in ("chosen", "rejected")
+    }
+    prompt = row.get("prompt", row.get("conversations"))
+    if prompt is not None and not isinstance(prompt, str):
+        prompt = to_messages(prompt)
+    if isinstance(prompt, str) and isinstance(sides["chosen"], list):
+        # sides that are whole conversations repeat the prompt; sides that are single messages want one before them
+        prompt = to_messages({"role": "user", "content": prompt}) if len(sides["chosen"]) == 1 else None
+    if prompt is not None:
+        sides["prompt"] = prompt
+    else:
+        try:
+            sides = gpt.split_implicit(sides)
+        except gpt.BadRow:
+            if type(sides["chosen"]) is not type(sides["rejected"]):
+                raise
+            raise Dropped("empty" if not all(sides.values()) else "no prompt that both sides share") from None
+    if "score_chosen" in row and "score_rejected" in row:
+        sides["margin"] = round(number(row, "score_chosen") - number(row, "score_rejected"), 6)
+    return take(sides, "prompt", "chosen", "rejected", "margin")
+
+
+def as_kind(found: str, row: dict, kind: str) -> list[dict]:
+    """The row as one or more rows of the kind that is wanted."""
+    if found == kind or (found, kind) == ("ratings", "pairs"):
+        return [row]
+    if kind == "prompts" and found != "text":
+        return [prompt_row(row)]
+    if found == "pairs" and kind in ("demos", "thumbs"):
+        if kind == "demos":
+            return [demo_row(row)]
+        if row["chosen"] == row["rejected"]:
+            raise Dropped("equal sides")
+        rest = take(row, "prompt", "id", "source", "weight")
+        return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    raise gpt.BadRow(f"this row holds {found}, not {kind}")
+
+
+def prompt_row(row: dict) -> dict:
+    if "messages" in row:
+        roles = [message["role"] for message in row["messages"]]
+        last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
+        row = row | {"prompt": row["messages"][:last]}
+    return take(row, "prompt", "answer", "id", "source")
+
+
+def demo_row(row: dict) -> dict:
+    return {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source")
+
+
+RATING_WINDOW = 4096  # prompts whose ratings are held until others of the same prompt come
+
+
+def pair_ratings(rows, report):
+    """Rated answers -> a pair of every two answers to one prompt whose ratings differ."""
+    groups: dict[int, list] = {}
+    for where, row in rows:
+        if "rating" not in row:
+            yield where, row
+            continue
+        groups.setdefault(key_of(flat(row["prompt"])), []).append((where, row))
+        if len(groups) > RATING_WINDOW:
+            yield from pairs_of(groups.pop(next(iter(groups))), report)
+    for group in groups.values():
+        yield from pairs_of(group, report)
+
+
+def pairs_of(group: list, report):
+    if len(group) == 1:
+        report.count("dropped", "one rating for its prompt", *group[0])
+    for (where, first), (_, second) in itertools.combinations(group, 2):
+        if first["rating"] == second["rating"]:
+            report.count("dropped", "equal ratings", where, second)
+            continue
+        low, high = sorted((first, second), key=lambda row: row["rating"])
+        rest = take(high, "prompt", "id", "source", "weight")
+        margin = round(high["rating"] - low["rating"], 6)
+        yield where, rest | {"chosen": high["completion"], "rejected": low["completion"], "margin": margin}
+
+
+# ------------------------------------------------------------------------------------------------------------ cleaning
+
+TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "text")
+# Removed: controls, blanks of no width, direction marks, byte-order marks, lone surrogates, invisible tags. The two
+# joiners U+200C and U+200D stay: Persian and Indic words and composed emoji are spelt with them.
+INVISIBLE = re.compile(
+    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+LINE_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
+BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
+TRAILING = re.compile(r"[ \t]+(?=\n)")
+
+
+def clean_text(text: str, repairs: set) -> str:
+    before = text
+    if not text.replace("\n", " ").replace("\t", " ").isprintable():  # a fast way to see that there is nothing to do
+        text = INVISIBLE.sub("", BLANKS.sub(" ", LINE_BREAKS.sub("\n", text)))
+        if text != before:
+            repairs.add("control characters and odd blanks")
+    if not unicodedata.is_normalized("NFC", text):
+        text = unicodedata.normalize("NFC", text)
+        repairs.add("Unicode not in NFC")
+    before = text
+    if " \n" in text or "\t\n" in text:
+        text = TRAILING.sub("", text)
+    text = text.rstrip()
+    if len(text) != len(before):
+        repairs.add("blanks at the end of lines")
+    return text
+
+
+def clean_value(value, name: str, repairs: set):
+    if isinstance(value, str):
+        text = clean_text(value, repairs)
+        return text.lstrip("\n") if name == "text" else text
+    if isinstance(value, list):
+        return [m | {"content": clean_text(m["content"], repairs).lstrip()} for m in to_messages(value)]
+    raise gpt.BadRow(f"`{name}` is {type(value).__name__}, not text or messages")
+
+
+def clean_row(row: dict, repairs: set) -> dict:
+    """The row with clean texts. Answers of a transcript keep the one blank that follows `Assistant:`."""
+    clean = row | {name: clean_value(row[name], name, repairs) for name in TEXTS if name in row}
+    if isinstance(clean.get("prompt"), str) and clean["prompt"].endswith("\n\nAssistant:"):
+        for name in ("chosen", "rejected", "completion"):
+            if isinstance(clean.get(name), str):
+                clean[name] = " " + clean[name].strip()
+    return clean
+
+
+def flat(value) -> str:
+    return value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)
+
+
+def texts_of(row: dict) -> dict[str, str]:
+    return {name: flat(row[name]) for name in TEXTS if name in row}
+
+
+def first_turn(row: dict) -> str:
+    """The first human turn (all of a text), lower case and with single blanks: what the split is made by."""
+    value = row.get("prompt") or row.get("messages") or row.get("text") or ""
+    if isinstance(value, list):
+        value = next((m["content"] for m in value if m["role"] == "user"), value[0]["content"])
+    elif "\n\nHuman:" in value:
+        value = value.partition("\n\nHuman:")[2].partition("\n\nAssistant:")[0]
+    return " ".join(value.lower().split())
+
+
+def check(row: dict, texts: dict, words: dict, turn: str, config: Config):
+    """Raise Dropped for a row that is no use for training."""
+    values = [row[name] for name in TEXTS if name in row]
+    messages = [message for value in values if isinstance(value, list) for message in value]
+    if not all(words.values()) or not all(m["content"] for m in messages) or ("prompt" in row and not turn):
+        raise Dropped("empty")
+    answers = [name for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)]
+    if any(turn in row[name] for name in answers for turn in ("\n\nHuman:", "\n\nAssistant:")):
+        raise Dropped("a further turn within an answer")
+    prompt = len(words.get("prompt", ()))
+    length = prompt + max((len(w) for name, w in words.items() if name not in ("prompt", "text")), default=0)
+    chars = len(texts.get("prompt", "")) + max((len(t) for name, t in texts.items() if name != "prompt"), default=0)
+    if 0 < config.max_words < length or 0 < config.max_chars < chars:
+        raise Dropped("over-long")
+    if "chosen" in row:
+        if words["chosen"] == words["rejected"]:
+            raise Dropped("equal sides")
+        room = max(config.truncate_words - prompt, 0)
+        if config.truncate_words and words["chosen"][:room] == words["rejected"][:room]:
+            raise Dropped("equal sides after truncation")
+
+
+# ---------------------------------------------------------------------------------------------------------- duplicates
+
+
+def key_of(*texts: str) -> int:
+    """64 bits, never 0. Ten million rows have a chance of 1 in 40,000 that two unlike ones share a key."""
+    digest = hashlib.blake2b("\0".join(texts).encode("utf-8", "replace"), digest_size=8).digest()
+    return int.from_bytes(digest, "little") or 1
+
+
+class Seen:
+    """A set of 64-bit keys in an open-addressing table: 11 to 21 bytes a key; a set of integers takes about 90."""
+
+    def __init__(self):
+        self.slots, self.used = array("Q", [0]) * 4096, 0
+
+    def __contains__(self, key: int) -> bool:
+        return self.slots[self._find(key)] != 0
+
+    def add(self, key: int) -> bool:
+        """True if the key is new."""
+        slot = self._find(key)
+        if self.slots[slot]:
+            return False
+        self.slots[slot] = key
+        self.used += 1
+        if 4 * self.used > 3 * len(self.slots):
+            old, self.slots = self.slots, array("Q", [0]) * (2 * len(self.slots))
+            for key in filter(None, old):
+                self.slots[self._find(key)] = key
+        return True
+
+    def _find(self, key: int) -> int:
+        slots, mask = self.slots, len(self.slots) - 1
+        slot = key & mask
+        while slots[slot] and slots[slot] != key:
+            slot = (slot + 1) & mask
+        return slot
+
+
+class NearSearch:
+    """MinHash (Broder 1997) over 3-word shingles: the share of equal minima estimates the Jaccard similarity.
+
+    Candidates share one of 16 bands of 4 minima: at similarity 0.8 all but 0.02% do. Only the last ROWS rows are
+    remembered, and a band's slot knows only its latest row: memory is fixed, and far-off duplicates can be missed.
+    """
+
+    ROWS, BANDS, PER_BAND, BITS, SIMILAR = 1 << 17, 16, 4, 18, 0.8
+
+    def __init__(self):
+        rng = np.random.default_rng(0)
+        self.factors = 2 * rng.integers(1 << 63, size=self.BANDS * self.PER_BAND, dtype=np.uint64) + 1
+        self.signatures = np.zeros((self.ROWS, self.BANDS * self.PER_BAND), np.uint32)
+        self.tables = np.zeros((self.BANDS, 1 << self.BITS), np.int32)
+        self.next = 0
+
+    def add(self, text: str) -> bool:
+        """True if no remembered text is near this one, which is then remembered."""
+        words = text.lower().split()
+        shingles = {zlib.crc32(" ".join(words[i : i + 3]).encode()) for i in range(max(1, len(words) - 2))}
+        hashes = np.fromiter(shingles, np.uint64, len(shingles)) + 1
+        minima = (hashes[:, None] * self.factors >> 32).min(0)
+        bands = (minima.reshape(self.BANDS, -1) * self.factors[: self.PER_BAND]).sum(1) * self.factors[0]
+        slots = (np.arange(self.BANDS), bands >> (64 - self.BITS))
+        similar = (self.signatures[self.tables[slots]] == minima).mean(1)
+        if similar.max() >= self.SIMILAR:
+            return False
+        self.signatures[self.next], self.tables[slots] = minima, self.next
+        self.next = (self.next + 1) % self.ROWS
+        return True
+
+
+def near_text(row: dict) -> str:
+    """What two comparisons must share to be near duplicates: the last human turn and the answers. With the whole
+    dialogue, new answers late in a long dialogue would look like a repetition."""
+    prompt = row.get("prompt", "")
+    prompt = prompt[-1]["content"] if isinstance(prompt, list) else prompt.rpartition("\n\nHuman:")[2]
+    return " ".join([prompt, *(text for name, text in texts_of(row).items() if name != "prompt")])
+
+
+# -------------------------------------------------------------------------------------------------------------- report
+
+
+class Report:
+    """Counts with up to three examples each; lengths as a histogram, so that percentiles are exact."""
+
+    def __init__(self):
+        self.read, self.kept = Counter(), Counter()
+        self.dropped, self.repaired = {}, {}  # reason -> {count, examples}
+        self.lengths: dict[str, Counter] = {}
+        self.longer = Counter()  # of pairs with sides of unlike length: the longer side is the chosen one, or not
+
+    def count(self, group: str, reason: str, where: str, row):
+        entry = getattr(self, group).setdefault(reason, {"count": 0, "examples": []})
+        entry["count"] += 1
+        if entry["count"] <= 3:
+            text = " | ".join(map(shorten, row.values())) if isinstance(row, dict) else str(row)[:160]
+            entry["examples"].append({"at": where, "text": text})
+
+    def keep(self, words: dict):
+        for name, value in words.items():
+            self.lengths.setdefault(name, Counter())[len(value)] += 1
+        if "chosen" in words and len(words["chosen"]) != len(words["rejected"]):
+            self.longer[len(words["chosen"]) > len(words["rejected"])] += 1
+
+    def as_dict(self, kind: str, files: dict) -> dict:
+        by_count = lambda group: dict(sorted(group.items(), key=lambda item: -item[1]["count"]))
+        return {
+            "kind": kind,
+            "read": dict(self.read),
+            "kept": dict(self.kept),
+            "dropped": by_count(self.dropped),
+            "repaired": by_count(self.repaired),
+            "words": {name: percentiles(counts) for name, counts in self.lengths.items()},
+            "longer_side_chosen": self.longer[True] / self.longer.total() if self.longer else None,
+            "files": files,
+        }
+
+
+def shorten(value) -> str:
+    text = " ".join((flat(value) if isinstance(value, str | list) else str(value)).split())
+    return text.encode("utf-8", "replace").decode() if len(text) <= 70 else f"{text[:32]} ... {text[-32:]}"
+
+
+def percentiles(counts: Counter) -> dict:
+    lengths = sorted(counts)
+    ends = np.cumsum([counts[length] for length in lengths])
+    at = lambda share: int(lengths[np.searchsorted(ends, share * ends[-1])])
+    mean = sum(length * count for length, count in counts.items()) / ends[-1]
+    shares = {f"p{percent}": at(percent / 100) for percent in (10, 50, 90, 99)}
+    return {"mean": round(float(mean), 1)} | shares | {"max": lengths[-1]}
+
+
+def print_report(report: dict):
+    print(f"{report['kind']}: {sum(report['read'].values()):,} rows read, {sum(report['kept'].values()):,} kept")
+    for title in ("dropped", "repaired"):
+        for reason, entry in report[title].items():
+            example = entry["examples"][0]
+            print(f"  {title:8} {entry['count']:>9,}  {reason:38} {example['at']}: {example['text'][:70]}")
+    for name, stats in report["words"].items():
+        print(f"  words of {name:10} " + "  ".join(f"{key} {value:,}" for key, value in stats.items()))
+    if report["longer_side_chosen"] is not None:
+        print(f"  the longer side is the chosen one in {report['longer_side_chosen']:.1%}")
+    for name, entry in report["files"].items():
+        print(f"  {name:24} {entry['rows']:>9,} rows {entry['bytes'] / 1e6:10.1f} MB  sha256 {entry['sha256'][:16]}")
+        if not entry["rows"]:
+            print(f"  nothing fell into {name}: raise --heldout, or give --heldout-data")
+
+
+# -------------------------------------------------------------------------------------------------------- the pipeline
+
+
+class Cleaner:
+    """One pass over the sources; what it has seen is shared by all of them."""
+
+    def __init__(self, config: Config, kind: str):
+        self.config, self.kind, self.report = config, kind, Report()
+        self.seen, self.heldout_turns = Seen(), Seen()
+        self.near = NearSearch() if config.near_duplicates else None
+
+    def converted(self, name: str):
+        """(where, row) of the wanted kind."""
+        for where, raw in read_source(name, self.config.separator):
+            self.report.read[name] += 1
+            try:
+                for row in as_kind(*convert(raw), self.kind):
+                    yield where, row
+            except Dropped as reason:
+                self.report.count("dropped", str(reason), where, raw)
+            except gpt.BadRow as error:
+                self.bad(where, error)
+
+    def bad(self, where: str, error: Exception):
+        if not self.config.skip_bad_rows:
+            raise gpt.BadRow(f"{where}: {error} (--skip-bad-rows goes on without such rows)") from None
+        self.report.count("dropped", "bad row", where, str(error))
+
+    def rows(self, name: str, source: str | None, heldout: bool):
+        """(row, held out?) of one source: the rows that are kept."""
+        rows = self.converted(name)
+        if self.kind == "pairs":
+            rows = pair_ratings(rows, self.report)
+        for where, row in rows:
+            repairs = set()
+            try:
+                row = clean_row(row, repairs)
+                texts = texts_of(row)
+                words = {field: text.split() for field, text in texts.items()}
+                turn = first_turn(row)
+                check(row, texts, words, turn, self.config)
+                gpt.check_row(row, self.kind)
+                self.check_duplicates(row, texts, turn, heldout)
+            except Dropped as reason:
+                self.report.count("dropped", str(reason), where, row)
+                continue
+            except gpt.BadRow as error:
+                self.bad(where, error)
+                continue
+            for repair in sorted(repairs):
+                self.report.count("repaired", repair, where, row)
+            self.report.keep(words)
+            self.report.kept[name] += 1
+            share = 0 if self.config.heldout_data else self.config.heldout
+            out = heldout or key_of(str(self.config.seed), turn) < share * 2**64
+            yield row | {"source": row.get("source", source)} if source else row, out
+
+    def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool):
+        if heldout:
+            self.heldout_turns.add(key_of(turn))
+        elif self.config.heldout_data and key_of(turn) in self.heldout_turns:
+            raise Dropped("its prompt is in the held-out data")
+        if not self.seen.add(key_of("row", str(row.get("label")), *texts.values())):
+            raise Dropped("exact duplicate")
+        if self.near and not self.near.add(near_text(row)):
+            raise Dropped("near duplicate")
+
+
+def mix(streams: list, weights: list):
+    """Items of the streams in the given proportions until the first stream ends; without weights, one by one."""
+    if None in weights:
+        yield from itertools.chain(*streams)
+        return
+    taken = [0] * len(streams)
+    while True:
+        behind = min(range(len(streams)), key=lambda i: (taken[i] + 1) / weights[i])
+        item = next(streams[behind], None)
+        if item is None:
+            return
+        taken[behind] += 1
+        yield item
+
+
+ENCODE = json.JSONEncoder(ensure_ascii=False).encode
+DERIVED = {"pairs": ("prompts", "demos"), "demos": ("prompts",), "thumbs": ("prompts",)}
+
+
+class Outputs:
+    """The files of OUT, written in OUT/.partial and moved into place at the end: a kill leaves the old ones alone."""
+
+    def __init__(self, out: Path, kind: str, splits: tuple[str, ...]):
+        self.out, self.partial = out, out / ".partial"
+        shutil.rmtree(self.partial, ignore_errors=True)
+        self.partial.mkdir(parents=True)
+        names = [f"{name}{split}.jsonl" for name in (kind, *DERIVED.get(kind, ())) for split in splits]
+        self.files = {name: open(self.partial / name, "wb") for name in names}
+        self.hashes = {name: hashlib.sha256() for name in names}
+        self.counts, self.sizes = Counter(), Counter()
+
+    def write(self, name: str, row: dict):
+        line = ENCODE(row).encode() + b"\n"
+        self.files[name].write(line)
+        self.hashes[name].update(line)
+        self.counts[name] += 1
+        self.sizes[name] += len(line)
+
+    def close(self) -> dict:
+        for file in self.files.values():
+            file.flush()
+            os.fsync(file.fileno())
+            file.close()
+        return {
+            name: {"rows": self.counts[name], "bytes": self.sizes[name], "sha256": self.hashes[name].hexdigest()}
+            for name in self.files
+        }
+
+    def move(self):
+        for kind, split in itertools.product(gpt.KINDS, ("", "-heldout")):
+            name = f"{kind}{split}.jsonl"
+            if name in self.files:
+                (self.partial / name).replace(self.out / name)
+            else:  # of an earlier run on other data
+                (self.out / name).unlink(missing_ok=True)
+
+
+def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int):
+    """Write each row and what follows from it; several pairs of one prompt give it once."""
+    with gpt.progress(unit=" rows") as bar:
+        for row, heldout in itertools.islice(rows, limit or None):
+            split = "-heldout" if heldout else ""
+            outputs.write(f"{kind}{split}.jsonl", row)
+            for name in DERIVED.get(kind, ()):
+                derived = prompt_row(row) if name == "prompts" else demo_row(row)
+                if seen.add(key_of(name, *texts_of(derived).values())):
+                    outputs.write(f"{name}{split}.jsonl", derived)
+            bar.update()
+
+
+def find_kind(sources: list[str], config: Config) -> str:
+    """The kind that all sources' first rows agree on."""
+    if config.kind != "auto":
+        return config.kind
+    kinds = {}
+    for name in sources:
+        where, raw = next(read_source(name, config.separator), (name, None))
+        if raw is None:
+            raise ValueError(f"{name} holds no rows")
+        try:
+            found = convert(raw)[0]
+        except Dropped:
+            found = "pairs"
+        except gpt.BadRow as error:
+            raise gpt.BadRow(f"{where}: {error}") from None
+        kinds["pairs" if found == "ratings" else found] = name
+    if len(kinds) > 1:
+        found = ", ".join(f"{name} holds {kind}" for kind, name in kinds.items())
+        raise ValueError(f"{found}: prepare them apart, or say what to make of all of them with --kind")
+    return next(iter(kinds))
+
+
+def source_label(name: str) -> str:
+    """What tells the rows of several sources apart: hh/helpful-base/train.jsonl.gz -> helpful-base/train."""
+    if name.startswith("hub:"):
+        return name.removeprefix("hub:")
+    return "/".join([Path(name).absolute().parent.name, Path(name).name.split(".")[0]])
+
+
+def main(config: Config) -> dict:
+    if not 0 <= config.heldout < 1:
+        raise ValueError(f"--heldout {config.heldout} is not a share of prompts (0 to below 1)")
+    if not config.overwrite and any(config.out.glob("[!.]*")):
+        raise FileExistsError(f"{config.out} is not empty: --overwrite replaces the rows in it")
+    sources = gpt.parse_sources(config.data)
+    heldout = [name for name, _ in gpt.parse_sources(config.heldout_data)]
+    kind = find_kind([name for name, _ in sources] + heldout, config)
+    cleaner = Cleaner(config, kind)
+    labels = [source_label(name) if len(sources) > 1 else None for name, _ in sources]
+    streams = [cleaner.rows(name, label, heldout=False) for (name, _), label in zip(sources, labels)]
+    outputs = Outputs(config.out, kind, ("", "-heldout") if heldout or config.heldout else ("",))
+    try:
+        # held-out files come first: what is in them is then known when the training rows pass
+        for name in heldout:
+            write_rows(cleaner.rows(name, None, heldout=True), outputs, kind, cleaner.seen, 0)
+        write_rows(mix(streams, [weight for _, weight in sources]), outputs, kind, cleaner.seen, config.limit)
+        report = cleaner.report.as_dict(kind, outputs.close())
+        print_report(report)
+        if not report["files"][f"{kind}.jsonl"]["rows"]:
+            raise ValueError(f"no row is left for {config.out}/{kind}.jsonl: see the reasons above")
+        outputs.move()
+    finally:
+        shutil.rmtree(outputs.partial, ignore_errors=True)
+    gpt.write_json(config.out / "report.json", report)
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Config))
+    except (ValueError, OSError) as error:
+        sys.exit(f"prepare.py: {error}")

@@ -1,0 +1,206 @@
+"""Next-token training: from scratch on text, or fine-tuning on demonstrations, or distillation from a larger model.
+
+    L = - sum_t m_t log p(x_t | x_<t) / sum_t m_t        over every token of the global batch
+
+Text: documents are packed end to end, positions restart in each, none attends to another, m = 1 but on a document's
+first token. Demonstrations: m = 1 on the completion and its EOS (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+With --teacher the loss is KL(teacher || student) on the same tokens (Hinton et al. 2015, arXiv:1503.02531).
+
+Where this differs from common practice: the mean is over all scored tokens of the batch, also across micro-batches and
+devices (a mean of means weighs tokens of short batches more); prompt and completion are tokenised apart, as at
+generation time; PAD is never EOS.
+
+    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 1300 \
+        --batch-size 16 --length 96 --lr 3e-3                    # a model from scratch
+    python sft.py --init out/base --out out/sft                  # fine-tune it on data/toy/demos.jsonl
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/base"  # model folder or Hub name to start from; none: a fresh model
+    data: tuple[str, ...] = ("data/toy/demos.jsonl",)  # text or demonstrations; name:weight mixes several
+    heldout: str | None = None  # rows for the validation loss (default: NAME-heldout.jsonl beside --data, if there)
+    out: Path = Path("out/sft")  # run folder
+    steps: int = 80  # optimiser steps
+    batch_size: int = 64  # rows a step, over all devices and micro-batches
+    micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
+    length: int = 64  # tokens a row at most
+    lr: float = 4e-4  # peak learning rate
+    warmup: int = 10  # steps of linear warm-up
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
+    final_lr: float = 0.1  # share of --lr left at the last step
+    weight_decay: float = 0.01  # on the matrices of linear layers only
+    b2: float = 0.98  # Adam's second decay
+    loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
+    reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
+
+    teacher: str | None = None  # distil this model folder: same tokenizer, any size
+    temperature: float = 1.0  # of teacher and student in distillation
+
+    tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
+    family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
+    layers: int = 4
+    heads: int = 4
+    dim: int = 128
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; weights stay float32
+    remat: bool = False  # recompute activations in the backward pass: less memory, a third more time
+    seed: int = 0  # of weights, data order and samples
+    resume: bool = False  # continue from the last checkpoint in --out
+    overwrite: bool = False  # empty --out first
+    save_every: int = 500  # steps between checkpoints
+    eval_every: int = 200  # steps between validation losses and samples
+    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
+    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
+
+
+class State(NamedTuple):
+    model: gpt.GPT
+    opt_state: tuple
+
+
+def sft_loss(logprobs, mask, reduction: str = "token"):
+    """Negative log-likelihood of the scored tokens: logprobs and mask (B, T) -> scalar, nats a token.
+
+    "token": mean over all scored tokens. "sequence": mean over rows of each row's mean.
+    """
+    if reduction == "token":
+        return -gpt.masked_mean(logprobs, mask)
+    row_means = jnp.where(mask > 0, logprobs, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
+    return -gpt.masked_mean(row_means, mask.any(1))
+
+
+def forward(model, batch, config: Config, teacher=None):
+    """(loss, metrics) of a batch with tokens, segments and mask, each (B, T)."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    tokens, segments, mask = batch["tokens"], batch["segments"], batch["mask"][:, 1:]
+    hidden = model(tokens, segments, config.remat)[:, :-1]
+    if teacher is not None:
+        # forward KL(teacher || student) a token: the teacher's whole distribution is the label
+        teacher_hidden = jax.lax.stop_gradient(teacher(tokens, segments)[:, :-1])
+        kl = gpt.head_kl(teacher, teacher_hidden, model, hidden, config.temperature)
+        loss = sft_loss(-kl, mask, config.reduction)
+        return loss, {"loss": loss}
+    logprobs, entropy = gpt.head_logprobs(model, hidden, tokens[:, 1:])
+    loss = sft_loss(logprobs, mask, config.reduction)
+    return loss, {"loss": loss, "entropy": gpt.masked_mean(entropy, mask)}
+
+
+def count_items(batch, config: Config):
+    """How many things the loss is a mean of."""
+    mask = batch["mask"][:, 1:]
+    return mask.sum() if config.reduction == "token" else mask.any(1).sum()
+
+
+def make_train_step(optimizer, config: Config):
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, batch, teacher=None):
+        loss_fn = partial(forward, config=config, teacher=teacher)
+        count = partial(count_items, config=config)
+        (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return State(optax.apply_updates(state.model, updates), opt_state), metrics
+
+    return train_step
+
+
+def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
+    """Held-out loss in nats a token, and perplexity."""
+    total = count = 0.0
+    for batch in batches.stream(0, min(batches.steps_per_epoch, most)):
+        loss, tokens = gpt.to_numpy(eval_step(model, gpt.put_batch(batch)))
+        total, count = total + loss * tokens, count + tokens
+    return {"val/loss": total / count, "val/perplexity": np.exp(total / count)}
+
+
+def make_model(config: Config, key):
+    """The model to start from and its tokenizer."""
+    if config.init != "none":
+        model, tokenizer = gpt.load(config.init)
+        tokenizer = gpt.load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
+    else:
+        if not config.tokenizer:
+            raise ValueError("--init none needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
+        tokenizer = gpt.load_tokenizer(config.tokenizer)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"no tokenizer files in {config.tokenizer or config.init}: name a folder by --tokenizer"
+        )
+    if config.init == "none":
+        shape = gpt.make_config(
+            tokenizer.vocab_size, config.length, config.layers, config.heads, config.dim, config.family
+        )
+        model = jax.jit(partial(gpt.init, shape))(key)
+    return gpt.shard(model), tokenizer
+
+
+def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: int = 2):
+    """Continue the first rows of a held-out batch: demonstrations from their prompt, text from its first words."""
+    scored = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
+    width = int(scored.max())
+    prompts = np.full((rows, width), tokenizer.pad_id, np.int32)
+    mask = np.zeros((rows, width), np.int32)
+    for i in range(rows):
+        prompts[i, width - scored[i] :], mask[i, width - scored[i] :] = batch["tokens"][i, : scored[i]], 1
+    new = max(config.length - width, 1)
+    out = gpt.to_numpy(gpt.generate(state.model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id))
+    for i in range(rows):
+        prompt, text = tokenizer.decode(prompts[i][mask[i] > 0]), tokenizer.decode(out.tokens[i][out.mask[i] > 0])
+        run.sample(step, prompt=prompt, sample=text)
+
+
+def main(config: Config):
+    key = gpt.start(config.seed)
+    kind = gpt.find_kind(config.data, ("text", "demos"))
+    model, tokenizer = make_model(config, jax.random.fold_in(key, 0))
+    load_batches = partial(
+        gpt.Batches, kind=kind, tokenizer=tokenizer, length=config.length, packed=kind == "text",
+        skip_bad=config.skip_bad_rows, score_all=config.loss_on == "all",
+    )  # fmt: skip
+    batches = load_batches(config.data, batch_size=config.batch_size, seed=config.seed)
+    heldout = config.heldout or gpt.heldout_file(config.data)
+    heldout = load_batches(heldout, batch_size=min(config.batch_size, 32), seed=0) if heldout else None
+
+    teacher = None
+    if config.teacher:
+        teacher, teacher_tokenizer = gpt.load(config.teacher)
+        gpt.check_same_tokenizer(tokenizer, teacher_tokenizer, config.init, config.teacher)
+        teacher = gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
+
+    lr = gpt.schedule(config.lr, config.steps, config.warmup, config.schedule, config.final_lr)
+    optimizer = gpt.adamw(lr, config.weight_decay, b2=config.b2)
+    state = State(model, gpt.shard(optimizer.init(model)))
+    train_step = make_train_step(optimizer, config)
+    eval_step = jax.jit(lambda model, batch: (forward(model, batch, config)[0], count_items(batch, config)))
+
+    run = gpt.Run(config, config.steps, batches.hashes, parameters=gpt.count_parameters(model))
+    state, first = run.restore(state)
+    stream = batches.stream(first, config.steps)
+    for step in run.steps(first):
+        batch = next(stream)
+        state, metrics = train_step(state, gpt.put_batch(batch), teacher)
+        metrics["lr"] = lr(step)
+        if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
+            metrics |= evaluate(state.model, heldout, eval_step)
+            show_samples(run, step, state, heldout(step), tokenizer, jax.random.fold_in(key, step), config)
+        run.log(step, metrics)
+        run.checkpoint(step, state)
+    run.finish(state.model, tokenizer)
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)

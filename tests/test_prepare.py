@@ -1,0 +1,516 @@
+"""prepare.py: every reason for a drop, the split, ratings, mixtures, streams, errors. Real files: REAL_DATA=folder."""
+
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tracemalloc
+import types
+from pathlib import Path
+
+import pytest
+
+import gpt
+import prepare
+
+HH = "\n\nHuman: {}\n\nAssistant:"
+
+
+def write_rows(path, rows):
+    opener = gzip.open if path.suffix == ".gz" else open
+    with opener(path, "wt", encoding="utf-8") as f:
+        f.writelines(json.dumps(row) + "\n" for row in rows)
+    return str(path)
+
+
+def run(tmp_path, *sources, out="out", **options):
+    """Files are written from lists of rows; a report and the kept rows come back."""
+    names = [s if isinstance(s, str) else write_rows(tmp_path / f"in{i}.jsonl", s) for i, s in enumerate(sources)]
+    folder = tmp_path / out
+    report = prepare.main(prepare.Config(tuple(names), folder, **options))
+    return report, {file.stem: rows_of(file) for file in folder.glob("*.jsonl")}
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def pair(prompt, chosen=" yes", rejected=" no", **other):
+    return {"prompt": HH.format(prompt), "chosen": chosen, "rejected": rejected} | other
+
+
+def counts(report, group="dropped"):
+    return {reason: entry["count"] for reason, entry in report[group].items()}
+
+
+# ---- pairs
+
+
+def test_one_call_writes_what_every_script_reads(tmp_path):
+    transcripts = [
+        {"chosen": HH.format(f"question {i}") + f" good {i}", "rejected": HH.format(f"question {i}") + f" bad {i}"}
+        for i in range(200)
+    ]
+    report, rows = run(tmp_path, transcripts, heldout=0.2)
+    assert rows["pairs"][0] == {"prompt": HH.format("question 0"), "chosen": " good 0", "rejected": " bad 0"}
+    assert rows["prompts"][0] == {"prompt": HH.format("question 0")}
+    assert rows["demos"][0] == {"prompt": HH.format("question 0"), "completion": " good 0"}
+    assert report["kept"] == report["read"] == {str(tmp_path / "in0.jsonl"): 200} and report["dropped"] == {}
+    for kind in ("pairs", "prompts", "demos"):
+        assert len(rows[kind]) + len(rows[f"{kind}-heldout"]) == 200 and 20 <= len(rows[f"{kind}-heldout"]) <= 60
+        for name in (kind, f"{kind}-heldout"):  # what the training scripts read with
+            path = tmp_path / "out" / f"{name}.jsonl"
+            assert [row for _, row in gpt.read_rows(path, kind)] == rows[name]
+            entry = report["files"][f"{name}.jsonl"]
+            assert entry["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+            assert (entry["rows"], entry["bytes"]) == (len(rows[name]), path.stat().st_size)
+    assert json.loads((tmp_path / "out/report.json").read_text()) == report
+    assert report["words"]["chosen"] == {"mean": 2.0, "p10": 2, "p50": 2, "p90": 2, "p99": 2, "max": 2}
+
+
+def test_every_reason_is_counted_with_its_place(tmp_path):
+    rows = [
+        pair("one"),
+        pair("two", chosen="  \n"),
+        pair("  "),
+        pair("three", rejected=" no\n\nHuman: and then?"),
+        pair("four", chosen=" yes\n\nAssistant: yes"),
+        pair("five", chosen=" x" * 2000),
+        pair("six", chosen=" same", rejected=" same  \n"),
+        pair("seven", chosen=" a b c d e f g h end", rejected=" a b c d e f g h stop"),
+        pair("one"),
+        pair("one", rejected=" never"),
+        {"chosen": "no turn a", "rejected": "no turn b"},
+        {"chosen": "", "rejected": HH.format("x") + " y"},
+    ]
+    report, written = run(tmp_path, rows, heldout=0, truncate_words=10)
+    assert counts(report) == {
+        "empty": 3,
+        "a further turn within an answer": 2,
+        "over-long": 1,
+        "equal sides": 1,
+        "equal sides after truncation": 1,
+        "exact duplicate": 1,
+        "no prompt that both sides share": 1,
+    }
+    assert [row["rejected"] for row in written["pairs"]] == [" no", " never"]
+    assert len(written["prompts"]) == 1 and len(written["demos"]) == 1  # the same prompt and chosen twice
+    places = {reason: [e["at"] for e in entry["examples"]] for reason, entry in report["dropped"].items()}
+    source = str(tmp_path / "in0.jsonl")
+    assert places["exact duplicate"] == [f"{source}:9"] and places["empty"] == [f"{source}:{n}" for n in (2, 3, 12)]
+    assert places["equal sides after truncation"] == [f"{source}:8"]
+    assert "six" in report["dropped"]["equal sides"]["examples"][0]["text"]
+    assert "pairs-heldout" not in written
+
+
+def test_at_most_three_examples(tmp_path):
+    report, _ = run(tmp_path, [pair("q")] * 9, heldout=0)
+    assert counts(report) == {"exact duplicate": 8} and len(report["dropped"]["exact duplicate"]["examples"]) == 3
+
+
+def test_limits(tmp_path):
+    rows = [pair("a b c", chosen=" d e f g", rejected=" h"), pair("a", chosen=" b", rejected=" c")]
+    for options, kept in ((dict(max_words=8), 1), (dict(max_words=9), 2), (dict(max_chars=30), 1), (dict(limit=1), 1)):
+        _, written = run(tmp_path, rows, heldout=0, overwrite=True, **options)
+        assert len(written["pairs"]) == kept, options
+
+
+def test_the_longer_side(tmp_path):
+    rows = [pair(str(i), chosen=" a b", rejected=" c") for i in range(3)] + [pair("x", chosen=" a", rejected=" b c")]
+    report, _ = run(tmp_path, [*rows, pair("y", " a", " b")], heldout=0)
+    assert report["longer_side_chosen"] == 0.75
+
+
+# ---- texts
+
+
+@pytest.mark.parametrize(
+    "raw, clean",
+    [
+        ("cafe\u0301", "café"),
+        ("a\u200bb\ufeff c\x00d\u202e", "ab cd"),
+        ("a\r\nb\rc\u2028d", "a\nb\nc\nd"),
+        ("a \t\nb  \n\n  c  ", "a\nb\n\n  c"),
+        ("a\u00a0b\u2009c", "a b c"),
+        ("tab\tand\nline", "tab\tand\nline"),
+        ("lone \ud800 half", "lone  half"),
+        (
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 👩\u200d🔬",
+            "\u0645\u06cc\u200c\u062e\u0648\u0627\u0647\u0645 👩\u200d🔬",
+        ),
+    ],
+)
+def test_clean_text(raw, clean):
+    repairs = set()
+    assert prepare.clean_text(raw, repairs) == clean and bool(repairs) == (raw != clean)
+    assert prepare.clean_text(clean, set()) == clean
+
+
+def test_transcripts_keep_their_turns(tmp_path):
+    prompt = "\n\nHuman: a \r\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:"
+    report, rows = run(tmp_path, [{"prompt": prompt + " ", "chosen": "  e\u200b\n", "rejected": "f"}], heldout=0)
+    clean = {"prompt": "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:", "chosen": " e", "rejected": " f"}
+    assert rows["pairs"] == [clean]
+    assert counts(report, "repaired") == {"control characters and odd blanks": 1, "blanks at the end of lines": 1}
+
+
+# ---- the split
+
+
+def test_no_first_turn_on_both_sides(tmp_path):
+    """Cuts of one dialogue, and prompts that differ in case and blanks only, stay together."""
+    rows = []
+    for i in range(300):
+        rows += [pair(f"Start {i}"), pair(f"start  {i}", " other"), pair(f"Start {i}\n\nAssistant: x\n\nHuman: more")]
+    _, written = run(tmp_path, rows, heldout=0.3)
+    sides = [{prepare.first_turn(row) for row in written[name]} for name in ("pairs", "pairs-heldout")]
+    assert not sides[0] & sides[1] and len(sides[0] | sides[1]) == 300
+    assert len(written["pairs-heldout"]) == 3 * len(sides[1]) and 60 < len(sides[1]) < 120
+    _, other = run(tmp_path, rows, heldout=0.3, seed=1, out="other")
+    assert {prepare.first_turn(row) for row in other["pairs-heldout"]} != sides[1]
+
+
+def test_first_turn_of_every_form():
+    messages = [{"role": "system", "content": "s"}, {"role": "user", "content": " Hi  THERE"}]
+    later = [*messages, {"role": "assistant", "content": "x"}, {"role": "user", "content": "y"}]
+    for prompt in (messages, later, HH.format("Hi\nthere"), "hi there"):
+        assert prepare.first_turn({"prompt": prompt}) == "hi there"
+    assert prepare.first_turn({"messages": later}) == "hi there"
+
+
+def test_heldout_files(tmp_path):
+    held = write_rows(tmp_path / "held.jsonl", [pair("b", " 1"), pair("c")])
+    report, rows = run(tmp_path, [pair("a"), pair("B"), pair("d")], heldout_data=(held,), heldout=0.9)
+    assert [row["prompt"] for row in rows["pairs"]] == [HH.format("a"), HH.format("d")]
+    assert [row["prompt"] for row in rows["pairs-heldout"]] == [HH.format("b"), HH.format("c")]
+    assert counts(report) == {"its prompt is in the held-out data": 1}
+
+
+# ---- spellings
+
+
+def test_ratings_become_pairs_with_margins(tmp_path):
+    rated = [("p", "x", 1), ("q", "u", 0.3), ("p", "y", 4), ("p", "z", 1), ("q", "v", 0.1), ("r", "w", 5)]
+    rows = [{"prompt": p, "completion": c, "rating": r} for p, c, r in rated]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert written["pairs"] == [
+        {"prompt": "p", "chosen": "y", "rejected": "x", "margin": 3},
+        {"prompt": "p", "chosen": "y", "rejected": "z", "margin": 3},
+        {"prompt": "q", "chosen": "u", "rejected": "v", "margin": 0.2},
+    ]
+    assert counts(report) == {"equal ratings": 1, "one rating for its prompt": 1}
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text):
+    return {"role": "assistant", "content": text}
+
+
+TURN = [{"from": "human", "value": "q"}]
+
+
+@pytest.mark.parametrize(
+    "raw, kind, row",
+    [
+        ({"text": "t", "title": "x", "source": "s"}, "text", {"text": "t", "source": "s"}),
+        ({"prompt": "q"}, "prompts", {"prompt": "q"}),
+        ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")]}),
+        ({"prompt": "q", "completion": "a", "id": 7}, "demos", {"id": 7, "prompt": "q", "completion": "a"}),
+        ({"messages": [user("q"), assistant("a")]}, "demos", {"messages": [user("q"), assistant("a")]}),
+        (
+            {"conversations": [*TURN, {"from": "gpt", "value": "a"}]},
+            "demos",
+            {"messages": [user("q"), assistant("a")]},
+        ),
+        (
+            {"instruction": "do", "input": "this", "output": "a"},
+            "demos",
+            {"prompt": [user("do\n\nthis")], "completion": [assistant("a")]},
+        ),
+        (
+            {"question": "q", "answer": "1+1\n#### 2"},
+            "demos",
+            {"prompt": [user("q")], "completion": [assistant("1+1\n#### 2")], "answer": "2"},
+        ),
+        (
+            {"messages": [user("q"), assistant("a")], "label": False},
+            "thumbs",
+            {"prompt": [user("q")], "completion": [assistant("a")], "label": False},
+        ),
+        (
+            {"conversations": TURN, "chosen": {"from": "gpt", "value": "a"}, "rejected": {"from": "gpt", "value": "b"}},
+            "pairs",
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        ),
+        (
+            {
+                "prompt": "q",
+                "chosen": [user("q"), assistant("a")],
+                "rejected": [user("q"), assistant("b")],
+                "messages": [user("q"), assistant("a")],
+                "score_chosen": 8.5,
+                "score_rejected": 6,
+            },
+            "pairs",
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")], "margin": 2.5},
+        ),
+    ],
+)
+def test_spellings(tmp_path, raw, kind, row):
+    report, rows = run(tmp_path, [raw], heldout=0)
+    assert report["kind"] == kind and rows[kind] == [row]
+    assert set(rows) == {kind, *prepare.DERIVED.get(kind, ())}
+    assert list(gpt.read_rows(tmp_path / "out" / f"{kind}.jsonl", kind)) == [(1, row)]
+
+
+def test_prompts_of_conversations_end_before_the_last_answer(tmp_path):
+    turns = [user("q"), assistant("a"), user("r"), assistant("b")]
+    _, rows = run(tmp_path, [{"messages": turns}], heldout=0)
+    assert rows["prompts"] == [{"prompt": turns[:3]}]
+
+
+def test_kind_can_be_asked_for(tmp_path):
+    _, rows = run(tmp_path, [pair("a")], heldout=0, kind="thumbs")
+    row = {"prompt": HH.format("a")}
+    assert rows["thumbs"] == [row | {"completion": " yes", "label": True}, row | {"completion": " no", "label": False}]
+    _, rows = run(tmp_path, [pair("a")], heldout=0, kind="demos", out="demos")
+    assert set(rows) == {"demos", "prompts"} and rows["demos"] == [row | {"completion": " yes"}]
+
+
+@pytest.mark.parametrize("gap", [2, 60_000])
+def test_json_array(tmp_path, gap):
+    """Also where objects lie across the borders of what is read at once."""
+    rows = [{"instruction": f"do {i}", "input": "", "output": f"did {i} [}}" + " x" * gap} for i in range(30)]
+    (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
+    _, written = run(tmp_path, str(tmp_path / "a.json"), heldout=0, max_words=0)
+    assert [row["completion"][0]["content"] for row in written["demos"]] == [row["output"] for row in rows]
+    where = [place for place, _ in prepare.read_source(str(tmp_path / "a.json"))]
+    assert where[:2] == [f"{tmp_path}/a.json:2", f"{tmp_path}/a.json:7"]
+    (tmp_path / "b.json").write_text(json.dumps(rows, indent=1)[:-9])
+    with pytest.raises(gpt.BadRow, match=r"b\.json:147: not JSON"):
+        run(tmp_path, str(tmp_path / "b.json"), heldout=0, out="b", max_words=0)
+
+
+@pytest.mark.parametrize(
+    "text, separator, documents",
+    [
+        ("one\ntwo\n\n \nthree\r\n\r\nfour\n", "", ["one\ntwo", "three", "four"]),
+        ("one\n\ntwo\n<|endoftext|>\nthree", "", ["one\n\ntwo", "three"]),
+        ("one\ntwo\n\nthree", "\\n", ["one", "two", "three"]),
+        ("one==two==", "==", ["one", "two"]),
+    ],
+)
+def test_plain_text(tmp_path, text, separator, documents):
+    with gzip.open(tmp_path / "a.txt.gz", "wb") as f:
+        f.write(text.encode())
+    _, rows = run(tmp_path, str(tmp_path / "a.txt.gz"), separator=separator, heldout=0)
+    assert [row["text"] for row in rows["text"]] == documents
+
+
+def test_text_without_a_separator_streams(tmp_path):
+    (tmp_path / "a.txt").write_text("a line of text\n" * 200_000)
+    rows = [row["text"] for _, row in prepare.read_source(str(tmp_path / "a.txt"))]
+    assert len(rows) == 4 and max(map(len, rows)) <= prepare.DOCUMENT_LIMIT
+    assert "\n".join(rows).split("\n") == ["a line of text"] * 200_000
+
+
+def test_hub(tmp_path, monkeypatch):
+    calls = []
+
+    def load_dataset(*args, **options):
+        calls.append((args, options))
+        return iter([pair("a"), pair("b")])
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    _, rows = run(tmp_path, "hub:some/set/test/main", heldout=0)
+    assert len(rows["pairs"]) == 2 and calls[0] == (("some/set", "main"), {"split": "test", "streaming": True})
+    monkeypatch.setitem(sys.modules, "datasets", None)
+    with pytest.raises(ValueError, match=r"hub:some/set needs the `hub` extra: pip install datasets"):
+        run(tmp_path, "hub:some/set", out="b")
+
+
+# ---- mixtures, duplicates, memory
+
+
+def test_mixture_has_its_proportions_at_every_point(tmp_path):
+    a = write_rows(tmp_path / "a.jsonl", [pair(f"a {i % 700}") for i in range(1400)])  # every row of a twice
+    b = write_rows(tmp_path / "b.jsonl", [pair(f"b {i}") for i in range(900)])
+    _, rows = run(tmp_path, f"{a}:0.7", f"{b}:0.3", heldout=0)
+    letters = [row["source"][-1] for row in rows["pairs"]]
+    for n in range(1, len(letters) + 1):
+        assert abs(letters[:n].count("a") - 0.7 * n) <= 1
+    assert letters.count("a") == 700 and 299 <= letters.count("b") <= 301  # ends with the kept rows of a
+    _, rows = run(tmp_path, a, b, heldout=0, out="all")
+    assert [row["source"][-1] for row in rows["pairs"]] == ["a"] * 700 + ["b"] * 900
+
+
+def test_near_duplicates(tmp_path):
+    words = " ".join(f"word{i}" for i in range(100))
+    rows = [
+        pair("long", chosen=f" {words}"),
+        pair("long", chosen=f" {words} indeed"),
+        pair(
+            "long", chosen=" " + words.replace("word9", "other")
+        ),  # a tenth of the words differ, so a third of shingles
+        pair("short", chosen=" I do not know"),
+        pair("brief", chosen=" I do not know"),
+    ]
+    report, written = run(tmp_path, rows, heldout=0, near_duplicates=True)
+    assert (
+        counts(report) == {"near duplicate": 1} and report["dropped"]["near duplicate"]["examples"][0]["at"][-1] == "2"
+    )
+    assert len(written["pairs"]) == 4
+
+
+def test_near_search_agrees_with_jaccard():
+    """Texts of known similarity s: found well above 0.8, let through well below."""
+    for kept_words, expected in ((95, True), (60, False)):
+        found = 0
+        for trial in range(50):
+            search = prepare.NearSearch()
+            search.add(" ".join(f"a{trial}x{i}" for i in range(100)))
+            # a common start of n - 2 shingles and unlike ends: (n - 2) / (98 + 98 - n + 2)
+            found += not search.add(" ".join(f"a{trial}x{i}" if i < kept_words else f"b{i}" for i in range(100)))
+        assert (found >= 45) if expected else (found == 0), (kept_words, found)
+
+
+def test_near_search_forgets_the_oldest(monkeypatch):
+    monkeypatch.setattr(prepare.NearSearch, "ROWS", 10)
+    search = prepare.NearSearch()
+    texts = [f"text number {i} with the words a{i} b{i} c{i} d{i}" for i in range(15)]
+    assert all(map(search.add, texts)) and not search.add(texts[14]) and search.add(texts[0])
+
+
+def test_seen_is_a_set():
+    seen, keys = prepare.Seen(), [prepare.key_of(str(i)) for i in range(20_000)]
+    assert all(map(seen.add, keys)) and not any(map(seen.add, keys)) and all(key in seen for key in keys)
+    assert prepare.key_of("new") not in seen and len(seen.slots) * 8 < 22 * len(keys)
+    assert prepare.key_of("a", "b") != prepare.key_of("ab")
+
+
+def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
+    def source(rows):
+        return lambda name, separator="": (
+            (f"{name}:{i}", pair(f"question {i}", chosen=f" {i}" * 200, rejected=" no" * 200)) for i in range(rows)
+        )
+
+    peaks = []
+    for rows in (500, 5_000):
+        monkeypatch.setattr(prepare, "read_source", source(rows))
+        tracemalloc.start()
+        prepare.main(prepare.Config(("stream",), tmp_path / str(rows)))
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    # the texts of 4,500 rows more are 7 MB; their keys are allowed, 96 bytes a row
+    assert peaks[1] - peaks[0] < 4_500 * 96 + 200_000, peaks
+
+
+def test_same_input_same_bytes(tmp_path):
+    rows = [pair(f"q {i % 40}", f" {i}") for i in range(100)]
+    first, _ = run(tmp_path, rows, near_duplicates=True)
+    second, _ = run(tmp_path, rows, near_duplicates=True, out="again")
+    assert first == second
+
+
+# ---- what goes wrong
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{broken", r"in\.jsonl:3: not JSON"),
+        ("[1]", r"in\.jsonl:3: a list, not an object"),
+        ('{"prompt": "q", "chosen": 3, "rejected": "b"}', r"in\.jsonl:3: .* is not a list of messages"),
+        ('{"prompt": 3, "chosen": "a", "rejected": "b"}', r"in\.jsonl:3: .* is not a list of messages"),
+        ('{"prompt": "q", "completion": "a"}', r"in\.jsonl:3: this row holds demos, not pairs"),
+        ('{"completion": "a", "rejected": "b"}', r"in\.jsonl:3: this row holds demos, not pairs"),
+        ('{"question": "q", "answer": 2}', r"in\.jsonl:3: a value is not of the type that its format has"),
+        ('{"a": 1, "b": 2}', r"in\.jsonl:3: unknown format, with the keys a, b; known are \{text\}"),
+        (
+            '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}',
+            r"in\.jsonl:3: `margin` is 'x', not a number",
+        ),
+        ('{"prompt": "q", "completion": "a", "rating": true}', r"in\.jsonl:3: `rating` is True, not a number"),
+    ],
+)
+def test_bad_rows_name_file_and_line(tmp_path, line, message):
+    path = tmp_path / "in.jsonl"
+    path.write_text(f"{json.dumps(pair('a'))}\n\n{line}\n{json.dumps(pair('b'))}\n")
+    with pytest.raises(gpt.BadRow, match=message + r".*\(--skip-bad-rows goes on without such rows\)"):
+        run(tmp_path, str(path))
+    assert list((tmp_path / "out").iterdir()) == []
+    report, rows = run(tmp_path, str(path), skip_bad_rows=True, heldout=0)
+    assert len(rows["pairs"]) == 2 and counts(report) == {"bad row": 1}
+    assert report["dropped"]["bad row"]["examples"][0]["at"] == f"{path}:3"
+
+
+def test_errors_before_any_work(tmp_path):
+    one, demo = [pair("a")], [{"prompt": "q", "completion": "a"}]
+    (tmp_path / "latin.txt").write_bytes("naïve".encode("latin-1"))
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(json.dumps(pair("a")).encode())[:-12])
+    (tmp_path / "empty.jsonl").write_text("")
+    for sources, options, error, message in [
+        (["missing.jsonl"], {}, FileNotFoundError, "missing.jsonl"),
+        (["table.csv"], {}, ValueError, r"table\.csv: unknown format \.csv \(known: JSON lines"),
+        ([str(tmp_path / "latin.txt")], {}, ValueError, "not whole UTF-8 text"),
+        ([str(tmp_path / "cut.jsonl.gz")], {}, ValueError, "not whole UTF-8 text"),
+        ([str(tmp_path / "empty.jsonl")], {}, ValueError, "holds no rows"),
+        ([[{"a": 1}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys a;"),
+        ([[{"completion": "a"}]], {}, gpt.BadRow, r"in0\.jsonl:1: no `prompt` \(found: completion\)"),
+        ([one, demo], {}, ValueError, "in0.jsonl holds pairs, .*in1.jsonl holds demos: .*--kind"),
+        (["a.jsonl:0.5", "b.jsonl"], {}, ValueError, "weight above 0"),
+        ([one], {"heldout": 1.5}, ValueError, "not a share"),
+        ([[pair("a", " b", " b")]], {}, ValueError, "no row is left"),
+    ]:
+        with pytest.raises(error, match=message):
+            run(tmp_path, *sources, **options)
+
+
+def test_an_earlier_result_is_safe(tmp_path, monkeypatch):
+    run(tmp_path, [pair("a")], heldout=0)
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    with pytest.raises(FileExistsError, match="--overwrite"):
+        run(tmp_path, [pair("b")], heldout=0)
+    with pytest.raises(gpt.BadRow):
+        run(tmp_path, [pair("b"), {"a": 1}], heldout=0, overwrite=True)
+
+    def killed(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prepare.Outputs, "move", killed)  # everything is written and nothing moved ...
+    monkeypatch.setattr(prepare.shutil, "rmtree", lambda *_, **__: None)  # ... and nobody is left to clean up
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path, [pair("c")], heldout=0, overwrite=True)
+    assert (tmp_path / "out/.partial/pairs.jsonl").exists()
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").glob("[!.]*")} == before
+    monkeypatch.undo()
+    _, rows = run(tmp_path, [{"text": "d"}], heldout=0, overwrite=True)
+    assert set(rows) == {"text"} and not (tmp_path / "out/.partial").exists()
+
+
+def test_command_line(tmp_path):
+    source = write_rows(tmp_path / "in.jsonl", [pair(f"q {i}") for i in range(50)])
+    command = [sys.executable, prepare.__file__, "--data", source, "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0 and "pairs: 50 rows read, 50 kept" in done.stdout
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.returncode == 1 and again.stderr.startswith("prepare.py: ") and "Traceback" not in again.stderr
+
+
+# ---- real files
+
+
+@pytest.mark.skipif("REAL_DATA" not in os.environ, reason="REAL_DATA names a folder of real files")
+def test_hh_rlhf(tmp_path):
+    files = sorted(map(str, Path(os.environ["REAL_DATA"]).glob("preference/hh-rlhf/*/test.jsonl.gz")))
+    report, rows = run(tmp_path, *files)
+    assert sum(report["read"].values()) == 5803
+    assert counts(report) == {"a further turn within an answer": 16, "empty": 11, "equal sides": 4}
+    sides = [{prepare.first_turn(row) for row in rows[name]} for name in ("pairs", "pairs-heldout")]
+    assert not sides[0] & sides[1] and len(rows["pairs"]) + len(rows["pairs-heldout"]) == 5772
+    assert all(row["prompt"].endswith("\n\nAssistant:") and row["chosen"][0] == " " for row in rows["pairs"])
