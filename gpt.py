@@ -20,6 +20,7 @@ import hashlib
 import importlib
 import itertools
 import json
+import math
 import os
 import shutil
 import signal
@@ -321,6 +322,31 @@ def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> Sco
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
     return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
+
+
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+    """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
+
+    The EOS of a finished response is where the score is read; a `suffix` takes its place. As in `encode_row`: a reward
+    model that is trained on one rule and asked by another reads a state that it has never seen.
+    """
+    S, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    end = start + mask.sum(1)
+    if suffix:
+        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+    index = jnp.arange(tokens.shape[1])
+    for i, token in enumerate(suffix):
+        tokens = jnp.where(index == end[:, None] + i, token, tokens)
+    response_part = (index >= start) & (index < end[:, None] + S)
+    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
+
+
+@partial(jax.jit, static_argnames="eos")
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    return model(tokens, real.astype(jnp.int32))
 
 
 def count_parameters(model) -> int:
@@ -1070,7 +1096,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
         _need_text(row, "text")
     elif kind == "demos" and "messages" in row:
         _need_text(row, "messages")
-        if not isinstance(row["messages"], list) or not any(m["role"] == "assistant" for m in row["messages"]):
+        if isinstance(row["messages"], str) or not any(m["role"] == "assistant" for m in row["messages"]):
             raise BadRow("`messages` must be a list with at least one assistant turn")
     elif kind == "demos":
         _need_text(row, "prompt", "completion")
@@ -1082,7 +1108,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
         row = row if "prompt" in row else split_implicit(row)
         _need_text(row, "prompt", "chosen", "rejected")
         for name in ("margin", "weight", "label_p"):
-            if not isinstance(row.get(name, 0.0), int | float) or not np.isfinite(row.get(name, 0.0)):
+            if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
                 raise BadRow(f"`{name}` is {row[name]!r}, not a number")
         if kind == "thumbs":
             rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
@@ -1117,9 +1143,10 @@ def split_implicit(row: dict) -> dict:
     if not chosen or type(chosen) is not type(rejected):
         raise BadRow(f"a pair needs `chosen` and `rejected` of one type (found: {', '.join(row) or 'nothing'})")
     if isinstance(chosen, str):
-        shared = len(os.path.commonprefix([chosen, rejected]))
         turn = "\n\nAssistant:"
-        cut = chosen.rfind(turn, 0, shared)
+        cut = chosen.rfind(turn)
+        while cut >= 0 and not rejected.startswith(chosen[: cut + len(turn)]):
+            cut = chosen.rfind(turn, 0, cut)
         if cut < 0:
             raise BadRow("`chosen` and `rejected` share no `Assistant:` turn, and there is no `prompt`")
         cut += len(turn)
@@ -1356,13 +1383,24 @@ class Batches:
     window = 50
 
     def __init__(
-        self, data, kind, tokenizer, batch_size, length, seed, packed=False, suffix=(), skip_bad=False, score_all=False
+        self,
+        data,
+        kind,
+        tokenizer,
+        batch_size,
+        length,
+        seed,
+        packed=False,
+        suffix=(),
+        skip_bad=False,
+        score_all=False,
+        buckets=4,
     ):
         sources = parse_sources(data)
         self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
         self.weights = [weight for _, weight in sources]
         self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
-        self.score_all = score_all  # the prompt's tokens too
+        self.score_all, self.buckets = score_all, buckets  # score the prompt's tokens too; 1 bucket: no sorting
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
         processes = jax.process_count()
         if batch_size % processes:
@@ -1389,7 +1427,7 @@ class Batches:
             picks.append(np.stack([np.full(count, source), rows], 1))
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
-        if self.packs is None:
+        if self.packs is None and self.buckets > 1:
             lengths = np.concatenate([data.lengths.max(1) for data in self.sets])
             offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
             width = self.window * self.batch_size
@@ -1410,8 +1448,10 @@ class Batches:
         mine = picks[jax.process_index() * share :][:share]
         if self.packs is not None:
             return self._packed(mine)
+        if self.buckets == 1:
+            return self._padded(mine, max(int(data.lengths.max()) for data in self.sets))
         longest = max(self.sets[s].lengths[r].max() for s, r in picks)  # of all processes: one shape everywhere
-        return self._padded(mine, bucket(longest, self.length))
+        return self._padded(mine, bucket(longest, self.length, self.buckets))
 
     def _padded(self, picks, width):
         sides = self.sets[0].sides
@@ -1639,6 +1679,22 @@ def cli(main, config_class, description: str):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+
+
+def check_scores(scores, n: int) -> np.ndarray:
+    """What a reward function returned, as n finite floats."""
+    scores = np.asarray(scores, np.float32)
+    if scores.shape != (n,) or not np.isfinite(scores).all():
+        raise ValueError(
+            f"the reward function must return {n} finite floats, one a response; it returned {scores!r:.200}"
+        )
+    return scores
+
+
+def mean_parts(values, prefix: str) -> dict[str, float]:
+    """Means of what a judge returned: floats (as "gold") or dicts of named parts."""
+    rows = [value if isinstance(value, dict) else {"gold": value} for value in values]
+    return {prefix + name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
 
 
 def load_function(name: str):

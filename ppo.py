@@ -1,0 +1,469 @@
+"""PPO from human feedback: sample, score, and take a few clipped steps towards what scored better than expected.
+
+Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Schulman et al. 2017 (arXiv:1707.06347).
+Each iteration, with t over the tokens of a response, EOS included:
+
+    1  y ~ policy(. | x), at --temperature; score(x, y) from a reward model, an ensemble or a function
+    2  r_t = -beta (log policy(y_t) - log ref(y_t)),  plus the score at the last token
+    3  A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t,  returns R_t = A_t + V_t; whiten A
+    4  a few epochs of minibatches:  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
+       and for the critic:           1/2 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)
+
+Choices where code bases disagree:
+1. The KL penalty is k1 = log policy - log ref, in the reward. As a detached reward k3 gives no pull back to the
+   reference, and as a differentiated loss k1 has no gradient on average; k3 and the exact KL are logged, not used.
+2. The score sits on the last real token (EOS, or the last of a cut response), the value of token t is read where t is
+   predicted, and a response cut at --response-length is an end: nothing is bootstrapped beyond it.
+3. Old log-probs, reference log-probs and values come from one forward pass after the rollout, at the rollout's
+   temperature: the ratio of the first minibatch is 1.
+4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
+5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
+   advantages come from rewards alone), frozen reward model.
+
+    python ppo.py                                                      # out/sft + out/reward -> out/ppo
+    python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
+    python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor none
+"""
+
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/sft"  # policy to start from; its frozen copy is the reference
+    reward: tuple[str, ...] = ("out/reward",)  # reward-model folders (several: an ensemble), or one module:function
+    data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
+    out: Path = Path("out/ppo")  # run folder
+    steps: int = 70  # iterations of rollout and update
+    batch_size: int = 128  # prompts an iteration
+    minibatch_size: int = 64  # prompts an optimiser step
+    micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in
+    epochs: int = 2  # passes over each rollout
+    prompt_length: int = 16  # longer prompts are left out, and counted
+    response_length: int = 24  # tokens a response may have
+    buckets: int = 1  # widths that prompts are padded to; more save work when prompt lengths differ widely
+    temperature: float = 1.0  # of rollouts and of every log-prob
+
+    lr: float = 2e-4  # policy's learning rate
+    critic_lr: float = 3e-4
+    final_lr: float = 0.1  # share of both left at the last step (linear)
+    warmup: int = 0  # optimiser steps of linear warm-up
+    clip_norm: float = 1.0  # of the global gradient
+    critic_init: Literal["reward", "policy"] = "reward"  # trunk the critic starts from (the policy's, if no model)
+    critic_warmup: int = 0  # first iterations in which only the critic learns
+
+    beta: float = 0.05  # price of one nat of KL to the reference, in scores
+    kl_target: float | None = None  # adapt beta to hold this KL (nats a sequence)
+    kl_horizon: int = 10_000  # episodes over which it adapts
+    gamma: float = 1.0
+    lam: float = 0.95
+    clip: float = 0.2  # of the probability ratio
+    clip_value: float = 0.2  # of the value's move from its old estimate
+    target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
+    whiten_rewards: bool = False  # divide token rewards by their standard deviation, keeping their mean
+    reward_clip: float | None = None  # clip scores to +- this, before the KL penalty
+    missing_eos: Literal["replace", "subtract", "keep"] = "replace"  # score of a response that did not end
+    missing_eos_value: float = 2.0  # it becomes minus this, or loses this
+    combine: Literal["mean", "worst", "uwo"] = "mean"  # of an ensemble: mean, minimum, mean - uwo_coef * variance
+    uwo_coef: float = 0.5
+
+    monitor: str = "toy:parts"  # module:function logged as eval/gold, never trained on; none elsewhere
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and frozen models
+    remat: bool = False  # recompute activations in the backward pass
+    seed: int = 0
+    resume: bool = False  # continue from the last checkpoint in --out
+    overwrite: bool = False  # empty --out first
+    save_every: int = 50  # iterations between checkpoints
+    sample_every: int = 10  # iterations between printed samples
+    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
+    track: Literal["wandb", "tensorboard", "trackio"] | None = None
+
+
+class State(NamedTuple):
+    """All that learns."""
+
+    policy: gpt.GPT
+    policy_opt: tuple
+    critic: gpt.ScoreModel
+    critic_opt: tuple
+    beta: jax.Array
+
+
+class Rollout(NamedTuple):
+    """One iteration's episodes. B prompts, Q prompt tokens (left-padded), T response tokens (right-padded)."""
+
+    queries: jax.Array  # (B, Q)
+    query_mask: jax.Array  # (B, Q)
+    responses: jax.Array  # (B, T)
+    mask: jax.Array  # (B, T) 1 on response tokens including EOS
+    logprobs: jax.Array  # (B, T) of the policy that sampled
+    ref_logprobs: jax.Array  # (B, T)
+    values: jax.Array  # (B, T)
+    advantages: jax.Array  # (B, T)
+    returns: jax.Array  # (B, T)
+
+
+# ---------------------------------------------------------------------------------------------------- estimators
+
+
+def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
+    """r_t = -beta (logprobs_t - ref_logprobs_t), plus scores at the last token: (B,), (B, T) x 3 -> (B, T).
+
+    Stiennon et al. 2020, eq. in section 3.4. k1 as a reward keeps E[r] - beta KL(policy || ref) the exact objective.
+    """
+    positions = jnp.arange(mask.shape[1])
+    last = jnp.max(jnp.where(mask > 0, positions, -1), axis=1, keepdims=True)
+    penalty = -beta * jnp.where(mask > 0, logprobs - ref_logprobs, 0.0)
+    return penalty + jnp.where(positions == last, scores[:, None], 0.0)
+
+
+def gae(rewards, values, mask, gamma=1.0, lam=0.95):
+    """Generalised advantage estimation (arXiv:1506.02438, eq. 16): (B, T) x 3 -> advantages, returns, both (B, T).
+
+    What is masked counts as reward 0 and value 0, so nothing is bootstrapped past the end. Returns use the advantages
+    before any whitening.
+    """
+    rewards, values = jnp.where(mask > 0, rewards, 0.0), jnp.where(mask > 0, values, 0.0)
+    next_values = jnp.pad(values[:, 1:], ((0, 0), (0, 1)))
+    deltas = rewards + gamma * next_values - values
+
+    def backwards(advantage, delta):
+        advantage = delta + gamma * lam * advantage
+        return advantage, advantage
+
+    _, advantages = lax.scan(backwards, jnp.zeros_like(deltas[:, 0]), deltas.T, reverse=True)
+    advantages = jnp.where(mask > 0, advantages.T, 0.0)
+    return advantages, advantages + values
+
+
+def whiten(x, mask, shift_mean=True):
+    """x (B, T) scaled to variance 1 over the masked tokens (population variance), and to mean 0 if shift_mean."""
+    mean = gpt.masked_mean(x, mask)
+    white = (x - mean) * lax.rsqrt(gpt.masked_mean((x - mean) ** 2, mask) + 1e-8)
+    return jnp.where(mask > 0, white if shift_mean else white + mean, 0.0)
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
+    """Clipped surrogate (arXiv:1707.06347, eq. 7), token mean: (B, T) x 4 -> (scalar, metrics).
+
+    KL(old || new) estimates use log_ratio = new - old on samples of old: k2 = log_ratio^2 / 2, k3 = ratio - 1 -
+    log_ratio (Schulman's blog), the latter through expm1, which keeps its sign near 0.
+    """
+    log_ratio = jnp.where(mask > 0, logprobs - old_logprobs, 0.0)
+    ratio = jnp.exp(log_ratio)
+    unclipped, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
+    loss = gpt.masked_mean(jnp.maximum(unclipped, clipped), mask)
+    mean_ratio = gpt.masked_mean(ratio, mask)
+    metrics = {
+        "loss/policy_avg": loss,
+        "policy/approxkl_avg": gpt.masked_mean(0.5 * log_ratio**2, mask),
+        "policy/approxkl_k3": gpt.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
+        "policy/clipfrac_avg": gpt.masked_mean(clipped > unclipped, mask),
+        "val/ratio": mean_ratio,
+        "val/ratio_var": gpt.masked_mean((ratio - mean_ratio) ** 2, mask),
+    }
+    return loss, metrics
+
+
+def value_loss(values, old_values, returns, mask, clip=0.2):
+    """1/2 max((V - R)^2, (clip(V, V_old +- clip) - R)^2), token mean: (B, T) x 4 -> (scalar, metrics).
+
+    The clipping is OpenAI's 2017 implementation's; clip=inf is half the mean squared error.
+    """
+    near = jnp.clip(values, old_values - clip, old_values + clip)
+    plain, clipped = (values - returns) ** 2, (near - returns) ** 2
+    loss = 0.5 * gpt.masked_mean(jnp.maximum(plain, clipped), mask)
+    return loss, {"loss/value_avg": loss, "val/clipfrac_avg": gpt.masked_mean(clipped > plain, mask)}
+
+
+def adaptive_beta(beta, kl, n, target, horizon):
+    """beta (1 + clip(kl / target - 1, -0.2, 0.2) n / horizon): a proportional controller (Ziegler et al., section 2.2);
+    kl in nats a sequence, n episodes seen."""
+    return beta * (1 + jnp.clip(kl / target - 1, -0.2, 0.2) * n / horizon)
+
+
+def combine_scores(scores, how: str, uwo_coef: float):
+    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
+    if how == "worst":
+        return scores.min(0)
+    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
+
+
+def explained_variance(values, returns, mask):
+    """1 - Var(R - V) / Var(R) over masked tokens: 1 is a perfect critic, 0 a constant one."""
+    variance = lambda x: gpt.masked_mean((x - gpt.masked_mean(x, mask)) ** 2, mask)
+    return 1 - variance(returns - values) / (variance(returns) + 1e-8)
+
+
+# ---------------------------------------------------------------------------------------------------- forward passes
+
+
+def join(rollout):
+    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
+    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
+    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)
+    return tokens, segments, rollout.queries.shape[1]
+
+
+def policy_forward(model, rollout, config: Config):
+    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    tokens, segments, Q = join(rollout)
+    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
+    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
+
+
+def critic_forward(critic, rollout, config: Config):
+    """V_t (B, T), read where token t is predicted: the state before it."""
+    critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
+    tokens, segments, Q = join(rollout)
+    return critic.values(critic.trunk(tokens, segments, config.remat)[:, Q - 1 : -1])
+
+
+@partial(jax.jit, static_argnames="config")
+def make_rollout(state: State, ref, batch, generation, scores, config: Config):
+    """Steps 2 and 3 of the box: log-probs, reference log-probs, values -> rewards -> advantages, returns."""
+    blank = (None,) * 5
+    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, *blank)
+    mask = rollout.mask
+    logprobs, entropy, hidden = policy_forward(state.policy, rollout, config)
+    ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
+    values = critic_forward(state.critic, rollout, config)
+
+    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, state.beta)
+    if config.whiten_rewards:
+        rewards = whiten(rewards, mask, shift_mean=False)
+    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
+    rollout = rollout._replace(
+        logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        advantages=whiten(advantages, mask),
+        returns=returns,
+    )
+
+    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
+    exact_kl = gpt.head_kl(state.policy, hidden, ref, ref_hidden, config.temperature)
+    log_ratio = ref_logprobs - logprobs
+    kl = per_sequence(-log_ratio)
+    metrics = {
+        "objective/kl": kl,
+        "objective/kl_k3": per_sequence(jnp.expm1(log_ratio) - log_ratio),
+        "objective/kl_exact": per_sequence(exact_kl),
+        "objective/entropy": per_sequence(entropy),
+        "objective/non_score_reward": -state.beta * kl,
+        "objective/rlhf_reward": scores.mean() - state.beta * kl,
+        "policy/entropy_avg": gpt.masked_mean(entropy, mask),
+        "val/explained_variance": explained_variance(values, returns, mask),
+        "val/decode_drift": jnp.max(jnp.abs(jnp.where(mask > 0, logprobs - generation.logprobs, 0.0))),
+        "response_length": mask.sum(1).mean(),
+        "beta": state.beta,
+    }
+    return rollout, metrics
+
+
+# ---------------------------------------------------------------------------------------------------- update
+
+
+def make_update(policy_optimizer, critic_optimizer, config: Config):
+    """update(state, rollout, rows) -> (state, metrics): one optimiser step of policy and critic on these rows."""
+
+    def policy_objective(policy, part: Rollout):
+        logprobs, _, _ = policy_forward(policy, part, config)
+        return policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
+
+    def critic_objective(critic, part: Rollout):
+        values = critic_forward(critic, part, config)
+        return value_loss(values, part.values, part.returns, part.mask, config.clip_value)
+
+    count = lambda part: part.mask.sum()
+
+    @partial(jax.jit, donate_argnums=0, static_argnames="train_policy")
+    def update(state: State, rollout: Rollout, rows, train_policy=True):
+        part = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
+        (_, metrics), grads = gpt.gradients(critic_objective, state.critic, part, config.micro_batches, count)
+        updates, critic_opt = critic_optimizer.update(grads, state.critic_opt, state.critic)
+        state = state._replace(critic=optax.apply_updates(state.critic, updates), critic_opt=critic_opt)
+        if train_policy:
+            (_, more), grads = gpt.gradients(policy_objective, state.policy, part, config.micro_batches, count)
+            updates, policy_opt = policy_optimizer.update(grads, state.policy_opt, state.policy)
+            state = state._replace(policy=optax.apply_updates(state.policy, updates), policy_opt=policy_opt)
+            metrics |= more | {"grad_norm": optax.global_norm(grads)}
+        return state, metrics
+
+    return update
+
+
+def update_epochs(update, state, rollout, step: int, config: Config):
+    """Step 4 of the box: a few shuffled passes over the rollout, cut short when the policy has moved enough."""
+    history, stopped = [], False
+    rng = np.random.default_rng((config.seed, step))
+    for _ in range(config.epochs):
+        for rows in rng.permutation(config.batch_size).reshape(-1, config.minibatch_size):
+            state, metrics = update(state, rollout, rows, train_policy=step >= config.critic_warmup)
+            history.append(metrics)
+            if config.target_kl and metrics.get("policy/approxkl_k3", 0.0) > config.target_kl:
+                stopped = True
+                break
+        if stopped:
+            break
+    mean = {name: sum(m[name] for m in history) / len(history) for name in history[0]}
+    first = {"val/ratio_first": history[0].get("val/ratio", 1.0)}
+    loss = mean["loss/value_avg"] + mean.get("loss/policy_avg", 0.0)
+    return state, mean | first | {"loss": loss, "updates": len(history), "stopped_early": float(stopped)}
+
+
+# ---------------------------------------------------------------------------------------------------- scores
+
+
+def load_rewards(config: Config, tokenizer):
+    """(reward models, reward function): one of the two."""
+    if len(config.reward) == 1 and ":" in config.reward[0]:
+        return [], gpt.load_function(config.reward[0])
+    folders = [folder for name in config.reward for folder in (sorted(Path(name).glob("member-*")) or [name])]
+    models = []
+    for folder in folders:
+        model, theirs = gpt.load(folder)
+        if not isinstance(model, gpt.ScoreModel):
+            raise ValueError(f"{folder} is a language model, not a reward model: train one with reward.py")
+        gpt.check_same_tokenizer(tokenizer, theirs, config.init, folder)
+        models.append(gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype))))
+    return models, None
+
+
+def score_responses(models, function, batch, generation, texts, rows, eos: int, config: Config):
+    """(scores (B,) with the missing-EOS rule applied, metrics)."""
+    if function:
+        scores = jnp.asarray(gpt.check_scores(function(*texts, rows), len(rows)), jnp.float32)
+    else:
+        args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos
+        scores = combine_scores(jnp.stack([gpt.score(m, *args) for m in models]), config.combine, config.uwo_coef)
+    if config.reward_clip:
+        scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
+    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
+    metrics = {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "val/num_eos_tokens": ended.sum(),
+        "eos_rate": ended.mean(),
+    }
+    if config.missing_eos == "replace":
+        scores = jnp.where(ended, scores, -config.missing_eos_value)
+    elif config.missing_eos == "subtract":
+        scores = jnp.where(ended, scores, scores - config.missing_eos_value)
+    return scores, metrics
+
+
+class Watch:
+    """Warns, in words, of what usually goes wrong."""
+
+    def __init__(self, warn):
+        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
+
+    def __call__(self, metrics, config: Config):
+        length = metrics["response_length"]
+        self.first_length = self.first_length or length
+        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
+        self.say(self.negative == 5, "the KL to the reference has been negative for 5 iterations: policy and reference "
+                 "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy")  # fmt: skip
+        self.say(
+            length < 0.4 * self.first_length, f"responses shrank from {self.first_length:.1f} to {length:.1f} tokens"
+        )
+        self.say(
+            length > 2.5 * self.first_length, f"responses grew from {self.first_length:.1f} to {length:.1f} tokens"
+        )
+        self.say(metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from")
+        self.say(metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos-value")
+
+    def say(self, wrong, text):
+        if wrong and text.split(":")[0][:20] not in self.said:
+            self.said.add(text.split(":")[0][:20])
+            self.warn(text)
+
+
+def decode_texts(tokenizer, batch, generation):
+    """(prompts, responses) as text, without padding and special tokens."""
+    prompts = [tokenizer.decode(ids[m > 0]) for ids, m in zip(batch["tokens"], batch["segments"])]
+    return prompts, [
+        tokenizer.decode(ids[m > 0]) for ids, m in zip(*gpt.to_numpy((generation.tokens, generation.mask)))
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def main(config: Config):
+    key = gpt.start(config.seed)
+    if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
+        raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
+    policy, tokenizer = gpt.load(config.init)
+    ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))  # a copy: the policy's arrays are donated
+    policy = gpt.shard(jax.tree.map(jnp.array, policy))
+    models, function = load_rewards(config, tokenizer)
+    trunk = models[0].trunk if models and config.critic_init == "reward" else policy
+    trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trunk)
+    critic = gpt.shard(gpt.init_score_model(trunk, key, zero=True))
+    monitor = gpt.load_function(config.monitor) if config.monitor != "none" else None
+    prompts = gpt.Batches(
+        config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
+        skip_bad=config.skip_bad_rows, buckets=config.buckets,
+    )  # fmt: skip
+
+    updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
+    make = lambda lr: gpt.adamw(
+        gpt.schedule(lr, updates, config.warmup, "linear", config.final_lr), clip=config.clip_norm, eps=1e-5
+    )
+    policy_optimizer, critic_optimizer = make(config.lr), make(config.critic_lr)
+    state = State(
+        policy, gpt.shard(policy_optimizer.init(policy)),
+        critic, gpt.shard(critic_optimizer.init(critic)), jnp.asarray(config.beta),
+    )  # fmt: skip
+    update = make_update(policy_optimizer, critic_optimizer, config)
+    sample = partial(gpt.generate, max_new_tokens=config.response_length, temperature=config.temperature,
+                     eos=tokenizer.eos_id, pad=tokenizer.pad_id)  # fmt: skip
+
+    run = gpt.Run(config, config.steps, prompts.hashes, critic="policy trunk" if trunk is policy else "reward trunk")
+    state, first = run.restore(state)
+    watch, stream = Watch(run.warn), prompts.stream(first, config.steps)
+    for step in run.steps(first):
+        host_batch = next(stream)
+        batch = gpt.put_batch(host_batch)
+        # 1 sample responses and score them
+        generation = sample(state.policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
+        texts, rows = decode_texts(tokenizer, host_batch, generation), prompts.rows(host_batch)
+        scores, metrics = score_responses(models, function, batch, generation, texts, rows, tokenizer.eos_id, config)
+        # 2, 3 rewards and advantages
+        rollout, more = make_rollout(state, ref, batch, generation, scores, config)
+        # 4 update
+        state, losses = update_epochs(update, state, rollout, step, config)
+        if config.kl_target:
+            beta = adaptive_beta(
+                state.beta, more["objective/kl"], config.batch_size, config.kl_target, config.kl_horizon
+            )
+            state = state._replace(beta=beta)
+
+        metrics = gpt.to_numpy(metrics | more | losses)
+        if monitor:
+            metrics |= gpt.mean_parts(monitor(*texts, rows), "eval/")
+        if step % config.sample_every == 0 or step == config.steps - 1:
+            for i in range(2):
+                run.sample(step, prompt=texts[0][i], response=texts[1][i], score=float(scores[i]))
+        watch(metrics, config)
+        run.log(step, metrics)
+        run.checkpoint(step, state)
+    run.finish(state.policy, tokenizer)
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)

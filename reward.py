@@ -1,0 +1,407 @@
+"""A reward model from preference pairs: Bradley-Terry, its calibration, and a report that says how far to trust it.
+
+    L = - mean log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin)
+
+Bradley and Terry 1952; for language models Ziegler et al. 2019 and Stiennon et al. 2020 (arXiv:2009.01325, section 3.4).
+
+The model is an SFT model whose scalar head is read at the last real token (--pool last), or at the last token of a
+--suffix put in EOS's place, or pooled over all tokens (mean, attention). Details that matter:
+1. Scores are defined up to a shift. After training, gain and bias are set so that the reference policy's own samples
+   have mean 0 and standard deviation 1 (Ziegler et al., arXiv:1909.08593, section 2): PPO's beta then means the
+   same for every reward model. They are folded into the head.
+2. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
+3. Ties count as errors in the accuracy; scores are compared in fp32.
+4. One epoch: a reward model that sees its labels twice learns their noise.
+
+    python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
+    python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold none
+    python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
+"""
+
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    init: str = "out/base"  # model folder to start from: an SFT model, or its base
+    data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
+    heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
+    out: Path = Path("out/reward")  # run folder; with --members K, member-0 .. member-(K-1) are inside
+    steps: int | None = None  # optimiser steps (default: one epoch)
+    batch_size: int = 32  # pairs a step
+    micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
+    length: int = 48  # tokens of prompt and completion together, at most
+    lr: float = 2e-4  # of the trunk; 0 trains the head alone (a linear probe)
+    head_lr: float = 1e-3  # of the head
+    warmup: int = 10  # steps of linear warm-up; then linear to 0
+    weight_decay: float = 0.0
+
+    pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
+    suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
+    label_smoothing: float = 0.0  # share of labels taken to be wrong
+    center: float = 0.0  # weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (0.01 is usual)
+    lm_coef: float = 0.0  # weight of a language-model loss on the chosen side
+    members: int = 1  # ensemble: members differ in head init and data order
+
+    normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; none: leave scores as they are
+    normalize_data: str = "data/toy/prompts.jsonl"  # its prompts
+    normalize_samples: int = 512  # how many
+    response_length: int = 24  # tokens a sampled response may have
+    gold: str | None = "toy:score"  # module:function that knows the truth, for the report; none elsewhere
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False  # recompute activations in the backward pass
+    seed: int = 0
+    resume: bool = False  # continue from the last checkpoint in --out
+    overwrite: bool = False  # empty --out first
+    save_every: int = 500  # steps between checkpoints
+    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
+    track: Literal["wandb", "tensorboard", "trackio"] | None = None
+
+
+class State(NamedTuple):
+    model: gpt.ScoreModel
+    opt_state: tuple
+
+
+# ---------------------------------------------------------------------------------------------------- loss
+
+
+def bradley_terry_loss(chosen, rejected, margin=0.0, label_smoothing=0.0, center=0.0, weight=None):
+    """-(1-e) log sigmoid(d) - e log sigmoid(-d), d = chosen - rejected - margin: (B,) scores -> (scalar, metrics).
+
+    margin >= 0 asks for a wider gap where ratings differ more (Llama 2, arXiv:2307.09288, eq. 2). label_smoothing e may
+    be a number or (B,): a soft label p = P(chosen is better) is e = 1 - p, whose optimum is d = logit(p). center c adds
+    c mean((chosen + rejected)^2), the squared sum (Eisenstein et al. 2023, arXiv:2312.09244). weight (B,) weighs pairs.
+    """
+    chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
+    weight = jnp.ones_like(chosen) if weight is None else weight
+    d = chosen - rejected - margin
+    losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(d) - label_smoothing * jax.nn.log_sigmoid(-d)
+    losses = losses + center * (chosen + rejected) ** 2
+    loss = (losses * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+    both = jnp.concatenate([chosen, rejected])
+    metrics = {
+        "loss": loss,
+        "accuracy": jnp.mean(chosen > rejected),  # a tie is an error
+        "margin": jnp.mean(chosen - rejected),
+        "mean_reward": both.mean(),
+        "min_reward": both.min(),
+        "max_reward": both.max(),
+    }
+    return loss, metrics
+
+
+def forward(model: gpt.ScoreModel, batch, config: Config):
+    """(loss, metrics) of a batch of pairs: tokens, segments and mask (B, 2, T), chosen first."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
+    hidden = model.trunk(flat["tokens"], flat["segments"], config.remat)
+    scores = model.pooled(hidden, flat["segments"]).reshape(-1, 2)
+    smoothing = 1 - batch["label_p"] * (1 - config.label_smoothing)
+    loss, metrics = bradley_terry_loss(
+        scores[:, 0], scores[:, 1], batch["margin"], smoothing, config.center, batch["weight"]
+    )
+    if config.lm_coef:
+        logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], flat["tokens"][::2, 1:])
+        lm_loss = -gpt.masked_mean(logprobs, flat["mask"][::2, 1:])
+        loss, metrics = loss + config.lm_coef * lm_loss, metrics | {"lm_loss": lm_loss}
+    return loss, metrics | {"loss": loss}
+
+
+def make_train_step(optimizer, config: Config):
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, batch):
+        loss_fn = partial(forward, config=config)
+        count = lambda batch: batch["weight"].sum()
+        (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
+        metrics["grad_norm"] = optax.global_norm(grads)
+        return State(optax.apply_updates(state.model, updates), opt_state), metrics
+
+    return train_step
+
+
+def make_optimizer(config: Config, steps: int):
+    """AdamW with one learning rate for the trunk and one for the head, both linear to 0."""
+    groups = lambda model: jax.tree_util.tree_map_with_path(
+        lambda path, _: "trunk" if "trunk" in jax.tree_util.keystr(path) else "head", model
+    )
+    rate = lambda lr: gpt.schedule(lr, steps, config.warmup, "linear")
+    make = lambda lr: gpt.adamw(rate(lr), config.weight_decay) if lr else optax.set_to_zero()
+    return optax.multi_transform({"trunk": make(config.lr), "head": make(config.head_lr)}, groups)
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+
+
+def fit_temperature(differences, low: float = 0.01, high: float = 100.0) -> float:
+    """The T that minimises mean -log sigmoid(d / T) over score differences d = chosen - rejected (N,).
+
+    Convex in 1/T, so its slope mean(d (sigmoid(d/T) - 1)) is followed by bisection (Guo et al. 2017, arXiv:1706.04599).
+    Where every d > 0 the best T is 0, where they are no better than chance it is infinite: kept within [low, high].
+    """
+    d = np.asarray(differences, np.float64)
+    slope = lambda inverse: np.mean(d * (_sigmoid(d * inverse) - 1))
+    a, b = 1 / high, 1 / low
+    if slope(a) >= 0:
+        return high
+    if slope(b) <= 0:
+        return low
+    for _ in range(100):
+        middle = np.sqrt(a * b)
+        a, b = (middle, b) if slope(middle) < 0 else (a, middle)
+    return float(1 / a)
+
+
+def expected_calibration_error(p, y, bins: int = 10) -> float:
+    """Mean |accuracy - confidence| over bins (lo, hi] of p, weighted by their counts: p (N,) = P(first is preferred),
+    y (N,) whether it was (Naeini et al. 2015)."""
+    return float(sum(share * abs(right - confidence) for confidence, right, share in reliability(p, y, bins)))
+
+
+def reliability(p, y, bins: int = 10) -> list[tuple[float, float, float]]:
+    """(mean p, mean y, share of rows) of every bin that holds something."""
+    p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
+    which = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    rows = [which == b for b in range(bins)]
+    return [(p[r].mean(), y[r].mean(), r.mean()) for r in rows if r.any()]
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))  # never overflows
+
+
+def calibration(differences, temperature: float, seed: int = 0) -> dict:
+    """ECE, Brier score and NLL of sigmoid(d / T), with the order of presentation drawn at random: "the chosen one comes
+    first" would make every label 1."""
+    d = np.asarray(differences, np.float64) / temperature
+    swap = np.random.default_rng(seed).random(len(d)) < 0.5
+    p, y = _sigmoid(np.where(swap, -d, d)), (~swap).astype(float)
+    nll = np.mean(np.logaddexp(0, -d))
+    return {"ece": expected_calibration_error(p, y), "brier": float(np.mean((p - y) ** 2)), "nll": float(nll)}
+
+
+def interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% confidence interval of a share."""
+    share, centre = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
+    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return float(centre - half), float(centre + half)
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> dict:
+    """What held-out pairs say about the reward model (the mean of an ensemble): see the keys."""
+    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
+    scores, lengths, texts = [], [], []
+    for step in range(batches.steps_per_epoch):
+        batch = batches(step)
+        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
+        each = [gpt.to_numpy(score(model, gpt.put_batch(flat))) for model in members]
+        scores.append(np.mean(each, 0).reshape(-1, 2))
+        lengths.append(flat["mask"].sum(1).reshape(-1, 2))
+        texts += split_texts(flat, tokenizer, members[0].suffix)
+    scores, lengths = np.concatenate(scores), np.concatenate(lengths)
+    d, longer = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]
+    n, right = len(d), int((d > 0).sum())
+    half = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and judged on the other
+    temperature = fit_temperature(d[half[: n // 2]])
+    rest = d[half[n // 2 :]]
+    clear = longer != 0
+    result = {
+        "pairs": n,
+        "accuracy": right / n,
+        "accuracy_interval": interval(right, n),
+        "longer_wins": float(np.mean(longer[clear] > 0)) if clear.any() else 0.5,
+        "longer_wins_pairs": int(clear.sum()),
+        "accuracy_by_length_difference": by_length(d, longer),
+        "margin": float(d.mean()),
+        "temperature": temperature,
+        "before": calibration(rest, 1.0),
+        "after": calibration(rest, temperature),
+        "reliability": reliability_both(rest, temperature),
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
+    }
+    if config.gold and config.gold != "none":
+        prompts, responses = zip(*texts)
+        gold = np.asarray(gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))).reshape(-1, 2)
+        gap = gold[:, 0] - gold[:, 1]
+        clear = np.abs(gap) > 0.2
+        result["gold"] = {
+            "correlation": correlation(scores.ravel(), gold.ravel()),
+            "agreement_on_clear_pairs": float(np.mean((d > 0)[clear] == (gap > 0)[clear])),
+            "clear_pairs": int(clear.sum()),
+            "labels_agree_with_gold": float(np.mean((gap > 0) + 0.5 * (gap == 0))),
+        }
+    return result
+
+
+def split_texts(flat, tokenizer, suffix):
+    """(prompt, response) texts of rows, without suffix and special tokens."""
+    texts = []
+    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
+        ids = tokens[(segments > 0) & (mask > 0)]
+        ids = ids[: len(ids) - len(suffix)]
+        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
+    return texts
+
+
+def by_length(d, longer, edges=(-1e9, -8, -3, 0, 1, 4, 9, 1e9)) -> list[dict]:
+    """Accuracy where the chosen side is shorter or longer by so many tokens: [lo, hi)."""
+    rows = []
+    for low, high in zip(edges, edges[1:]):
+        here = (longer >= low) & (longer < high)
+        if here.any():
+            name = f"{'' if low < -1e8 else int(low)}..{'' if high > 1e8 else int(high) - 1}"
+            rows.append({"chosen_longer_by": name, "pairs": int(here.sum()), "accuracy": float((d[here] > 0).mean())})
+    return rows
+
+
+def reliability_both(d, temperature):
+    """Reliability diagram points before and after the temperature, order of presentation at random."""
+    swap = np.random.default_rng(0).random(len(d)) < 0.5
+    sides = {"before": 1.0, "after": temperature}
+    return {name: reliability(_sigmoid(np.where(swap, -d, d) / t), ~swap) for name, t in sides.items()}
+
+
+def correlation(a, b) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+
+
+def draw_report(result: dict, path: Path):
+    """The reliability diagram and the accuracy by length difference, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    left.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
+    for name, color in (("before", "tab:orange"), ("after", "tab:blue")):
+        points = np.array(result["reliability"][name])
+        label = f"{name} temperature: ECE {result[name]['ece']:.3f}"
+        left.plot(points[:, 0], points[:, 1], color=color, linewidth=1)
+        left.scatter(points[:, 0], points[:, 1], s=10 + 400 * points[:, 2], color=color, alpha=0.6, label=label)
+    left.set(xlabel="predicted P(first is preferred)", ylabel="share preferred", title="Reliability on held-out pairs")
+    left.legend(loc="upper left")
+    rows = result["accuracy_by_length_difference"]
+    right.bar(range(len(rows)), [r["accuracy"] for r in rows], color="tab:blue")
+    right.set_xticks(range(len(rows)), [f"{r['chosen_longer_by']}\n{r['pairs']} pairs" for r in rows], fontsize=8)
+    right.axhline(result["accuracy"], color="0.3", linewidth=1, label=f"all pairs: {result['accuracy']:.3f}")
+    right.axhline(
+        result["longer_wins"], color="tab:red", linestyle=":", label=f"longer wins: {result['longer_wins']:.3f}"
+    )
+    right.set(xlabel="tokens by which the chosen side is longer", ylabel="accuracy", ylim=(0, 1), title="Accuracy")
+    right.legend(loc="lower right")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def print_report(result: dict):
+    low, high = result["accuracy_interval"]
+    print(f"held-out accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['pairs']:,} pairs", end="; ")
+    print(f"the longer side wins in {result['longer_wins']:.3f}")
+    for name in ("before", "after"):
+        print(
+            f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
+        )
+    if "gold" in result:
+        print("  gold: " + "  ".join(f"{k} {v:.3f}" for k, v in result["gold"].items()))
+
+
+# ---------------------------------------------------------------------------------------------------- normalisation
+
+
+def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
+    """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
+    policy, policy_tokenizer = gpt.load(config.normalize_with)
+    gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
+    size = min(config.normalize_samples, 128)
+    room = config.length - config.response_length
+    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed)
+    scores = []
+    for i in range(config.normalize_samples // size):
+        batch = prompts(i)
+        out = gpt.generate(
+            policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
+            eos=tokenizer.eos_id, pad=tokenizer.pad_id,
+        )  # fmt: skip
+        scores.append(gpt.score(model, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
+    scores = np.concatenate(gpt.to_numpy(scores))
+    mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
+    print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
+    return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def train_member(config: Config, member: int, heldout: str | None):
+    """One reward model from pairs, trained, normalised, written."""
+    key = jax.random.fold_in(jax.random.key(config.seed), member)
+    trunk, tokenizer = gpt.load(config.init)
+    suffix = tokenizer.encode(config.suffix) if config.suffix else ()
+    batches = gpt.Batches(
+        config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
+        suffix=suffix, skip_bad=config.skip_bad_rows,
+    )  # fmt: skip
+    steps = config.steps or batches.steps_per_epoch
+    model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix))
+    optimizer = make_optimizer(config, steps)
+    state = State(model, gpt.shard(optimizer.init(model)))
+    train_step = make_train_step(optimizer, config)
+
+    run = gpt.Run(config, steps, batches.hashes, member=member)
+    state, first = run.restore(state)
+    stream = batches.stream(first, steps)
+    for step in run.steps(first):
+        state, metrics = train_step(state, gpt.put_batch(next(stream)))
+        run.log(step, metrics)
+        run.checkpoint(step, state)
+    model = state.model
+    if config.normalize_with and config.normalize_with != "none":
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1))
+    run.finish(model, tokenizer)
+    return model, tokenizer
+
+
+def main(config: Config):
+    gpt.start(config.seed)
+    heldout = config.heldout or gpt.heldout_file(config.data)
+    members = []
+    for member in range(config.members):
+        out = config.out if config.members == 1 else config.out / f"member-{member}"
+        model, tokenizer = train_member(replace(config, out=out), member, heldout)
+        members.append(model)
+    if heldout is None:
+        print("no held-out pairs (--heldout): no report")
+        return
+    pairs = gpt.Batches(heldout, "pairs", tokenizer, 1, config.length, 0, suffix=members[0].suffix)
+    size = max(b for b in range(1, 65) if len(pairs.sets[0]) % b == 0)
+    pairs = gpt.Batches(heldout, "pairs", tokenizer, size, config.length, 0, suffix=members[0].suffix)
+    result = report(members, pairs, tokenizer, config)
+    gpt.write_json(config.out / "report.json", result)
+    print_report(result)
+    try:
+        draw_report(result, config.out / "report.png")
+        print(f"wrote {config.out}/report.json and report.png")
+    except ImportError:
+        print(f"wrote {config.out}/report.json (pip install matplotlib for the picture)")
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)
