@@ -433,8 +433,8 @@ def map_columns(piece, width: int, *arrays):
 
 
 def masked_mean(x, mask):
-    """Mean of x where mask is 1; 0 where nothing is."""
-    return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+    """Mean of x where mask is 1 (or weighted by it, where it holds weights); 0 where nothing is."""
+    return (jnp.where(mask > 0, x, 0) * mask).sum() / jnp.maximum(mask.sum(), 1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 2e-4  # of the trunk; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the trunk; 0 trains the head alone (a linear probe)
     head_lr: float = 1e-3  # of the head
     warmup: int = 10  # steps of linear warm-up; then linear to 0
     weight_decay: float = 0.0

@@ -45,6 +45,8 @@ class Config:
     weight_decay: float = 0.01  # on the matrices of linear layers only
     b2: float = 0.98  # Adam's second decay
     loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
+    emphasis: float = 1.0  # how many times the token after each --emphasize word counts in the loss
+    emphasize: str = "\n\nJudge:"  # for verdicts: one token of many, and the one that matters
     reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
 
     teacher: str | None = None  # distil this model folder: same tokenizer, any size
@@ -116,6 +118,12 @@ def make_train_step(optimizer, config: Config):
         return State(optax.apply_updates(state.model, updates), opt_state), metrics
 
     return train_step
+
+
+def emphasise(batch, marker: int, times: float):
+    """The batch with a mask that counts the token after each marker so many times."""
+    before = np.roll(batch["tokens"], 1, axis=1)
+    return batch | {"mask": batch["mask"] * np.where(before == marker, times, 1.0).astype(np.float32)}
 
 
 def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
@@ -192,6 +200,8 @@ def main(config: Config):
     stream = batches.stream(first, config.steps)
     for step in run.steps(first):
         batch = next(stream)
+        if config.emphasis != 1:
+            batch = emphasise(batch, tokenizer.encode(config.emphasize)[-1], config.emphasis)
         state, metrics = train_step(state, gpt.put_batch(batch), teacher)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
