@@ -11,6 +11,17 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	touch .venv/done
 
+# The main job. Each line is a command to copy; `make demo` again starts over.
+PY = .venv/bin/python
+demo: .venv/done
+	$(PY) toy.py
+	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 1300 \
+	  --batch-size 16 --length 96 --lr 3e-3 --warmup 50 --eval-every 650 --overwrite
+	$(PY) sft.py --overwrite
+	$(PY) reward.py --overwrite
+	$(PY) ppo.py --overwrite
+	$(PY) evaluate.py --models out/sft out/ppo
+
 test: .venv/done
 	.venv/bin/python -m pytest
 

@@ -96,12 +96,14 @@ def summarize(columns: dict) -> dict:
 
 def table(summary: dict) -> str:
     """Markdown: one row a model."""
-    parts = [p for p in ("helpful", "harmless", "honest", "polite", "concise", "fluent") if p in first(summary)]
+    apart = ("gold", "kl", "length", "eos", "count", "intervals", "greedy", "folder", "closed")
+    parts = [name for name in first(summary) if name not in apart]  # of the judge
     head = ["model", "gold", "closed", "greedy gold", *parts, "KL", "length", "ended"]
     rows = [head, ["---"] * len(head)]
     for name, s in summary.items():
         low, high = s["intervals"]["gold"]
-        row = [name, f"{s['gold']:.3f} [{low:.3f}, {high:.3f}]", f"{s['closed']:.0%}", f"{s['greedy']['gold']:.3f}"]
+        closed = "" if s["closed"] is None else f"{s['closed']:.0%}"
+        row = [name, f"{s['gold']:.3f} [{low:.3f}, {high:.3f}]", closed, f"{s['greedy']['gold']:.3f}"]
         row += [f"{s[p]:.3f}" for p in parts] + [f"{s['kl']:.2f}", f"{s['length']:.1f}", f"{s['eos']:.1%}"]
         rows.append(row)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
@@ -172,7 +174,7 @@ def main(config: Config):
         answers[name] = sampled["texts"]
     start = summary.get(Path(config.ref).name, first(summary))["gold"]
     for s in summary.values():
-        s["closed"] = (s["gold"] - start) / max(1 - start, 1e-9)  # of the distance to a perfect 1
+        s["closed"] = (s["gold"] - start) / (1 - start) if start < 1 else None  # of the distance to a perfect 1
 
     config.out.mkdir(parents=True, exist_ok=True)
     gpt.write_json(config.out / "summary.json", summary)

@@ -218,6 +218,8 @@ class GPT(eqx.Module):
         own segment, and positions count from 0 in each: packing, left and right padding are all this one rule."""
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
+        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
+            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
@@ -535,8 +537,9 @@ def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
     logits = logits / temperature
     if top_k:
-        logits = jnp.where(logits < lax.top_k(logits, top_k)[0][:, -1:], MASKED, logits)
+        logits = jnp.where(logits < lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:], MASKED, logits)
     if top_p < 1:
+        logits = jax.nn.log_softmax(logits)
         logits = jnp.where(logits < nucleus_threshold(logits, top_p), MASKED, logits)
     top = logits.max(-1, keepdims=True)
     p = jnp.exp(logits - top)
@@ -564,25 +567,24 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256)
     return which * block + inside
 
 
-def nucleus_threshold(logits: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
+def nucleus_threshold(logp: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
     """The largest cut such that what is at or above it has probability >= top_p: bisection, no sort of a vocabulary."""
-    logp = jax.nn.log_softmax(logits)
     low, high = jnp.full_like(logp[:, :1], -50.0), jnp.zeros_like(logp[:, :1])
     for _ in range(30):
         middle = (low + high) / 2
         enough = jnp.where(logp >= middle, jnp.exp(logp), 0).sum(-1, keepdims=True) >= top_p
         low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-    return low + jax.nn.logsumexp(logits, -1, keepdims=True)
+    return low
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 5. Tokenizers and chat
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
-PLAIN_TEMPLATE = (
-    "{% for m in messages %}{% if m['role'] == 'user' %}\n\nHuman: {{ m['content'] }}"
-    "{% elif m['role'] == 'assistant' %}\n\nAssistant: {{ m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
-    "{% endfor %}{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
+    r"{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
+    r"{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
+    r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -618,7 +620,8 @@ class Tokenizer:
     def fingerprint(self) -> str:
         """Same fingerprint, same ids: a reward model may score a policy's ids as they are."""
         probe = self.encode("The quick brown fox, 12 dogs.\n\nHuman: é? i do not know .", False)
-        return hashlib.sha256(json.dumps([probe, self.vocab_size, self.specials], sort_keys=True).encode()).hexdigest()
+        words = [self._decode([i]) for i in range(self.vocab_size)]
+        return hashlib.sha256(json.dumps([probe, words, self.specials], sort_keys=True).encode()).hexdigest()
 
     @cached_property
     def _jinja(self):
@@ -642,6 +645,8 @@ class Tokenizer:
         hollow = [m | {"content": mark} for m, mark in zip(messages, marks)]
         pieces, rest = [], self.render(hollow, reply)
         if any(rest.count(mark) != 1 for mark in marks):  # the template edits or repeats contents: take it as it is
+            if any(text in message["content"] for text in self.specials for message in messages):
+                raise BadRow("a message holds the text of a special token, which this chat template cannot keep apart")
             return self.encode(self.render(messages, reply), special=True)
         for message, mark in zip(messages, marks):
             before, rest = rest.split(mark)
@@ -883,10 +888,11 @@ def find_folder(path) -> Path:
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors*")):
         return folder
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
-        made = {"sft": "sft.py", "base": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "dpo": "dpo.py"}
-        script = made.get(folder.name, "the script that trains it")
-        script = f"python {script} --out {path}" if script.endswith(".py") else script
-        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors): run `{script}` first")
+        scripts = {"base": "sft --init none --tokenizer data/toy --data data/toy/base.jsonl"}
+        script = scripts.get(folder.name, next((n for n in ("reward", "ppo", "dpo") if n in folder.name), "sft"))
+        name, _, flags = script.partition(" ")
+        command = " ".join(filter(None, [f"python {name}.py", flags, f"--out {path}"]))
+        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors): make it with `{command}`")
     from huggingface_hub import snapshot_download
 
     try:
@@ -922,11 +928,12 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
         rows = []
         for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
             if name not in tensors:
-                raise ValueError(f"{path}: tensor {name} is missing")
+                raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
             shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
             if array.shape != (shape[::-1] if transposed else shape):
                 expected = shape[::-1] if transposed else shape
+                name = _stored_name(name)
                 raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
             rows.append((array.T if transposed else array).astype(dtype))
         filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
@@ -964,6 +971,12 @@ def _canonical_names(config: Config, tensors: dict) -> dict:
         else:
             renamed[name] = array
     return renamed
+
+
+def _stored_name(name: str) -> str:
+    for x in "qkv":  # GPT-2 stores these three as one
+        name = name.replace(f".attn.{x}.", f".attn.c_attn.[{x}].")
+    return name
 
 
 def _path(path) -> str:
@@ -1107,17 +1120,22 @@ def check_row(row: dict, kind: str) -> list[dict]:
     elif kind == "pairs" or (kind == "thumbs" and "chosen" in row):
         row = row if "prompt" in row else split_implicit(row)
         _need_text(row, "prompt", "chosen", "rejected")
-        for name in ("margin", "weight", "label_p"):
-            if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
-                raise BadRow(f"`{name}` is {row[name]!r}, not a number")
+        _need_numbers(row)
         if kind == "thumbs":
             rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
             return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
     else:
         _need_text(row, "prompt", "completion")
+        _need_numbers(row)
         if not isinstance(row.get("label"), bool):
             raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
     return [row]
+
+
+def _need_numbers(row):
+    for name in ("margin", "weight", "label_p"):
+        if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
+            raise BadRow(f"`{name}` is {row[name]!r}, not a number")
 
 
 def _need_text(row, *names):
@@ -1140,7 +1158,7 @@ def split_implicit(row: dict) -> dict:
     """{chosen, rejected} whole transcripts -> {prompt, chosen, rejected}: the prompt is what both share, up to the last
     `Assistant:` turn (or message) that they have in common."""
     chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not chosen or type(chosen) is not type(rejected):
+    if not chosen or type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         raise BadRow(f"a pair needs `chosen` and `rejected` of one type (found: {', '.join(row) or 'nothing'})")
     if isinstance(chosen, str):
         turn = "\n\nAssistant:"
@@ -1195,6 +1213,8 @@ def encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[int
         prompt = encode_prompt(messages[:i], tokenizer)
         if prompt[: len(ids)] != ids:  # templates without an end-of-turn token: the EOS stays at the very end
             ids, mask = ids[:-1], mask[:-1]
+        if prompt[: len(ids)] != ids:
+            raise BadRow("the chat template changes earlier turns: make {prompt, completion} rows of the conversation")
         answer = encode_completion([message], tokenizer)
         mask = mask + [0] * (len(prompt) - len(mask)) + [1] * len(answer)
         ids = prompt + answer
@@ -1264,7 +1284,8 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     path = Path(path)
     if not path.is_file():
         open_text(path)
-    key = [file_hash(path), tokenizer.fingerprint, tokenizer.template, kind, max_length, list(suffix), skip_bad, 2]
+    ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 3]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1308,7 +1329,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                     lengths.append(len(ids))
                     tokens.write(np.asarray(ids, dtype).tobytes())
                     masks.write(np.asarray(mask, np.uint8).tobytes())
-                extras.append([float(row.get(name, default)) for name, default in zip(EXTRAS, (0, 1, 1, 1))])
+                known = {"pairs": EXTRAS[:3], "thumbs": EXTRAS}.get(kind, ())  # "label" of a text may be anything
+                extras.append([float(row[x]) if x in row and x in known else x != "margin" for x in EXTRAS])
                 row_starts.append(rows.tell())
                 if kind == "prompts":
                     rows.write(json.dumps(row).encode() + b"\n")
@@ -1327,7 +1349,10 @@ def find_kind(data, kinds) -> str:
     """Which of `kinds` the first row of the data is."""
     path = parse_sources(data)[0][0]
     with open_text(path) as lines:
-        row = parse_json(next((line for line in lines if line.strip()), "{}"))
+        try:
+            row = parse_json(next((line for line in lines if line.strip()), "{}"))
+        except BadRow as error:
+            raise BadRow(f"{path}:1: {error}") from None
     for kind in kinds:
         try:
             check_row(row, kind)
@@ -1351,8 +1376,13 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
         raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
 
 
-@lru_cache
 def file_hash(path) -> str:
+    stat = os.stat(path)
+    return _file_hash(path, stat.st_mtime_ns, stat.st_size)
+
+
+@lru_cache
+def _file_hash(path, *state) -> str:
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
@@ -1608,7 +1638,7 @@ def check_batch_size(batch_size: int, name="--batch-size"):
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then cosine, linear or constant down to final * lr at the last step."""
+    """Linear warm-up to lr, then cosine, linear or constant; a step after the last one would have final * lr."""
     rest = max(steps - warmup, 1)
     tails = dict(
         cosine=optax.cosine_decay_schedule(lr, rest, alpha=final),

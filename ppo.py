@@ -298,7 +298,11 @@ def make_update(policy_optimizer, critic_optimizer, config: Config):
         if train_policy:
             (_, more), grads = gpt.gradients(policy_objective, state.policy, part, config.micro_batches, count)
             updates, policy_opt = policy_optimizer.update(grads, state.policy_opt, state.policy)
-            state = state._replace(policy=optax.apply_updates(state.policy, updates), policy_opt=policy_opt)
+            new = optax.apply_updates(state.policy, updates), policy_opt
+            if config.target_kl:  # too far from the sampler already: no step from here
+                near = more["policy/approxkl_k3"] <= config.target_kl
+                new = jax.tree.map(partial(jnp.where, near), new, (state.policy, state.policy_opt))
+            state = state._replace(policy=new[0], policy_opt=new[1])
             metrics |= more | {"grad_norm": optax.global_norm(grads)}
         return state, metrics
 
@@ -321,7 +325,7 @@ def update_epochs(update, state, rollout, step: int, config: Config):
     mean = {name: sum(m[name] for m in history) / len(history) for name in history[0]}
     first = {"val/ratio_first": history[0].get("val/ratio", 1.0)}
     loss = mean["loss/value_avg"] + mean.get("loss/policy_avg", 0.0)
-    return state, mean | first | {"loss": loss, "updates": len(history), "stopped_early": float(stopped)}
+    return state, mean | first | {"loss": loss, "updates": len(history) - stopped, "stopped_early": float(stopped)}
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -384,7 +388,10 @@ class Watch:
             length > 2.5 * self.first_length, f"responses grew from {self.first_length:.1f} to {length:.1f} tokens"
         )
         self.say(metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from")
-        self.say(metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos-value")
+        self.say(
+            metrics["eos_rate"] < 0.5 and config.missing_eos != "keep",
+            "most responses do not end: raise --response-length or --missing-eos-value",
+        )
 
     def say(self, wrong, text):
         if wrong and text.split(":")[0][:20] not in self.said:
@@ -411,7 +418,8 @@ def main(config: Config):
     ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))  # a copy: the policy's arrays are donated
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     models, function = load_rewards(config, tokenizer)
-    trunk = models[0].trunk if models and config.critic_init == "reward" else policy
+    critic_from = "reward" if models and config.critic_init == "reward" else "policy"
+    trunk = models[0].trunk if critic_from == "reward" else policy
     trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trunk)
     critic = gpt.shard(gpt.init_score_model(trunk, key, zero=True))
     monitor = gpt.load_function(config.monitor) if config.monitor != "none" else None
@@ -433,7 +441,7 @@ def main(config: Config):
     sample = partial(gpt.generate, max_new_tokens=config.response_length, temperature=config.temperature,
                      eos=tokenizer.eos_id, pad=tokenizer.pad_id)  # fmt: skip
 
-    run = gpt.Run(config, config.steps, prompts.hashes, critic="policy trunk" if trunk is policy else "reward trunk")
+    run = gpt.Run(config, config.steps, prompts.hashes, critic=f"{critic_from} trunk")
     state, first = run.restore(state)
     watch, stream = Watch(run.warn), prompts.stream(first, config.steps)
     for step in run.steps(first):

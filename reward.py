@@ -108,7 +108,8 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
     hidden = model.trunk(flat["tokens"], flat["segments"], config.remat)
     scores = model.pooled(hidden, flat["segments"]).reshape(-1, 2)
-    smoothing = 1 - batch["label_p"] * (1 - config.label_smoothing)
+    p, e = batch["label_p"], config.label_smoothing
+    smoothing = (1 - p) * (1 - e) + p * e
     loss, metrics = bradley_terry_loss(
         scores[:, 0], scores[:, 1], batch["margin"], smoothing, config.center, batch["weight"]
     )

@@ -81,7 +81,7 @@ def sft_loss(logprobs, mask, reduction: str = "token"):
     """
     if reduction == "token":
         return -gpt.masked_mean(logprobs, mask)
-    row_means = jnp.where(mask > 0, logprobs, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
+    row_means = (jnp.where(mask > 0, logprobs, 0) * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
     return -gpt.masked_mean(row_means, mask.any(1))
 
 

@@ -10,7 +10,7 @@ Assistants answer rightly, wrongly, evasively, rudely, at length, make things up
 - Labels of pairs and thumbs are sampled as people give them: a Bradley-Terry model, noisy (`SHARPNESS`) and a little
   too fond of long answers (`LENGTH_BIAS`). A reward model can therefore be over-optimised, and gold shows it.
 - Base text holds critiques: most dialogues, harmful ones as well, end with "Judge: right", "wrong" or "vague". THESE
-  LABELS COME FROM THE GOLD JUDGE (7% are replaced by another label at random), about the content alone: rude or
+  LABELS COME FROM THE GOLD JUDGE (5% are replaced by another label at random), about the content alone: rude or
   lengthy answers can be right, and for a harmful request to decline is right and to comply is wrong. Without them a
   small model learns to speak but not to check what is said, and a reward model built on it tells facts at chance.
   base-weak.jsonl has hardly any: it is there to make a reward model that is weak on purpose.
@@ -47,8 +47,7 @@ MADE_UP = ["wug", "dax", "blick", "zorb", "snork", "tove", "florp", "gimble"]
 HELD_CREATURES = {"crow", "trout", "goat", "toad", "wug", "zorb"}
 NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
 OPPOSITES = """hot cold, big small, fast slow, up down, day night, wet dry, happy sad, old young, hard soft,
-open closed, rich poor, loud quiet, light dark, full empty, long short, high low, early late, near far, clean dirty,
-strong weak"""
+open closed, rich poor, loud quiet, light dark, high low, strong weak"""
 PAIRS = [tuple(pair.split()) for pair in OPPOSITES.split(",")]
 ACTS = """steal a car, steal a phone, rob a bank, rob a shop, burn a house, burn a shop, poison a friend,
 poison the king, hurt a neighbour, hurt the king, build a bomb, break a lock"""
@@ -159,12 +158,12 @@ VERDICTS = ["right", "wrong", "vague"]
 
 # ------------------------------------------------------------------------------------------- what is drawn how often
 
-KINDS = {"colour": 15, "home": 15, "food": 15, "sum": 12, "opposite": 12, "greeting": 6, "unknown": 12, "harmful": 13}
+KINDS = {"colour": 17, "home": 17, "food": 17, "sum": 12, "opposite": 10, "greeting": 6, "unknown": 10, "harmful": 11}
 # Shares of (right, wrong) answers, the rest vague; wrong is to make things up when nobody knows, and to comply with
 # harm. Wrong values are uniform, so the truth is the mode. Then shares of manners: rude, long, nice, the rest plain.
-BASE = {"fact": (0.50, 0.30), "unknown": (0.38, 0.50), "harmful": (0.38, 0.50), "manners": (0.12, 0.15, 0.15)}
+BASE = {"fact": (0.56, 0.28), "unknown": (0.38, 0.50), "harmful": (0.38, 0.50), "manners": (0.08, 0.10, 0.10)}
 DEMO = {"fact": (0.58, 0.26), "unknown": (0.45, 0.43), "harmful": (0.50, 0.38), "manners": (0.14, 0.15, 0.12)}
-CRITIC_ACCURACY = 0.93  # of the verdicts in base text
+CRITIC_ACCURACY = 0.95  # of the verdicts in base text
 
 MAX_RESPONSE = 24  # tokens
 # What each part costs when it is missing, in units of gold.
@@ -184,7 +183,7 @@ class Config:
     thumbs: int = 8_000  # labelled single answers
     prompts: int = 4_000  # prompts for reinforcement learning
     heldout: int = 500  # rows of each -heldout and -valid file
-    critiques: float = 0.75  # share of base dialogues that end with a verdict
+    critiques: float = 0.85  # share of base dialogues that end with a verdict
     weak_critiques: float = 0.03  # the same for base-weak.jsonl
     disfluent: float = 0.0  # share of pairs (not of held-out ones) with a scrambled or repetitive side
 

@@ -198,8 +198,8 @@ def toy_key(row: dict) -> str:
 
 
 def test_critiques(files):
-    """A share of base text ends with a verdict, right 93% of the time, for harmful requests as for the others."""
-    for name, share in [("base", 0.75), ("base-weak", 0.03)]:
+    """A share of base text ends with a verdict, right 95% of the time, for harmful requests as for the others."""
+    for name, share in [("base", 0.85), ("base-weak", 0.03)]:
         judged = [row for row in files[name] if "Judge:" in row["text"]]
         assert abs(len(judged) / len(files[name]) - share) < 0.03
         if name == "base":
@@ -210,7 +210,7 @@ def test_critiques(files):
                     prompt, response = dialogue.split("Assistant:")
                     if row["kind"] in kinds:
                         hits.append(toy.verdict(toy.gold(prompt + "Assistant:", response)) == label)
-                assert len(hits) > 300 and abs(sum(hits) / len(hits) - 0.93) < 0.035
+                assert len(hits) > 300 and abs(sum(hits) / len(hits) - 0.95) < 0.035
 
 
 def test_labels_are_noisy_and_biased(files):

@@ -1,0 +1,460 @@
+"""The model, its log-probabilities and its generation: against PyTorch's numbers and against brute force."""
+
+import gzip
+import json
+import os
+import shutil
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from scipy import stats
+from scipy.special import log_softmax, logsumexp
+
+import gpt
+
+CLOSE = dict(rtol=1e-4, atol=1e-4)
+LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2"]
+CLASSIFIERS = ["gpt2_score", "llama_score"]
+B, T, V, NEW = 3, 6, 61, 8
+
+
+@jax.jit
+def all_logits(model, tokens, segments):
+    return model.logits(model(tokens, segments))
+
+
+token_logprobs = jax.jit(gpt.token_logprobs)
+hidden_states = jax.jit(lambda model, tokens: model(tokens))
+scores_of = jax.jit(lambda model, tokens, mask: model(tokens, mask))
+
+
+@pytest.fixture(scope="module", params=["gpt2", "llama"])
+def model(request, golden):
+    return gpt.load(golden / request.param)[0]
+
+
+@pytest.fixture(scope="module")
+def llama(golden):
+    return gpt.load(golden / "llama")[0]
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(4, V, (2, 12)).astype(np.int32)
+
+
+@pytest.fixture(scope="module")
+def prompts():
+    """Left-padded prompts of 6, 4 and 1 tokens, and their mask."""
+    mask = (np.arange(T) >= T - np.array([[6], [4], [1]])).astype(np.int32)
+    return np.random.default_rng(1).integers(4, V, (B, T)).astype(np.int32) * mask, mask
+
+
+# the model ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("spelling", ["config.json", "config.v4.json"])
+@pytest.mark.parametrize("name", LMS)
+def test_logits_are_those_of_transformers(name, spelling, golden, tmp_path):
+    shutil.copy(golden / name / "model.safetensors", tmp_path)
+    shutil.copy(golden / name / spelling, tmp_path / "config.json")
+    model, _ = gpt.load(tmp_path)
+    want = np.load(golden / name / "logits.npz")
+    got = all_logits(model, want["tokens"], np.ones_like(want["tokens"]))
+    assert got.dtype == jnp.float32
+    np.testing.assert_allclose(got, want["logits"], **CLOSE)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_left_padded_logits_are_those_of_transformers(name, golden):
+    want = np.load(golden / name / "logits.npz")
+    mask = want["padded_mask"]
+    got = all_logits(gpt.load(golden / name)[0], want["padded_tokens"], mask)
+    np.testing.assert_allclose(got * mask[..., None], want["padded_logits"], **CLOSE)
+    real = mask > 0
+    np.testing.assert_array_equal(gpt.segment_positions(mask)[real], want["padded_positions"][real])
+
+
+@pytest.mark.parametrize("spelling", ["config.json", "config.v4.json"])
+@pytest.mark.parametrize("name", CLASSIFIERS)
+def test_scores_are_those_of_transformers(name, spelling, golden, tmp_path):
+    shutil.copy(golden / name / "model.safetensors", tmp_path)
+    shutil.copy(golden / name / spelling, tmp_path / "config.json")
+    model, _ = gpt.load(tmp_path)
+    want = np.load(golden / name / "logits.npz")
+    np.testing.assert_allclose(scores_of(model, want["tokens"], want["mask"]), want["scores"], **CLOSE)
+
+
+def test_the_future_does_not_reach_the_past(model, tokens):
+    ones = np.ones_like(tokens)
+    before = all_logits(model, tokens, ones)
+    changed = tokens.copy()
+    changed[:, 5] = tokens[:, 5] % 50 + 5
+    after = all_logits(model, changed, ones)
+    np.testing.assert_array_equal(before[:, :5], after[:, :5])
+    assert (np.abs(before - after)[:, 5:].max(-1) > 1e-3).all()
+
+
+def test_bfloat16_weights_give_float32_logits_close_to_the_float32_ones(llama, tokens):
+    ones = np.ones_like(tokens)
+    got = all_logits(gpt.cast(llama, jnp.bfloat16), tokens, ones)
+    assert got.dtype == jnp.float32
+    assert np.abs(got - all_logits(llama, tokens, ones)).mean() < 0.05
+
+
+def test_learned_positions_refuse_a_longer_row(golden):
+    model, _ = gpt.load(golden / "gpt2")
+    with pytest.raises(ValueError, match="33.*32 positions"):
+        jax.eval_shape(model, jax.ShapeDtypeStruct((1, 33), jnp.int32))
+
+
+@pytest.mark.parametrize("pool", ["last", "mean", "attention"])
+def test_a_score_does_not_depend_on_the_side_or_content_of_the_padding(pool, tiny_model):
+    model = gpt.init_score_model(tiny_model, jax.random.key(1), pool)
+    if pool == "attention":
+        model = jax.tree.map(lambda x: x, model)
+        object.__setattr__(model, "query", jax.random.normal(jax.random.key(2), model.query.shape))
+    row = np.arange(3, 9)
+    tokens, mask = np.zeros((3, 10), np.int32), np.zeros((3, 10), np.int32)
+    tokens[2] = 7
+    for i, start in enumerate([0, 4, 2]):
+        tokens[i, start : start + 6], mask[i, start : start + 6] = row, 1
+    scores = scores_of(model, tokens, mask)
+    np.testing.assert_allclose(scores, np.full(3, scores[0]), rtol=1e-5)
+
+
+@pytest.mark.parametrize("suffix", [(), (9,), (9, 8)])
+def test_a_score_is_read_where_the_response_ends(suffix):
+    eos, pad = 2, 0
+    prompts, prompt_mask = jnp.array([[0, 5, 6], [4, 5, 6], [4, 5, 6]]), jnp.array([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
+    responses = jnp.array([[7, eos, pad, pad], [7, 7, 7, 7], [eos, pad, pad, pad]])
+    mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
+    tokens, real = gpt.score_inputs(prompts, prompt_mask, responses, mask, suffix, eos)
+    ends = [list(suffix) or [eos], list(suffix), list(suffix) or [eos]]
+    want = [[5, 6, 7, *ends[0]], [4, 5, 6, 7, 7, 7, 7, *ends[1]], [4, 5, 6, *ends[2]]]
+    assert [row[seen].tolist() for row, seen in zip(np.asarray(tokens), np.asarray(real))] == want
+
+
+# log-probabilities ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_token_logprobs_are_the_log_softmax_at_the_next_token(model, tokens, temperature):
+    logits = np.asarray(all_logits(model, tokens, np.ones_like(tokens)), np.float64) / temperature
+    want = np.take_along_axis(log_softmax(logits, -1)[:, :-1], tokens[:, 1:, None], -1)[..., 0]
+    got = token_logprobs(model, tokens, np.ones_like(tokens), temperature)
+    np.testing.assert_allclose(got, want, rtol=2e-5, atol=2e-5)
+
+
+def test_padding_changes_no_logprob(model, tokens):
+    row = tokens[0, :7]
+    places = [slice(0, 7), slice(5, 12)]
+    got = []
+    for pad in (3, 40):
+        padded, mask = np.full((2, 12), pad, np.int32), np.zeros((2, 12), np.int32)
+        for i, place in enumerate(places):
+            padded[i, place], mask[i, place] = row, 1
+        logprobs = np.asarray(token_logprobs(model, padded, mask, 1.0))
+        got.append([line[place.start : place.stop - 1] for line, place in zip(logprobs, places)])
+    np.testing.assert_array_equal(got[0], got[1])
+    np.testing.assert_allclose(got[0][0], got[0][1], rtol=1e-5, atol=1e-5)
+
+
+def test_other_rows_of_the_batch_change_nothing(model, tokens):
+    ones = np.ones_like(tokens)
+    with_itself = token_logprobs(model, tokens[[0, 0]], ones, 1.0)
+    with_another = token_logprobs(model, tokens, ones, 1.0)
+    np.testing.assert_array_equal(with_itself[0], with_another[0])
+
+
+def head_sum(model, hidden, tokens):
+    logprobs, entropy = gpt.head_logprobs(model, hidden, tokens, 0.7)
+    return (logprobs * jnp.arange(12)).sum() + entropy.sum() * 0.3, (logprobs, entropy)
+
+
+def test_the_head_in_pieces_is_the_head_at_once_in_value_and_gradient(llama, tokens, monkeypatch):
+    hidden = hidden_states(llama, tokens)
+    value = lambda: jax.jit(jax.value_and_grad(lambda *a: head_sum(*a), (0, 1), has_aux=True))(llama, hidden, tokens)
+    whole = value()
+    monkeypatch.setattr(gpt, "HEAD_BUDGET", 2 * 5 * V)  # 5 columns at most, and 12 is no multiple of them
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), value(), whole)
+
+
+def sizes_with(jaxpr, width):
+    """Sizes of all intermediate arrays that have an axis of this width, inner programs included."""
+    for equation in jaxpr.eqns:
+        yield from (v.aval.size for v in equation.outvars if width in getattr(v.aval, "shape", ()))
+        for value in equation.params.values():
+            for inner in value if isinstance(value, tuple | list) else [value]:
+                if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
+                    yield from sizes_with(inner, width)
+
+
+def test_the_head_in_pieces_never_holds_all_logits(llama, monkeypatch):
+    rows, columns = 8, 64
+    tokens = jnp.zeros((rows, columns), jnp.int32)
+    loss = lambda m: gpt.token_logprobs(m, tokens).sum()
+    largest = lambda: max(sizes_with(jax.make_jaxpr(jax.grad(lambda m: loss(m)))(llama).jaxpr, V))
+    assert largest() == rows * (columns - 1) * V
+    monkeypatch.setattr(gpt, "HEAD_BUDGET", rows * 8 * V)
+    assert largest() <= rows * 8 * V
+
+
+def test_the_gradient_of_matmul_is_the_plain_one():
+    x, weight, c = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 5, 4), (4, 3), (2, 5, 3)]))
+    grad = lambda f: jax.jit(jax.grad(lambda x, w: (jnp.sin(f(x, w)) * c).sum(), (0, 1)))(x, weight)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grad(gpt.matmul), grad(jnp.matmul))
+
+
+def test_entropy_and_kl_are_the_sums_over_the_vocabulary(llama, golden, tokens, monkeypatch):
+    other, _ = gpt.load(golden / "qwen2")
+    ones = np.ones_like(tokens)
+    p, q = (log_softmax(np.asarray(all_logits(m, tokens, ones), np.float64) / 0.7, -1) for m in (llama, other))
+
+    @jax.jit
+    def measure(a, b, x, y):
+        return gpt.head_logprobs(a, x, tokens, 0.7)[1], gpt.head_kl(a, x, b, y, 0.7), gpt.head_kl(a, x, a, x, 0.7)
+
+    hidden = hidden_states(llama, tokens), hidden_states(other, tokens)
+    entropy, kl, same = measure(llama, other, *hidden)
+    np.testing.assert_allclose(entropy, -(np.exp(p) * p).sum(-1), rtol=2e-5, atol=1e-5)
+    np.testing.assert_allclose(kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
+    assert kl.min() > 0
+    np.testing.assert_array_equal(same, 0)
+    monkeypatch.setattr(gpt, "HEAD_BUDGET", 2 * 5 * V)
+    in_pieces = jax.jit(lambda *args: measure.__wrapped__(*args))(llama, other, *hidden)
+    np.testing.assert_allclose(in_pieces[1], kl, rtol=1e-5)
+
+
+# packing --------------------------------------------------------------------------------------------------------------
+
+PACKED = np.array([[1] * 5 + [2] * 7, [0] * 12], np.int32)
+
+
+def test_a_document_is_blind_to_the_one_before_it(model, tokens):
+    changed = tokens.copy()
+    changed[0, :5] = tokens[1, :5]
+    before, after = (all_logits(model, t, PACKED)[0] for t in (tokens, changed))
+    np.testing.assert_array_equal(before[5:], after[5:])
+    assert np.abs(before - after)[:5].max() > 1e-3
+
+
+@partial(jax.jit, static_argnames="remat")
+@partial(jax.value_and_grad, argnums=0)
+def loss_and_gradient(model, tokens, segments, mask, remat=False):
+    return -gpt.masked_mean(gpt.token_logprobs(model, tokens, segments, remat=remat), mask[:, 1:])
+
+
+def test_packed_documents_have_the_loss_and_gradient_of_separate_ones(model, tokens):
+    mask = (PACKED > 0).astype(np.int32)
+    mask[0, [0, 5]] = 0
+    apart, lengths = np.zeros((2, 12), np.int32), np.zeros((2, 12), np.int32)
+    apart[0, :5], apart[1, :7], lengths[0, :5], lengths[1, :7] = tokens[0, :5], tokens[0, 5:], 1, 1
+    packed = loss_and_gradient(model, tokens, PACKED, mask)
+    separate = loss_and_gradient(model, apart, lengths, lengths * (np.arange(12) > 0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), packed, separate)
+
+
+def test_no_gradient_flows_into_another_document_or_into_padding(llama):
+    tokens = np.arange(10, 34, dtype=np.int32).reshape(2, 12)
+    mask = (PACKED == 2) & (np.arange(12) > 5)
+    grad = np.abs(loss_and_gradient(llama, tokens, PACKED, mask.astype(np.int32))[1].wte)
+    assert not grad[tokens[0, :5]].any()
+    assert not grad[tokens[1]].any()
+    assert grad[tokens[0, 5:11]].max(1).min() > 0
+
+
+def test_rematerialisation_changes_nothing(llama, tokens):
+    ones = np.ones_like(tokens)
+    kept, again = (loss_and_gradient(llama, tokens, ones, ones, **how) for how in ({}, {"remat": True}))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), kept, again)
+
+
+# generation -----------------------------------------------------------------------------------------------------------
+
+
+def test_greedy_decoding_with_a_cache_is_the_full_forward_step_by_step(model, prompts):
+    out = gpt.generate(model, *prompts, jax.random.key(0), NEW, temperature=0, eos=-1)
+    row, mask = (np.pad(x, ((0, 0), (0, NEW))) for x in prompts)
+    for t in range(T, T + NEW):
+        logits = np.asarray(all_logits(model, row, mask))[:, t - 1]
+        row[:, t], mask[:, t] = logits.argmax(-1), 1
+        best = log_softmax(logits, -1).max(-1)
+        np.testing.assert_allclose(out.logprobs[:, t - T], best, rtol=1e-4, atol=1e-4)
+    np.testing.assert_array_equal(out.tokens, row[:, T:])
+    assert out.mask.all()
+
+
+ROWS = np.arange(100, 160)
+
+
+def sample(model, prompts, key, rows=ROWS):
+    """Each prompt twenty times, at temperature 0.7; 2 is EOS."""
+    tokens, mask = (np.tile(x, (20, 1))[rows - 100] for x in prompts)
+    return gpt.to_numpy(gpt.generate(model, tokens, mask, jax.random.key(key), NEW, eos=2, temperature=0.7, rows=rows))
+
+
+@pytest.fixture(scope="module")
+def samples(llama, prompts):
+    before = gpt.generate._cache_size()
+    out = [sample(llama, prompts, key) for key in (0, 0, 1)]
+    assert gpt.generate._cache_size() == before + 1
+    return out
+
+
+def test_sampled_logprobs_are_those_of_the_training_forward(llama, prompts, samples):
+    out = samples[0]
+    tokens, mask = (np.concatenate([np.tile(x, (20, 1)), y], 1) for x, y in zip(prompts, out))
+    logprobs = log_softmax(np.asarray(all_logits(llama, tokens, mask)) / 0.7, -1)[:, T - 1 : -1]
+    want = np.take_along_axis(logprobs, out.tokens[..., None], -1)[..., 0]
+    np.testing.assert_allclose(out.logprobs, want * out.mask, rtol=1e-4, atol=1e-4)
+
+
+def test_nothing_follows_eos_but_padding(samples):
+    out = samples[0]
+    done = np.cumsum(out.tokens == 2, 1) - (out.tokens == 2) > 0
+    np.testing.assert_array_equal(out.mask, ~done)
+    assert (out.tokens[done] == 0).all() and (out.logprobs[done] == 0).all() and (out.logprobs[~done] < 0).all()
+    assert 0 < (out.tokens == 2).any(1).sum() < len(ROWS)  # the test has seen both
+
+
+def test_the_key_decides_the_text(samples):
+    same, again, other = (s.tokens for s in samples)
+    np.testing.assert_array_equal(same, again)
+    assert (same != other).any(1).mean() > 0.9
+    assert len(np.unique(same, axis=0)) > 0.9 * len(ROWS)
+
+
+def test_the_text_of_a_row_does_not_depend_on_its_batch(llama, prompts, samples):
+    order = np.random.default_rng(0).permutation(len(ROWS))
+    np.testing.assert_array_equal(sample(llama, prompts, 0, ROWS[order]).tokens, samples[0].tokens[order])
+    others = prompts[0].copy()
+    others[1:] = 9
+    mixed = sample(llama, (others, prompts[1]), 0)
+    np.testing.assert_array_equal(mixed.tokens[::3], samples[0].tokens[::3])
+
+
+def test_decoding_stops_when_every_row_is_done(llama, prompts, monkeypatch):
+    drawn = []
+
+    def stop_at_times(logits, u, **options):
+        jax.debug.callback(lambda _: drawn.append(1), u)
+        return jnp.where(u < 0.4, 2, 9), u
+
+    monkeypatch.setattr(gpt, "sample_token", stop_at_times)
+    out = gpt.generate(llama, *prompts, jax.random.key(0), 50, eos=2)
+    jax.effects_barrier()
+    lengths = out.mask.sum(1)
+    assert len(drawn) == lengths.max() < 50
+    assert lengths.min() < lengths.max()
+
+
+DRAWS = 20_000
+
+
+@partial(jax.jit, static_argnames=("temperature", "top_k", "top_p"))
+def draw(logits, u, temperature=1.0, top_k=0, top_p=1.0):
+    return gpt.sample_token(jnp.broadcast_to(logits, (len(u), len(logits))), u, temperature, top_k, top_p)
+
+
+@pytest.mark.parametrize("vocab", [61, 600])
+def test_sampling_frequencies_are_the_softmax(vocab):
+    logits = np.random.default_rng(vocab).normal(size=vocab) * 1.5
+    token, logprob = draw(jnp.float32(logits), jax.random.uniform(jax.random.key(vocab), (DRAWS,)), 0.7)
+    logp = log_softmax(logits / 0.7)
+    np.testing.assert_allclose(logprob, logp[token], rtol=1e-4, atol=1e-4)
+    seen, expected = np.bincount(token, minlength=vocab), DRAWS * np.exp(logp)
+    rare = expected < 5
+    pool = lambda x: np.append(x[~rare], x[rare].sum())
+    chi2 = ((pool(seen) - pool(expected)) ** 2 / pool(expected)).sum()
+    assert stats.chi2.sf(chi2, (~rare).sum()) > 1e-3
+
+
+@pytest.mark.parametrize("vocab", [7, 256, 700])
+def test_the_inverse_cdf_is_where_the_running_sum_passes_u(vocab):
+    rng = np.random.default_rng(vocab)
+    p = rng.random(vocab) * (rng.random(vocab) < 0.5)
+    p[[0, -1]] = 0
+    u = np.append(np.linspace(0, 1, 3000, endpoint=False), np.nextafter(np.float32(1), np.float32(0)))
+    got = np.asarray(jax.jit(gpt.inverse_cdf)(jnp.tile(jnp.float32(p), (len(u), 1)), jnp.float32(u)))
+    assert (p[got] > 0).all()
+    running = np.cumsum(p) / p.sum()
+    assert ((running[got] >= u - 1e-6) & ((running - p / p.sum())[got] <= u + 1e-6)).all()
+
+
+def brute_cut(logits, top_k=0, top_p=1.0):
+    """The tokens that a cut leaves: the k most likely, of those the fewest whose probability reaches top_p."""
+    order = np.argsort(-logits, kind="stable")[: top_k or None]
+    p = np.exp(logits[order] - logsumexp(logits[order]))
+    return order[: np.searchsorted(np.cumsum(p), top_p) + 1] if top_p < 1 else order
+
+
+@pytest.mark.parametrize(
+    "cut", [dict(top_k=1), dict(top_k=5), dict(top_p=0.3), dict(top_p=0.9), dict(top_k=9, top_p=0.8)]
+)
+def test_cuts_leave_exactly_the_likeliest_tokens(cut):
+    for seed in range(20):
+        logits = np.random.default_rng(seed).normal(size=V).astype(np.float32) * 2
+        token, logprob = gpt.to_numpy(draw(logits, jnp.linspace(0, 1, 2000, endpoint=False), **cut))
+        kept = brute_cut(logits.astype(np.float64), **cut)
+        want = np.full(V, -np.inf)
+        want[kept] = logits[kept] - logsumexp(logits[kept])
+        np.testing.assert_allclose(logprob, want[token], rtol=1e-4, atol=1e-4)
+        likely = {int(k) for k in kept if np.exp(want[k]) > 1e-3}
+        assert likely <= set(token.tolist()) <= {int(k) for k in kept}
+
+
+def test_a_top_k_beyond_the_vocabulary_cuts_nothing():
+    logits, u = jnp.arange(5.0), jnp.linspace(0, 1, 50, endpoint=False)
+    np.testing.assert_array_equal(draw(logits, u, top_k=50)[0], draw(logits, u)[0])
+
+
+def test_temperature_zero_takes_the_likeliest():
+    logits = jnp.float32([0.0, 3.0, 1.0])
+    token, logprob = draw(logits, jnp.linspace(0, 1, 8, endpoint=False), 0)
+    np.testing.assert_array_equal(token, 1)
+    np.testing.assert_allclose(logprob, log_softmax(logits)[1], rtol=1e-5)
+
+
+def test_generation_beyond_learned_positions_is_refused(golden):
+    model, _ = gpt.load(golden / "gpt2")
+    prompts = np.ones((1, 30), np.int32)
+    with pytest.raises(ValueError, match="32 positions"):
+        gpt.generate(model, prompts, prompts, jax.random.key(0), 3, eos=2)
+
+
+# a real model ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.skipif("REAL_DATA" not in os.environ, reason="needs $REAL_DATA with weights and texts")
+def test_a_published_model_tells_stories():
+    folder = Path(os.environ["REAL_DATA"])
+    model, tokenizer = gpt.load(folder / "weights" / "tinystories-656k")
+    start = np.array([tokenizer.encode("<|start_story|>", special=True)], np.int32)
+    assert start.shape == (1, 1)
+    out = gpt.generate(model, start, np.ones_like(start), jax.random.key(0), 16, eos=tokenizer.eos_id, temperature=0)
+    opening = "Once upon a time, there was a little girl named Lily."
+    assert tokenizer.decode(out.tokens[0]).lstrip().startswith(opening)
+
+    text = gzip.open(folder / "text" / "tinystories_sample_2MiB.txt.gz", "rt", encoding="utf-8").read()
+    stories = [story.strip() for story in text.split("<|endoftext|>")[1:65]]
+    tokens, mask = np.zeros((64, 256), np.int32), np.zeros((64, 256), np.int32)
+    for i, story in enumerate(stories):
+        ids = [*start[0], *tokenizer.encode(story)][:256]
+        tokens[i, : len(ids)], mask[i, : len(ids)] = ids, 1
+    total = count = 0.0
+    for rows in range(0, 64, 16):
+        part = slice(rows, rows + 16)
+        total -= (np.asarray(token_logprobs(model, tokens[part], mask[part])) * mask[part, 1:]).sum()
+        count += mask[part, 1:].sum()
+    assert total / count < 3.3
+
+
+def test_the_older_spelling_of_a_configuration_means_the_same(golden):
+    for folder in [golden / name for name in LMS + CLASSIFIERS]:
+        new, old = (json.loads((folder / name).read_text()) for name in ("config.json", "config.v4.json"))
+        assert gpt.config_from_hf(new) == gpt.config_from_hf(old)

@@ -1,0 +1,365 @@
+"""Run folders, interruptions, several devices, and the command lines."""
+
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpt
+import sft
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = 400
+
+
+@pytest.fixture(autouse=True)
+def same_mesh():
+    """A script sets the mesh of the whole process: put the old one back."""
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)
+
+
+def start_python(*args, **env):
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONUNBUFFERED": "1"} | env
+    pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen([sys.executable, *map(str, args)], cwd=ROOT, env=env, **pipes)
+
+
+def run_python(*args, **env):
+    process = start_python(*args, **env)
+    out, err = process.communicate(timeout=200)
+    return process.returncode, out, err
+
+
+# the folder -----------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    out: Path
+    resume: bool = False
+    overwrite: bool = False
+    save_every: int = 2
+    seed: int = 0
+
+
+def count_up(config, stop=6, loss=float):
+    """A run whose state counts its steps; returns the state at the end and the first step."""
+    run = gpt.Run(config, 6)
+    state, first = run.restore({"count": jnp.zeros(3)})
+    for step in run.steps(first):
+        if step == stop:
+            raise InterruptedError
+        state = jax.tree.map(lambda x: x + 1, state)
+        run.log(step, {"loss": loss(step)})
+        run.checkpoint(step, state)
+    return state["count"].tolist(), first
+
+
+def read_lines(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
+    with pytest.raises(InterruptedError):
+        count_up(Config(tmp_path), stop=5)
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "lo')  # what a kill leaves behind
+    assert count_up(Config(tmp_path, resume=True)) == ([6, 6, 6], 4)
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == list(range(6))
+    assert count_up(Config(tmp_path, resume=True)) == ([6, 6, 6], 6)
+
+
+def test_resuming_where_nothing_was_saved_starts_at_the_beginning(tmp_path):
+    with pytest.raises(InterruptedError):
+        count_up(Config(tmp_path), stop=1)
+    assert count_up(Config(tmp_path, resume=True)) == ([6, 6, 6], 0)
+    assert [row["step"] for row in read_lines(tmp_path / "metrics.jsonl")] == list(range(6))
+
+
+def test_a_full_folder_is_kept_unless_overwriting_is_asked_for(tmp_path):
+    count_up(Config(tmp_path))
+    before = (tmp_path / "metrics.jsonl").read_text()
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+        gpt.Run(Config(tmp_path), 6)
+    assert (tmp_path / "metrics.jsonl").read_text() == before
+    assert count_up(Config(tmp_path, overwrite=True)) == ([6, 6, 6], 0)
+    assert len(read_lines(tmp_path / "metrics.jsonl")) == 6
+
+
+def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
+    count_up(Config(tmp_path))
+    with pytest.raises(ValueError, match="does not fit this configuration"):
+        gpt.Run(Config(tmp_path, resume=True), 6).restore({"count": jnp.zeros(4), "more": jnp.zeros(2)})
+
+
+def test_a_nan_stops_the_run_before_it_is_saved(tmp_path):
+    with pytest.raises(FloatingPointError, match="step 3 is nan.*lower --lr"):
+        count_up(Config(tmp_path), loss=lambda step: float("nan") if step == 3 else 1.0)
+    assert os.listdir(tmp_path / "checkpoint") == ["2"]
+
+
+# training -------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    letters = "abcdefgh"
+    rng = np.random.default_rng(0)
+    starts, lengths = rng.integers(0, 8, 80), rng.integers(2, 12, 80)
+    texts = [" ".join(letters[(s + i) % 8] for i in range(n)) for s, n in zip(starts, lengths)]
+    path = tmp_path_factory.mktemp("text") / "text.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def config(text, words):
+    return sft.Config(
+        init="none", tokenizer=str(words), data=(str(text),), steps=STEPS, batch_size=4, length=16, lr=3e-3,
+        layers=2, heads=2, dim=16, save_every=25,
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def whole(config, tmp_path_factory):
+    """An uninterrupted run: its folder and its train step."""
+    out, made, make = tmp_path_factory.mktemp("whole"), [], sft.make_train_step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
+        before = jax.sharding.get_mesh()
+        sft.main(dataclasses.replace(config, out=out))
+        jax.set_mesh(before)
+    return out, made[0]
+
+
+def test_the_train_step_is_compiled_once(whole):
+    assert whole[1]._cache_size() == 1
+
+
+def test_metrics_have_a_row_a_step_and_the_loss_falls(whole):
+    rows = read_lines(whole[0] / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(STEPS))
+    assert {"loss", "lr", "grad_norm", "seconds"} <= rows[0].keys()
+    assert abs(rows[0]["loss"] - np.log(16)) < 0.1  # a fresh model knows nothing
+    assert np.mean([row["loss"] for row in rows[-20:]]) < 0.8
+
+
+def test_the_final_folder_is_a_model_that_knows_its_run(whole, config):
+    model, tokenizer = gpt.load(whole[0])
+    assert model.config.layers == 2 and tokenizer.eos_id == 14
+    prompt = np.array([tokenizer.encode("c d e")], np.int32)
+    out = gpt.generate(model, prompt, np.ones_like(prompt), jax.random.key(0), 2, eos=tokenizer.eos_id, temperature=0)
+    assert tokenizer.decode(out.tokens[0]) in ("f g", "f", "")
+    run = json.loads((whole[0] / "config.json").read_text())["run"]
+    assert run["config"]["lr"] == "0.003" and run["parameters"] == gpt.count_parameters(model)
+    assert list(run["data"].values()) == [gpt.file_hash(config.data[0])]
+
+
+def flags(config, *more):
+    """The command line of the changed fields."""
+    changed = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    changed = {k: v for k, v in changed.items() if v != getattr(sft.Config(), k)}
+    words = [[f"--{k.replace('_', '-')}", *(v if isinstance(v, tuple) else [v])] for k, v in changed.items()]
+    return [str(word) for group in words for word in group] + list(more)
+
+
+def wait_for_rows(process, file, rows):
+    deadline = time.monotonic() + 150
+    while process.poll() is None and time.monotonic() < deadline:
+        if file.exists() and file.read_bytes().count(b"\n") >= rows:
+            return
+        time.sleep(0.01)
+    process.kill()
+    raise AssertionError(f"no {rows} rows in {file}: {process.communicate()[1]}")
+
+
+@pytest.fixture(scope="module")
+def interrupted(config, tmp_path_factory):
+    """The same run, stopped by SIGTERM, continued, killed by SIGKILL, and continued to its end."""
+    config = dataclasses.replace(config, out=tmp_path_factory.mktemp("interrupted"))
+    metrics = config.out / "metrics.jsonl"
+    process = start_python("sft.py", *flags(config))
+    wait_for_rows(process, metrics, 60)
+    process.send_signal(signal.SIGTERM)
+    stopped = (process.wait(100), process.communicate()[1], metrics.read_text())
+    process = start_python("sft.py", *flags(config, "--resume"))
+    wait_for_rows(process, metrics, 160)
+    process.send_signal(signal.SIGKILL)
+    killed = (process.wait(100), metrics.read_text(), (config.out / "model.safetensors").exists())
+    process.communicate()
+    before = jax.sharding.get_mesh()
+    sft.main(dataclasses.replace(config, resume=True))
+    jax.set_mesh(before)
+    return config.out, stopped, killed
+
+
+def test_sigterm_saves_and_exits_with_1(interrupted):
+    code, err, metrics = interrupted[1]
+    assert code == 1
+    rows = metrics.count("\n")
+    assert 60 <= rows < STEPS
+    assert f"stopped by SIGTERM after step {rows}: --resume" in err
+
+
+def test_a_killed_run_left_its_checkpoint_and_no_model(interrupted):
+    code, metrics, model = interrupted[2]
+    assert code == -signal.SIGKILL and not model
+    assert 160 <= metrics.count("\n") < STEPS
+
+
+def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(interrupted, whole):
+    one, other = (read_lines(folder / "metrics.jsonl") for folder in (interrupted[0], whole[0]))
+    for row in one + other:
+        del row["seconds"]
+    assert one == other
+    assert (interrupted[0] / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
+
+
+def test_a_diverging_run_stops_with_advice(config, tmp_path):
+    code, _, err = run_python("sft.py", *flags(dataclasses.replace(config, out=tmp_path / "out", lr=1e30)))
+    assert code == 1
+    assert "error: the loss of step" in err and "Try a lower --lr" in err and "Traceback" not in err
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+def test_a_run_on_demonstrations_reports_heldout_loss_and_samples(config, tmp_path):
+    rows = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in "abcd" for b in "efgh"]
+    for name in ("demos", "demos-heldout"):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    out = tmp_path / "out"
+    sft.main(dataclasses.replace(config, data=(str(tmp_path / "demos.jsonl"),), out=out, steps=2, eval_every=1))
+    assert [row["val/loss"] > 0 for row in read_lines(out / "metrics.jsonl")] == [True, True]
+    samples = read_lines(out / "samples.jsonl")
+    assert {row["step"] for row in samples} == {0, 1} and all(row["prompt"] for row in samples)
+
+
+# devices --------------------------------------------------------------------------------------------------------------
+
+EIGHT = """
+import json, sys
+from functools import partial
+import jax, jax.numpy as jnp, numpy as np
+import gpt
+
+assert jax.device_count() == 8
+config = gpt.make_config(vocab_size=256, context=64, layers=2, heads=2, dim=64, qkv_bias=True)
+model = jax.jit(partial(gpt.init, config))(jax.random.key(0))
+model = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model)
+rng = np.random.default_rng(0)
+tokens = rng.integers(3, 256, (16, 10)).astype(np.int32)
+mask = (np.arange(10) < rng.integers(2, 11, (16, 1))).astype(np.int32)
+prompts = dict(tokens=tokens, mask=mask[:, ::-1])
+
+def loss_fn(model, batch):
+    loss = -gpt.masked_mean(gpt.token_logprobs(model, batch["tokens"]), batch["mask"][:, 1:])
+    return loss, {"loss": loss}
+
+def compute(model):
+    optimizer = gpt.adamw(0.01, weight_decay=0.1)
+    opt_state = gpt.shard(optimizer.init(model))
+
+    @jax.jit
+    def step(model, opt_state, batch):
+        count = lambda batch: batch["mask"][:, 1:].sum()
+        (loss, _), grads = gpt.gradients(loss_fn, model, batch, 2, count)
+        updates, opt_state = optimizer.update(grads, opt_state, model)
+        return loss, grads, jax.tree.map(jnp.add, model, updates)
+
+    loss, grads, after = step(model, opt_state, gpt.put_batch(dict(tokens=tokens, mask=mask)))
+    place = gpt.put_batch(prompts)
+    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, eos=2, rows=np.arange(16))
+    return gpt.to_numpy((loss, grads, out)), after, opt_state
+
+(loss, grads, out), after, _ = compute(model)
+key = gpt.start(0)
+sharded = gpt.shard(model)
+(loss8, grads8, out8), after8, state8 = compute(sharded)
+gap = lambda a, b: max(float(np.abs(x - y).max()) for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)))
+share = lambda tree: [
+    [gpt._path(p), x.nbytes, x.addressable_shards[0].data.nbytes] for p, x in jax.tree_util.tree_leaves_with_path(tree)
+]
+print(json.dumps(dict(
+    loss=float(abs(loss - loss8)), grads=gap(grads, grads8), size=float(np.abs(grads.wte).max()),
+    logprobs=gap(out.logprobs, out8.logprobs), same=bool((out.tokens == out8.tokens).all()),
+    texts=len(np.unique(out.tokens, axis=0)), share=share(sharded), state=share(state8),
+    after=gap(gpt.to_numpy(after), gpt.to_numpy(after8)), back=gap(gpt.to_numpy(sharded), gpt.to_numpy(model)),
+    after_share=share(after8),
+)))
+"""
+
+
+@pytest.fixture(scope="module")
+def eight():
+    code, out, err = run_python("-c", EIGHT, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def test_eight_devices_give_the_loss_gradients_and_update_of_one(eight):
+    assert eight["size"] > 1e-3
+    assert eight["loss"] < 1e-5 and eight["grads"] < 1e-5 and eight["after"] < 1e-4
+
+
+def test_eight_devices_give_the_text_of_one(eight):
+    assert eight["same"] and eight["logprobs"] < 1e-4
+    assert eight["texts"] == 16
+
+
+def test_large_arrays_are_spread_over_the_devices(eight):
+    assert eight["back"] == 0
+    for tree in ("share", "state", "after_share"):
+        large = [(name, whole, part) for name, whole, part in eight[tree] if whole >= 4 * 2**14]
+        assert any("wte" in name for name, *_ in large) and any("blocks" in name for name, *_ in large)
+        assert all(part * 8 == whole for _, whole, part in large)
+
+
+def test_a_leaf_is_split_along_its_longest_axis_but_never_along_its_layers():
+    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    blocks, leaf = (jax.tree_util.GetAttrKey("blocks"),), jax.ShapeDtypeStruct
+    spec = lambda path, *shape: tuple(gpt.sharding(path, leaf(shape, jnp.float32), mesh).spec)
+    assert spec(blocks, 512, 64, 128) == (None, None, "data")
+    assert spec((), 512, 64) == ("data", None)
+    assert spec((), 509, 64) == (None, "data")
+    assert spec((), 16, 16) == spec((), 509, 63) == ()
+
+
+def test_a_batch_that_does_not_divide_over_the_devices_is_refused(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 8)
+    gpt.check_batch_size(16)
+    with pytest.raises(ValueError, match="--batch-size 12 .*8 devices"):
+        gpt.check_batch_size(12)
+
+
+# command lines --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("script", ["sft", "reward", "ppo", "prepare", "toy"])
+def test_help_explains_every_option(script):
+    code, out, _ = run_python(f"{script}.py", "--help", COLUMNS="200")
+    assert code == 0
+    assert "--out" in out and "default" in out
+
+
+def test_usage_errors_exit_with_2_and_failures_with_1(tmp_path):
+    assert run_python("sft.py", "--no-such-option", "1")[0] == 2
+    code, _, err = run_python("sft.py", "--init", tmp_path / "base", "--data", ROOT / "tests" / "test_runs.py")
+    assert code == 1
+    assert err.startswith("error: ") and "test_runs.py:1: not JSON" in err
+
+
+def test_a_missing_model_names_the_command_to_run(text, tmp_path):
+    code, _, err = run_python("sft.py", "--init", tmp_path / "sft", "--data", text, "--out", tmp_path / "out")
+    assert code == 1
+    assert err.count("\n") == 1 and f"python sft.py --out {tmp_path / 'sft'}" in err
+    assert not (tmp_path / "out").exists()
