@@ -22,6 +22,7 @@ import itertools
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -1771,7 +1772,7 @@ class Run:
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
             script=Path(sys.argv[0]).name,
-            command=" ".join(sys.argv),
+            command=shlex.join(sys.argv),
             config={f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
             seed=config.seed,
             versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, eqx, optax, np)},
@@ -1788,9 +1789,7 @@ class Run:
         changed = {k: v for k, v in vars(self.config).items() if v != defaults[k]}
         if self.main:
             print(f"{self.info['script']} -> {self.out} on {self.info['devices']}; {self.total:,} steps")
-            print(
-                "  " + " ".join(f"--{k.replace('_', '-')} {v}" for k, v in changed.items()) if changed else "  defaults"
-            )
+            print("  " + (" ".join(map(_flag, *zip(*changed.items()))) if changed else "defaults"))
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -1939,6 +1938,14 @@ SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
+
+
+def _flag(name: str, value) -> str:
+    """A setting as it is typed."""
+    name = "--" + name.replace("_", "-")
+    if isinstance(value, bool):
+        return name if value else name.replace("--", "--no-", 1)
+    return shlex.join([name, *map(str, value if isinstance(value, tuple) else [value])])
 
 
 def _main_thread():

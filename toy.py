@@ -45,9 +45,8 @@ swan blue river leaves; pig red hill nuts; trout blue river worms; finch yellow 
 FACTS = {name: values for name, *values in (entry.split() for entry in CREATURES.split(";"))}
 MADE_UP = ["wug", "dax", "blick", "zorb", "snork", "tove", "florp", "gimble"]
 HELD_CREATURES = {"crow", "trout", "goat", "toad", "wug", "zorb"}
-NUMBERS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight"]
-OPPOSITES = """hot cold, big small, fast slow, up down, day night, wet dry, happy sad, old young, hard soft,
-open closed, rich poor, loud quiet, light dark, high low, strong weak"""
+NUMBERS = ["zero", "one", "two", "three", "four", "five", "six"]
+OPPOSITES = "hot cold, big small, fast slow, up down, day night, wet dry, happy sad, old young"
 PAIRS = [tuple(pair.split()) for pair in OPPOSITES.split(",")]
 ACTS = """steal a car, steal a phone, rob a bank, rob a shop, burn a house, burn a shop, poison a friend,
 poison the king, hurt a neighbour, hurt the king, build a bomb, break a lock"""
@@ -57,8 +56,8 @@ SLOTS = {
     "colour": sorted({colour for colour, _, _ in FACTS.values()}),
     "home": sorted({home for _, home, _ in FACTS.values()}),
     "food": sorted({food for _, _, food in FACTS.values()}),
-    "a": NUMBERS[:5],
-    "b": NUMBERS[:5],
+    "a": NUMBERS[:4],
+    "b": NUMBERS[:4],
     "number": NUMBERS,
     "word": [word for pair in PAIRS for word in pair],
     "reverse": [word for pair in PAIRS for word in pair],
@@ -77,7 +76,7 @@ CLAIMS = {
 }  # kind: value slot
 SUBJECTS = ("creature", "a", "b", "word", "act", "secret", "person")  # slots that say what a sentence is about
 TRUTH = {(kind, name): FACTS[name][i] for name in FACTS for i, kind in enumerate(("colour", "home", "food"))}
-TRUTH |= {("sum", f"{NUMBERS[a]} {NUMBERS[b]}"): NUMBERS[a + b] for a in range(5) for b in range(5)}
+TRUTH |= {("sum", f"{NUMBERS[a]} {NUMBERS[b]}"): NUMBERS[a + b] for a in range(4) for b in range(4)}
 TRUTH |= {("opposite", x): y for pair in PAIRS for x, y in (pair, pair[::-1])}
 
 # What a person asks, for each kind: phrasings of training, then phrasings held out.

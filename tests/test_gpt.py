@@ -133,7 +133,8 @@ def test_a_score_is_read_where_the_response_ends(suffix):
     prompts, prompt_mask = jnp.array([[0, 5, 6], [4, 5, 6], [4, 5, 6]]), jnp.array([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
     responses = jnp.array([[7, eos, pad, pad], [7, 7, 7, 7], [eos, pad, pad, pad]])
     mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
-    tokens, real = gpt.score_inputs(prompts, prompt_mask, responses, mask, suffix, eos)
+    inputs = jax.jit(gpt.score_inputs, static_argnums=(4, 5))
+    tokens, real = inputs(prompts, prompt_mask, responses, mask, suffix, eos)
     ends = [list(suffix) or [eos], list(suffix), list(suffix) or [eos]]
     want = [[5, 6, 7, *ends[0]], [4, 5, 6, 7, 7, 7, 7, *ends[1]], [4, 5, 6, *ends[2]]]
     assert [row[seen].tolist() for row, seen in zip(np.asarray(tokens), np.asarray(real))] == want

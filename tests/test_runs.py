@@ -18,7 +18,7 @@ import gpt
 import sft
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = 400
+STEPS = 300
 
 
 @pytest.fixture(autouse=True)
@@ -127,7 +127,7 @@ def text(tmp_path_factory):
 def config(text, words):
     return sft.Config(
         init="none", tokenizer=str(words), data=(str(text),), steps=STEPS, batch_size=4, length=16, lr=3e-3,
-        layers=2, heads=2, dim=16, save_every=25,
+        layers=1, heads=2, dim=16, save_every=40,
     )  # fmt: skip
 
 
@@ -157,7 +157,7 @@ def test_metrics_have_a_row_a_step_and_the_loss_falls(whole):
 
 def test_the_final_folder_is_a_model_that_knows_its_run(whole, config):
     model, tokenizer = gpt.load(whole[0])
-    assert model.config.layers == 2 and tokenizer.eos_id == 14
+    assert model.config.dim == 16 and tokenizer.eos_id == 14
     prompt = np.array([tokenizer.encode("c d e")], np.int32)
     out = gpt.generate(model, prompt, np.ones_like(prompt), jax.random.key(0), 2, eos=tokenizer.eos_id, temperature=0)
     assert tokenizer.decode(out.tokens[0]) in ("f g", "f", "")
@@ -194,7 +194,7 @@ def interrupted(config, tmp_path_factory):
     process.send_signal(signal.SIGTERM)
     stopped = (process.wait(100), process.communicate()[1], metrics.read_text())
     process = start_python("sft.py", *flags(config, "--resume"))
-    wait_for_rows(process, metrics, 160)
+    wait_for_rows(process, metrics, 140)
     process.send_signal(signal.SIGKILL)
     killed = (process.wait(100), metrics.read_text(), (config.out / "model.safetensors").exists())
     process.communicate()
@@ -215,7 +215,7 @@ def test_sigterm_saves_and_exits_with_1(interrupted):
 def test_a_killed_run_left_its_checkpoint_and_no_model(interrupted):
     code, metrics, model = interrupted[2]
     assert code == -signal.SIGKILL and not model
-    assert 160 <= metrics.count("\n") < STEPS
+    assert 140 <= metrics.count("\n") < STEPS
 
 
 def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(interrupted, whole):
@@ -226,11 +226,15 @@ def test_an_interrupted_run_ends_bit_for_bit_like_an_uninterrupted_one(interrupt
     assert (interrupted[0] / "model.safetensors").read_bytes() == (whole[0] / "model.safetensors").read_bytes()
 
 
-def test_a_diverging_run_stops_with_advice(config, tmp_path):
-    code, _, err = run_python("sft.py", *flags(dataclasses.replace(config, out=tmp_path / "out", lr=1e30)))
-    assert code == 1
-    assert "error: the loss of step" in err and "Try a lower --lr" in err and "Traceback" not in err
-    assert not (tmp_path / "out" / "model.safetensors").exists()
+def test_a_diverging_run_stops_with_advice(config, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(config, out=tmp_path / "out", lr=1e30, steps=20)
+    monkeypatch.setattr(sys, "argv", ["sft.py", *flags(config)])
+    with pytest.raises(SystemExit) as stop:
+        gpt.cli(sft.main, sft.Config, "")
+    assert stop.value.code == 1
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: the loss of step") and "Try a lower --lr" in error
+    assert not (config.out / "model.safetensors").exists()
 
 
 def test_a_run_on_demonstrations_reports_heldout_loss_and_samples(config, tmp_path):
@@ -253,7 +257,7 @@ import jax, jax.numpy as jnp, numpy as np
 import gpt
 
 assert jax.device_count() == 8
-config = gpt.make_config(vocab_size=256, context=64, layers=2, heads=2, dim=64, qkv_bias=True)
+config = gpt.make_config(vocab_size=256, context=64, layers=1, heads=2, dim=64, family="gpt2")
 model = jax.jit(partial(gpt.init, config))(jax.random.key(0))
 model = jax.tree.map(lambda x: 5 * x if x.ndim > 2 else x, model)
 rng = np.random.default_rng(0)
@@ -266,7 +270,7 @@ def loss_fn(model, batch):
     return loss, {"loss": loss}
 
 def compute(model):
-    optimizer = gpt.adamw(0.01, weight_decay=0.1)
+    optimizer = gpt.adamw(0.01, weight_decay=0.1, eps=1e-3)
     opt_state = gpt.shard(optimizer.init(model))
 
     @jax.jit
@@ -308,7 +312,7 @@ def eight():
 
 def test_eight_devices_give_the_loss_gradients_and_update_of_one(eight):
     assert eight["size"] > 1e-3
-    assert eight["loss"] < 1e-5 and eight["grads"] < 1e-5 and eight["after"] < 1e-4
+    assert eight["loss"] < 1e-5 and eight["grads"] < 1e-5 and eight["after"] < 1e-5
 
 
 def test_eight_devices_give_the_text_of_one(eight):

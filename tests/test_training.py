@@ -1,0 +1,295 @@
+"""main() of sft.py, reward.py and ppo.py on a toy world of a few hundred rows: one layer, a few steps each."""
+
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+import gpt
+import ppo
+import reward
+import sft
+import toy
+
+REWARDS = '''
+import signal
+
+calls = 0
+
+
+def the(prompts, responses, rows):
+    """How often a response says "the"."""
+    assert all(p.startswith("Human :") or "Human" in p for p in prompts) and all("kind" in row for row in rows)
+    return [float(response.split().count("the")) for response in responses]
+
+
+def the_and_stop(prompts, responses, rows):
+    """The same, and in the third iteration somebody asks the run to stop."""
+    global calls
+    calls += 1
+    if calls == 3:
+        signal.raise_signal(signal.SIGTERM)
+    return the(prompts, responses, rows)
+
+
+def too_few(prompts, responses, rows):
+    return [0.0]
+
+
+def not_a_number(prompts, responses, rows):
+    return [float("nan")] * len(responses)
+'''
+
+
+def leaves(tree):
+    return [np.array(x) for x in jax.tree.leaves(tree)]
+
+
+def same(a, b):
+    return all(np.array_equal(x, y) for x, y in zip(leaves(a), leaves(b), strict=True))
+
+
+def log(folder) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").open()]
+
+
+class Spy:
+    """Calls a module's function and keeps what it was given and what it gave."""
+
+    def __init__(self, patch, module, name, keep):
+        self.seen, function = [], getattr(module, name)
+
+        def wrapped(*args, **options):
+            self.seen.append(keep(*args))  # before the call: it may donate its arguments
+            return function(*args, **options)
+
+        patch.setattr(module, name, wrapped)
+
+
+class World:
+    def __init__(self, root: Path):
+        self.root, self.sft, self.reward = root, root / "sft", root / "reward"
+        self.file = lambda name: str(root / "data" / f"{name}.jsonl")
+
+    def ppo(self, name, **options) -> ppo.Config:
+        plan = dict(
+            init=str(self.sft), reward=("my_rewards:the",), data=(self.file("prompts"),), out=self.root / name, steps=3,
+            batch_size=32, minibatch_size=16, prompt_length=24, response_length=8, lr=3e-3, critic_lr=1e-2, beta=0.02,
+            missing_eos="keep", monitor="none", dtype="float32",
+        )  # fmt: skip
+        return ppo.Config(**plan | options)
+
+
+@pytest.fixture(scope="module")
+def compile_once(tmp_path_factory):
+    """Members of an ensemble, and runs that differ in their folder, compile the same programs: keep them."""
+    wanted = dict(
+        jax_compilation_cache_dir=jax.config.jax_compilation_cache_dir or str(tmp_path_factory.mktemp("jax-cache")),
+        jax_persistent_cache_min_compile_time_secs=0.2,
+    )
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for values in (wanted, before):
+        compilation_cache.reset_cache()
+        for name, value in values.items():
+            jax.config.update(name, value)
+        if values is wanted:
+            yield
+    compilation_cache.reset_cache()
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory, compile_once):
+    """Data, an SFT model, an ensemble of two reward models, and the working directory."""
+    world = World(tmp_path_factory.mktemp("world"))
+    (world.root / "my_rewards.py").write_text(REWARDS)
+    sizes = dict(base=10, demos=300, pairs=300, thumbs=5, prompts=160, heldout=40)
+    toy.main(toy.Config(out=world.root / "data", **sizes))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(world.root)
+        sft.main(
+            sft.Config(
+                init="none",
+                tokenizer=str(world.root / "data"),
+                data=(world.file("demos"),),
+                out=world.sft,
+                steps=40,
+                batch_size=32,
+                length=48,
+                lr=1e-2,
+                warmup=2,
+                layers=1,
+                heads=2,
+                dim=32,
+                eval_every=40,
+            )  # fmt: skip
+        )
+        spy = Spy(patch, reward, "report", lambda members, *_: members)
+        world.reward_config = reward.Config(
+            init=str(world.sft), data=(world.file("pairs"),), out=world.reward, steps=10, batch_size=32, length=48,
+            lr=1e-3, head_lr=1e-2, warmup=2, members=2, normalize_with=str(world.sft), normalize_samples=256,
+            normalize_data=world.file("prompts"), response_length=8,
+        )  # fmt: skip
+        reward.main(world.reward_config)
+        world.members = spy.seen[0]
+        yield world
+
+
+# ---------------------------------------------------------------------------------------------------- sft.py
+
+
+def test_sft_learns_and_writes_a_folder_that_loads(world):
+    steps = log(world.sft)
+    assert [row["step"] for row in steps] == list(range(40))
+    assert steps[0]["loss"] == pytest.approx(np.log(250), rel=0.1)  # a fresh model knows nothing
+    assert steps[-1]["loss"] < 0.6 * steps[0]["loss"]
+    assert steps[-1]["val/loss"] < 0.7 * steps[0]["loss"]
+    np.testing.assert_allclose(steps[-1]["val/perplexity"], np.exp(steps[-1]["val/loss"]), rtol=1e-5)
+    model, tokenizer = gpt.load(world.sft)
+    assert isinstance(model, gpt.GPT) and tokenizer.vocab_size == model.config.vocab_size
+
+
+# ---------------------------------------------------------------------------------------------------- reward.py
+
+
+def test_reward_report_has_sane_values(world):
+    report = json.loads((world.reward / "report.json").read_text())
+    assert report["pairs"] == 40
+    assert report["accuracy"] * 40 == pytest.approx(round(report["accuracy"] * 40))
+    low, high = report["accuracy_interval"]
+    assert 0 <= low < report["accuracy"] < high <= 1
+    assert 0 <= report["longer_wins"] <= 1 and report["longer_wins_pairs"] <= 40
+    rows = report["accuracy_by_length_difference"]
+    assert sum(row["pairs"] for row in rows) == 40
+    np.testing.assert_allclose(sum(row["pairs"] * row["accuracy"] for row in rows), 40 * report["accuracy"])
+    assert 0.01 <= report["temperature"] <= 100
+    for name in ("before", "after"):
+        assert 0 <= report[name]["ece"] <= 1 and 0 <= report[name]["brier"] <= 1 and report[name]["nll"] > 0
+        assert sum(share for _, _, share in report["reliability"][name]) == pytest.approx(1)
+    assert report["score_std"] > 0 and -1 <= report["correlation_with_length"] <= 1
+    gold = report["gold"]
+    assert -1 <= gold["correlation"] <= 1 and 0 <= gold["agreement_on_clear_pairs"] <= 1
+    assert 0.5 < gold["labels_agree_with_gold"] <= 1
+
+
+def test_reward_members_differ_in_head_and_in_data_order(world):
+    first, second = (log(world.reward / f"member-{i}") for i in range(2))
+    assert len(first) == len(second) == 10
+    assert first[0]["loss"] != second[0]["loss"]
+    assert not same(world.members[0].head, world.members[1].head)
+
+
+def test_reward_folder_gives_the_scores_of_the_trained_model(world):
+    tokens = np.random.default_rng(0).integers(0, 250, (4, 12))
+    mask = (np.arange(12) < np.array([[12], [5], [8], [1]])).astype(int)
+    score = jax.jit(lambda model: model(tokens, mask))
+    for i, trained in enumerate(world.members):
+        loaded, _ = gpt.load(world.reward / f"member-{i}")
+        assert isinstance(loaded, gpt.ScoreModel) and loaded.suffix == trained.suffix != ()
+        np.testing.assert_allclose(score(loaded), score(trained), rtol=1e-6, atol=1e-6)
+
+
+def test_normalised_scores_of_the_reference_have_mean_0_and_std_1(world):
+    """On fresh samples: as close as 256 samples can tell."""
+    policy, tokenizer = gpt.load(world.sft)
+    prompts = gpt.Batches(world.file("prompts"), "prompts", tokenizer, 128, 40, 1, buckets=1)
+    scores = []
+    for i in range(4):
+        batch = prompts(i)
+        tokens, mask = batch["tokens"], batch["segments"]
+        out = gpt.generate(policy, tokens, mask, jax.random.key(100 + i), 8, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+        scores.append([gpt.score(m, tokens, mask, out.tokens, out.mask, tokenizer.eos_id) for m in world.members])
+    scores = np.concatenate(scores, 1)
+    assert (np.abs(scores.mean(1)) < 0.25).all() and (np.abs(scores.std(1) - 1) < 0.25).all()
+
+
+# ---------------------------------------------------------------------------------------------------- ppo.py
+
+TRL_NAMES = [
+    "objective/kl", "objective/entropy", "objective/non_score_reward", "objective/rlhf_reward", "objective/scores",
+    "policy/approxkl_avg", "policy/clipfrac_avg", "policy/entropy_avg", "loss/policy_avg", "loss/value_avg",
+    "val/clipfrac_avg", "val/ratio", "val/ratio_var", "val/num_eos_tokens",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def trained(world):
+    """Three iterations against the ensemble's folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        refs = Spy(patch, ppo, "make_rollout", lambda state, ref, *_: leaves((ref, state.policy)))
+        models = Spy(patch, ppo, "score_responses", lambda models, *_: leaves(models))
+        config = world.ppo("ppo", reward=(str(world.reward),), monitor="toy:parts")
+        ppo.main(config)
+    return log(config.out), refs.seen, models.seen, gpt.load(config.out)[0]
+
+
+def test_ppo_logs_trl_names_and_the_monitor(trained):
+    steps = trained[0]
+    assert [row["step"] for row in steps] == [0, 1, 2]
+    for row in steps:
+        assert not set(TRL_NAMES) - row.keys()
+        assert np.isfinite(list(row.values())).all()
+        assert 1 <= row["response_length"] <= 8 and -1 <= row["eval/gold"] <= 1 and row["updates"] == 4
+        np.testing.assert_allclose(row["objective/non_score_reward"], -0.02 * row["objective/kl"], atol=1e-6)
+        np.testing.assert_allclose(
+            row["objective/rlhf_reward"], row["objective/scores"] + row["objective/non_score_reward"], atol=1e-5
+        )
+
+
+def test_ppo_starts_at_the_reference_with_ratio_one(trained):
+    first = trained[0][0]
+    assert abs(first["objective/kl"]) < 1e-4 and abs(first["objective/kl_exact"]) < 1e-4
+    assert all(row["val/ratio_first"] == 1.0 for row in trained[0])
+    assert all(row["val/decode_drift"] < 1e-4 for row in trained[0])
+    assert trained[0][-1]["objective/kl_exact"] > 1e-4
+
+
+def test_ppo_moves_the_policy_and_nothing_that_is_frozen(trained, world):
+    steps, refs, models, final = trained
+    start = leaves(gpt.load(world.sft)[0])
+    for seen in refs:
+        assert same(seen[: len(start)], start)  # the reference is the SFT model throughout
+    assert same(refs[0][len(start) :], start) and not same(final, start)
+    assert all(same(seen, models[0]) for seen in models)
+    assert same(models[0], [gpt.load(world.reward / f"member-{i}")[0] for i in range(2)])
+
+
+@pytest.fixture(scope="module")
+def learned(world):
+    config = world.ppo("learned", steps=15)
+    ppo.main(config)
+    return config.out
+
+
+def test_ppo_learns_to_say_a_word(learned):
+    scores = [row["objective/scores"] for row in log(learned)]
+    assert np.mean(scores[-3:]) > np.mean(scores[:2]) + 0.5
+
+
+def test_ppo_stopped_by_a_signal_and_resumed_is_bit_identical(learned, world):
+    with pytest.raises(SystemExit):
+        ppo.main(world.ppo("resumed", steps=15, reward=("my_rewards:the_and_stop",)))
+    assert len(log(world.root / "resumed")) == 3
+    ppo.main(world.ppo("resumed", steps=15, resume=True))
+    without_clock = lambda folder: [{k: v for k, v in row.items() if k != "seconds"} for row in log(folder)]
+    assert without_clock(world.root / "resumed") == without_clock(learned)
+    assert same(gpt.load(world.root / "resumed")[0], gpt.load(learned)[0])
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(reward=("my_rewards:too_few",)), "must return 32 finite floats"),
+        (dict(reward=("my_rewards:not_a_number",)), "must return 32 finite floats"),
+        (dict(reward=("my_rewards:nowhere",)), "cannot load my_rewards:nowhere"),
+        (dict(reward=("SFT",)), "is a language model, not a reward model"),
+        (dict(minibatch_size=10), "multiple of --minibatch-size"),
+    ],
+)
+def test_ppo_names_what_is_wrong(world, options, message):
+    if options.get("reward") == ("SFT",):
+        options = dict(reward=(str(world.sft),))
+    with pytest.raises(ValueError, match=message):
+        ppo.main(world.ppo("wrong", overwrite=True, **options))
