@@ -29,6 +29,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -1193,8 +1194,8 @@ def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
 
 
 def encode_completion(completion, tokenizer: Tokenizer) -> list[int]:
-    """Completion ids with exactly one EOS at the end. Tokenised apart from the prompt: these are the ids that the policy
-    would have to produce, whatever merges the joint text would allow."""
+    """Completion ids with exactly one EOS at the end. Tokenised apart from the prompt: these are the ids that the
+    policy would have to produce, whatever merges the joint text would allow."""
     if isinstance(completion, list):
         completion = completion[-1]["content"]
         gap = "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
@@ -1315,26 +1316,27 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, extras, row_starts, dropped, truncated = [], [], [], Counter(), 0
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
-    with open(folder / "tokens.bin", "wb") as tokens, open(folder / "mask.bin", "wb") as masks:
-        with open(folder / "rows.jsonl", "wb") as rows:
-            for _, row in read_rows(path, kind, skip_bad):
-                bar.update()
-                try:
-                    sequences = encode_row(row, kind, tokenizer, max_length, suffix)
-                except BadRow as reason:
-                    dropped[str(reason)] += 1
-                    continue
-                for ids, mask in sequences:
-                    if kind != "text" and kind != "prompts":
-                        truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
-                    lengths.append(len(ids))
-                    tokens.write(np.asarray(ids, dtype).tobytes())
-                    masks.write(np.asarray(mask, np.uint8).tobytes())
-                known = {"pairs": EXTRAS[:3], "thumbs": EXTRAS}.get(kind, ())  # "label" of a text may be anything
-                extras.append([float(row[x]) if x in row and x in known else x != "margin" for x in EXTRAS])
-                row_starts.append(rows.tell())
-                if kind == "prompts":
-                    rows.write(json.dumps(row).encode() + b"\n")
+    names = ("tokens.bin", "mask.bin", "rows.jsonl")
+    with ExitStack() as stack:
+        tokens, masks, rows = (stack.enter_context(open(folder / name, "wb")) for name in names)
+        for _, row in read_rows(path, kind, skip_bad):
+            bar.update()
+            try:
+                sequences = encode_row(row, kind, tokenizer, max_length, suffix)
+            except BadRow as reason:
+                dropped[str(reason)] += 1
+                continue
+            for ids, mask in sequences:
+                if kind != "text" and kind != "prompts":
+                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
+                lengths.append(len(ids))
+                tokens.write(np.asarray(ids, dtype).tobytes())
+                masks.write(np.asarray(mask, np.uint8).tobytes())
+            known = {"pairs": EXTRAS[:3], "thumbs": EXTRAS}.get(kind, ())  # "label" of a text may be anything
+            extras.append([float(row[x]) if x in row and x in known else x != "margin" for x in EXTRAS])
+            row_starts.append(rows.tell())
+            if kind == "prompts":
+                rows.write(json.dumps(row).encode() + b"\n")
     bar.close()
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
     np.save(folder / "extras.npy", np.asarray(extras, np.float32).reshape(-1, len(EXTRAS)))
@@ -1568,8 +1570,8 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 def start(seed: int = 0):
-    """Join the other hosts where a cluster is detected (SLURM, Open MPI, Cloud TPU, Kubernetes, or JAX's own variables),
-    set the mesh, and return the run's random key."""
+    """Join the other hosts where a cluster is detected (SLURM, Open MPI, Cloud TPU, Kubernetes, or JAX's own
+    variables), set the mesh, and return the run's random key."""
     clustered = {"SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS", "CLOUD_TPU_TASK_ID"}
     if any(os.environ.get(name, "1") != "1" for name in clustered) and not jax.distributed.is_initialized():
         jax.distributed.initialize()
@@ -1753,9 +1755,9 @@ class Run:
             run.checkpoint(step, state)                   # every --save-every steps, and when asked to stop
         run.finish(model, tokenizer)
 
-    `config` is the script's dataclass: its out, resume, overwrite, save_every, seed and track are read. The folder holds
-    config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl, checkpoint/ and, at the end,
-    the model. Ctrl-C and SIGTERM end the step under way, save and stop.
+    `config` is the script's dataclass: its out, resume, overwrite, save_every, seed and track are read. The folder
+    holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl, checkpoint/ and, at the
+    end, the model. Ctrl-C and SIGTERM end the step under way, save and stop.
     """
 
     def __init__(self, config, steps: int, data_hashes=None, **notes):

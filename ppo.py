@@ -1,7 +1,7 @@
 """PPO from human feedback: sample, score, and take a few clipped steps towards what scored better than expected.
 
-Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Schulman et al. 2017 (arXiv:1707.06347).
-Each iteration, with t over the tokens of a response, EOS included:
+Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Schulman et al. 2017
+(arXiv:1707.06347). Each iteration, with t over the tokens of a response, EOS included:
 
     1  y ~ policy(. | x), at --temperature; score(x, y) from a reward model, an ensemble or a function
     2  r_t = -beta (log policy(y_t) - log ref(y_t)),  plus the score at the last token
@@ -379,8 +379,11 @@ class Watch:
         length = metrics["response_length"]
         self.first_length = self.first_length or length
         self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        self.say(self.negative == 5, "the KL to the reference has been negative for 5 iterations: policy and reference "
-                 "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy")  # fmt: skip
+        self.say(
+            self.negative == 5,
+            "the KL to the reference has been negative for 5 iterations: policy and reference are not scored alike "
+            "(temperature, dtype, template), or the sampler does not sample the policy",
+        )
         self.say(
             length < 0.4 * self.first_length, f"responses shrank from {self.first_length:.1f} to {length:.1f} tokens"
         )

@@ -2,7 +2,7 @@
 
     L = - mean log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin)
 
-Bradley and Terry 1952; for language models Ziegler et al. 2019 and Stiennon et al. 2020 (arXiv:2009.01325, section 3.4).
+Bradley and Terry 1952; for language models Stiennon et al. 2020 (arXiv:2009.01325, section 3.4).
 
 The model is an SFT model whose scalar head is read at the last real token (--pool last), or at the last token of a
 --suffix put in EOS's place, or pooled over all tokens (mean, attention). Details that matter:

@@ -93,15 +93,15 @@ def sft_batch():
     return dict(tokens=jnp.asarray(tokens), segments=jnp.asarray(segments), mask=jnp.asarray(mask))
 
 
-@pytest.mark.parametrize("reduction", ["token", "sequence"])
-def test_sft_micro_batches_of_unequal_token_counts_equal_one_big_batch(reduction):
+def test_sft_micro_batches_of_unequal_token_counts_equal_one_big_batch():
     model, batch = noisy(gpt.make_config(7, 8, 1, 2, 16), 0), sft_batch()
-    config = sft.Config(dtype="float32", reduction=reduction)
+    config = sft.Config(dtype="float32")
     loss_fn, count = partial(sft.forward, config=config), partial(sft.count_items, config=config)
     (one, _), grads = value_and_grad(loss_fn, model, batch)
     (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
     np.testing.assert_allclose(one, two, rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
+    assert count(batch) == batch["mask"].sum() and sft.count_items(batch, replace(config, reduction="sequence")) == 4
 
 
 def test_sft_scores_the_completion_and_its_end_but_not_the_prompt():
@@ -295,6 +295,7 @@ def tokenizer(tmp_path_factory):
     return gpt.load_tokenizer(folder)
 
 
+JUDGE = "\n\nJudge: right"
 ROWS = [  # the third prompt leaves no room for all of the first answer: it is cut, and has no EOS
     {"prompt": "what is the fox ?", "chosen": "red .", "rejected": "the fox is blue ."},
     {"prompt": "hello", "chosen": "hello , how can i help you ?", "rejected": "go away ."},
@@ -302,8 +303,7 @@ ROWS = [  # the third prompt leaves no room for all of the first answer: it is c
 ]
 
 
-@pytest.mark.parametrize("pool", ["last", "mean", "attention"])
-@pytest.mark.parametrize("suffix", ["", "\n\nJudge: right"])
+@pytest.mark.parametrize("pool, suffix", [("last", ""), ("mean", ""), *((p, JUDGE) for p in ("last", "attention"))])
 def test_scores_of_samples_equal_scores_of_training_rows(tokenizer, pool, suffix):
     suffix = tokenizer.encode(suffix)
     length = 12 + len(suffix)
@@ -516,11 +516,10 @@ def test_kl_estimates_on_three_tokens(x64):
 TINY = gpt.make_config(3, 8, 1, 2, 16)
 
 
-@pytest.mark.parametrize("temperature", [0.7, 1.0])
-def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution(temperature):
+def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution():
     policy, ref = noisy(TINY, 0), noisy(TINY, 1)
     state = ppo.State(policy, (), gpt.init_score_model(policy, jax.random.key(0), zero=True), (), jnp.asarray(0.3))
-    config = ppo.Config(dtype="float32", temperature=temperature)
+    config = ppo.Config(dtype="float32", temperature=0.7)
     prompt = dict(tokens=jnp.array([[2, 1, 2]]), segments=jnp.array([[0, 1, 1]]))
     expected = dict.fromkeys(("objective/kl", "objective/kl_k3", "objective/kl_exact", "objective/entropy"), 0.0)
     total, kl, entropy = 0.0, 0.0, 0.0
@@ -577,7 +576,7 @@ FOUR = np.array([6, 1, 3, 4])
 def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     state, ref, batch, generation, config = world()
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
-    after, metrics = updater(config)(copy(state), rollout, FOUR)
+    after, metrics = updater(config)(copy(state), rollout, FOUR, train_policy=True)
     assert metrics["val/ratio"] == 1 and metrics["policy/clipfrac_avg"] == 0
     assert metrics["policy/approxkl_avg"] < 1e-12 and metrics["val/ratio_var"] < 1e-12
 
@@ -610,7 +609,6 @@ def test_advantages_of_a_rollout_have_mean_zero_so_the_first_loss_is_zero():
 def test_rollout_estimates_are_the_ones_of_the_box():
     """make_rollout against the model's own softmax, the brute-force sum and numpy."""
     state, ref, batch, generation, config = world(0.7)
-    config = replace(config, gamma=0.9, lam=0.8)
     rollout, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     mask, responses = np.asarray(generation.mask), np.asarray(generation.tokens)
     logprobs, refs, values, rewards = (np.zeros(mask.shape) for _ in range(4))
@@ -626,7 +624,7 @@ def test_rollout_estimates_are_the_ones_of_the_box():
         values[b, :n] = np.asarray(hidden(state.critic.trunk, row))[0, before] @ np.asarray(state.critic.head)
         rewards[b, :n] = -0.1 * (logprobs - refs)[b, :n]
         rewards[b, n - 1] += float(SCORES[b])
-    advantages = brute_force_gae(rewards, values, mask, 0.9, 0.8)
+    advantages = brute_force_gae(rewards, values, mask, 1.0, 0.95)
     real = advantages[mask > 0]
     white = np.where(mask > 0, (advantages - real.mean()) / real.std(), 0)
     for ours, expected in ((rollout.logprobs, logprobs), (rollout.ref_logprobs, refs), (rollout.values, values),
@@ -638,29 +636,31 @@ def test_rollout_estimates_are_the_ones_of_the_box():
     np.testing.assert_allclose(metrics["objective/non_score_reward"], -0.1 * kl, rtol=1e-4)
     np.testing.assert_allclose(metrics["objective/rlhf_reward"], SCORES.mean() - 0.1 * kl, rtol=1e-4)
     np.testing.assert_allclose(metrics["response_length"], mask.sum(1).mean())
-    assert metrics["val/decode_drift"] < 1e-4
+    assert metrics["val/decode_drift"] < 1e-4  # the sampler's distribution is the one that is scored
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0, 1.3])
 def test_policy_equal_to_reference_has_no_kl_at_any_temperature(temperature):
-    state, _, batch, generation, config = world(temperature)
+    state, _, batch, generation, config = world()
+    config = replace(config, temperature=temperature)
     rollout, metrics = ppo.make_rollout(state, copy(state.policy), batch, generation, SCORES, config)
     for name in ("objective/kl", "objective/kl_k3", "objective/kl_exact"):
         assert abs(metrics[name]) < 1e-6
-    assert metrics["val/decode_drift"] < 1e-4  # the sampler's distribution is the one that is scored
     logprobs, _, _ = forward(state.policy, jax.tree.map(lambda x: x[FOUR], rollout), config)
     assert np.array_equal(logprobs, rollout.logprobs[FOUR])  # ratio 1 in the first minibatch, bit for bit
 
 
-def test_whitened_rewards_keep_their_mean():
+def test_rewards_are_whitened_and_discounted_when_asked():
     state, ref, batch, generation, config = world()
     plain, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
-    scaled, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, replace(config, whiten_rewards=True, lam=1.0))
+    config = replace(config, whiten_rewards=True, gamma=0.9, lam=1.0)
+    scaled, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     mask = np.asarray(generation.mask)
     rewards = np.asarray(token_rewards(SCORES, plain.logprobs, plain.ref_logprobs, generation.mask, 0.1))
     real = rewards[mask > 0]
-    white = np.where(mask > 0, (rewards - real.mean()) / real.std() + real.mean(), 0)
-    to_go = np.cumsum(white[:, ::-1], 1)[:, ::-1]  # what lam = 1 returns
+    to_go = np.where(mask > 0, (rewards - real.mean()) / real.std() + real.mean(), 0)  # the mean stays
+    for t in reversed(range(mask.shape[1] - 1)):
+        to_go[:, t] += 0.9 * to_go[:, t + 1]  # what lam = 1 returns
     np.testing.assert_allclose(scaled.returns, to_go * mask, atol=1e-4)
 
 
@@ -669,7 +669,7 @@ def test_updates_leave_reference_and_rewards_alone_and_move_the_rest():
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     frozen, after = copy((ref, rollout)), copy(state)
     for rows in (FOUR, FOUR[::-1]):
-        after, _ = updater(config)(after, rollout, rows)
+        after, _ = updater(config)(after, rollout, rows, train_policy=True)
     assert same(frozen, (ref, rollout))
     assert not same(state.policy, after.policy) and not same(state.critic, after.critic)
 
@@ -689,8 +689,8 @@ def test_micro_batches_of_unequal_lengths_equal_one_big_batch():
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     lengths = np.asarray(rollout.mask)[FOUR].sum(1)
     assert lengths[::2].sum() != lengths[1::2].sum()
-    whole, ours = updater(config)(copy(state), rollout, FOUR)
-    parts, theirs = updater(replace(config, micro_batches=2))(copy(state), rollout, FOUR)
+    whole, ours = updater(config)(copy(state), rollout, FOUR, train_policy=True)
+    parts, theirs = updater(replace(config, micro_batches=2))(copy(state), rollout, FOUR, train_policy=True)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), whole, parts)
     for name in ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "grad_norm"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
@@ -701,7 +701,7 @@ def test_target_kl_takes_no_step_from_too_far_away():
     config = replace(config, target_kl=1e-9, epochs=3)
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, world()[-1])
     rows = np.random.default_rng((config.seed, 0)).permutation(8).reshape(-1, 4)[0]
-    once, _ = updater(world()[-1])(copy(state), rollout, rows)
+    once, _ = updater(world()[-1])(copy(state), rollout, rows, train_policy=True)
     stopped, metrics = ppo.update_epochs(updater(config), copy(state), rollout, 0, config)
     assert metrics["updates"] == 1 and metrics["stopped_early"] == 1 and metrics["val/ratio_first"] == 1
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), stopped.policy, once.policy)
