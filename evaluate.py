@@ -56,8 +56,10 @@ def sequence_kl(model, ref, prompts, prompt_mask, responses, mask, temperature: 
 def answer(model, ref, prompts: gpt.Batches, tokenizer, judge, temperature: float, config: Config) -> dict:
     """Per-answer arrays of every measure, and the texts."""
     columns, texts = {}, []
-    for i in range(-(-config.samples // config.batch_size)):
-        batch = prompts(i)
+    for i, (batch, new) in enumerate(prompts.once()):
+        if i * config.batch_size >= config.samples:
+            break
+        new = min(new, config.samples - i * config.batch_size)
         placed = gpt.put_batch(batch)
         queries, query_mask = placed["tokens"], placed["segments"]
         out = gpt.generate(
@@ -72,10 +74,10 @@ def answer(model, ref, prompts: gpt.Batches, tokenizer, judge, temperature: floa
         rated = [r if isinstance(r, dict) else {"gold": float(r)} for r in rated]
         more = {"kl": kl, "length": mask.sum(1), "eos": ((tokens == tokenizer.eos_id) & (mask > 0)).any(1)}
         for name, values in more.items():
-            columns.setdefault(name, []).extend(np.asarray(values, float))
+            columns.setdefault(name, []).extend(np.asarray(values, float)[:new])
         for name in rated[0]:
-            columns.setdefault(name, []).extend(r[name] for r in rated)
-        texts += list(zip(questions, answers, (r["gold"] for r in rated)))
+            columns.setdefault(name, []).extend(r[name] for r in rated[:new])
+        texts += list(zip(questions, answers, (r["gold"] for r in rated)))[:new]
     return {name: np.asarray(values) for name, values in columns.items()} | {"texts": texts}
 
 

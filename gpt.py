@@ -1444,8 +1444,6 @@ class Batches:
         if self.weights[0] is not None:
             counts = [max(1, round(w / sum(self.weights) * sum(sizes))) for w in self.weights]
         self.sizes, self.counts = sizes, counts
-        if sum(counts) < batch_size:
-            raise ValueError(f"{sum(counts)} rows are fewer than --batch-size {batch_size}: lower it")
         self.steps_per_epoch = sum(counts) // batch_size
         self._epochs = lru_cache(maxsize=2)(self._epoch)
 
@@ -1470,13 +1468,24 @@ class Batches:
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
     def picks(self, step: int) -> np.ndarray:
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{sum(self.counts)} rows are fewer than --batch-size {self.batch_size}: lower it")
         epoch, at = divmod(step, self.steps_per_epoch)
         return self._epochs(epoch)[at]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """This process's share of the batch: tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for
         pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row."""
-        picks = self.picks(step)
+        return self._assemble(self.picks(step))
+
+    def once(self):
+        """Every row once, in the files' order: (batch, how many of its rows are new); repeats fill the last batch."""
+        picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
+        for start in range(0, len(picks), self.batch_size):
+            new = picks[start : start + self.batch_size]
+            yield self._assemble(new[np.arange(self.batch_size) % len(new)]), len(new)
+
+    def _assemble(self, picks) -> dict[str, np.ndarray]:
         share = self.batch_size // jax.process_count()
         mine = picks[jax.process_index() * share :][:share]
         if self.packs is not None:

@@ -207,13 +207,12 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> di
     """What held-out pairs say about the reward model (the mean of an ensemble): see the keys."""
     score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
     scores, lengths, texts = [], [], []
-    for step in range(batches.steps_per_epoch):
-        batch = batches(step)
+    for batch, new in batches.once():
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
         each = [gpt.to_numpy(score(model, gpt.put_batch(flat))) for model in members]
-        scores.append(np.mean(each, 0).reshape(-1, 2))
-        lengths.append(flat["mask"].sum(1).reshape(-1, 2))
-        texts += split_texts(flat, tokenizer, members[0].suffix)
+        scores.append(np.mean(each, 0).reshape(-1, 2)[:new])
+        lengths.append(flat["mask"].sum(1).reshape(-1, 2)[:new])
+        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * new]
     scores, lengths = np.concatenate(scores), np.concatenate(lengths)
     d, longer = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]
     n, right = len(d), int((d > 0).sum())
@@ -391,9 +390,7 @@ def main(config: Config):
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return
-    pairs = gpt.Batches(heldout, "pairs", tokenizer, 1, config.length, 0, suffix=members[0].suffix)
-    size = max(b for b in range(1, 65) if len(pairs.sets[0]) % b == 0)
-    pairs = gpt.Batches(heldout, "pairs", tokenizer, size, config.length, 0, suffix=members[0].suffix)
+    pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
     result = report(members, pairs, tokenizer, config)
     gpt.write_json(config.out / "report.json", result)
     print_report(result)

@@ -15,6 +15,7 @@ generation time; PAD is never EOS.
     python sft.py --init out/base --out out/sft                  # fine-tune it on data/toy/demos.jsonl
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,11 +128,12 @@ def emphasise(batch, marker: int, times: float):
 
 
 def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
-    """Held-out loss in nats a token, and perplexity."""
+    """Held-out loss in nats a token over the first `most` batches, and perplexity."""
     total = count = 0.0
-    for batch in batches.stream(0, min(batches.steps_per_epoch, most)):
-        loss, tokens = gpt.to_numpy(eval_step(model, gpt.put_batch(batch)))
-        total, count = total + loss * tokens, count + tokens
+    for batch, new in itertools.islice(batches.once(), most):
+        batch["mask"][new:] = 0
+        loss, items = gpt.to_numpy(eval_step(model, gpt.put_batch(batch)))
+        total, count = total + loss * items, count + items
     return {"val/loss": total / count, "val/perplexity": np.exp(total / count)}
 
 
@@ -206,7 +208,7 @@ def main(config: Config):
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             metrics |= evaluate(state.model, heldout, eval_step)
-            show_samples(run, step, state, heldout(step), tokenizer, jax.random.fold_in(key, step), config)
+            show_samples(run, step, state, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.model, tokenizer)
