@@ -1,7 +1,7 @@
 # make demo   the whole story on the toy world, from an empty folder to a table and plots
 # make test   the test suite          make lint   style
 PYTHON ?= python3
-export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
+
 
 .PHONY: demo test lint requirements clean
 
@@ -15,8 +15,8 @@ export JAX_COMPILATION_CACHE_DIR ?= $(CURDIR)/.venv/jax-cache
 PY = .venv/bin/python
 demo: .venv/done
 	$(PY) toy.py
-	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 1300 \
-	  --batch-size 16 --length 96 --lr 3e-3 --warmup 50 --eval-every 650 --overwrite
+	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 2800 \
+	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 1400 --overwrite
 	$(PY) sft.py --overwrite
 	$(PY) reward.py --overwrite
 	$(PY) ppo.py --overwrite

@@ -1685,7 +1685,7 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
     counts = jax.vmap(count)(parts).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1)
+    weights = counts / jnp.maximum(counts.sum(), 1e-9)
 
     def add(total, part):
         out = value_and_grad(model, part[0])
@@ -1903,9 +1903,10 @@ class Run:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         if self._tracker:
             self._tracker(metrics, step)
-        if not np.isfinite(metrics.get("loss", 0.0)):
+        bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
+        if bad:
             raise FloatingPointError(
-                f"the loss of step {step} is {metrics['loss']}. The last good state is in {self.out}/checkpoint. "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. The last good state is in {self.out}/checkpoint. "
                 "Try a lower --lr, a longer --warmup, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)

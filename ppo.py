@@ -303,7 +303,7 @@ def make_update(policy_optimizer, critic_optimizer, config: Config):
                 near = more["policy/approxkl_k3"] <= config.target_kl
                 new = jax.tree.map(partial(jnp.where, near), new, (state.policy, state.policy_opt))
             state = state._replace(policy=new[0], policy_opt=new[1])
-            metrics |= more | {"grad_norm": optax.global_norm(grads)}
+            metrics |= more | {"grad_norm": optax.tree.norm(grads)}
         return state, metrics
 
     return update

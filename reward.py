@@ -127,7 +127,7 @@ def make_train_step(optimizer, config: Config):
         count = lambda batch: batch["weight"].sum()
         (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return State(optax.apply_updates(state.model, updates), opt_state), metrics
 
     return train_step

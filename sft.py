@@ -10,8 +10,8 @@ Where this differs from common practice: the mean is over all scored tokens of t
 devices (a mean of means weighs tokens of short batches more); prompt and completion are tokenised apart, as at
 generation time; PAD is never EOS.
 
-    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 1300 \
-        --batch-size 16 --length 96 --lr 3e-3                    # a model from scratch
+    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 2800 \
+        --batch-size 16 --length 48 --lr 2e-3                    # a model from scratch
     python sft.py --init out/base --out out/sft                  # fine-tune it on data/toy/demos.jsonl
 """
 
@@ -56,7 +56,7 @@ class Config:
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
     family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
     layers: int = 4
-    heads: int = 4
+    heads: int = 2
     dim: int = 128
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations; weights stay float32
@@ -115,7 +115,7 @@ def make_train_step(optimizer, config: Config):
         count = partial(count_items, config=config)
         (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        metrics["grad_norm"] = optax.global_norm(grads)
+        metrics["grad_norm"] = optax.tree.norm(grads)
         return State(optax.apply_updates(state.model, updates), opt_state), metrics
 
     return train_step
@@ -160,6 +160,7 @@ def make_model(config: Config, key):
 
 def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: int = 2):
     """Continue the first rows of a held-out batch: demonstrations from their prompt, text from its first words."""
+    rows = min(rows, len(batch["mask"]))
     scored = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
     width = int(scored.max())
     prompts = np.full((rows, width), tokenizer.pad_id, np.int32)
