@@ -3,9 +3,9 @@
 The folders beside this file were made once, with torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and
 numpy 2.4.6, in an environment of their own (the project itself needs neither torch nor transformers):
 
-    python3 -m venv /tmp/peer
-    /tmp/peer/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
-    /tmp/peer/bin/python tests/golden/make.py
+    python3 -m venv peer
+    peer/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
+    peer/bin/python tests/golden/make.py
 
 Each folder NAME/ holds
     config.json        as transformers 5 writes it (`rope_parameters`, `dtype`)
