@@ -415,6 +415,7 @@ def decode_texts(tokenizer, batch, generation):
 
 def main(config: Config):
     key = gpt.start(config.seed)
+    gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
     policy, tokenizer = gpt.load(config.init)

@@ -88,11 +88,11 @@ def read_source(name: str, separator: str = ""):
         yield from read_hub(name)
         return
     path = Path(name)
-    if not path.is_file():
-        raise FileNotFoundError(f"no file {name}" + (" (a folder)" if path.is_dir() else ""))
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in UNREADABLE:
         raise ValueError(f"{name}: unknown format {suffix} (known: JSON lines, a JSON array, plain text, hub:ORG/NAME)")
+    if not path.is_file():
+        raise FileNotFoundError(f"no file {name}" + (" (a folder)" if path.is_dir() else ""))
     try:
         with gpt.open_text(path) as file:
             if suffix not in (".json", ".jsonl", ".ndjson"):

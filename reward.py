@@ -381,6 +381,7 @@ def train_member(config: Config, member: int, heldout: str | None):
 
 def main(config: Config):
     gpt.start(config.seed)
+    gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
     members = []
     for member in range(config.members):

@@ -176,6 +176,7 @@ def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: 
 
 def main(config: Config):
     key = gpt.start(config.seed)
+    gpt.check_batch_size(config.batch_size)
     kind = gpt.find_kind(config.data, ("text", "demos"))
     model, tokenizer = make_model(config, jax.random.fold_in(key, 0))
     load_batches = partial(

@@ -233,7 +233,7 @@ def test_a_diverging_run_stops_with_advice(config, tmp_path, monkeypatch, capsys
         gpt.cli(sft.main, sft.Config, "")
     assert stop.value.code == 1
     error = capsys.readouterr().err.splitlines()[-1]
-    assert error.startswith("error: the loss of step") and "Try a lower --lr" in error
+    assert error.startswith(("error: the loss of step", "error: the grad_norm of step")) and "Try a lower --lr" in error
     assert not (config.out / "model.safetensors").exists()
 
 
