@@ -350,7 +350,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def train_member(config: Config, member: int, heldout: str | None):
+def train_member(config: Config, member: int):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
     trunk, tokenizer = gpt.load(config.init)
@@ -386,7 +386,7 @@ def main(config: Config):
     members = []
     for member in range(config.members):
         out = config.out if config.members == 1 else config.out / f"member-{member}"
-        model, tokenizer = train_member(replace(config, out=out), member, heldout)
+        model, tokenizer = train_member(replace(config, out=out), member)
         members.append(model)
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
