@@ -1,7 +1,7 @@
 # make demo   the whole story on the toy world, from an empty folder to a table and plots
 # make test   the test suite          make lint   style
 PYTHON ?= python3
-
+SEED ?= 0
 
 .PHONY: demo test lint requirements clean
 
@@ -14,13 +14,13 @@ PYTHON ?= python3
 # The main job. Each line is a command to copy; `make demo` again starts over.
 PY = .venv/bin/python
 demo: .venv/done
-	$(PY) toy.py
-	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 2800 \
-	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 1400 --overwrite
-	$(PY) sft.py --overwrite
-	$(PY) reward.py --overwrite
-	$(PY) ppo.py --overwrite
-	$(PY) evaluate.py --models out/sft out/ppo
+	$(PY) toy.py --seed $(SEED)
+	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
+	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 2100 --seed $(SEED) --overwrite
+	$(PY) sft.py --seed $(SEED) --overwrite
+	$(PY) reward.py --seed $(SEED) --overwrite
+	$(PY) ppo.py --seed $(SEED) --overwrite
+	$(PY) evaluate.py --models out/sft out/ppo --seed $(SEED)
 
 test: .venv/done
 	.venv/bin/python -m pytest

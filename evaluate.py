@@ -6,6 +6,7 @@ module:function) rates the answers, KL to the reference says how far the model m
     python evaluate.py                                       # out/sft and out/ppo on data/toy/prompts-heldout.jsonl
     python evaluate.py --models out/a out/b --ref out/a --data mine.jsonl --judge mine:stars --out out/mine
     python evaluate.py --runs out/ppo-weak out/ppo           # also draws proxy and gold against KL along these PPO runs
+    python evaluate.py --rewards out/reward out/reward-mean  # reward models beside each other
 
 Writes out/report: summary.json, report.md (table and samples side by side), overoptimization.png.
 """
@@ -38,6 +39,7 @@ class Config:
     response_length: int = 24  # tokens a response may have
     temperature: float = 1.0  # of the sampled answers (greedy ones stand beside them)
     runs: tuple[str, ...] = ()  # PPO run folders whose proxy and gold are drawn against the KL
+    rewards: tuple[str, ...] = ()  # reward-model folders: only put their reports into one table
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     seed: int = 1
 
@@ -108,7 +110,7 @@ def table(summary: dict) -> str:
         row = [name, f"{s['gold']:.3f} [{low:.3f}, {high:.3f}]", closed, f"{s['greedy']['gold']:.3f}"]
         row += [f"{s[p]:.3f}" for p in parts] + [f"{s['kl']:.2f}", f"{s['length']:.1f}", f"{s['eos']:.1%}"]
         rows.append(row)
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return markdown(rows)
 
 
 def first(summary):
@@ -124,6 +126,28 @@ def samples_table(answers: dict, count: int = 8) -> str:
         cells = [f"{clean(answers[n][i][1])} ({answers[n][i][2]:+.2f})" for n in names]
         lines.append("| " + " | ".join([clean(answers[names[0]][i][0]), *cells]) + " |")
     return "\n".join(lines)
+
+
+def rewards_table(folders) -> str:
+    """Markdown: what reward.py reported of each reward model, one row each."""
+    names = ["reward model", "accuracy", "clear pairs", "gold correlation", "ECE", "after T", "NLL", "after T", "T"]
+    rows = [names, ["---"] * len(names)]
+    for folder in folders:
+        path = Path(folder) / "report.json"
+        if not path.exists():
+            raise FileNotFoundError(f"no {path}: python reward.py --out {folder} writes it, given held-out pairs")
+        r = json.loads(path.read_text())
+        low, high = r["accuracy_interval"]
+        gold = r.get("gold", {})
+        of_gold = [f"{gold[k]:.3f}" if k in gold else "" for k in ("agreement_on_clear_pairs", "correlation")]
+        numbers = [r[side][name] for name in ("ece", "nll") for side in ("before", "after")]
+        row = [Path(folder).name, f"{r['accuracy']:.3f} [{low:.3f}, {high:.3f}]", *of_gold]
+        rows.append([*row, *(f"{x:.3f}" for x in numbers), f"{r['temperature']:.2f}"])
+    return markdown(rows)
+
+
+def markdown(rows) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def draw_runs(runs, path: Path):
@@ -158,6 +182,12 @@ def smooth(values, width: int = 5):
 
 
 def main(config: Config):
+    if config.rewards:
+        text = rewards_table(config.rewards)
+        config.out.mkdir(parents=True, exist_ok=True)
+        gpt.write_atomic(config.out / "rewards.md", lambda file: Path(file).write_text(text + "\n"))
+        print(f"{text}\nwrote {config.out}/rewards.md")
+        return
     gpt.start(config.seed)
     dtype = gpt.compute_dtype(config.dtype)
     ref, tokenizer = gpt.load(config.ref)

@@ -356,16 +356,16 @@ def score_responses(models, function, batch, generation, texts, rows, eos: int, 
     if config.reward_clip:
         scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
     ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
+    if config.missing_eos == "replace":
+        scores = jnp.where(ended, scores, -config.missing_eos_value)
+    elif config.missing_eos == "subtract":
+        scores = jnp.where(ended, scores, scores - config.missing_eos_value)
     metrics = {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
         "eos_rate": ended.mean(),
     }
-    if config.missing_eos == "replace":
-        scores = jnp.where(ended, scores, -config.missing_eos_value)
-    elif config.missing_eos == "subtract":
-        scores = jnp.where(ended, scores, scores - config.missing_eos_value)
     return scores, metrics
 
 
@@ -432,11 +432,10 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows, buckets=config.buckets,
     )  # fmt: skip
 
-    updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
-    make = lambda lr: gpt.adamw(
-        gpt.schedule(lr, updates, config.warmup, "linear", config.final_lr), clip=config.clip_norm, eps=1e-5
-    )
-    policy_optimizer, critic_optimizer = make(config.lr), make(config.critic_lr)
+    per_iteration = config.epochs * (config.batch_size // config.minibatch_size)
+    rate = lambda lr: gpt.schedule(lr, config.steps * per_iteration, config.warmup, "linear", config.final_lr)
+    make = lambda lr: gpt.adamw(rate(lr), clip=config.clip_norm, eps=1e-5)
+    policy_optimizer, critic_optimizer, lr = make(config.lr), make(config.critic_lr), rate(config.lr)
     state = State(
         policy, gpt.shard(policy_optimizer.init(policy)),
         critic, gpt.shard(critic_optimizer.init(critic)), jnp.asarray(config.beta),
@@ -465,7 +464,7 @@ def main(config: Config):
             )
             state = state._replace(beta=beta)
 
-        metrics = gpt.to_numpy(metrics | more | losses)
+        metrics = gpt.to_numpy(metrics | more | losses | {"lr": lr(step * per_iteration)})
         if monitor:
             metrics |= gpt.mean_parts(monitor(*texts, rows), "eval/")
         if step % config.sample_every == 0 or step == config.steps - 1:

@@ -146,7 +146,10 @@ def make_optimizer(config: Config, steps: int):
 # ---------------------------------------------------------------------------------------------------- calibration
 
 
-def fit_temperature(differences, low: float = 0.01, high: float = 100.0) -> float:
+MAX_TEMPERATURE = 100.0  # where the fit ends when scores say nothing
+
+
+def fit_temperature(differences, low: float = 0.01, high: float = MAX_TEMPERATURE) -> float:
     """The T that minimises mean -log sigmoid(d / T) over score differences d = chosen - rejected (N,).
 
     Convex in 1/T, so its slope mean(d (sigmoid(d/T) - 1)) is followed by bisection (Guo et al. 2017, arXiv:1706.04599).
@@ -319,6 +322,8 @@ def print_report(result: dict):
         print(
             f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
         )
+    if result["temperature"] >= MAX_TEMPERATURE or low <= 0.5:
+        print("  NO BETTER THAN A COIN on held-out pairs: there is nothing in these scores for a policy to learn")
     if "gold" in result:
         print("  gold: " + "  ".join(f"{k} {v:.3f}" for k, v in result["gold"].items()))
 
@@ -350,20 +355,13 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def train_member(config: Config, member: int):
+def train_member(member: int, config: Config, optimizer, train_step, steps: int):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
     trunk, tokenizer = gpt.load(config.init)
-    suffix = tokenizer.encode(config.suffix) if config.suffix else ()
-    batches = gpt.Batches(
-        config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
-        suffix=suffix, skip_bad=config.skip_bad_rows,
-    )  # fmt: skip
-    steps = config.steps or batches.steps_per_epoch
-    model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix))
-    optimizer = make_optimizer(config, steps)
+    batches = load_pairs(config, tokenizer, member)
+    model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer)))
     state = State(model, gpt.shard(optimizer.init(model)))
-    train_step = make_train_step(optimizer, config)
 
     run = gpt.Run(config, steps, batches.hashes, member=member)
     state, first = run.restore(state)
@@ -376,18 +374,33 @@ def train_member(config: Config, member: int):
     if config.normalize_with and config.normalize_with != "none":
         model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1))
     run.finish(model, tokenizer)
-    return model, tokenizer
+    return model
+
+
+def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
+    """Batches of pairs; each member of an ensemble has its own order."""
+    return gpt.Batches(
+        config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
+        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows,
+    )  # fmt: skip
+
+
+def suffix_ids(config: Config, tokenizer) -> tuple:
+    return tuple(tokenizer.encode(config.suffix)) if config.suffix else ()
 
 
 def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
+    _, tokenizer = gpt.load(config.init)
+    steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
+    optimizer = make_optimizer(config, steps)
+    train_step = make_train_step(optimizer, config)  # compiled once for all members
     members = []
     for member in range(config.members):
         out = config.out if config.members == 1 else config.out / f"member-{member}"
-        model, tokenizer = train_member(replace(config, out=out), member)
-        members.append(model)
+        members.append(train_member(member, replace(config, out=out), optimizer, train_step, steps))
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return

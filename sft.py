@@ -10,7 +10,7 @@ Where this differs from common practice: the mean is over all scored tokens of t
 devices (a mean of means weighs tokens of short batches more); prompt and completion are tokenised apart, as at
 generation time; PAD is never EOS.
 
-    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 2800 \
+    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
         --batch-size 16 --length 48 --lr 2e-3                    # a model from scratch
     python sft.py --init out/base --out out/sft                  # fine-tune it on data/toy/demos.jsonl
 """
@@ -46,8 +46,6 @@ class Config:
     weight_decay: float = 0.01  # on the matrices of linear layers only
     b2: float = 0.98  # Adam's second decay
     loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
-    emphasis: float = 1.0  # how many times the token after each --emphasize word counts in the loss
-    emphasize: str = "\n\nJudge:"  # for verdicts: one token of many, and the one that matters
     reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
 
     teacher: str | None = None  # distil this model folder: same tokenizer, any size
@@ -82,7 +80,7 @@ def sft_loss(logprobs, mask, reduction: str = "token"):
     """
     if reduction == "token":
         return -gpt.masked_mean(logprobs, mask)
-    row_means = (jnp.where(mask > 0, logprobs, 0) * mask).sum(1) / jnp.maximum(mask.sum(1), 1)
+    row_means = jnp.where(mask > 0, logprobs, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
     return -gpt.masked_mean(row_means, mask.any(1))
 
 
@@ -119,12 +117,6 @@ def make_train_step(optimizer, config: Config):
         return State(optax.apply_updates(state.model, updates), opt_state), metrics
 
     return train_step
-
-
-def emphasise(batch, marker: int, times: float):
-    """The batch with a mask that counts the token after each marker so many times."""
-    before = np.roll(batch["tokens"], 1, axis=1)
-    return batch | {"mask": batch["mask"] * np.where(before == marker, times, 1.0).astype(np.float32)}
 
 
 def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
@@ -203,10 +195,7 @@ def main(config: Config):
     state, first = run.restore(state)
     stream = batches.stream(first, config.steps)
     for step in run.steps(first):
-        batch = next(stream)
-        if config.emphasis != 1:
-            batch = emphasise(batch, tokenizer.encode(config.emphasize)[-1], config.emphasis)
-        state, metrics = train_step(state, gpt.put_batch(batch), teacher)
+        state, metrics = train_step(state, gpt.put_batch(next(stream)), teacher)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             metrics |= evaluate(state.model, heldout, eval_step)

@@ -1,5 +1,6 @@
 """Run folders, interruptions, several devices, and the command lines."""
 
+import ctypes
 import dataclasses
 import json
 import os
@@ -336,6 +337,27 @@ def test_a_leaf_is_split_along_its_longest_axis_but_never_along_its_layers():
     assert spec((), 512, 64) == ("data", None)
     assert spec((), 509, 64) == (None, "data")
     assert spec((), 16, 16) == spec((), 509, 63) == ()
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
+def test_freed_memory_is_kept_for_the_next_step():
+    """Twenty blocks of 16 MB, one after the other: the system hands out one of them at most."""
+    code = """
+import ctypes, resource, gpt
+gpt.start()
+libc = ctypes.CDLL(None)
+libc.malloc.restype, libc.malloc.argtypes = ctypes.c_void_p, [ctypes.c_size_t]
+libc.free.argtypes, libc.memset.argtypes = [ctypes.c_void_p], [ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t]
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(20):
+    block = libc.malloc(2**24)
+    libc.memset(block, 1, 2**24)
+    libc.free(block)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before, resource.getpagesize())
+"""
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    faults, page = map(int, done.stdout.split())
+    assert faults * page < 2 * 2**24
 
 
 def test_a_batch_that_does_not_divide_over_the_devices_is_refused(monkeypatch):

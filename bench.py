@@ -1,0 +1,412 @@
+"""Speed beside the physical limit: the machine first, then training, generation, PPO and the data path.
+
+Every row of the table is the median of --repeats timings with their minimum and maximum:
+
+    machine    copy: GB/s of a large array read and another one written. matrix: GFLOP/s of one large product
+    train      one optimiser step of sft.py (`sft.make_train_step`: forward, backward, clipping, AdamW). Its bound is
+               the matrix rate on 6 N + 12 L T D FLOPs a token: N weights that multiply each token (all but the
+               position table; a tied embedding counts once, as the head), and scores over whole rows of T tokens
+    generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate. The bound of batch 1 is
+               the copy rate on N weights a token. Reads alone can be faster than a copy: above 100% is no error
+    ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
+               advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
+    data       rows a second from JSONL (parse, check, tokenise) and from the token cache (finished batches); and the
+               share of an epoch's tokens that is padding: one width, buckets, packing
+
+With --peers (a Python that has torch and transformers) and --trl-peers (one that has TRL with its PPOTrainer, 0.24) the
+same shapes run there too, in tests/peers.py. Ours and the peer take turns, repeat by repeat, so that both see the same
+machine. "times peer" is the peer's median time over ours: above 1 we are faster.
+
+    python bench.py                                              # the table, and out/bench/bench.json
+    python bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
+"""
+
+import dataclasses
+import datetime
+import itertools
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gpt
+import ppo  # the one script that imports others: it times what they ship, not copies of it
+import sft
+
+PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
+
+
+@dataclass(frozen=True)
+class Config:
+    only: tuple[Literal["train", "generate", "ppo", "data"], ...] = ("train", "generate", "ppo", "data")  # sections
+    repeats: int = 5  # timings of each row
+    quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
+    peers: Path | None = None  # a Python with torch and transformers, timed beside us
+    trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
+    data: tuple[str, ...] = ("data/toy/pairs.jsonl", "data/toy/base.jsonl")  # files of the data section
+    tokenizer: str = "data/toy"  # folder whose tokenizer reads them
+    length: int = 48  # tokens a row at most, there
+    batch_size: int = 32  # rows a batch, there
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, and of weights that only generate
+    out: Path = Path("out/bench/bench.json")  # the figures, with machine and versions
+    seed: int = 0
+
+
+# ---------------------------------------------------------------------------------------------------- clock and table
+
+
+def timed(work, calls: int = 1):
+    """A function that runs `work` a few times and returns the seconds of one; warmed up (compiled) beforehand."""
+    for _ in range(2):
+        jax.block_until_ready(work())
+
+    def seconds():
+        start = time.perf_counter()
+        for _ in range(calls):
+            result = work()
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    return seconds
+
+
+def race(ours, repeats: int, peer=None):
+    """Seconds of ours and of the peer, taking turns: two lists, the second empty without a peer."""
+    turns = [(ours(), peer() if peer else None) for _ in range(repeats)]
+    return [a for a, _ in turns], [b for _, b in turns if b is not None]
+
+
+@contextmanager
+def start_peer(python: Path | None, config: Config, **work):
+    """A function that has the peer do `work` once and returns its seconds; None where there is no peer."""
+    if python is None:
+        yield None
+        return
+    log = config.out.with_name("peers.log")
+    on_cpu = {"CUDA_VISIBLE_DEVICES": ""} if jax.default_backend() == "cpu" else {}
+    with open(log, "a") as errors:
+        process = subprocess.Popen(
+            [python, PEERS, json.dumps(work)],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True, env=os.environ | on_cpu,
+        )  # fmt: skip
+
+    def answer():
+        line = process.stdout.readline()
+        if not line:
+            raise ValueError(f"the peer stopped: {python} {PEERS} {shlex.quote(json.dumps(work))}; see {log}")
+        return json.loads(line)
+
+    def seconds():
+        print("go", file=process.stdin, flush=True)
+        return answer()["seconds"]
+
+    try:
+        seconds.versions = answer()["versions"]
+        yield seconds
+    finally:
+        process.kill()
+        process.communicate()
+
+
+class Table:
+    """Rows as they come: printed as Markdown, kept as JSON."""
+
+    def __init__(self, config: Config):
+        self.path, self.rows = config.out, []
+        self.info = dict(
+            date=datetime.datetime.now().astimezone().isoformat(timespec="seconds"),
+            command=shlex.join(sys.argv),
+            machine=machine_info(),
+            versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, np)},
+            peers={},
+            config={name: str(value) for name, value in vars(config).items()},
+        )
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.with_name("peers.log").unlink(missing_ok=True)
+        head = ("work", "ms", "min - max", "rate", "of bound", "peer ms", "min - max", "times peer")
+        print_row(head)
+        print_row(["---"] + ["---:"] * (len(head) - 1))
+
+    def add(self, name, seconds=(), amount=0.0, unit="", work=0.0, limit=0.0, theirs=(), peer=None, **more):
+        """`amount` of `unit` a call give the rate; `work` (FLOPs or bytes) a call and the machine's `limit` a second
+        give the share of the bound; `theirs` are the peer's seconds. What else is measured comes by keyword."""
+        row = {"name": name} | more
+        if len(seconds):
+            row |= {"seconds": spread(seconds), "rate": amount / np.median(seconds), "unit": unit}
+        if limit:
+            row["share_of_bound"] = work / np.median(seconds) / limit
+        if len(theirs):
+            row |= {"peer_seconds": spread(theirs), "times_peer": float(np.median(theirs) / np.median(seconds))}
+            self.info["peers"] |= peer.versions
+        self.rows.append(row)
+        gpt.write_json(self.path, self.info | {"rows": self.rows})
+        rate = f"{row['rate']:,.{0 if row['rate'] >= 100 else 1}f} {unit}" if len(seconds) else ""
+        if "padding" in row:
+            rate = f"{row['padding']:.1%} padding"
+        share = f"{row['share_of_bound']:.0%}" if limit else ""
+        times = f"{row['times_peer']:.2f}" if len(theirs) else ""
+        print_row([name, *milliseconds(seconds), rate, share, *milliseconds(theirs), times])
+        return row.get("rate")
+
+
+def spread(seconds) -> dict:
+    median, low, high = (float(f(seconds)) for f in (np.median, np.min, np.max))
+    return {"median": median, "min": low, "max": high, "all": [float(s) for s in seconds]}
+
+
+def milliseconds(seconds):
+    """The cells "median" and "min - max"."""
+    if not len(seconds):
+        return "", ""
+    digits = 0 if min(seconds) > 1 else 1 if min(seconds) > 0.01 else 3
+    median, low, high = (f"{1000 * f(seconds):,.{digits}f}" for f in (np.median, np.min, np.max))
+    return median, f"{low} - {high}"
+
+
+def print_row(cells):
+    print("| " + " | ".join(cells) + " |", flush=True)
+
+
+def machine_info() -> dict:
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    return dict(
+        system=platform.platform(),
+        cpu=locals().get("cpu", platform.processor()),
+        cores=os.cpu_count(),
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        load=os.getloadavg() if hasattr(os, "getloadavg") else None,  # what else the machine did when this began
+    )
+
+
+# ---------------------------------------------------------------------------------------------------- shapes
+
+
+def shapes(quick: bool) -> dict[str, gpt.Config]:
+    """Model configurations: two small ones of the toy's size, and GPT-2 124M."""
+    if quick:
+        llama, gpt2 = (gpt.make_config(64, 32, 1, 2, 16, family) for family in ("llama", "gpt2"))
+        return {"toy Llama": llama, "toy GPT-2": gpt2, "GPT-2 124M": gpt2}
+    return {
+        "toy Llama": gpt.make_config(1024, 64, 4, 2, 128),
+        "toy GPT-2": gpt.make_config(1024, 64, 4, 4, 128, "gpt2"),
+        "GPT-2 124M": gpt.make_config(50257, 1024, 12, 12, 768, "gpt2"),
+    }
+
+
+def make_model(shape: gpt.Config, key):
+    return gpt.shard(jax.jit(partial(gpt.init, shape))(key))
+
+
+def multiplied_weights(model: gpt.GPT) -> int:
+    """How many weights multiply each token: not the position table, and the embedding only where it is the head."""
+    tables = [model.wpe] + [model.wte] * (model.head is not None)
+    return gpt.count_parameters(model) - sum(x.size for x in tables if x is not None)
+
+
+def training_flops(model: gpt.GPT, rows: int, tokens: int) -> float:
+    """6 N + 12 L T D a token: each weight and each score is used once forwards and twice backwards."""
+    c = model.config
+    attention = 12 * c.layers * tokens * c.heads * c.head_dim
+    return rows * tokens * (6 * multiplied_weights(model) + attention)
+
+
+def random_tokens(shape: gpt.Config, rows: int, tokens: int) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, shape.vocab_size, (rows, tokens), np.int32)
+
+
+# ---------------------------------------------------------------------------------------------------- sections
+
+
+def measure_machine(table: Table, config: Config) -> dict:
+    """The limits, in bytes and FLOPs a second: {"copy": ..., "float32": ..., "bfloat16": ...}."""
+    on_cpu = jax.default_backend() == "cpu"
+    size = 2**18 if config.quick else 2**26 if on_cpu else 2**28
+    # the second buffer is donated: the result goes there, no fresh memory is asked of the system
+    copy = jax.jit(lambda source, target: (source + 1, source), donate_argnums=(0, 1), keep_unused=True)
+    buffers = jnp.zeros(size), jnp.zeros(size)
+
+    def swap():
+        nonlocal buffers
+        buffers = copy(*buffers)
+        return buffers
+
+    seconds, _ = race(timed(swap, 3), config.repeats)
+    limits = {"copy": 1e9 * table.add(f"copy, {4 * size >> 20:,} MB", seconds, 8 * size / 1e9, "GB/s")}
+    del buffers
+
+    n = 128 if config.quick else 2048 if on_cpu else 8192
+    for dtype in ("float32",) if on_cpu and config.dtype != "bfloat16" else ("float32", "bfloat16"):
+        a = jax.random.normal(jax.random.key(0), (n, n)).astype(dtype)
+        multiply = jax.jit(jnp.matmul)
+        seconds, _ = race(timed(partial(multiply, a, a), 3), config.repeats)
+        limits[dtype] = 1e9 * table.add(f"matrix, {n:,} squared, {dtype}", seconds, 2 * n**3 / 1e9, "GFLOP/s")
+    return limits
+
+
+def measure_train(table: Table, config: Config, limits: dict):
+    dtype = gpt.compute_dtype(config.dtype).__name__
+    for name, shape in shapes(config.quick).items():
+        rows, tokens, calls = (4, 256, 1) if name == "GPT-2 124M" else (16, 48, 10)
+        if config.quick:
+            rows, tokens, calls = 4, 16, 1
+        settings = sft.Config(dtype=config.dtype)
+        lr = gpt.schedule(settings.lr, settings.steps, settings.warmup, settings.schedule, settings.final_lr)
+        optimizer = gpt.adamw(lr, settings.weight_decay, b2=settings.b2)
+        model = make_model(shape, jax.random.key(config.seed))
+        flops, state = training_flops(model, rows, tokens), sft.State(model, gpt.shard(optimizer.init(model)))
+        ones = np.ones((rows, tokens), np.int32)
+        batch = gpt.put_batch(dict(tokens=random_tokens(shape, rows, tokens), mask=ones, segments=ones))
+        step = repeated(sft.make_train_step(optimizer, settings), state, batch)
+        del model, state  # the step holds them, and donates them
+
+        work = dict(work="train", shape=dataclasses.asdict(shape), rows=rows, tokens=tokens, calls=calls, dtype=dtype)
+        with start_peer(config.peers, config, **work) as peer:
+            ours, theirs = race(timed(step, calls), config.repeats, peer)
+            name = f"train {name}, {rows} x {tokens} tokens"
+            table.add(name, ours, rows * tokens, "tokens/s", flops, limits[dtype], theirs, peer)
+
+
+def repeated(train_step, state, batch):
+    """A call without arguments that trains on the same batch again and returns the metrics."""
+
+    def step():
+        nonlocal state
+        state, metrics = train_step(state, batch)
+        return metrics
+
+    return step
+
+
+def measure_generate(table: Table, config: Config, limits: dict):
+    shape, prompt, new = shapes(config.quick)["GPT-2 124M"], 16, 8 if config.quick else 64
+    dtype = gpt.compute_dtype(config.dtype)
+    model = gpt.cast(make_model(shape, jax.random.key(config.seed)), dtype)
+    weight_bytes = multiplied_weights(model) * jnp.dtype(dtype).itemsize
+    for rows, temperature in ((1, 0.0), (16, 1.0)):
+        prompts = jnp.asarray(random_tokens(shape, rows, prompt))
+        keys = map(partial(jax.random.fold_in, jax.random.key(config.seed)), itertools.count())
+        sample = partial(gpt.generate, max_new_tokens=new, eos=-1, temperature=temperature)
+        ask = lambda p=prompts, k=keys, s=sample: s(model, p, jnp.ones_like(p), next(k)).tokens
+        work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new,
+                    temperature=temperature, dtype=dtype.__name__)  # fmt: skip
+        with start_peer(config.peers, config, **work) as peer:
+            ours, theirs = race(timed(ask), config.repeats, peer)
+            bound = dict(work=new * weight_bytes, limit=limits["copy"]) if rows == 1 else {}
+            name = f"generate GPT-2 124M, batch {rows}, {prompt} + {new} tokens"
+            table.add(name, ours, rows * new, "tokens/s", theirs=theirs, peer=peer, **bound)
+
+
+def measure_ppo(table: Table, config: Config, limits: dict):
+    shape = shapes(config.quick)["toy GPT-2"]
+    rows, prompt, new = (8, 8, 8) if config.quick else (64, 16, 32)
+    settings = ppo.Config(
+        batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
+        missing_eos="keep", dtype=config.dtype, seed=config.seed,
+    )  # fmt: skip
+    keys = jax.random.split(jax.random.key(config.seed), 5)
+    policy, ref = make_model(shape, keys[0]), make_model(shape, keys[0])
+    reward, critic = (gpt.init_score_model(make_model(shape, k), k, zero=zero) for k, zero in zip(keys[1:], (0, 1)))
+    ref, reward = (gpt.cast(frozen, gpt.compute_dtype(config.dtype)) for frozen in (ref, reward))
+    optimizers = [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
+    opt_states = [gpt.shard(o.init(m)) for o, m in zip(optimizers, (policy, critic))]
+    state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.asarray(settings.beta))
+    update = ppo.make_update(*optimizers, settings)
+    prompts = random_tokens(shape, rows, prompt)
+    batch = gpt.put_batch(dict(tokens=prompts, segments=np.ones_like(prompts)))
+    counter = itertools.count()
+
+    def iteration():
+        """Seconds of rollout, scoring and update."""
+        nonlocal state
+        step, times = next(counter), [time.perf_counter()]
+        key = jax.random.fold_in(keys[4], step)
+        generation = gpt.generate(state.policy, batch["tokens"], batch["segments"], key, new, eos=-1)
+        times.append(finished(generation))
+        scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
+        rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
+        times.append(finished(rollout))
+        state, losses = ppo.update_epochs(update, state, rollout, step, settings)
+        times.append(finished((state, losses)))
+        return np.diff(times)
+
+    work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
+    with start_peer(config.trl_peers, config, **work) as peer:
+        for _ in range(2):
+            iteration()
+        ours, theirs = race(iteration, config.repeats, peer)
+        for name, part in zip(("rollout", "scoring", "update"), np.transpose(ours)):
+            table.add(f"PPO {name}", part, rows * new, "response tokens/s")
+        name = f"PPO iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
+        table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
+
+
+def finished(tree) -> float:
+    jax.block_until_ready(tree)
+    return time.perf_counter()
+
+
+def measure_data(table: Table, config: Config, limits: dict):
+    tokenizer = gpt.load_tokenizer(config.tokenizer)
+    for path in config.data:
+        kind = gpt.find_kind([path], ("text", "pairs", "demos", "thumbs", "prompts"))
+        load = partial(gpt.Batches, path, kind, tokenizer, config.batch_size, config.length, config.seed)
+        name, rows = Path(path).name, min(sum(1 for _ in gpt.read_rows(path, kind)), 5000)
+
+        def read_raw(path=path, kind=kind, rows=rows):
+            for _, row in itertools.islice(gpt.read_rows(path, kind), rows):
+                with suppress(gpt.BadRow):  # no room for its answer: training leaves it out too
+                    gpt.encode_row(row, kind, tokenizer, config.length)
+
+        seconds, _ = race(timed(read_raw), config.repeats)
+        table.add(f"{name}: from JSONL", seconds, rows, "rows/s")
+        batches = load()
+        steps = min(batches.steps_per_epoch, 200)
+        seconds, _ = race(timed(lambda b=batches, n=steps: sum(1 for _ in b.stream(0, n))), config.repeats)
+        table.add(f"{name}: from the token cache", seconds, steps * config.batch_size, "rows/s")
+        table.add(f"{name}: one width", padding=padding_waste(load(buckets=1)))
+        table.add(f"{name}: {batches.buckets} buckets", padding=padding_waste(batches))
+        if kind == "text":  # what sft.py packs
+            table.add(f"{name}: packed", padding=padding_waste(load(packed=True)))
+
+
+def padding_waste(batches: gpt.Batches, most: int = 500) -> float:
+    """Share of the tokens in an epoch's batches (the first `most`) that are padding."""
+    batches_of_an_epoch = map(batches, range(min(batches.steps_per_epoch, most)))
+    real, total = np.sum([((b["segments"] > 0).sum(), b["segments"].size) for b in batches_of_an_epoch], axis=0)
+    return float(1 - real / total)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def main(config: Config):
+    missing = [path for path in config.data if not Path(path).is_file()] if "data" in config.only else []
+    if missing:
+        raise FileNotFoundError(f"no {missing[0]}: `python toy.py` makes the toy's files; or name others by --data")
+    if jax.default_backend() != "cpu" and (config.peers or config.trl_peers):
+        raise ValueError("peers are timed on CPUs only")
+    gpt.start(config.seed)
+    table = Table(config)
+    limits = measure_machine(table, config)
+    sections = dict(train=measure_train, generate=measure_generate, ppo=measure_ppo, data=measure_data)
+    for name in config.only:
+        sections[name](table, config, limits)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)
