@@ -1,9 +1,12 @@
 # make demo   the whole story on the toy world, from an empty folder to a table and plots
 # make test   the test suite          make lint   style
+# after make demo, an experiment of the report each:
+# make rewards            heads, losses and ensembles of the reward model beside each other
+# make overoptimization   PPO against a reward model that is too weak, and what cures it
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo test lint requirements clean
+.PHONY: demo rewards overoptimization test lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -21,6 +24,38 @@ demo: .venv/done
 	$(PY) reward.py --seed $(SEED) --overwrite
 	$(PY) ppo.py --seed $(SEED) --overwrite
 	$(PY) evaluate.py --models out/sft out/ppo --seed $(SEED)
+
+R = $(PY) reward.py --seed $(SEED) --overwrite --out out/rewards
+rewards: .venv/done
+	$R/last
+	$R/mean --pool mean --suffix ""
+	$R/attention --pool attention --suffix ""
+	$R/eos --suffix ""
+	$R/probe --lr 0
+	$R/smoothing --label-smoothing 0.1
+	$R/centre --center 0.01
+	$R/lm --lm-coef 0.1
+	$R/ensemble --members 4
+	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre lm ensemble)
+
+# A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
+# almost without a KL penalty; then one cure at a time.
+WEAK = $(PY) reward.py --init out/base-weak --seed $(SEED) --overwrite
+CHASE = $(PY) ppo.py --lr 5e-4 --steps 100 --seed $(SEED) --overwrite
+CHASES = $(addprefix out/chase-,weak penalty ensemble disfluent strong)
+overoptimization: .venv/done
+	$(PY) toy.py --seed $(SEED) --disfluent 0 --out data/plain
+	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base-weak.jsonl --out out/base-weak --steps 1400 \
+	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 700 --seed $(SEED) --overwrite
+	$(WEAK) --data data/plain/pairs.jsonl --out out/reward-weak
+	$(WEAK) --data data/plain/pairs.jsonl --out out/reward-weak-ensemble --members 4
+	$(WEAK) --data data/toy/pairs.jsonl --out out/reward-weak-disfluent
+	$(CHASE) --out out/chase-weak --reward out/reward-weak --beta 0.001
+	$(CHASE) --out out/chase-penalty --reward out/reward-weak --beta 0.2
+	$(CHASE) --out out/chase-ensemble --reward out/reward-weak-ensemble --combine worst --beta 0.001
+	$(CHASE) --out out/chase-disfluent --reward out/reward-weak-disfluent --beta 0.001
+	$(CHASE) --out out/chase-strong --reward out/reward --beta 0.001
+	$(PY) evaluate.py --models out/sft $(CHASES) --runs $(CHASES) --out out/overoptimization --seed $(SEED)
 
 test: .venv/done
 	.venv/bin/python -m pytest

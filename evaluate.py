@@ -26,7 +26,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    models: tuple[str, ...] = ("out/sft", "out/ppo")  # model folders; their last names become the rows of the table
+    models: tuple[str, ...] = ("out/sft", "out/ppo")  # model folders, a row each, named by their last part
     ref: str = "out/sft"  # reference of the KL, and the start of "distance closed"
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
     judge: str = (
@@ -159,10 +159,9 @@ def draw_runs(runs, path: Path):
 
     figure, axes = plt.subplots(1, 2, figsize=(10.5, 4.2), layout="constrained")
     for run in runs:
-        rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
-        distance = np.sqrt(np.maximum(smooth([r["objective/kl_exact"] for r in rows]), 0))
-        for axis, name in zip(axes, ("objective/scores", "eval/gold")):
-            axis.plot(distance, smooth([r[name] for r in rows]), label=Path(run).name)
+        curves = read_run(run)
+        for axis, name in zip(axes, ("score", "gold")):
+            axis.plot(np.sqrt(np.maximum(curves["kl"], 0)), curves[name], label=Path(run).name)
     axes[0].set(
         title="What the policy optimises: the reward model", ylabel="score (standard deviations of SFT's samples)"
     )
@@ -175,8 +174,30 @@ def draw_runs(runs, path: Path):
     plt.close(figure)
 
 
+def runs_table(runs) -> str:
+    """Markdown: where each run's smoothed gold was highest and where it ended. Proxy up and gold down between the two
+    is over-optimisation."""
+    rows = [["run", "at", "iteration", "KL", "score", "gold"], ["---"] * 6]
+    for run in runs:
+        curves = read_run(run)
+        ends = {"start": 0, "highest gold": int(curves["gold"].argmax()), "end": len(curves["gold"]) - 1}
+        for name, i in ends.items():
+            numbers = (f"{curves[k][i]:.2f}" for k in ("kl", "score", "gold"))
+            rows.append([Path(run).name, name, str(i), *numbers])
+    return markdown(rows)
+
+
+def read_run(run) -> dict:
+    """Smoothed curves along a PPO run: KL in nats a sequence, score (the proxy), gold."""
+    names = {"kl": "objective/kl_exact", "score": "objective/scores", "gold": "eval/gold"}
+    rows = [json.loads(line) for line in (Path(run) / "metrics.jsonl").read_text().splitlines()]
+    if not rows or any(name not in rows[0] for name in names.values()):
+        raise ValueError(f"{run} is not a PPO run that was watched by a judge (--monitor toy:parts)")
+    return {short: smooth([row[name] for row in rows]) for short, name in names.items()}
+
+
 def smooth(values, width: int = 5):
-    """Running mean, shorter at the ends."""
+    """Running mean of the last `width` values, of fewer at the start."""
     values = np.asarray(values, float)
     return np.array([values[max(0, i - width + 1) : i + 1].mean() for i in range(len(values))])
 
@@ -213,10 +234,13 @@ def main(config: Config):
     text = f"# {config.samples} held-out prompts, temperature {config.temperature:g}\n\n{table(summary)}\n\n"
     text += f"`closed`: share of the distance from {Path(config.ref).name} to 1. KL in nats a sequence.\n\n"
     text += f"## The same prompts\n\n{samples_table(answers, min(8, config.samples))}\n"
+    if config.runs:
+        text += f"\n## Along the runs\n\n![proxy and gold](overoptimization.png)\n\n{runs_table(config.runs)}\n"
+        draw_runs(config.runs, config.out / "overoptimization.png")
     gpt.write_atomic(config.out / "report.md", lambda file: Path(file).write_text(text))
     print(table(summary))
     if config.runs:
-        draw_runs(config.runs, config.out / "overoptimization.png")
+        print(runs_table(config.runs))
     print(f"wrote {config.out}: summary.json, report.md" + (", overoptimization.png" if config.runs else ""))
 
 
