@@ -184,7 +184,7 @@ class Config:
     heldout: int = 500  # rows of each -heldout and -valid file
     critiques: float = 0.85  # share of base dialogues that end with a verdict
     weak_critiques: float = 0.03  # the same for base-weak.jsonl
-    disfluent: float = 0.08  # share of pairs (not of held-out ones) with a scrambled or repetitive side
+    disfluent: float = 0.15  # share of pairs (not of held-out ones) with a scrambled or repetitive side
 
 
 # ---------------------------------------------------------------------- everything that can be asked and said, in full
