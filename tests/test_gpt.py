@@ -57,12 +57,17 @@ def prompts():
 # the model ------------------------------------------------------------------------------------------------------------
 
 
+def load_spelled(folder, spelling, empty):
+    """The folder's model, with one of its two configuration files."""
+    shutil.copy(folder / "model.safetensors", empty)
+    shutil.copy(folder / spelling, empty / "config.json")
+    return gpt.load(empty)[0]
+
+
 @pytest.mark.parametrize("spelling", ["config.json", "config.v4.json"])
 @pytest.mark.parametrize("name", LMS)
 def test_logits_are_those_of_transformers(name, spelling, golden, tmp_path):
-    shutil.copy(golden / name / "model.safetensors", tmp_path)
-    shutil.copy(golden / name / spelling, tmp_path / "config.json")
-    model, _ = gpt.load(tmp_path)
+    model = load_spelled(golden / name, spelling, tmp_path)
     want = np.load(golden / name / "logits.npz")
     got = all_logits(model, want["tokens"], np.ones_like(want["tokens"]))
     assert got.dtype == jnp.float32
@@ -82,9 +87,7 @@ def test_left_padded_logits_are_those_of_transformers(name, golden):
 @pytest.mark.parametrize("spelling", ["config.json", "config.v4.json"])
 @pytest.mark.parametrize("name", CLASSIFIERS)
 def test_scores_are_those_of_transformers(name, spelling, golden, tmp_path):
-    shutil.copy(golden / name / "model.safetensors", tmp_path)
-    shutil.copy(golden / name / spelling, tmp_path / "config.json")
-    model, _ = gpt.load(tmp_path)
+    model = load_spelled(golden / name, spelling, tmp_path)
     want = np.load(golden / name / "logits.npz")
     np.testing.assert_allclose(scores_of(model, want["tokens"], want["mask"]), want["scores"], **CLOSE)
 
