@@ -7,7 +7,8 @@
     python prepare.py --data reviews.txt --separator '\\n' --out data/reviews # a document a line
 
 Pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts; thumbs
-thumbs and prompts; text text.jsonl; each with a NAME-heldout.jsonl, and report.json beside them. Sources are .jsonl,
+thumbs and prompts; text text.jsonl (so do transcripts, by --kind text); each with a NAME-heldout.jsonl, and report.json
+beside them. Sources are .jsonl,
 .json (also one big array) and plain text, all of them also .gz, and hub:ORG/NAME[/SPLIT[/CONFIG]]. Rows come in the
 project's formats (gpt.py, section 7) or in these spellings; other keys than the texts and CARRIED are left out:
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
@@ -279,6 +280,8 @@ def as_kind(found: str, row: dict, kind: str) -> list[dict]:
             raise Dropped("equal sides")
         rest = take(row, "prompt", "id", "source", "weight")
         return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+    if kind == "text" and found in ("pairs", "demos"):
+        return [transcript(demo_row(row) if found == "pairs" else row)]
     raise gpt.BadRow(f"this row holds {found}, not {kind}")
 
 
@@ -292,6 +295,16 @@ def prompt_row(row: dict) -> dict:
 
 def demo_row(row: dict) -> dict:
     return {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source")
+
+
+def transcript(row: dict) -> dict:
+    """A dialogue as one text, to pretrain on. It opens with its first human turn, so that it is split as its row is."""
+    prompt, completion = row.get("prompt"), row.get("completion")
+    if not isinstance(prompt, str) or not isinstance(completion, str) or "\n\nHuman:" not in prompt:
+        raise gpt.BadRow(
+            "only transcripts (\\n\\nHuman: ... \\n\\nAssistant: ...) become text; sft.py reads other rows as they are"
+        )
+    return {"text": prompt + completion} | take(row, "id", "source")
 
 
 RATING_WINDOW = 4096  # prompts whose ratings are held until others of the same prompt come
@@ -388,8 +401,8 @@ def first_turn(row: dict) -> str:
     value = row.get("prompt") or row.get("messages") or row.get("text") or ""
     if isinstance(value, list):
         value = next((m["content"] for m in value if m["role"] == "user"), value[0]["content"])
-    elif "\n\nHuman:" in value:
-        value = value.partition("\n\nHuman:")[2].partition("\n\nAssistant:")[0]
+    elif "\n\nHuman:" in "\n\n" + value:  # a text has lost the blank lines in front
+        value = ("\n\n" + value).partition("\n\nHuman:")[2].partition("\n\nAssistant:")[0]
     return " ".join(value.lower().split())
 
 

@@ -282,6 +282,18 @@ def test_kind_can_be_asked_for(tmp_path):
     assert set(rows) == {"demos", "prompts"} and rows["demos"] == [row | {"completion": " yes"}]
 
 
+def test_transcripts_become_text_that_is_split_like_their_pairs(tmp_path):
+    rows = [pair(f"question {i}", chosen=f" answer {i}") for i in range(60)]
+    _, pairs = run(tmp_path, rows, heldout=0.3)
+    _, texts = run(tmp_path, rows, heldout=0.3, kind="text", out="text")
+    for split in ("", "-heldout"):
+        assert len(pairs["pairs" + split]) > 5
+        want = [(row["prompt"] + row["chosen"]).strip() for row in pairs["pairs" + split]]
+        assert [row["text"] for row in texts["text" + split]] == want
+    with pytest.raises(gpt.BadRow, match="only a transcript"):
+        run(tmp_path, [{"prompt": "two and two?", "completion": " four"}], kind="text", out="plain")
+
+
 @pytest.mark.parametrize("gap", [2, 60_000])
 def test_json_array(tmp_path, gap):
     """Also where objects lie across the borders of what is read at once."""
