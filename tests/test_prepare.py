@@ -290,7 +290,7 @@ def test_transcripts_become_text_that_is_split_like_their_pairs(tmp_path):
         assert len(pairs["pairs" + split]) > 5
         want = [(row["prompt"] + row["chosen"]).strip() for row in pairs["pairs" + split]]
         assert [row["text"] for row in texts["text" + split]] == want
-    with pytest.raises(gpt.BadRow, match="only a transcript"):
+    with pytest.raises(gpt.BadRow, match="only transcripts"):
         run(tmp_path, [{"prompt": "two and two?", "completion": " four"}], kind="text", out="plain")
 
 
