@@ -1,0 +1,155 @@
+"""The peer that bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer.
+
+Run by bench.py in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets); nothing of
+this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all is warm; then each
+line on stdin has the work done once, and a line {"seconds": ...} answers.
+
+What is equal: sizes and family of the model, batch, precision, number of threads, what a step does (forward, backward,
+clipping, AdamW), sampling from the whole vocabulary, and in PPO four models with their own weights, 4 epochs of 4
+minibatches with an optimiser step each, responses of full length. Weights are random on both sides.
+"""
+
+import json
+import os
+import sys
+import tempfile
+import time
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+WARM_UP = 2  # times that the work is done before it counts, as bench.py does
+
+
+def say(**answer):
+    print(json.dumps(answer), file=ANSWERS, flush=True)
+
+
+def model_config(shape: dict, **more):
+    if shape["family"] == "gpt2":
+        return transformers.GPT2Config(
+            vocab_size=shape["vocab_size"], n_positions=shape["context"], n_embd=shape["dim"], n_layer=shape["layers"],
+            n_head=shape["heads"], n_inner=shape["ffn"], resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0,
+            tie_word_embeddings=shape["tied"], bos_token_id=0, eos_token_id=0, **more,
+        )  # fmt: skip
+    return transformers.LlamaConfig(
+        vocab_size=shape["vocab_size"], max_position_embeddings=shape["context"], hidden_size=shape["dim"],
+        num_hidden_layers=shape["layers"], num_attention_heads=shape["heads"], head_dim=shape["head_dim"],
+        num_key_value_heads=shape["kv_heads"], intermediate_size=shape["ffn"], tie_word_embeddings=shape["tied"],
+        bos_token_id=0, eos_token_id=0, **more,
+    )  # fmt: skip
+
+
+def language_model(shape: dict):
+    return transformers.AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa")
+
+
+def random_tokens(work: dict):
+    return torch.randint(0, work["shape"]["vocab_size"], (work["rows"], work["tokens"]))
+
+
+def prepare_train(work: dict):
+    model, tokens = language_model(work["shape"]).train(), random_tokens(work)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, weight_decay=0.01, fused=True)
+    bf16 = work["dtype"] == "bfloat16"
+
+    def step():
+        for _ in range(work["calls"]):
+            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step
+
+
+def prepare_generate(work: dict):
+    model = language_model(work["shape"]).eval().to(getattr(torch, work["dtype"]))
+    prompts, new = random_tokens(work), work["new"]
+    sampling = dict(do_sample=True, temperature=work["temperature"], top_k=0) if work["temperature"] else {}
+    model.generation_config.eos_token_id = None  # responses of full length
+
+    @torch.inference_mode()
+    def generate():
+        mask = torch.ones_like(prompts)
+        out = model.generate(prompts, attention_mask=mask, max_new_tokens=new, pad_token_id=0, **sampling)
+        assert out.shape[1] == work["tokens"] + new
+
+    return generate
+
+
+def run_ppo(work: dict):
+    """TRL's trainer owns the loop: a callback at the end of each iteration reports its seconds and waits."""
+    import datasets
+    import tokenizers
+    import trl
+
+    shape, rows = work["shape"], work["rows"]
+    words = {f"w{i}": i for i in range(shape["vocab_size"])} | {"<pad>": shape["vocab_size"]}  # <pad> never occurs
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0")), pad_token="<pad>"
+    )
+    classifier = lambda: transformers.AutoModelForSequenceClassification.from_config(
+        model_config(shape, num_labels=1, pad_token_id=shape["vocab_size"]), attn_implementation="sdpa"
+    )
+    policy, ref = language_model(shape), language_model(shape)
+    ref.load_state_dict(policy.state_dict())
+    prompts = datasets.Dataset.from_dict({"input_ids": random_tokens(work).tolist() * 4})
+    settings = trl.PPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+        num_mini_batches=4, num_ppo_epochs=4, local_rollout_forward_batch_size=rows, response_length=work["new"],
+        stop_token=None, missing_eos_penalty=None, temperature=1.0, total_episodes=10_000 * rows,
+        num_sample_generations=0, report_to="none", save_strategy="no",
+        logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+
+    class Clock(transformers.TrainerCallback):
+        done, start = 0, 0.0
+
+        def on_step_end(self, args, state, control, **_):
+            self.done += 1
+            if self.done == WARM_UP:
+                say(versions=versions())
+            elif self.done > WARM_UP:
+                say(seconds=time.perf_counter() - self.start)
+            if self.done >= WARM_UP and not sys.stdin.readline():
+                os._exit(0)
+            self.start = time.perf_counter()
+
+    trl.PPOTrainer(
+        args=settings, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=classifier(),
+        value_model=classifier(), train_dataset=prompts, eval_dataset=prompts, callbacks=[Clock()],
+        data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
+    ).train()  # fmt: skip
+
+
+def versions() -> dict:
+    names = ("torch", "transformers", "trl")
+    return {name: sys.modules[name].__version__ for name in names if name in sys.modules} | {
+        "torch threads": torch.get_num_threads()
+    }
+
+
+def main(work: dict):
+    torch.manual_seed(0)
+    if work["work"] == "ppo":
+        return run_ppo(work)
+    once = {"train": prepare_train, "generate": prepare_generate}[work["work"]](work)
+    for _ in range(WARM_UP):
+        once()
+    say(versions=versions())
+    for _ in sys.stdin:
+        start = time.perf_counter()
+        once()
+        say(seconds=(time.perf_counter() - start) / work.get("calls", 1))
+
+
+if __name__ == "__main__":
+    ANSWERS, sys.stdout = sys.stdout, sys.stderr  # what libraries print does not go between the answers
+    main(json.loads(sys.argv[1]))

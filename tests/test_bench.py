@@ -1,0 +1,104 @@
+"""bench.py: it runs, its formulas, and the talk with a peer, played here by a script of a few lines."""
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import bench
+import gpt
+import toy
+
+PEER = """
+import json, sys
+work = json.loads(sys.argv[1])
+assert {"work", "shape", "rows", "tokens"} <= work.keys()
+print(json.dumps({"versions": {"fake": "1.0"}}), flush=True)
+for line in sys.stdin:
+    print(json.dumps({"seconds": 100.0}), flush=True)
+"""
+
+
+@pytest.fixture(autouse=True)
+def same_mesh():
+    before = jax.sharding.get_mesh()
+    yield
+    jax.set_mesh(before)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("toy")
+    toy.main(toy.Config(out=out, base=200, demos=20, pairs=80, thumbs=20, prompts=20, heldout=20))
+    return out
+
+
+def measure(folder: Path, *only, **options) -> dict:
+    bench.main(bench.Config(only=only, repeats=2, quick=True, out=folder / "bench.json", **options))
+    rows = json.loads((folder / "bench.json").read_text())["rows"]
+    return {row["name"]: row for row in rows}
+
+
+def test_the_data_section_counts_rows_and_padding(data, tmp_path):
+    files = tuple(str(data / f"{name}.jsonl") for name in ("pairs", "base"))
+    rows = measure(tmp_path, "data", data=files, tokenizer=str(data), batch_size=8)
+    assert all(row["rate"] > 0 and row["seconds"]["min"] > 0 for row in rows.values() if "rate" in row)
+    waste = {name: row["padding"] for name, row in rows.items() if "padding" in row}
+    assert 0 < waste["base.jsonl: packed"] < waste["base.jsonl: one width"] < 1
+    buckets = next(value for name, value in waste.items() if name.startswith("pairs.jsonl") and "buckets" in name)
+    assert buckets < waste["pairs.jsonl: one width"]
+
+
+def test_padding_waste_is_what_a_count_gives(words, tmp_path):
+    texts = ["a", "a b c", "a b c d e f g"]  # 2, 4 and 8 tokens with EOS
+    (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    batches = gpt.Batches(str(tmp_path / "text.jsonl"), "text", gpt.load_tokenizer(words), 3, 8, 0, buckets=1)
+    assert bench.padding_waste(batches) == pytest.approx(1 - (2 + 4 + 8) / 24)
+
+
+def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
+    peer = tmp_path / "peer.py"
+    peer.write_text(PEER)
+    monkeypatch.setattr(bench, "PEERS", peer)
+    rows = measure(tmp_path, "ppo", trl_peers=Path(sys.executable))
+    row = next(row for name, row in rows.items() if name.startswith("PPO iteration"))
+    assert row["peer_seconds"]["all"] == [100.0, 100.0]
+    assert row["times_peer"] == pytest.approx(100 / row["seconds"]["median"])
+    parts = [rows[f"PPO {part}"]["seconds"]["all"] for part in ("rollout", "scoring", "update")]
+    np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
+    assert json.loads((tmp_path / "bench.json").read_text())["peers"] == {"fake": "1.0"}
+
+
+def test_a_peer_that_stops_is_named(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text("raise SystemExit('no torch here')")
+    monkeypatch.setattr(bench, "PEERS", tmp_path / "peer.py")
+    config = bench.Config(out=tmp_path / "bench.json")
+    with (
+        pytest.raises(ValueError, match="the peer stopped"),
+        bench.start_peer(Path(sys.executable), config, work="train"),
+    ):
+        pass
+    assert "no torch here" in (tmp_path / "peers.log").read_text()
+
+
+def test_missing_data_names_the_command_that_makes_it(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no gone.jsonl: `python toy.py` makes"):
+        bench.main(bench.Config(only=("data",), data=("gone.jsonl",), out=tmp_path / "bench.json"))
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_flops_of_a_training_step_are_those_of_its_matrix_products(family):
+    """(n, i) by (i, o) is 2 n i o FLOPs forwards and twice that backwards; norms and biases add little."""
+    rows, tokens, vocab, dim, layers = 2, 8, 64, 16, 3
+    shape = gpt.make_config(vocab, 32, layers, 2, dim, family)
+    model = gpt.init(shape, jax.random.key(0))
+    mlp = (2 if family == "gpt2" else 3) * dim * shape.ffn
+    weights = layers * (4 * dim * dim + mlp) + dim * vocab
+    scores = layers * 2 * tokens * dim  # q k' and p v: a row of scores and a sum over a row, for each token
+    products = 3 * 2 * rows * tokens * (weights + scores)
+    vectors = bench.multiplied_weights(model) - weights
+    assert 0 < vectors < 0.1 * weights
+    assert bench.training_flops(model, rows, tokens) == products + 6 * rows * tokens * vectors
