@@ -91,9 +91,8 @@ def run_ppo(work: dict):
 
     shape, rows = work["shape"], work["rows"]
     words = {f"w{i}": i for i in range(shape["vocab_size"])} | {"<pad>": shape["vocab_size"]}  # <pad> never occurs
-    tokenizer = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0")), pad_token="<pad>"
-    )
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
     classifier = lambda: transformers.AutoModelForSequenceClassification.from_config(
         model_config(shape, num_labels=1, pad_token_id=shape["vocab_size"]), attn_implementation="sdpa"
     )
