@@ -1,0 +1,339 @@
+"""IPO on preference pairs and KTO on single answers with a thumb up or down: policies without a reward model.
+
+    ipo   h = (log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))
+          L = (h - 1 / (2 tau))^2                                              mean over pairs
+
+    kto   g = log pi(y|x) - log ref(y|x)
+          z0 = max(0, mean_i [log pi(y_j|x_i) - log ref(y_j|x_i)])             y_j: an answer to another prompt
+          L = lambda_D (1 - sigmoid(beta (g - z0)))    where the thumb is up   mean over answers
+              lambda_U (1 - sigmoid(beta (z0 - g)))    where it is down
+
+IPO: Azar et al. 2023 (arXiv:2310.12036, eq. 17). KTO: Ethayarajh et al. 2024 (arXiv:2402.01306, section 4).
+
+Details that matter:
+1. --reduction: IPO's paper has log-probs of whole responses, sums over tokens; TRL and HALOs divide them by the number
+   of tokens. These are two algorithms (see `completion_logprobs`). KTO has sums.
+2. IPO pulls margins beyond 1 / (2 tau) back. Its tau and DPO's beta cannot be compared.
+3. z0 is one number a step: averaged over the whole batch, then clamped at 0, without gradient. It is no estimate of the
+   KL, since y_j was not sampled from the policy. It may stay at 0 for long; that is what the clamp is for.
+4. A prompt is never matched with an answer of its own: pairs split in two put two of those into the data.
+5. lambda_D n_D / (lambda_U n_U) belongs into [1, 4/3] (arXiv:2402.01306v1, eq. 8): the rarer thumb weighs more.
+   `class_weights` computes it from the counts n of the data and changes only one of the two.
+
+    python ipo_kto.py                                      # out/sft + data/toy/pairs.jsonl -> out/ipo
+    python ipo_kto.py --loss kto                           # out/sft + data/toy/thumbs.jsonl -> out/kto
+    python ipo_kto.py --loss kto --data data/toy/pairs.jsonl --out out/kto-pairs
+    python ipo_kto.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-ipo --length 512 --lr 1e-6
+    python ipo_kto.py --loss kto --init out/hh-sft --data data/hh/pairs.jsonl --length 512 --lr 1e-6 --beta 0.1
+"""
+
+import itertools
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    loss: Literal["ipo", "kto"] = "ipo"  # from pairs; from single answers with a label (pairs are split in two)
+    init: str = "out/sft"  # policy to start from
+    ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
+    data: tuple[str, ...] | None = None  # default: data/toy/pairs.jsonl or thumbs.jsonl; name:weight mixes several
+    heldout: str | None = None  # validation (default: NAME-heldout.jsonl beside --data, if there)
+    out: Path | None = None  # run folder (default: out/ipo or out/kto)
+    steps: int | None = None  # optimiser steps (default: one epoch)
+    batch_size: int = 32  # pairs (ipo) or answers (kto) a step
+    micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
+    length: int = 48  # tokens of prompt and completion together, at most
+    lr: float = 3e-4  # peak learning rate
+    warmup: int = 10  # steps of linear warm-up; then linear to 0
+    clip_norm: float = 1.0  # of the global gradient
+
+    tau: float = 0.1  # ipo: price of the KL; the margin aimed at is 1 / (2 tau) nats
+    reduction: Literal["sum", "mean"] = "sum"  # ipo: over tokens; mean wants a tau about length times as large
+    beta: float = 1.0  # kto: how soon an answer counts as won or lost, per nat of log-ratio
+    desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
+    undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
+
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False  # recompute activations in the backward pass
+    seed: int = 0
+    resume: bool = False  # continue from the last checkpoint in --out
+    overwrite: bool = False  # empty --out first
+    save_every: int = 100  # steps between checkpoints
+    eval_every: int = 100  # steps between validations
+    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
+    track: Literal["wandb", "tensorboard", "trackio"] | None = None
+
+
+class State(NamedTuple):
+    policy: gpt.GPT
+    opt_state: tuple
+
+
+# ---------------------------------------------------------------------------------------------------- losses
+
+
+def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, tau=0.1, weight=None):
+    """IPO's losses from log-probs, sums or means over tokens as given, each (B,): -> ((B,), metrics).
+
+    A batch's loss is the mean of its `losses`, which the caller takes; `weight` (B,) weighs the means in metrics.
+    """
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    losses = (chosen - rejected - 1 / (2 * tau)) ** 2  # eq. 17
+    mean = partial(weighted_mean, weight=jnp.ones_like(losses) if weight is None else weight)
+    return losses, {
+        "rewards/chosen": mean(tau * chosen),  # in units where the margin aimed at is 1/2
+        "rewards/rejected": mean(tau * rejected),
+        "rewards/margins": mean(tau * (chosen - rejected)),
+        "rewards/accuracies": mean(chosen > rejected),  # 0 at the first step, where all margins are 0
+        "logps/chosen": mean(policy_chosen),
+        "logps/rejected": mean(policy_rejected),
+    }
+
+
+def kto_z0(policy_mismatched, ref_mismatched):
+    """KTO's reference point, from summed log-probs (B,) of prompts with other prompts' answers: -> scalar >= 0.
+
+    Mean of all the batch first, then the clamp; no gradient ("we do not back-propagate through the KL term").
+    """
+    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(policy_mismatched - ref_mismatched), 0.0))
+
+
+def kto_loss(policy, ref, label, z0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, weight=None):
+    """KTO's losses from summed log-probs (B,), label (B,) 1 or 0, and z0 (): -> ((B,), metrics).
+
+    Metrics are means over the answers with label 1 (chosen) and 0 (rejected); 0 where a batch has none. `share` is how
+    much of the batch they are.
+    """
+    z0 = jax.lax.stop_gradient(z0)
+    up, rewards = label > 0, beta * (policy - ref)
+    desirable = desirable_weight * (1 - jax.nn.sigmoid(rewards - beta * z0))
+    undesirable = undesirable_weight * (1 - jax.nn.sigmoid(beta * z0 - rewards))
+    weight = jnp.ones_like(policy) if weight is None else weight
+    metrics = {}
+    for name, side in (("chosen", up), ("rejected", ~up)):
+        metrics[f"rewards/{name}"] = weighted_mean(rewards, weight * side)
+        metrics[f"logps/{name}"] = weighted_mean(policy, weight * side)
+        metrics[f"share/{name}"] = weighted_mean(side, weight)
+    return jnp.where(up, desirable, undesirable), metrics
+
+
+def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
+    """(lambda_D, lambda_U) with lambda_D n_D / (lambda_U n_U) in [1, 4/3], raising at most one of them above 1."""
+    if not desirable or not undesirable:
+        return 1.0, 1.0
+    ratio = desirable / undesirable
+    return max(1.0, 1 / ratio), max(1.0, ratio / (4 / 3))
+
+
+# ---------------------------------------------------------------------------------------------------- the step
+
+
+def weighted_mean(x, weight):
+    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+
+
+def completion_logprobs(model, batch, config: Config):
+    """log p of each completion from tokens, segments, mask (..., T), in one forward pass: -> (...).
+
+    For pairs (B, 2): which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
+    response, hence the sum, and the optimum is ref(y) exp(p(y beats ref) / tau) / Z. TRL and HALOs take the mean over
+    the response's tokens: tau then prices a token, and the optimum is ref(y) exp(|y| (p(y beats ref) / tau + c)), which
+    favours long responses where p is high. The loss has the same value at both optima: it cannot tell them apart.
+    """
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
+    mask = mask[:, 1:] > 0
+    logprobs = jnp.where(mask, gpt.token_logprobs(model, tokens, segments, remat=config.remat), 0.0).sum(1)
+    if config.loss == "ipo" and config.reduction == "mean":
+        logprobs = logprobs / jnp.maximum(mask.sum(1), 1)  # each response by its own count, prompt tokens not in it
+    return logprobs.reshape(batch["tokens"].shape[:-1])
+
+
+def forward(policy, batch, config: Config):
+    """(loss, metrics) of a batch with "ref_logps", the reference's log-probs, and for KTO "z0" in every row."""
+    logps, ref, weight = completion_logprobs(policy, batch, config), batch["ref_logps"], batch["weight"]
+    if config.loss == "kto":
+        lambdas = config.desirable_weight, config.undesirable_weight
+        losses, metrics = kto_loss(logps, ref, batch["label"], batch["z0"], config.beta, *lambdas, weight)
+        loss = weighted_mean(losses, weight)
+        return loss, class_sums(metrics) | {"loss": loss, "z0": weighted_mean(batch["z0"], weight)}
+    (chosen, rejected), (ref_chosen, ref_rejected) = logps.T, ref.T
+    losses, metrics = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.tau, weight)
+    swapped, _ = ipo_loss(rejected, chosen, ref_rejected, ref_chosen, config.tau)
+    p = batch["label_p"]  # a soft label p = P(chosen is better), 1 where a row has none: the pair both ways round
+    loss = weighted_mean(p * losses + (1 - p) * swapped, weight)
+    return loss, metrics | {"loss": loss}
+
+
+def class_sums(metrics):
+    """kto_loss's means over a class -> shares of the batch's mean, which may be averaged over parts of a batch."""
+    share = lambda name: 1.0 if name.startswith("share") else metrics["share/" + name.rpartition("/")[2]]
+    return {name: value * share(name) for name, value in metrics.items()}
+
+
+def class_means(metrics):
+    """The way back, once the parts are together."""
+    share = lambda name: metrics.get("share/" + name.rpartition("/")[2], 1.0)
+    means = {name: v / jnp.maximum(share(name), 1e-9) for name, v in metrics.items() if not name.startswith("share")}
+    return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
+
+
+def make_train_step(optimizer, config: Config):
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, ref, batch, z0):
+        batch = with_ref(ref, batch, z0, config)
+        count = lambda batch: batch["weight"].sum()
+        loss_fn = partial(forward, config=config)
+        (_, metrics), grads = gpt.gradients(loss_fn, state.policy, batch, config.micro_batches, count)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
+        metrics["grad_norm"] = optax.tree.norm(grads)
+        return State(optax.apply_updates(state.policy, updates), opt_state), metrics
+
+    return train_step
+
+
+def with_ref(ref, batch, z0, config: Config):
+    """What is known of the whole batch before it is cut into micro-batches."""
+    z0 = jnp.broadcast_to(z0, batch["weight"].shape)
+    return batch | {"ref_logps": completion_logprobs(ref, batch, config), "z0": z0}
+
+
+def mismatch(batch, length: int) -> dict[str, np.ndarray]:
+    """The prompts of a batch with other prompts' answers: row i has that of the next row whose prompt differs.
+
+    tokens, segments, mask (B, T), right-padded -> the same (B, T'). What exceeds `length` loses its end, as always.
+    """
+    rows = list(zip(batch["tokens"], batch["segments"] > 0, batch["mask"] > 0))
+    prompts = [tokens[real & ~scored] for tokens, real, scored in rows]
+    answers = [tokens[scored] for tokens, _, scored in rows]
+    joined = []
+    for i, prompt in enumerate(prompts):
+        others = (j % len(rows) for j in range(i + 1, i + len(rows)))
+        j = next((j for j in others if not np.array_equal(prompts[j], prompt)), None)
+        if j is None:
+            raise ValueError(
+                "all prompts of a batch are equal, and KTO's z0 needs answers to other prompts: raise --batch-size, or "
+                "mix in data with other prompts"
+            )
+        joined.append((len(prompt), np.concatenate([prompt, answers[j]])[:length]))
+    shape = len(rows), gpt.bucket(max(len(ids) for _, ids in joined), length)
+    out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "mask")}
+    for i, (start, ids) in enumerate(joined):
+        out["tokens"][i, : len(ids)], out["segments"][i, : len(ids)], out["mask"][i, start : len(ids)] = ids, 1, 1
+    return out
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def evaluate(policy, ref, batches: gpt.Batches, z0_of, eval_step, config: Config, most: int = 20) -> dict:
+    """The training metrics on held-out rows, over the first `most` batches."""
+    total, count = {}, 0.0
+    for batch, new in itertools.islice(batches.once(), most):
+        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
+        n = batch["weight"].sum()
+        metrics = eval_step(policy, ref, gpt.put_batch(batch), z0_of(policy, ref, batch))
+        for name, value in gpt.to_numpy(metrics).items():
+            total[name] = total.get(name, 0.0) + n * value
+        count += n
+    metrics = {name: value / count for name, value in total.items()}
+    return {f"val/{k}": v for k, v in (class_means(metrics) if config.loss == "kto" else metrics).items()}
+
+
+def resolve(config: Config) -> Config:
+    """The defaults that depend on the loss, and complaints about what does not go together."""
+    kind = {"ipo": "pairs", "kto": "thumbs"}[config.loss]
+    out = config.out or Path("out") / config.loss
+    config = replace(config, data=config.data or (f"data/toy/{kind}.jsonl",), out=out)
+    gpt.check_batch_size(config.batch_size)
+    if config.loss == "kto" and config.batch_size // jax.process_count() < 2:
+        raise ValueError(
+            f"--batch-size {config.batch_size}: KTO's z0 comes from prompts with other rows' answers, so a batch needs "
+            "2 rows at least (in each process); 32 and more are usual"
+        )
+    try:
+        config.skip_bad_rows or gpt.find_kind(config.data, (kind,))
+    except gpt.BadRow as error:
+        hint = {"pairs": "single answers with a label are for --loss kto", "thumbs": "demonstrations are for sft.py"}
+        raise ValueError(f"{error}. {config.loss.upper()} learns from {kind}: {hint[kind]}") from None
+    return config
+
+
+def with_class_weights(config: Config, batches: gpt.Batches) -> Config:
+    """KTO's lambdas, by the rule where none is given."""
+    label = gpt.EXTRAS.index("label")
+    shares = [data.extras[:, label].mean() for data in batches.sets]
+    up = round(sum(share * count for share, count in zip(shares, batches.counts)))
+    down = sum(batches.counts) - up
+    given = config.desirable_weight, config.undesirable_weight
+    weights = class_weights(up, down) if given == (None, None) else tuple(1.0 if w is None else w for w in given)
+    ratio = weights[0] * up / max(weights[1] * down, 1e-9)
+    print(f"{up:,} desirable and {down:,} undesirable answers: lambda_D {weights[0]:.4g}, lambda_U {weights[1]:.4g}")
+    print(f"  lambda_D n_D / (lambda_U n_U) = {ratio:.4g}; the paper has 1 to 4/3")
+    return replace(config, desirable_weight=weights[0], undesirable_weight=weights[1])
+
+
+def check_ref(tokenizer, config: Config):
+    name = config.ref or config.init
+    try:
+        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(gpt.find_folder(name)), config.init, name)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+
+
+def main(config: Config):
+    gpt.start(config.seed)
+    config = resolve(config)
+    kto = config.loss == "kto"
+    policy, tokenizer = gpt.load(config.init)
+    check_ref(tokenizer, config)
+    policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: its arrays are donated
+    ref = gpt.shard(gpt.cast(gpt.load(config.ref or config.init)[0], gpt.compute_dtype(config.dtype)))
+    load_rows = partial(
+        gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
+        length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
+    )  # fmt: skip
+    batches = load_rows(config.data)
+    heldout = config.heldout or gpt.heldout_file(config.data)
+    heldout = load_rows(heldout) if heldout else None
+    config = with_class_weights(config, batches) if kto else config
+
+    steps = config.steps or batches.steps_per_epoch
+    lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
+    optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    state = State(policy, gpt.shard(optimizer.init(policy)))
+    train_step = make_train_step(optimizer, config)
+    eval_step = jax.jit(lambda policy, ref, batch, z0: forward(policy, with_ref(ref, batch, z0, config), config)[1])
+    logps = partial(completion_logprobs, config=config)
+    z0_step = jax.jit(lambda policy, ref, mismatched: kto_z0(logps(policy, mismatched), logps(ref, mismatched)))
+    z0_of = lambda policy, ref, batch: (
+        z0_step(policy, ref, gpt.put_batch(mismatch(batch, config.length))) if kto else 0.0
+    )
+
+    run = gpt.Run(config, steps, batches.hashes)
+    state, first = run.restore(state)
+    stream = batches.stream(first, steps)
+    for step in run.steps(first):
+        batch = next(stream)
+        z0 = z0_of(state.policy, ref, batch)
+        state, metrics = train_step(state, ref, gpt.put_batch(batch), z0)
+        metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
+        if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
+            metrics |= evaluate(state.policy, ref, heldout, z0_of, eval_step, config)
+        run.log(step, metrics)
+        run.checkpoint(step, state)
+    run.finish(state.policy, tokenizer)
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)
