@@ -34,7 +34,7 @@ rewards: .venv/done
 	$R/probe --lr 0
 	$R/smoothing --label-smoothing 0.1
 	$R/centre --center 0.01
-	$R/lm --lm-coef 0.1
+	$R/lm --lm-coef 1
 	$R/ensemble --members 4
 	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre lm ensemble)
 

@@ -337,7 +337,8 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
-    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed)
+    # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
+    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
     scores = []
     for i in range(config.normalize_samples // size):
         batch = prompts(i)

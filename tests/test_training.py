@@ -1,6 +1,7 @@
 """main() of sft.py, reward.py and ppo.py on a toy world of a few hundred rows: one layer, a few steps each."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import jax
@@ -204,6 +205,18 @@ def test_normalised_scores_of_the_reference_have_mean_0_and_std_1(world):
         scores.append([gpt.score(m, tokens, mask, out.tokens, out.mask, tokenizer.eos_id) for m in world.members])
     scores = np.concatenate(scores, 1)
     assert (np.abs(scores.mean(1)) < 0.25).all() and (np.abs(scores.std(1) - 1) < 0.25).all()
+
+
+def test_scores_are_normalised_over_prompts_of_all_lengths(world, tmp_path, monkeypatch):
+    """Scores depend on the prompt: a batch of equally long ones would be a sample of something else."""
+    rows = [{"prompt": "\n\nHuman: " + "the " * (1 + 8 * (i % 2)) + "\n\nAssistant:"} for i in range(400)]
+    (tmp_path / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    spy = Spy(monkeypatch, gpt, "score", lambda model, prompts, prompt_mask, *_: prompt_mask.sum(1))
+    config = replace(world.reward_config, normalize_data=str(tmp_path / "prompts.jsonl"), normalize_samples=64)
+    _, tokenizer = gpt.load(world.sft)
+    reward.normalize(world.members[0], tokenizer, config, jax.random.key(0))
+    short, long = np.unique(spy.seen[0])
+    assert long == short + 8 and 16 <= (spy.seen[0] == short).sum() <= 48
 
 
 # ---------------------------------------------------------------------------------------------------- ppo.py
