@@ -45,7 +45,7 @@ class Config:
     reward: tuple[str, ...] = ("out/reward",)  # reward-model folders (several: an ensemble), or one module:function
     data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
     out: Path = Path("out/ppo")  # run folder
-    steps: int = 70  # iterations of rollout and update
+    steps: int = 90  # iterations of rollout and update
     batch_size: int = 128  # prompts an iteration
     minibatch_size: int = 64  # prompts an optimiser step
     micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in
@@ -55,7 +55,7 @@ class Config:
     buckets: int = 1  # widths that prompts are padded to; more save work when prompt lengths differ widely
     temperature: float = 1.0  # of rollouts and of every log-prob
 
-    lr: float = 2e-4  # policy's learning rate
+    lr: float = 3e-4  # policy's learning rate
     critic_lr: float = 3e-4
     final_lr: float = 0.1  # share of both left at the last step (linear)
     warmup: int = 0  # optimiser steps of linear warm-up
