@@ -19,6 +19,7 @@ tables, pictures, main.
 import glob
 import json
 import math
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -454,6 +455,9 @@ def multiple_choice(exam: Exam, model, path: str) -> dict:
             questions.append(q)
     if not questions:
         raise ValueError(f"{path}: no question fits {length} tokens: raise --length")
+    left_out = len(everything) - len(questions)
+    if left_out:
+        print(f"{path}: {left_out} questions left out: more than {length} tokens", file=sys.stderr)
     logprobs = np.split(sequence_logprobs(exam, model, sequences, length), np.cumsum(sizes)[:-1])
     lengths = [np.array([len(c.strip().encode()) for c in q["choices"]]) for q in questions]
     plain = np.array([chosen(lp, q["answer"]) for lp, q in zip(logprobs, questions)])
@@ -465,7 +469,7 @@ def multiple_choice(exam: Exam, model, path: str) -> dict:
         "normalised_interval": bootstrap_interval(normalised),
         "chance": float(np.mean(1 / np.array(sizes))),
         "questions": len(questions),
-        "left_out": len(everything) - len(questions),  # too long
+        "left_out": left_out,
     }
 
 
@@ -697,9 +701,8 @@ def samples_table(answers: dict, count: int = 8) -> str:
     lines = ["| prompt | " + " | ".join(names) + " |", "|" + " --- |" * (len(names) + 1)]
     clean = lambda text: " ".join(text.split()).replace("|", "\\|")
     for i in range(count):
-        cells = [
-            clean(a.texts[i]) + f" ({a.numbers['gold'][i]:+.2f})" * ("gold" in a.numbers) for a in answers.values()
-        ]
+        gold = [f" ({a.numbers['gold'][i]:+.2f})" if "gold" in a.numbers else "" for a in answers.values()]
+        cells = [clean(a.texts[i]) + g for a, g in zip(answers.values(), gold)]
         lines.append("| " + " | ".join([clean(answers[names[0]].prompts[i]), *cells]) + " |")
     return "\n".join(lines)
 
@@ -962,6 +965,10 @@ def check(config: Config):
         raise ValueError("--pairs needs --rewards: the reward-model folders to judge on them")
     if not (config.models or config.best_of or config.frontier):
         raise ValueError("nothing to evaluate: give --models, --frontier or --best-of")
+    for path in config.questions:
+        read_questions(path)
+    for path in config.perplexity:
+        gpt.find_kind(path, ("text", "demos"))
 
 
 def set_exam(config: Config) -> Exam:
