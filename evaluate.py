@@ -241,7 +241,7 @@ def ask_both_orders(judge: Callable, prompts, ours, theirs, rows):
     """(wins (P,), share of pairs where the judge sided with a position instead of an answer).
 
     Judges prefer what stands first, or last: each pair is shown in both orders and the two verdicts are averaged. The
-    share is the "same-position rate" of Lee et al. 2023 (arXiv:2309.00267, appendix B).
+    share is the "same-position rate" of Lee et al. 2023 (arXiv:2309.00267).
     """
     first = wins(_probabilities(judge(prompts, ours, theirs, rows), len(rows)), 0.5)
     second = wins(_probabilities(judge(prompts, theirs, ours, rows), len(rows)), 0.5)
@@ -260,7 +260,7 @@ def length_controlled(won, longer, draws: int = 500, seed: int = 0) -> tuple[flo
     """(win rate at equal length, its 95% interval): logistic regression of the win on the difference in length,
     P(win) = sigmoid(a + b tanh(longer / std)), read where the difference is 0.
 
-    Length-controlled AlpacaEval (Dubois et al. 2024, arXiv:2404.04475, eq. 2) without its term for how hard each
+    Length-controlled AlpacaEval (Dubois et al. 2024, arXiv:2404.04475) without its term for how hard each
     instruction is, and with b fitted to this pair of models alone: there is no leaderboard here to share it with.
     """
     spread = np.std(longer)
@@ -326,7 +326,7 @@ def best_of_n_weights(scores, n: int):
 
 def best_of_n_kl(n: int) -> float:
     """log n - (n-1)/n: what KL(best of n || model) is at most, and is where no two samples are alike (Beirami et al.
-    2024, arXiv:2401.01879, theorem 1). A model that repeats itself stays far below."""
+    2024, arXiv:2401.01879). A model that repeats itself stays far below."""
     return math.log(n) - (n - 1) / n
 
 
@@ -543,7 +543,7 @@ def rewards_table(reports: dict) -> str:
 
 
 def fit_overoptimization(distance, gain, kind: str) -> tuple[float, float]:
-    """(alpha, beta) by least squares of Gao et al. 2022 (arXiv:2210.10760, section 3.1): with d = sqrt(KL) and
+    """(alpha, beta) by least squares of Gao et al. 2022 (arXiv:2210.10760): with d = sqrt(KL) and
     R(d) = what was gained since d = 0,
 
         bon   R(d) = d (alpha - beta d)              rl   R(d) = d (alpha - beta log d)
@@ -815,10 +815,10 @@ def sqrt_axis(axis):
     """KL in nats on an axis that is straight in its square root, the distance that gains are a function of."""
     axis.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
     axis.set_xlim(left=0)
-    top = axis.get_xlim()[1]
-    ticks = [
-        t for t in (0, 0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300) if t <= top
-    ]
+    ticks, top = [0.0], axis.get_xlim()[1]
+    for tick in (0.1, 0.25, 0.5, 1, 2, 3, 4, 6, 8, 10, 15, 20, 30, 40, 60, 80, 100, 150, 200, 300, 400, 600, 1000):
+        if tick <= top and math.sqrt(tick) - math.sqrt(ticks[-1]) > 0.06 * math.sqrt(top):  # room for its label
+            ticks.append(tick)
     axis.set_xticks(ticks, [f"{t:g}" for t in ticks])
     axis.set_xlabel("KL to the reference, nats a response (square-root scale)")
     axis.grid(alpha=0.3)
@@ -862,27 +862,30 @@ def draw_frontier(points: dict, start: float, path: Path, best_of: dict | None =
         bars = [[[p[k] - p[f"{k}_low"] for p in line], [p[f"{k}_high"] - p[k] for p in line]] for k in ("kl", "gold")]
         axis.errorbar(
             kl, gold, xerr=np.maximum(bars[0], 0), yerr=np.maximum(bars[1], 0), marker="osD^vP*X"[i % 8], markersize=5,
-            linewidth=1.2, elinewidth=0.7, capsize=2, color=f"C{i % 10}", label=method,
+            linewidth=1.2, elinewidth=0.7, capsize=2, color=f"C{i % 10}",
+            label=method + {"beta": ", at β", "tau": ", at τ", None: ""}[line[0]["symbol"]],
         )  # fmt: skip
         for p in line:
             if p["beta"] is not None:
-                letter = {"beta": "β", "tau": "τ"}[p["symbol"]]
-                note(axis, f"{letter} {p['beta']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
+                note(axis, f"{p['beta']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
     if best_of and "gold" in best_of:
-        axis.plot(best_of["kl"], best_of["gold"], "k.--", linewidth=1, label="best of n (KL: upper bound)")
+        axis.plot(best_of["kl"], best_of["gold"], "k.--", linewidth=1, label="best of n, at n (KL: upper bound)")
         for n, kl, gold in list(zip(best_of["n"], best_of["kl"], best_of["gold"]))[1:]:
             note(axis, str(n), kl, gold, "black", above=False)
         start = best_of["gold"][0]  # the same answers, many more of them
     axis.plot([0], [start], marker="*", markersize=13, color="0.3", linestyle="none", label="reference", clip_on=False)
     axis.set(ylabel="gold", title="What a nat of KL buys")
     sqrt_axis(axis)
-    axis.legend(loc="lower right")
+    axis.legend()
     finish(plt, figure, path)
 
 
 def note(axis, text: str, x: float, y: float, color, above: bool):
-    place = dict(xytext=(4, 5 if above else -11), textcoords="offset points")
-    axis.annotate(text, (x, y), fontsize=8, color=color, **place)
+    import matplotlib.patheffects as effects
+
+    place = dict(xytext=(4, 5 if above else -11), textcoords="offset points", fontsize=8, color=color)
+    halo = [effects.withStroke(linewidth=2, foreground="white")]  # lines may pass below it
+    axis.annotate(text, (x, y), path_effects=halo, **place)
 
 
 CURVES = {  # what is worth a panel, in this order, where a run has it; and its unit
