@@ -347,18 +347,10 @@ def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> dict:
     return rows
 
 
-def best_of_curve(rounds: list[Answers]) -> dict:
-    """Reward and gold over n = 1, 2, 4, .. and N, beside the bound on the KL."""
-    N = len(rounds)
-    sizes = sorted({N} | {2**k for k in range(N.bit_length()) if 2**k <= N})
-    rewards = np.stack([r.numbers["reward"] for r in rounds], 1)
-    curve = {"n": sizes, "kl": [best_of_n_kl(n) for n in sizes]}
-    weights = [np.stack([best_of_n_weights(scores, n) for scores in rewards]) for n in sizes]
-    for name in ("reward", "gold"):
-        if name in rounds[0].numbers:
-            values = np.stack([r.numbers[name] for r in rounds], 1)
-            curve[name] = [float((w * values).sum(1).mean()) for w in weights]
-    return curve
+def best_of_curve(rows: dict) -> dict:
+    """Reward and gold of best-of-n rows over n, beside the bound on the KL."""
+    rows = sorted(rows.values(), key=lambda row: row["n"])
+    return {name: [row[name] for row in rows] for name in ("n", "kl", "reward", "gold") if name in rows[0]}
 
 
 def pick_winners(rounds: list[Answers], tokenizer) -> list[dict]:
@@ -443,34 +435,42 @@ def check_question(row: dict) -> dict:
 def multiple_choice(exam: Exam, model, path: str) -> dict:
     """Share of questions whose right answer has the highest log-prob after the question; `normalised`: log-prob a byte
     of the answer, so that long answers are not the less likely ones (as lm-evaluation-harness does)."""
-    sequences, sizes, questions, length = [], [], [], row_length(exam.ref, exam.config)
-    everything = read_questions(path)
-    for q in everything:
-        prompt = gpt.encode_prompt(q["messages"], exam.tokenizer)
-        # without EOS: whether a model stops after its answer is not the question
-        ids = [gpt.encode_completion([{"content": c.strip()}], exam.tokenizer)[:-1] for c in q["choices"]]
-        if len(prompt) + max(map(len, ids)) <= length:
-            sequences += [(prompt + i, [0] * len(prompt) + [1] * len(i)) for i in ids]
-            sizes.append(len(ids))
-            questions.append(q)
-    if not questions:
-        raise ValueError(f"{path}: no question fits {length} tokens: raise --length")
-    left_out = len(everything) - len(questions)
+    questions, length = read_questions(path), row_length(exam.ref, exam.config)
+    logprobs = choice_logprobs(exam, model, questions, length)
+    left_out = sum(logps is None for logps in logprobs)
     if left_out:
         print(f"{path}: {left_out} questions left out: more than {length} tokens", file=sys.stderr)
-    logprobs = np.split(sequence_logprobs(exam, model, sequences, length), np.cumsum(sizes)[:-1])
-    lengths = [np.array([len(c.strip().encode()) for c in q["choices"]]) for q in questions]
-    plain = np.array([chosen(lp, q["answer"]) for lp, q in zip(logprobs, questions)])
-    normalised = np.array([chosen(lp / n, q["answer"]) for lp, n, q in zip(logprobs, lengths, questions)])
+    kept = [(q, logps) for q, logps in zip(questions, logprobs) if logps is not None]
+    if not kept:
+        raise ValueError(f"{path}: no question fits {length} tokens: raise --length")
+    sizes = [np.array([len(choice.strip().encode()) for choice in q["choices"]]) for q, _ in kept]
+    plain = np.array([chosen(logps, q["answer"]) for q, logps in kept])
+    normalised = np.array([chosen(logps / size, q["answer"]) for (q, logps), size in zip(kept, sizes)])
     return {
         "accuracy": float(plain.mean()),
         "interval": bootstrap_interval(plain),
         "normalised": float(normalised.mean()),
         "normalised_interval": bootstrap_interval(normalised),
-        "chance": float(np.mean(1 / np.array(sizes))),
-        "questions": len(questions),
+        "chance": float(np.mean([1 / len(size) for size in sizes])),
+        "questions": len(kept),
         "left_out": left_out,
     }
+
+
+def choice_logprobs(exam: Exam, model, questions: list[dict], length: int) -> list:
+    """log p(choice | question) of each question's choices; None for a question that does not fit `length` tokens."""
+    sequences, places = [], []
+    for q in questions:
+        prompt = gpt.encode_prompt(q["messages"], exam.tokenizer)
+        # without EOS: whether a model stops after its answer is not the question
+        ids = [gpt.encode_completion([{"content": c.strip()}], exam.tokenizer)[:-1] for c in q["choices"]]
+        if len(prompt) + max(map(len, ids)) > length:
+            places.append(None)
+            continue
+        places.append(slice(len(sequences), len(sequences) + len(ids)))
+        sequences += [(prompt + i, [0] * len(prompt) + [1] * len(i)) for i in ids]
+    logprobs = sequence_logprobs(exam, model, sequences, length)
+    return [None if place is None else logprobs[place] for place in places]
 
 
 def chosen(scores, right: int) -> float:
@@ -1024,6 +1024,16 @@ def sample_candidates(exam: Exam) -> list[Answers]:
     return rounds
 
 
+def best_of(exam: Exam, theirs: Answers) -> tuple[dict, dict]:
+    """The rows that were asked for, and the curve over n; the winners are written on the way."""
+    rounds = sample_candidates(exam)
+    powers = {2**k for k in range(len(rounds).bit_length()) if 2**k <= len(rounds)}
+    rows = best_of_rows(rounds, theirs, sorted(powers | {len(rounds), *exam.config.best_of}))
+    if exam.config.winners:
+        write_winners(rounds, exam)
+    return {f"best-of-{n}": rows[f"best-of-{n}"] for n in exam.config.best_of}, best_of_curve(rows)
+
+
 def write_winners(rounds: list[Answers], exam: Exam):
     rows, path = pick_winners(rounds, exam.tokenizer), exam.config.winners
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -1099,18 +1109,13 @@ def main(config: Config):
     for name, folder in folders.items():
         if Path(folder) != Path(baseline):
             summary[name]["win"] = win_rates(answers[name], theirs, pairwise)
-    curve = None
-    if config.best_of:
-        rounds = sample_candidates(exam)
-        summary |= best_of_rows(rounds, theirs, config.best_of)
-        curve = best_of_curve(rounds)
-        if config.winners:
-            write_winners(rounds, exam)
+    best_rows, best_curve = best_of(exam, theirs) if config.best_of else ({}, None)
+    summary |= best_rows
     start = start_gold(exam, summary)
     for s in summary.values():
         s["closed"] = (s["gold"] - start) / (1 - start) if start < 1 else None  # of the distance to a perfect 1
     in_frontier = [name for name, folder in folders.items() if folder in {f.rstrip("/") for f in frontier}]
-    write_report(exam, summary, answers, start, curve, in_frontier)
+    write_report(exam, summary, answers, start, best_curve, in_frontier)
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def world(words, tmp_path_factory):
     write_rows(root / "prompts.jsonl", rows)
     write_rows(root / "demos.jsonl", [{"prompt": "Human: a", "completion": w} for w in ("b c", "d", "e f g h")])
     write_rows(root / "text.jsonl", [{"text": "a b c d e f g h"}, {"text": "yes no"}, {"text": "h a h a h"}])
-    questions = [{"question": "a b", "choices": ["yes", "c c", "no"], "answer": i % 3} for i in range(5)]
+    questions = [{"question": w, "choices": ["yes", "c c", "h"], "answer": i % 3} for i, w in enumerate("abcdefgh")]
     write_rows(root / "questions.jsonl", questions + [{"question": "d", "choices": ["x", "y"], "answer": 1}])
     behaviour = dict(zip(evaluate.BEHAVIOUR, (" yes", " no")))
     write_rows(root / "behaviour.jsonl", [{"question": f"{w} ?"} | behaviour for w in "abcdefgh"])
@@ -349,20 +349,37 @@ def test_perplexity_is_the_exponential_of_the_mean_loss(report, world):
 
 def test_multiple_choice_by_log_prob(report, world):
     model, tokenizer = gpt.load(world / "trained")
-    right = {"accuracy": [], "normalised": []}
-    for q in evaluate.read_questions(world / "questions.jsonl"):
+    questions, expected = evaluate.read_questions(world / "questions.jsonl"), []
+    for q in questions:
         prompt = gpt.encode_prompt(q["messages"], tokenizer)
         ids = [tokenizer.encode(choice) for choice in q["choices"]]
-        logps = [row_logprob(model, prompt + i, len(i)) for i in ids]
-        for name, divide in (("accuracy", lambda c: 1), ("normalised", len)):
-            scores = [logp / divide(c) for logp, c in zip(logps, q["choices"])]
-            hit = float(np.argmax(scores) == q["answer"])
-            right[name].append(0.5 if q["choices"] == ["x", "y"] else hit)  # both <unk>: a tie shares
+        expected.append([row_logprob(model, prompt + i, len(i)) for i in ids])
+    exam = evaluate.Exam(settings(world, "x"), tokenizer, model, *[None] * 3)
+    found = evaluate.choice_logprobs(exam, model, questions, 32)
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-4)
+    hits = {"accuracy": [], "normalised": []}
+    for q, logps in zip(questions, expected):
+        sizes = [len(choice) for choice in q["choices"]]
+        for name, scores in (("accuracy", logps), ("normalised", np.divide(logps, sizes))):
+            # both of the last question's choices are <unk>: a tie is shared
+            hits[name].append(0.5 if q["choices"] == ["x", "y"] else float(np.argmax(scores) == q["answer"]))
     found = report["trained"]["questions"]["questions"]
-    assert {name: found[name] for name in right} == pytest.approx({name: np.mean(x) for name, x in right.items()})
-    assert found["questions"] == 6 and found["chance"] == pytest.approx((5 / 3 + 1 / 2) / 6)
+    assert hits["accuracy"] != hits["normalised"] and np.mean(hits["accuracy"]) != np.mean(hits["normalised"])
+    assert {name: found[name] for name in hits} == pytest.approx({name: np.mean(x) for name, x in hits.items()})
+    assert found["questions"] == 9 and found["chance"] == pytest.approx((8 / 3 + 1 / 2) / 9)
     text = (world / "report" / "report.md").read_text()
     assert evaluate.tax_table(report) in text and "accuracy, behaviour" in text
+
+
+def test_questions_that_do_not_fit_are_left_out_and_counted(world, capsys):
+    model, tokenizer = gpt.load(world / "trained")
+    exam = evaluate.Exam(settings(world, "x", length=4), tokenizer, model, *[None] * 3)
+    found = evaluate.multiple_choice(exam, model, world / "questions.jsonl")  # "c c" is the fifth token
+    assert (found["questions"], found["left_out"]) == (1, 8)
+    assert "8 questions left out: more than 4 tokens" in capsys.readouterr().err
+    exam = exam._replace(config=settings(world, "x", length=3))
+    with pytest.raises(ValueError, match="no question fits 3 tokens: raise --length"):
+        evaluate.multiple_choice(exam, model, world / "questions.jsonl")
 
 
 def test_behaviour_questions_report_the_share_that_matches(report, world):
