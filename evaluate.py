@@ -17,6 +17,7 @@ tables, pictures, main.
 """
 
 import glob
+import importlib.util
 import json
 import math
 import sys
@@ -732,31 +733,30 @@ def fits_table(fits: dict) -> str:
                 reached = "" if math.sqrt(peak) <= fit["reach"] else " (not reached)"
                 where = "never" if peak > 1e6 else f"{peak:.1f}{reached}"
                 rows.append([name, measure, form, f"{alpha:.3f}", f"{beta:.3f}", where])
-    return markdown(rows)
+    return markdown(rows) if len(rows) > 2 else ""
 
 
 # ---------------------------------------------------------------------------------------------------- the frontier
 
 
 def method_of(folder) -> dict:
-    """{"method", "symbol", "beta"} of a trained folder: the algorithm and its price of a nat of KL, if known."""
+    """{"name", "symbol", "price"} of a trained folder: the algorithm and what a nat of KL costs it, as far as known."""
     path = Path(folder) / "config.json"
     run = json.loads(path.read_text()).get("run") if path.is_file() else None
     if not run:
         return {}
-    settings, name = run["config"], Path(run["script"]).stem
-    name = settings.get("loss", name) if name == "ipo_kto" else name
-    label, symbol = name.upper(), "tau" if name == "ipo" else "beta"
-    if name == "dpo" and float(settings.get("label_smoothing", 0)) > 0:
-        label = "cDPO"
+    settings, script = run["config"], Path(run["script"]).stem
+    kind = settings.get("loss", script) if script == "ipo_kto" else script
+    name, symbol = kind.upper(), "tau" if kind == "ipo" else "beta"
+    if kind == "dpo" and float(settings.get("label_smoothing", 0)) > 0:
+        name = "cDPO"
     if settings.get("kind") == "robust":
-        label = "rDPO"
+        name = "rDPO"
     if int(settings.get("rounds", 1)) > 1:
-        label += f", {settings['rounds']} rounds"
-    if name == "ipo" and settings.get("reduction") == "mean":
-        label += ", mean"
-    price = {"symbol": symbol, "beta": float(settings[symbol])} if symbol in settings else {}
-    return {"method": label} | price
+        name += f", {settings['rounds']} rounds"
+    if kind == "ipo" and settings.get("reduction") == "mean":
+        name += ", mean"
+    return {"name": name} | ({"symbol": symbol, "price": float(settings[symbol])} if symbol in settings else {})
 
 
 def frontier_points(summary: dict, names) -> dict:
@@ -765,11 +765,12 @@ def frontier_points(summary: dict, names) -> dict:
     groups = {}
     for name in names:
         s = summary[name]
-        groups.setdefault(s.get("method", name), {}).setdefault(s.get("beta"), []).append(s)
+        method = s.get("method", {})
+        groups.setdefault(method.get("name", name), {}).setdefault(method.get("price"), []).append(s)
     points = {}
     for method, prices in groups.items():
         for price, rows in prices.items():
-            point = {"beta": price, "symbol": rows[0].get("symbol"), "runs": len(rows)}
+            point = {"price": price, "symbol": rows[0].get("method", {}).get("symbol"), "runs": len(rows)}
             for k in ("kl", "gold"):
                 values = [s[k] for s in rows]
                 low, high = rows[0]["intervals"][k] if len(rows) == 1 else (min(values), max(values))
@@ -794,12 +795,14 @@ def expand(patterns) -> list[str]:
 # ---------------------------------------------------------------------------------------------------- pictures
 
 
+def can_draw() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
 def pictures():
     """matplotlib, imported only where a picture is drawn, without a screen."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("the pictures need matplotlib: pip install matplotlib (the `plot` extra)") from None
+    import matplotlib
+
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
@@ -824,7 +827,7 @@ def sqrt_axis(axis):
     axis.grid(alpha=0.3)
 
 
-def draw_runs(runs, path: Path, best_of: dict | None = None):
+def draw_runs(runs, best_of: dict | None, path: Path):
     """Proxy and gold along PPO runs, and of best-of-n, against the distance sqrt(KL), with the fitted curves (Gao et
     al. 2022, arXiv:2210.10760, figure 1)."""
     plt = pictures()
@@ -853,7 +856,7 @@ def draw_runs(runs, path: Path, best_of: dict | None = None):
     finish(plt, figure, path)
 
 
-def draw_frontier(points: dict, start: float, path: Path, best_of: dict | None = None):
+def draw_frontier(points: dict, start: float, best_of: dict | None, path: Path):
     """Gold against KL, a line for each method over its betas: higher and further left is better."""
     plt = pictures()
     figure, axis = plt.subplots(figsize=(8.5, 5.8), layout="constrained")
@@ -866,8 +869,8 @@ def draw_frontier(points: dict, start: float, path: Path, best_of: dict | None =
             label=method + {"beta": ", at β", "tau": ", at τ", None: ""}[line[0]["symbol"]],
         )  # fmt: skip
         for p in line:
-            if p["beta"] is not None:
-                note(axis, f"{p['beta']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
+            if p["price"] is not None:
+                note(axis, f"{p['price']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
     if best_of and "gold" in best_of:
         axis.plot(best_of["kl"], best_of["gold"], "k.--", linewidth=1, label="best of n, at n (KL: upper bound)")
         for n, kl, gold in list(zip(best_of["n"], best_of["kl"], best_of["gold"]))[1:]:
@@ -968,6 +971,8 @@ def check(config: Config):
         raise ValueError("--pairs needs --rewards: the reward-model folders to judge on them")
     if not (config.models or config.best_of or config.frontier):
         raise ValueError("nothing to evaluate: give --models, --frontier or --best-of")
+    if (config.frontier or config.runs or config.curves) and not can_draw():
+        raise ValueError("the pictures need matplotlib: pip install matplotlib (the `plot` extra)")
     for path in config.questions:
         read_questions(path)
     for path in config.perplexity:
@@ -994,7 +999,7 @@ def examine(exam: Exam, folder: str) -> tuple[dict, Answers]:
         files = short_names(getattr(config, name))
         bare = lambda file: file.removesuffix(".gz").removesuffix(".jsonl")
         entry |= {name: {bare(short): measure(exam, model, file) for short, file in files.items()}} if files else {}
-    return entry | method_of(folder), sampled
+    return entry | {"method": method_of(folder)}, sampled
 
 
 def against_baseline(exam: Exam) -> tuple[str, Answers]:
@@ -1058,38 +1063,43 @@ def write_report(exam: Exam, summary: dict, answers: dict, start: float, best_of
     config, out = exam.config, exam.config.out
     out.mkdir(parents=True, exist_ok=True)
     gpt.write_json(out / "summary.json", summary)
-    ref, against = Path(config.ref).name, Path(config.baseline or config.ref).name
-    main_table, shown = table(summary), {name: answers[name] for name in list(answers)[:8]}
-    text = f"# {config.samples} held-out prompts, temperature {config.temperature:g}\n\n{main_table}\n\n"
-    text += (
-        f"`closed`: share of the distance from {ref} to 1. KL in nats a sequence (best of n: an upper bound). `win`: "
-    )
-    text += (
-        f"against {against}, by gold, ties a half. `repeats`: share of 3-grams said before in the same response.\n\n"
-    )
-    print(main_table)
-    sections = {f"Win rates against {against}": wins_table(summary), "What it cost elsewhere": tax_table(summary)}
+    shown = {name: answers[name] for name in list(answers)[:8]}  # more columns than that nobody reads
+    against = Path(config.baseline or config.ref).name
+    sections = [
+        (f"{config.samples} held-out prompts, temperature {config.temperature:g}", table(summary)),
+        (f"Win rates against {against}", wins_table(summary)),
+        ("What it cost elsewhere", tax_table(summary)),
+        ("Along the runs", runs_table(config.runs) if config.runs else ""),
+        ("Fitted over-optimisation", fits_table(fit_curves(short_names(config.runs), best_of))),
+    ]
+    print("\n\n".join(f"{title}\n{body}" for title, body in sections if body))
+    sections.insert(1, ("How to read this", reading(Path(config.ref).name, against)))
+    drawn = {}
     if frontier:
-        draw_frontier(frontier_points(summary, frontier), start, out / "frontier.png", best_of)
-        sections["The frontier"] = "![gold against KL](frontier.png)"
+        drawn["frontier"] = partial(draw_frontier, frontier_points(summary, frontier), start, best_of)
     if config.runs or best_of:
-        draw_runs(config.runs, out / "overoptimization.png", best_of)
-        tables = [runs_table(config.runs)] * bool(config.runs)
-        tables.append(fits_table(fit_curves(short_names(config.runs), best_of)))
-        sections["Along the runs"] = "\n\n".join(["![proxy and gold](overoptimization.png)", *tables])
+        drawn["overoptimization"] = partial(draw_runs, config.runs, best_of)
     if config.curves:
-        draw_curves(config.curves, out / "curves.png")
-        sections["Learning curves"] = "![metrics over steps](curves.png)"
+        drawn["curves"] = partial(draw_curves, config.curves)
     if answers:
-        draw_lengths(shown, config.response_length, out / "lengths.png")
-        sections["Lengths"] = "![length histograms](lengths.png)"
-        sections["The same prompts"] = samples_table(shown, min(8, config.samples))
-    for title, body in sections.items():
-        text += f"## {title}\n\n{body}\n\n" if body else ""
-        if body and title not in ("Lengths", "The same prompts", "Learning curves", "The frontier"):
-            print(f"\n{title}\n{body}")
-    gpt.write_atomic(out / "report.md", lambda file: Path(file).write_text(text.rstrip() + "\n"))
-    print(f"wrote {out}: summary.json, report.md, " + ", ".join(sorted(p.name for p in out.glob("*.png"))))
+        drawn["lengths"] = partial(draw_lengths, shown, config.response_length)
+        sections.append(("The same prompts", samples_table(shown, min(8, config.samples))))
+    for name, draw in drawn.items() if can_draw() else ():
+        draw(path=out / f"{name}.png")
+        sections.append((name.capitalize(), f"![{name}]({name}.png)"))
+    text = "\n\n".join(f"{'##' if i else '#'} {title}\n\n{body}" for i, (title, body) in enumerate(sections) if body)
+    gpt.write_atomic(out / "report.md", lambda file: Path(file).write_text(text + "\n"))
+    names = [f"{name}.png" for name in drawn] if can_draw() else ["no pictures: pip install matplotlib"]
+    print("\nwrote " + f"{out}: " + ", ".join(["summary.json", "report.md", *names]))
+
+
+def reading(ref: str, against: str) -> str:
+    return (
+        f"`closed`: share of the distance from {ref} to 1. KL to {ref} in nats a sequence (best of n: an upper bound). "
+        f"`win`: against {against}, by gold, ties a half; `win, equal length`: the same where both answers are equally "
+        "long, by a logistic regression. `distinct-n`: distinct n-grams over all n-grams of all responses. `repeats`: "
+        "share of 3-grams said before in the same response. Intervals: 95%, bootstrap over prompts."
+    )
 
 
 def main(config: Config):
