@@ -18,6 +18,7 @@ tables, pictures, main.
 
 import glob
 import importlib.util
+import itertools
 import json
 import math
 import sys
@@ -106,39 +107,43 @@ def sequence_kl(model, ref, prompts, prompt_mask, responses, mask, temperature: 
 def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = True) -> Answers:
     """The model's answers and every measure of them. Another `stream` is other noise: models compared row by row share
     one, candidates of a prompt and the two sides of a win rate do not."""
-    config, tokenizer = exam.config, exam.tokenizer
+    config, size, parts = exam.config, exam.prompts.batch_size, []
     key = jax.random.fold_in(jax.random.key(config.seed), stream) if stream else jax.random.key(config.seed)
-    all_numbers, lists = {}, ([], [], [], [])
     for i, (batch, new) in enumerate(exam.prompts.once()):
-        if i * exam.prompts.batch_size >= config.samples:
+        if i * size >= config.samples:
             break
-        new = min(new, config.samples - i * exam.prompts.batch_size)
         placed = gpt.put_batch(batch)
-        queries, query_mask = placed["tokens"], placed["segments"]
+        prompts = placed["tokens"], placed["segments"]
         out = gpt.generate(
-            model, queries, query_mask, key, config.response_length, eos=tokenizer.eos_id, pad=tokenizer.pad_id,
-            temperature=temperature, rows=jnp.arange(len(queries)) + i * exam.prompts.batch_size,
+            model, *prompts, key, config.response_length, eos=exam.tokenizer.eos_id, pad=exam.tokenizer.pad_id,
+            temperature=temperature, rows=jnp.arange(size) + i * size,
         )  # fmt: skip
-        tokens, mask = gpt.to_numpy((out.tokens, out.mask))
-        ids = [row[m > 0] for row, m in zip(tokens, mask)]
-        questions = [tokenizer.decode(row[m > 0]) for row, m in zip(batch["tokens"], batch["segments"])]
-        texts, rows = [tokenizer.decode(row) for row in ids], exam.prompts.rows(batch)
-        bare = [row[row != tokenizer.eos_id].tolist() for row in ids]
-        numbers = {"length": mask.sum(1), "eos": [tokenizer.eos_id in row for row in ids]}
-        numbers["repetition"] = [repetition(row) for row in bare]
-        if kl:
-            numbers["kl"] = gpt.to_numpy(
-                sequence_kl(model, exam.ref, queries, query_mask, out.tokens, out.mask, temperature)
-            )
-        if exam.reward:
-            numbers["reward"] = exam.reward(placed, out, questions, texts, rows)
-        judged = exam.judge(questions, texts, rows)
-        numbers |= {name: [parts[name] for parts in judged] for name in judged[0]}
-        for name, values in numbers.items():
-            all_numbers.setdefault(name, []).extend(np.asarray(values, float)[:new])
-        for kept, values in zip(lists, (questions, texts, bare, rows)):
-            kept += values[:new]
-    return Answers({name: np.asarray(values) for name, values in all_numbers.items()}, *lists)
+        distance = sequence_kl(model, exam.ref, *prompts, out.tokens, out.mask, temperature) if kl else None
+        parts.append(measure(exam, batch, placed, out, distance, min(new, config.samples - i * size)))
+    numbers = {name: np.concatenate([p.numbers[name] for p in parts]) for name in parts[0].numbers}
+    return Answers(numbers, *(list(itertools.chain(*lists)) for lists in zip(*(p[1:] for p in parts))))
+
+
+def measure(exam: Exam, batch, placed, out: gpt.Generation, kl, new: int) -> Answers:
+    """The first `new` answers of a batch, measured, rated and judged."""
+    tokenizer, (tokens, mask) = exam.tokenizer, gpt.to_numpy((out.tokens, out.mask))
+    prompts = [tokenizer.decode(row[m > 0]) for row, m in zip(batch["tokens"], batch["segments"])]
+    ids = [row[m > 0] for row, m in zip(tokens, mask)]
+    texts, rows = [tokenizer.decode(row) for row in ids], exam.prompts.rows(batch)
+    bare = [row[row != tokenizer.eos_id].tolist() for row in ids]
+    numbers = {
+        "length": mask.sum(1),
+        "eos": [tokenizer.eos_id in row for row in ids],
+        "repetition": [repetition(row) for row in bare],
+    }
+    if kl is not None:
+        numbers["kl"] = gpt.to_numpy(kl)
+    if exam.reward:
+        numbers["reward"] = exam.reward(placed, out, prompts, texts, rows)
+    judged = exam.judge(prompts, texts, rows)
+    numbers |= {name: [parts[name] for parts in judged] for name in judged[0]}
+    numbers = {name: np.asarray(values, float)[:new] for name, values in numbers.items()}
+    return Answers(numbers, *(x[:new] for x in (prompts, texts, bare, rows)))
 
 
 def load_judge(name: str) -> Callable:
@@ -197,10 +202,12 @@ def load_policy(folder: str, tokenizer, config: Config) -> gpt.GPT:
 
 def bootstrap_interval(values, seed: int = 0, draws: int = 2000, weights=None) -> list[float]:
     """95% interval of the mean (with weights: of sum(values) / sum(weights)) by resampling."""
-    rng = np.random.default_rng(seed)
-    picks = rng.integers(0, len(values), (draws, len(values)))
-    means = values[picks].mean(1) if weights is None else values[picks].sum(1) / weights[picks].sum(1)
-    return [float(x) for x in np.percentile(means, [2.5, 97.5])]
+    rng, n, means = np.random.default_rng(seed), len(values), []
+    at_once = max(1, 2**22 // n)  # resamples held in memory
+    for start in range(0, draws, at_once):
+        picks = rng.integers(0, n, (min(at_once, draws - start), n))
+        means.append(values[picks].mean(1) if weights is None else values[picks].sum(1) / weights[picks].sum(1))
+    return [float(x) for x in np.percentile(np.concatenate(means), [2.5, 97.5])]
 
 
 def ngrams(tokens, n: int) -> list[tuple]:
@@ -985,6 +992,7 @@ def set_exam(config: Config) -> Exam:
         raise ValueError(f"--ref {config.ref} is a reward model, not a policy")
     ref = gpt.shard(gpt.cast(ref, gpt.compute_dtype(config.dtype)))
     size = min(config.batch_size, config.samples)
+    gpt.check_batch_size(size)
     prompts = gpt.Batches(config.data, "prompts", tokenizer, size, config.prompt_length, config.seed, buckets=1)
     reward = load_reward(config.reward, tokenizer, config)
     return Exam(config, tokenizer, ref, prompts, load_judge(config.judge), reward)

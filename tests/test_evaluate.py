@@ -272,6 +272,7 @@ def test_best_of_rows_are_expectations_over_the_candidates(report, world):
     import my_judge
 
     rounds = [judged(CANDIDATES + 2 * i) for i in range(4)]
+    assert len(set(map(tuple, rounds))) == 4  # each of other noise
     for n in (1, 2, 3):
         expected = []
         for answers in zip(*rounds):
@@ -295,7 +296,7 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
         won = by_prompt.get(" ".join(answers[0][0].split()))
         if won:
             texts = [text for _, text in answers]
-            assert won["completion"] in texts
+            assert won["completion"] in texts and len(tokenizer.encode(won["completion"])) < 5  # and its EOS
             worth = dict(zip(texts, my_judge.late(0, texts, 0)))
             # what is worth more had no EOS within its five tokens
             better = [text for text in texts if worth[text] > worth[won["completion"]]]
