@@ -21,6 +21,7 @@ import importlib.util
 import itertools
 import json
 import math
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -270,6 +271,7 @@ def length_controlled(won, longer, draws: int = 500, seed: int = 0) -> tuple[flo
 
     Length-controlled AlpacaEval (Dubois et al. 2024, arXiv:2404.04475) without its term for how hard each
     instruction is, and with b fitted to this pair of models alone: there is no leaderboard here to share it with.
+    Where one side is always the longer one this is an extrapolation, and the interval is wide.
     """
     spread = np.std(longer)
     x = np.tanh(longer / spread) if spread > 0 else np.zeros(len(won))
@@ -737,8 +739,7 @@ def fits_table(fits: dict) -> str:
             if measure in fit:
                 _, alpha, beta = fit[measure]
                 peak = fitted_peak(alpha, beta, fit["kind"])
-                reached = "" if math.sqrt(peak) <= fit["reach"] else " (not reached)"
-                where = "never" if peak > 1e6 else f"{peak:.1f}{reached}"
+                where = f"{peak:.1f}" if math.sqrt(peak) <= fit["reach"] else "beyond this curve"
                 rows.append([name, measure, form, f"{alpha:.3f}", f"{beta:.3f}", where])
     return markdown(rows) if len(rows) > 2 else ""
 
@@ -746,8 +747,15 @@ def fits_table(fits: dict) -> str:
 # ---------------------------------------------------------------------------------------------------- the frontier
 
 
+BOOKKEEPING = {  # settings that make no other method; beta and tau have an axis of their own
+    "seed", "out", "overwrite", "resume", "save_every", "sample_every", "eval_every", "track", "monitor", "dtype",
+    "remat", "micro_batches", "buckets", "skip_bad_rows", "precompute_ref", "heldout", "beta", "tau",
+}  # fmt: skip
+
+
 def method_of(folder) -> dict:
-    """{"name", "symbol", "price"} of a trained folder: the algorithm and what a nat of KL costs it, as far as known."""
+    """{"name", "symbol", "price", "settings"} of a trained folder: the algorithm, what a nat of KL costs it, and the
+    rest of its settings, as far as they are known, paths without their numbers: out/seed-1 and out/seed-2 are alike."""
     path = Path(folder) / "config.json"
     run = json.loads(path.read_text()).get("run") if path.is_file() else None
     if not run:
@@ -763,17 +771,18 @@ def method_of(folder) -> dict:
         name += f", {settings['rounds']} rounds"
     if kind == "ipo" and settings.get("reduction") == "mean":
         name += ", mean"
-    return {"name": name} | ({"symbol": symbol, "price": float(settings[symbol])} if symbol in settings else {})
+    price = {"symbol": symbol, "price": float(settings[symbol])} if symbol in settings else {}
+    rest = {k: re.sub(r"\d+", "", v) if "/" in v else v for k, v in settings.items() if k not in BOOKKEEPING}
+    return {"name": name, "settings": rest} | price
 
 
 def frontier_points(summary: dict, names) -> dict:
-    """{method: points from the smallest KL up}. Runs of one method and price (seeds) are one point: their mean, with
+    """{method: points from the smallest KL up}. Runs that differ by their seed alone are one point: their mean, with
     bars from the lowest to the highest; a single run has its bootstrap interval."""
-    groups = {}
-    for name in names:
-        s = summary[name]
-        method = s.get("method", {})
-        groups.setdefault(method.get("name", name), {}).setdefault(method.get("price"), []).append(s)
+    groups, methods = {}, {name: summary[name].get("method") or {"name": name} for name in names}
+    for name, method in methods.items():
+        label = method["name"] + differences(method, [m for m in methods.values() if m["name"] == method["name"]])
+        groups.setdefault(label, {}).setdefault(method.get("price"), []).append(summary[name])
     points = {}
     for method, prices in groups.items():
         for price, rows in prices.items():
@@ -785,6 +794,14 @@ def frontier_points(summary: dict, names) -> dict:
             points.setdefault(method, []).append(point)
         points[method].sort(key=lambda p: p["kl"])
     return points
+
+
+def differences(method: dict, others: list[dict]) -> str:
+    """The settings in which this run is unlike others of its method: ", reward reward-weak"."""
+    settings = method.get("settings", {})
+    unlike = [k for k in settings if len({m.get("settings", {}).get(k) for m in others}) > 1]
+    last = lambda value: value.split("/")[-1].strip("',)")  # of a path, or of a tuple of one
+    return "".join(f", {k.replace('_', '-')} {last(settings[k])}" for k in unlike)
 
 
 def expand(patterns) -> list[str]:

@@ -470,7 +470,8 @@ def test_fits_count_the_gain_from_the_start_of_the_curve(tmp_path):
 )
 def test_a_run_folder_names_its_method_and_price(script, settings, expected, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({"run": {"script": script, "config": settings}}))
-    assert evaluate.method_of(tmp_path) == expected
+    found = evaluate.method_of(tmp_path)
+    assert {k: v for k, v in found.items() if k != "settings"} == expected
     assert evaluate.method_of(tmp_path / "elsewhere") == {}
 
 
@@ -483,9 +484,24 @@ def test_seeds_of_one_price_are_one_point_of_the_frontier(report):
     assert (cheap["kl"], cheap["kl_low"], cheap["kl_high"], cheap["runs"]) == (5.0, 4.0, 6.0, 2)
     assert (cheap["gold"], cheap["gold_low"], cheap["gold_high"]) == (pytest.approx(0.7), 0.5, 0.9)
     assert (dear["price"], dear["kl_low"], dear["gold_high"], dear["runs"]) == (0.5, 1.0, 1, 1)
-    assert report["trained"]["method"] == method(0.3)
+    assert report["trained"]["method"] == method(0.3) | {"settings": {"kind": "dpo", "rounds": "1"}}
     alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its price is no part of the judge's
     assert alone[0] == evaluate.table(report).splitlines()[0]
+
+
+def test_runs_that_differ_by_more_than_a_seed_are_lines_of_their_own(tmp_path):
+    summary = {}
+    for i, reward_model in enumerate(["('out/seed-1/weak',)", "('out/seed-2/weak',)", "('out/seed-1/strong',)"]):
+        config = {"beta": "0.1", "reward": reward_model, "lr": "0.001", "seed": str(i), "out": f"out/{i}"}
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"run": {"script": "ppo.py", "config": config}}))
+        method = evaluate.method_of(tmp_path / str(i))
+        summary[str(i)] = dict(method=method, kl=float(i), gold=0.5, intervals={"kl": [0, 4], "gold": [0, 1]})
+    points = evaluate.frontier_points(summary, summary)
+    assert {label: [p["runs"] for p in line] for label, line in points.items()} == {
+        "PPO, reward weak": [2],
+        "PPO, reward strong": [1],
+    }
 
 
 def test_every_picture_is_drawn(report, world):
