@@ -6,6 +6,8 @@ module:function) rates the answers, KL to the reference says how far the model m
     python evaluate.py                                       # out/sft and out/ppo on data/toy/prompts-heldout.jsonl
     python evaluate.py --models out/a out/b --ref out/a --data mine.jsonl --judge mine:stars --out out/mine
     python evaluate.py --best-of 4 16 64 --reward out/reward # and what no training at all would have given
+    python evaluate.py --models --best-of 16 --reward out/reward --data data/toy/prompts.jsonl \\
+        --winners data/toy/winners.jsonl                     # rejection sampling: sft.py --data takes them
     python evaluate.py --frontier "out/beta/*"               # each method over several betas: gold against KL
     python evaluate.py --runs out/ppo-weak out/ppo           # proxy and gold against KL along these PPO runs
     python evaluate.py --perplexity wiki.jsonl --questions evals/*.jsonl --judge none  # what training cost elsewhere
@@ -751,6 +753,7 @@ BOOKKEEPING = {  # settings that make no other method; beta and tau have an axis
     "seed", "out", "overwrite", "resume", "save_every", "sample_every", "eval_every", "track", "monitor", "dtype",
     "remat", "micro_batches", "buckets", "skip_bad_rows", "precompute_ref", "heldout", "beta", "tau",
 }  # fmt: skip
+TUPLE = "(',)"  # around a setting of several values, as config.json has it
 
 
 def method_of(folder) -> dict:
@@ -772,7 +775,7 @@ def method_of(folder) -> dict:
     if kind == "ipo" and settings.get("reduction") == "mean":
         name += ", mean"
     price = {"symbol": symbol, "price": float(settings[symbol])} if symbol in settings else {}
-    rest = {k: re.sub(r"\d+", "", v) if "/" in v else v for k, v in settings.items() if k not in BOOKKEEPING}
+    rest = {k: re.sub(r"\d+", "*", v) if "/" in v else v for k, v in settings.items() if k not in BOOKKEEPING}
     return {"name": name, "settings": rest} | price
 
 
@@ -797,11 +800,10 @@ def frontier_points(summary: dict, names) -> dict:
 
 
 def differences(method: dict, others: list[dict]) -> str:
-    """The settings in which this run is unlike others of its method: ", reward reward-weak"."""
+    """The settings in which this run is unlike others of its method: ", reward out/reward-weak"."""
     settings = method.get("settings", {})
     unlike = [k for k in settings if len({m.get("settings", {}).get(k) for m in others}) > 1]
-    last = lambda value: value.split("/")[-1].strip("',)")  # of a path, or of a tuple of one
-    return "".join(f", {k.replace('_', '-')} {last(settings[k])}" for k in unlike)
+    return "".join(f", {k.replace('_', '-')} {settings[k].strip(TUPLE)}" for k in unlike)
 
 
 def expand(patterns) -> list[str]:

@@ -499,8 +499,8 @@ def test_runs_that_differ_by_more_than_a_seed_are_lines_of_their_own(tmp_path):
         summary[str(i)] = dict(method=method, kl=float(i), gold=0.5, intervals={"kl": [0, 4], "gold": [0, 1]})
     points = evaluate.frontier_points(summary, summary)
     assert {label: [p["runs"] for p in line] for label, line in points.items()} == {
-        "PPO, reward weak": [2],
-        "PPO, reward strong": [1],
+        "PPO, reward out/seed-*/weak": [2],
+        "PPO, reward out/seed-*/strong": [1],
     }
 
 
