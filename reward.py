@@ -241,7 +241,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> di
     }
     if config.gold and config.gold != "none":
         prompts, responses = zip(*texts)
-        gold = np.asarray(gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))).reshape(-1, 2)
+        judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
+        gold = np.asarray([j["gold"] if isinstance(j, dict) else j for j in judged]).reshape(-1, 2)
         gap = gold[:, 0] - gold[:, 1]
         clear = np.abs(gap) > 0.2
         result["gold"] = {

@@ -1,6 +1,10 @@
 """evaluate.py: its measures against numbers worked out otherwise, its files, its errors."""
 
+import dataclasses
+import inspect
+import itertools
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -10,6 +14,8 @@ import pytest
 
 import evaluate
 import gpt
+import reward
+import sft
 
 JUDGE = '''
 asked = []
@@ -24,6 +30,15 @@ def letters(prompts, responses, rows):
 
 def numbers(prompts, responses, rows):
     return [row["worth"] for row in rows]
+
+
+def late(prompts, responses, rows):
+    """A reward: the letters of the alphabet, later ones worth more; never a tie between different texts."""
+    return [sum(ord(c) * 0.7**i for i, c in enumerate(response)) for response in responses]
+
+
+def longer(prompts, a, b, rows):
+    return [0.5 if len(x) == len(y) else float(len(x) > len(y)) for x, y in zip(a, b)]
 '''
 
 
@@ -36,11 +51,22 @@ def world(words, tmp_path_factory):
     config = gpt.make_config(vocab_size=16, context=32, layers=1, heads=2, dim=16)
     for name, seed in (("start", 0), ("trained", 1)):
         model = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, gpt.init(config, jax.random.key(seed)))
-        gpt.save(root / name, model, tokenizer)
+        run = {"run": {"script": "dpo.py", "config": {"beta": "0.3", "kind": "dpo", "rounds": "1"}}} if seed else {}
+        gpt.save(root / name, model, tokenizer, run)
     rows = [{"prompt": f"\n\nHuman: {'a b c d'[: 2 * i + 1]}\n\nAssistant:", "worth": i / 8} for i in range(4)]
     rows += [{"prompt": f"\n\nHuman: {w}\n\nAssistant:", "worth": 0.5} for w in "efg"]
-    (root / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(root / "prompts.jsonl", rows)
+    write_rows(root / "demos.jsonl", [{"prompt": "Human: a", "completion": w} for w in ("b c", "d", "e f g h")])
+    write_rows(root / "text.jsonl", [{"text": "a b c d e f g h"}, {"text": "yes no"}, {"text": "h a h a h"}])
+    questions = [{"question": w, "choices": ["yes", "c c", "h"], "answer": i % 3} for i, w in enumerate("abcdefgh")]
+    write_rows(root / "questions.jsonl", questions + [{"question": "d", "choices": ["x", "y"], "answer": 1}])
+    behaviour = dict(zip(evaluate.BEHAVIOUR, (" yes", " no")))
+    write_rows(root / "behaviour.jsonl", [{"question": f"{w} ?"} | behaviour for w in "abcdefgh"])
     return root
+
+
+def write_rows(path: Path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def settings(world: Path, name: str, **options) -> evaluate.Config:
@@ -51,12 +77,31 @@ def settings(world: Path, name: str, **options) -> evaluate.Config:
     return evaluate.Config(**plan | options)
 
 
+ASKED = {"perplexity": "demos text", "questions": "questions behaviour"}
+
+
 @pytest.fixture(scope="module")
 def report(world):
     before = jax.sharding.get_mesh()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(world)
-        evaluate.main(settings(world, "report"))
+        write_run(world / "run", [0.1, 0.5, 0.7, 0.6, 0.5])
+        files = {kind: [str(world / f"{name}.jsonl") for name in names.split()] for kind, names in ASKED.items()}
+        evaluate.main(
+            settings(
+                world,
+                "report",
+                reward="my_judge:late",
+                pairwise="my_judge:longer",
+                best_of=(1, 2, 3),
+                candidates=4,
+                winners=world / "winners.jsonl",
+                frontier=(str(world / "train*"),),
+                runs=(str(world / "run"),),
+                curves=(str(world / "run"),),
+                **files,
+            )  # fmt: skip
+        )
     jax.set_mesh(before)
     return json.loads((world / "report" / "summary.json").read_text())
 
@@ -64,7 +109,7 @@ def report(world):
 def test_every_prompt_counts_once_and_gold_is_the_mean_of_the_judge(report):
     import my_judge
 
-    assert [s["count"] for s in report.values()] == [7, 7]
+    assert [s["count"] for s in report.values()] == [7] * 5
     batches = iter(my_judge.asked)  # two batches of 4 for each of: start sampled, greedy, trained sampled, greedy
     for s in (report["start"], report["start"]["greedy"], report["trained"], report["trained"]["greedy"]):
         pairs = (next(batches) + next(batches))[:7]  # the eighth row fills the batch
@@ -99,9 +144,10 @@ def test_kl_of_a_sequence_is_the_sum_over_vocabulary_and_visited_states(world):
     prompt_mask = jnp.array([[0, 1, 1], [1, 1, 1]])  # left-padded
     responses, mask = jnp.array([[8, 9, 14], [10, 14, 15]]), jnp.array([[1, 1, 1], [1, 1, 0]])
     kl = evaluate.sequence_kl(model, ref, prompts, prompt_mask, responses, mask, 0.7)
+    predict = jax.jit(lambda m, tokens: jax.nn.log_softmax(m.logits(m(tokens))[0] / 0.7))
     for row, (start, length) in enumerate([(1, 3), (0, 2)]):
         tokens = jnp.concatenate([prompts[row, start:], responses[row, :length]])[None]
-        p, q = (np.asarray(jax.nn.log_softmax(m.logits(m(tokens))[0] / 0.7), np.float64) for m in (model, ref))
+        p, q = (np.asarray(predict(m, tokens), np.float64) for m in (model, ref))
         states = slice(2 - start, 2 - start + length)  # the last prompt token predicts the first of the response
         np.testing.assert_allclose(kl[row], (np.exp(p) * (p - q))[states].sum(), rtol=1e-4)
 
@@ -113,11 +159,365 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
     np.testing.assert_allclose([low, high], [values.mean() - margin, values.mean() + margin], atol=0.1 * margin)
 
 
-def write_run(folder: Path, gold, **more):
+def judged(start: int) -> list[tuple[str, str]]:
+    """The 7 (prompt, response) of the judge's questions from batch `start` on, 2 batches of 4 a pass."""
+    import my_judge
+
+    return [pair for batch in my_judge.asked[start : start + 2] for pair in batch][:7]
+
+
+BASELINE, CANDIDATES = 8, 10  # passes: start, greedy, trained, greedy; then the baseline's and 4 candidates
+
+
+def share_of_a(text):
+    return text.split().count("a") / max(1, len(text.split()))
+
+
+def test_win_rates_are_counted_against_independent_answers_of_the_baseline(report, world):
+    ours, theirs = judged(4), judged(BASELINE)
+    assert theirs != judged(0)  # the reference's own row has other noise
+    gaps = [share_of_a(x) - share_of_a(y) for (_, x), (_, y) in zip(ours, theirs)]
+    found = report["trained"]["win"]
+    assert found["gold"]["rate"] == pytest.approx(np.mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps]))
+    assert found["gold"]["ties"] == pytest.approx(np.mean([gap == 0 for gap in gaps]))
+    gaps = [len(x) - len(y) for (_, x), (_, y) in zip(ours, theirs)]
+    assert found["pairwise"]["rate"] == pytest.approx(np.mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps]))
+    assert found["pairwise"]["same_position"] == 0 and "win" not in report["start"]
+    assert evaluate.wins_table(report) in (world / "report" / "report.md").read_text()
+
+
+def test_both_orders_cancel_a_love_of_the_first_place():
+    first = lambda prompts, a, b, rows: [0.9] * len(rows)
+    won, same = evaluate.ask_both_orders(first, ["?"] * 3, ["x"] * 3, ["y"] * 3, [{}] * 3)
+    assert won.tolist() == [0.5] * 3 and same == 1
+    worth = {"good": 2, "fair": 1, "also fair": 1, "biased": 0}
+    # a fair judge of these, but that "biased" wins wherever it stands first
+    judge = lambda prompts, a, b, rows: [
+        0.8 if x == "biased" else 0.5 + 0.2 * np.sign(worth[x] - worth[y]) for x, y in zip(a, b)
+    ]
+    ours, theirs = ["good", "fair", "fair", "biased"], ["fair", "also fair", "good", "good"]
+    won, same = evaluate.ask_both_orders(judge, ["?"] * 4, ours, theirs, [{}] * 4)
+    assert won.tolist() == [1, 0.5, 0, 0.5] and same == 0.25
+
+
+@pytest.mark.parametrize("answer", ([0.5, 0.5], [1.5, 0.5, 0.5], [np.nan, 0.5, 0.5]))
+def test_a_pairwise_judge_must_return_probabilities(answer):
+    with pytest.raises(ValueError, match="--pairwise must return 3 probabilities"):
+        evaluate.ask_both_orders(lambda *_: answer, "???", "aaa", "bbb", [{}] * 3)
+
+
+def test_wins_count_ties_a_half():
+    assert evaluate.wins([1.0, 0.2, 0.3], [0.5, 0.2 + 1e-9, 0.9]).tolist() == [1, 0.5, 0]
+
+
+def test_where_only_length_matters_the_length_controlled_win_rate_is_a_half():
+    rng = np.random.default_rng(0)
+    longer = rng.normal(4, 5, 2000)  # ours are longer by four tokens on average
+    won = (rng.random(2000) < 1 / (1 + np.exp(-2 * np.tanh(longer / longer.std())))).astype(float)
+    assert won.mean() > 0.65
+    rate, (low, high) = evaluate.length_controlled(won, longer)
+    assert rate == pytest.approx(0.5, abs=0.04) and low < 0.5 < high and high - low < 0.13
+    # where length does not matter the two agree, and where one side always wins nothing blows up
+    fair = (rng.random(2000) < 0.7).astype(float)
+    assert evaluate.length_controlled(fair, longer)[0] == pytest.approx(fair.mean(), abs=0.02)
+    assert 0.98 < evaluate.length_controlled(np.ones(500), longer[:500])[0] < 1
+    assert evaluate.length_controlled(won[:50], np.zeros(50))[0] == pytest.approx(won[:50].mean(), abs=0.01)
+
+
+def test_weights_of_the_logistic_fit_are_repeated_rows():
+    x, y = np.array([-1.0, 0.3, 0.5, 1.0]), np.array([0.0, 1.0, 0.5, 1.0])
+    counts = np.array([[2, 0, 1, 1]])
+    rows = np.repeat(np.arange(4), counts[0])
+    repeated = evaluate.logistic_intercepts(x[rows], y[rows], np.ones((1, 4)))
+    np.testing.assert_allclose(evaluate.logistic_intercepts(x, y, counts), repeated, rtol=1e-10)
+    # the fit is the minimum: no point of a grid has a smaller penalised loss
+    grid = np.linspace(-6, 6, 1201)
+    z = grid[:, None, None] + grid[None, :, None] * x
+    loss = (np.logaddexp(0, z) - y * z).sum(-1) + 0.05 * (grid[:, None] ** 2 + grid[None] ** 2)
+    best = grid[np.unravel_index(loss.argmin(), loss.shape)[0]]
+    assert evaluate.logistic_intercepts(x, y, np.ones((1, 4)))[0] == pytest.approx(best, abs=0.02)
+
+
+def best_of_by_enumeration(scores, values, n):
+    """Mean over all subsets of n of the value that the best score has; equal scores draw lots."""
+    groups = [list(group) for group in itertools.combinations(range(len(scores)), n)]
+    best = [[values[i] for i in group if scores[i] == max(scores[j] for j in group)] for group in groups]
+    return np.mean([np.mean(b) for b in best])
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_best_of_n_is_the_mean_over_all_subsets(n):
+    scores, values = [0.1, 0.5, 0.9, 0.5, 0.2, 0.5], [3.0, 1.0, -2.0, 4.0, 0.5, 7.0]
+    weights = evaluate.best_of_n_weights(np.array(scores), n)
+    assert weights.sum() == pytest.approx(1)
+    assert weights @ values == pytest.approx(best_of_by_enumeration(scores, values, n))
+
+
+def test_best_of_more_than_there_is_says_so():
+    with pytest.raises(ValueError, match="the best of 7 cannot be estimated from 6 samples: raise --candidates"):
+        evaluate.best_of_n_weights(np.arange(6), 7)
+
+
+def test_the_kl_bound_of_best_of_n_is_exact_where_all_samples_differ():
+    assert evaluate.best_of_n_kl(1) == 0 and evaluate.best_of_n_kl(4) == pytest.approx(0.63629, abs=1e-5)
+    p = np.full(2000, 1 / 2000)  # hardly a tie: the i-th has probability F_i^4 - F_(i-1)^4
+    best = np.diff(np.concatenate([[0], np.cumsum(p)]) ** 4)
+    assert (best * np.log(best / p)).sum() == pytest.approx(evaluate.best_of_n_kl(4), abs=1e-3)
+    p = np.array([0.5, 0.5])  # many ties: far below
+    best = np.array([1 / 16, 15 / 16])
+    assert (best * np.log(best / p)).sum() < evaluate.best_of_n_kl(4) - 0.1
+
+
+def test_best_of_rows_are_expectations_over_the_candidates(report, world):
+    import my_judge
+
+    rounds = [judged(CANDIDATES + 2 * i) for i in range(4)]
+    assert len(set(map(tuple, rounds))) == 4  # each of other noise
+    for n in (1, 2, 3):
+        expected = []
+        for answers in zip(*rounds):
+            texts = [text for _, text in answers]
+            expected.append(best_of_by_enumeration(my_judge.late(0, texts, 0), list(map(share_of_a, texts)), n))
+        row = report[f"best-of-{n}"]
+        assert row["gold"] == pytest.approx(np.mean(expected))
+        assert row["kl"] == evaluate.best_of_n_kl(n) and row["kl_bound"]
+    assert "| best-of-2 |" in evaluate.table(report) and "<= 0.19" in evaluate.table(report)
+
+
+def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report, world, tmp_path):
+    import my_judge
+
+    rows = [json.loads(line) for line in (world / "winners.jsonl").read_text().splitlines()]
+    tokenizer = gpt.load_tokenizer(world / "start")
+    rounds = [judged(CANDIDATES + 2 * i) for i in range(4)]
+    by_prompt = {" ".join(row["prompt"].split()): row for row in rows}
+    assert 0 < len(rows) <= 7
+    for answers in zip(*rounds):
+        won = by_prompt.get(" ".join(answers[0][0].split()))
+        if won:
+            texts = [text for _, text in answers]
+            assert won["completion"] in texts and len(tokenizer.encode(won["completion"])) < 5  # and its EOS
+            worth = dict(zip(texts, my_judge.late(0, texts, 0)))
+            # what is worth more had no EOS within its five tokens
+            better = [text for text in texts if worth[text] > worth[won["completion"]]]
+            assert all(len(tokenizer.encode(text)) == 5 or not text.strip() for text in better)
+    assert [row["prompt"] for row in rows][0].startswith("\n\nHuman: ")  # as it was written, not as it was decoded
+    mesh = jax.sharding.get_mesh()
+    sft.main(
+        sft.Config(
+            init=str(world / "start"),
+            data=(str(world / "winners.jsonl"),),
+            out=tmp_path / "rejection",
+            steps=2,
+            batch_size=1,
+            length=32,
+            save_every=2,
+        )  # fmt: skip
+    )
+    jax.set_mesh(mesh)
+    assert (tmp_path / "rejection" / "model.safetensors").is_file()
+
+
+def test_distinct_and_repetition_by_hand():
+    responses = [list("aba"), list("abab"), ["c"]]
+    assert [evaluate.distinct(responses, n) for n in (1, 2, 3)] == [3 / 8, 2 / 5, 2 / 3]
+    assert evaluate.repetition(list("ababab"), 2) == 1 - 2 / 5
+    assert evaluate.repetition(list("abcabc")) == 1 / 4 and evaluate.repetition(list("abcab")) == 0.0
+    assert evaluate.repetition(["a"]) == evaluate.distinct([["a"]], 2) == 0.0
+
+
+logprobs_of_rows = jax.jit(gpt.token_logprobs)
+
+
+def row_logprob(model, ids, scored):
+    """log p of the last `scored` of the ids: a row alone, before padding that it cannot see."""
+    logps = logprobs_of_rows(model, jnp.array([ids + [0] * (32 - len(ids))]))[0]
+    return float(logps[len(ids) - 1 - scored : len(ids) - 1].sum())
+
+
+def test_perplexity_is_the_exponential_of_the_mean_loss(report, world):
+    model, tokenizer = gpt.load(world / "trained")
+    expected = {"demos": [], "text": []}
+    for name, rows in expected.items():
+        for line in (world / f"{name}.jsonl").read_text().splitlines():
+            [(ids, mask)] = gpt.encode_row(json.loads(line), name, tokenizer, 32)
+            rows.append((row_logprob(model, ids, sum(mask)), sum(mask)))
+        total, count = np.sum(rows, axis=0)
+        found = report["trained"]["perplexity"][name]
+        assert found["tokens"] == count and found["perplexity"] == pytest.approx(np.exp(-total / count), rel=1e-4)
+        assert found["interval"][0] <= found["perplexity"] <= found["interval"][1]
+
+
+def test_multiple_choice_by_log_prob(report, world):
+    model, tokenizer = gpt.load(world / "trained")
+    questions, expected = evaluate.read_questions(world / "questions.jsonl"), []
+    for q in questions:
+        prompt = gpt.encode_prompt(q["messages"], tokenizer)
+        ids = [tokenizer.encode(choice) for choice in q["choices"]]
+        expected.append([row_logprob(model, prompt + i, len(i)) for i in ids])
+    exam = evaluate.Exam(settings(world, "x"), tokenizer, model, *[None] * 3)
+    found = evaluate.choice_logprobs(exam, model, questions, 32)
+    np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-4)
+    hits = {"accuracy": [], "normalised": []}
+    for q, logps in zip(questions, expected):
+        sizes = [len(choice) for choice in q["choices"]]
+        for name, scores in (("accuracy", logps), ("normalised", np.divide(logps, sizes))):
+            # both of the last question's choices are <unk>: a tie is shared
+            hits[name].append(0.5 if q["choices"] == ["x", "y"] else float(np.argmax(scores) == q["answer"]))
+    found = report["trained"]["questions"]["questions"]
+    assert hits["accuracy"] != hits["normalised"] and np.mean(hits["accuracy"]) != np.mean(hits["normalised"])
+    assert {name: found[name] for name in hits} == pytest.approx({name: np.mean(x) for name, x in hits.items()})
+    assert found["questions"] == 9 and found["chance"] == pytest.approx((8 / 3 + 1 / 2) / 9)
+    text = (world / "report" / "report.md").read_text()
+    assert evaluate.tax_table(report) in text and "accuracy, behaviour" in text
+
+
+def test_questions_that_do_not_fit_are_left_out_and_counted(world, capsys):
+    model, tokenizer = gpt.load(world / "trained")
+    exam = evaluate.Exam(settings(world, "x", length=4), tokenizer, model, *[None] * 3)
+    found = evaluate.multiple_choice(exam, model, world / "questions.jsonl")  # "c c" is the fifth token
+    assert (found["questions"], found["left_out"]) == (1, 8)
+    assert "8 questions left out: more than 4 tokens" in capsys.readouterr().err
+    exam = exam._replace(config=settings(world, "x", length=3))
+    with pytest.raises(ValueError, match="no question fits 3 tokens: raise --length"):
+        evaluate.multiple_choice(exam, model, world / "questions.jsonl")
+
+
+def test_behaviour_questions_report_the_share_that_matches(report, world):
+    for name in ("start", "trained"):
+        model, tokenizer = gpt.load(world / name)
+        matches = []
+        for word in "abcdefgh":
+            prompt = gpt.encode_prompt([{"role": "user", "content": f"{word} ?"}], tokenizer)
+            yes, no = (row_logprob(model, prompt + tokenizer.encode(w), 1) for w in ("yes", "no"))
+            matches.append(yes > no)
+        assert report[name]["questions"]["behaviour"]["accuracy"] == np.mean(matches)
+
+
+@pytest.mark.parametrize(
+    "row, reason",
+    [
+        ({"text": "?"}, r"no `question` \(found: text\)"),
+        ({"question": "?"}, "needs `choices`, a list of two texts or more, or `answer_matching_behavior` and"),
+        ({"question": "?", "choices": ["a"], "answer": 0}, "needs `choices`, a list of two"),
+        ({"question": "?", "choices": ["a", "b"], "answer": 2}, r"`answer` is 2, not the number of a choice \(0 to 1"),
+        ({"question": "?", "choices": ["a", "b"], "answer": "b"}, "`answer` is 'b', not the number"),
+        ({"question": "?", evaluate.BEHAVIOUR[0]: " (A)"}, "needs `choices`"),
+        (["?"], "a list, not an object"),
+    ],
+)
+def test_a_question_of_the_wrong_shape_is_named_by_file_and_line(row, reason, tmp_path):
+    good = {"question": "?", "choices": ["a", "b"], "answer": 1}
+    write_rows(tmp_path / "q.jsonl", [good, row])
+    with pytest.raises(gpt.BadRow, match=rf"q\.jsonl:2: {reason}"):
+        evaluate.read_questions(tmp_path / "q.jsonl")
+
+
+@pytest.mark.parametrize("kind, peak", [("rl", math.exp(1.2 / 0.5 - 1)), ("bon", 1.2 / (2 * 0.5))])
+def test_the_fit_recovers_its_coefficients_and_the_other_form_does_not(kind, peak):
+    d = np.linspace(0, 5, 60)
+    gain = d * (1.2 - 0.5 * (np.log(np.maximum(d, 1e-9)) if kind == "rl" else d))  # Gao et al., written out
+    np.testing.assert_allclose(evaluate.fit_overoptimization(d, gain, kind), (1.2, 0.5), rtol=1e-9)
+    np.testing.assert_allclose(evaluate.overoptimization(d, 1.2, 0.5, kind), gain, atol=1e-9)
+    other = {"rl": "bon", "bon": "rl"}[kind]
+    wrong = evaluate.overoptimization(d, *evaluate.fit_overoptimization(d, gain, other), other)
+    assert np.abs(wrong - gain).max() > 0.2
+    assert evaluate.fitted_peak(1.2, 0.5, kind) == pytest.approx(peak**2)
+    dense = np.linspace(0.01, 6, 60_000)
+    assert dense[evaluate.overoptimization(dense, 1.2, 0.5, kind).argmax()] == pytest.approx(peak, abs=1e-3)
+    assert evaluate.fitted_peak(1.2, -0.1, kind) == math.inf
+
+
+def test_fits_count_the_gain_from_the_start_of_the_curve(tmp_path):
+    kl = np.arange(9) * 0.5
+    gold = 0.3 + np.sqrt(kl) * (0.8 - 0.2 * np.log(np.maximum(np.sqrt(kl), 1e-9)))
+    write_run(tmp_path / "run", gold, scale=2)
+    curve = {"kl": kl, "reward": 1 + np.sqrt(kl) * (0.9 - 0.1 * np.sqrt(kl))}
+    fits = evaluate.fit_curves({"run": tmp_path / "run"}, curve)
+    np.testing.assert_allclose(fits["run"]["gold"], (0.3, 0.8, 0.2), rtol=1e-6)
+    np.testing.assert_allclose(fits["best of n"]["score"], (1, 0.9, 0.1), rtol=1e-6)
+    assert "gold" not in fits["best of n"] and "d (alpha - beta log d) | 0.800 | 0.200 |" in evaluate.fits_table(fits)
+
+
+@pytest.mark.parametrize(
+    "script, settings, expected",
+    [
+        ("ppo.py", {"beta": "0.05"}, {"name": "PPO", "symbol": "beta", "price": 0.05}),
+        ("dpo.py", {"beta": "0.5", "kind": "dpo"}, {"name": "DPO", "symbol": "beta", "price": 0.5}),
+        ("dpo.py", {"beta": "1", "label_smoothing": "0.1"}, {"name": "cDPO", "symbol": "beta", "price": 1.0}),
+        (
+            "dpo.py",
+            {"beta": "1", "label_smoothing": "0.1", "kind": "robust", "rounds": "3"},
+            {"name": "rDPO, 3 rounds", "symbol": "beta", "price": 1.0},
+        ),
+        (
+            "ipo_kto.py",
+            {"loss": "ipo", "tau": "0.1", "beta": "1.0", "reduction": "sum"},
+            {"name": "IPO", "symbol": "tau", "price": 0.1},
+        ),
+        (
+            "ipo_kto.py",
+            {"loss": "ipo", "tau": "1", "reduction": "mean"},
+            {"name": "IPO, mean", "symbol": "tau", "price": 1.0},
+        ),
+        (
+            "ipo_kto.py",
+            {"loss": "kto", "tau": "0.1", "beta": "0.3"},
+            {"name": "KTO", "symbol": "beta", "price": 0.3},
+        ),
+        ("sft.py", {}, {"name": "SFT"}),
+    ],
+)
+def test_a_run_folder_names_its_method_and_price(script, settings, expected, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"run": {"script": script, "config": settings}}))
+    found = evaluate.method_of(tmp_path)
+    assert {k: v for k, v in found.items() if k != "settings"} == expected
+    assert evaluate.method_of(tmp_path / "elsewhere") == {}
+
+
+def test_seeds_of_one_price_are_one_point_of_the_frontier(report):
+    method = lambda beta: {"name": "DPO", "symbol": "beta", "price": beta}
+    intervals = lambda kl: {"kl": [kl - 1, kl + 1], "gold": [0, 1]}
+    entry = lambda beta, kl, gold: dict(method=method(beta), kl=kl, gold=gold, intervals=intervals(kl))
+    summary = {"a": entry(0.1, 4.0, 0.5), "b": entry(0.5, 2.0, 0.6), "c": entry(0.1, 6.0, 0.9)}
+    cheap, dear = evaluate.frontier_points(summary, ["b", "a", "c"])["DPO"][::-1]
+    assert (cheap["kl"], cheap["kl_low"], cheap["kl_high"], cheap["runs"]) == (5.0, 4.0, 6.0, 2)
+    assert (cheap["gold"], cheap["gold_low"], cheap["gold_high"]) == (pytest.approx(0.7), 0.5, 0.9)
+    assert (dear["price"], dear["kl_low"], dear["gold_high"], dear["runs"]) == (0.5, 1.0, 1, 1)
+    assert report["trained"]["method"] == method(0.3) | {"settings": {"kind": "dpo", "rounds": "1"}}
+    alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its price is no part of the judge's
+    assert alone[0] == evaluate.table(report).splitlines()[0]
+
+
+def test_runs_that_differ_by_more_than_a_seed_are_lines_of_their_own(tmp_path):
+    summary = {}
+    for i, reward_model in enumerate(["('out/seed-1/weak',)", "('out/seed-2/weak',)", "('out/seed-1/strong',)"]):
+        config = {"beta": "0.1", "reward": reward_model, "lr": "0.001", "seed": str(i), "out": f"out/{i}"}
+        (tmp_path / str(i)).mkdir()
+        (tmp_path / str(i) / "config.json").write_text(json.dumps({"run": {"script": "ppo.py", "config": config}}))
+        method = evaluate.method_of(tmp_path / str(i))
+        summary[str(i)] = dict(method=method, kl=float(i), gold=0.5, intervals={"kl": [0, 4], "gold": [0, 1]})
+    points = evaluate.frontier_points(summary, summary)
+    assert {label: [p["runs"] for p in line] for label, line in points.items()} == {
+        "PPO, reward out/seed-*/weak": [2],
+        "PPO, reward out/seed-*/strong": [1],
+    }
+
+
+def test_every_picture_is_drawn(report, world):
+    pictures = {path.stem for path in (world / "report").glob("*.png")}
+    assert pictures == {"frontier", "overoptimization", "curves", "lengths"}
+    text = (world / "report" / "report.md").read_text()
+    for name in pictures:
+        assert f"({name}.png)" in text
+        assert (world / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+
+
+def write_run(folder: Path, gold, scale=1, **more):
     folder.mkdir()
-    names = {"objective/kl_exact": 0.25, "objective/scores": 0.1}
+    names = {"objective/kl_exact": 0.25 * scale, "objective/scores": 0.1, "step": 1}
     rows = [{name: i * x for name, x in names.items()} | {"eval/gold": g} | more for i, g in enumerate(gold)]
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_rows(folder / "metrics.jsonl", rows)
 
 
 def test_the_runs_table_finds_the_peak_of_gold(tmp_path):
@@ -129,12 +529,6 @@ def test_the_runs_table_finds_the_peak_of_gold(tmp_path):
     assert cells[2] == ["hill", "end", "19", "4.25", "1.70", "-1.00"]
 
 
-def test_runs_are_drawn(tmp_path):
-    write_run(tmp_path / "a", [0.1, 0.5, 0.2])
-    evaluate.draw_runs([tmp_path / "a"], tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
-
-
 def test_a_run_that_nobody_watched_is_named(tmp_path):
     (tmp_path / "blind").mkdir()
     (tmp_path / "blind" / "metrics.jsonl").write_text('{"objective/kl_exact": 0.0, "objective/scores": 1.0}\n')
@@ -143,13 +537,114 @@ def test_a_run_that_nobody_watched_is_named(tmp_path):
 
 
 def test_reward_models_beside_each_other(tmp_path):
-    calibrated = {"ece": 0.02, "nll": 0.5}
-    report = dict(accuracy=0.75, accuracy_interval=[0.7, 0.8], temperature=1.25, after=calibrated)
-    report |= dict(before={"ece": 0.1, "nll": 0.6}, gold={"agreement_on_clear_pairs": 0.9, "correlation": 0.8})
+    calibrated = {"ece": 0.02, "brier": 0.125, "nll": 0.5}
+    report = dict(pairs=40, accuracy=0.75, accuracy_interval=[0.7, 0.8], temperature=1.25, after=calibrated)
+    report |= dict(before={"ece": 0.1, "brier": 0.25, "nll": 0.6})
+    report |= dict(gold={"agreement_on_clear_pairs": 0.9, "correlation": 0.8})
     (tmp_path / "mean").mkdir()
     (tmp_path / "mean" / "report.json").write_text(json.dumps(report))
     evaluate.main(evaluate.Config(rewards=(str(tmp_path / "mean"),), out=tmp_path / "out"))
     text = (tmp_path / "out" / "rewards.md").read_text()
-    assert "| mean | 0.750 [0.700, 0.800] | 0.900 | 0.800 | 0.100 | 0.020 | 0.600 | 0.500 | 1.25 |" in text
+    assert (
+        "| mean | 40 | 0.750 [0.700, 0.800] | 0.900 | 0.800 | 0.100 | 0.020 | 0.250 | 0.125 | 0.600 | 0.500 | 1.25"
+        in text
+    )
+    config = evaluate.Config(rewards=(str(tmp_path / "other"),))
     with pytest.raises(FileNotFoundError, match=r"other/report.json: python reward.py --out .*other writes it"):
-        evaluate.rewards_table([tmp_path / "other"])
+        evaluate.reward_reports(config)
+
+
+@pytest.fixture(scope="module")
+def reward_model(world):
+    trunk, tokenizer = gpt.load(world / "trained")
+    model = gpt.init_score_model(trunk, jax.random.key(2), suffix=(15,))
+    gpt.save(world / "rm", model, tokenizer)
+    return model, tokenizer
+
+
+def test_a_reward_model_on_any_pairs(world, reward_model, monkeypatch):
+    monkeypatch.syspath_prepend(world)
+    model, tokenizer = reward_model
+    letters = np.random.default_rng(0).permutation([(a, b) for a in "abcdefgh" for b in "abcdefgh" if a != b])
+    rows = [{"prompt": "Human: a", "chosen": a, "rejected": f"{b} {b}"} for a, b in letters.tolist()[:24]]
+    write_rows(world / "pairs.jsonl", rows)
+    folders, pairs = (str(world / "rm"),), str(world / "pairs.jsonl")
+    evaluate.main(
+        evaluate.Config(rewards=folders, pairs=pairs, judge="my_judge:letters", batch_size=5, out=world / "rewards")
+    )
+    found = json.loads((world / "rewards" / "rewards.json").read_text())["rm"]
+    pad = lambda ids: (ids + [0] * 8)[:8]
+    sequences = [s for row in rows for s, _ in gpt.encode_row(row, "pairs", tokenizer, 32, (15,))]
+    tokens, mask = jnp.array([pad(s) for s in sequences]), jnp.array([pad([1] * len(s)) for s in sequences])
+    scores = np.asarray(jax.jit(gpt.ScoreModel.__call__)(model, tokens, mask)).reshape(-1, 2)
+    d = scores[:, 0] - scores[:, 1]
+    assert found["pairs"] == 24 and found["accuracy"] == np.mean(d > 0)
+    assert found["accuracy_interval"] == pytest.approx(reward.interval(int((d > 0).sum()), 24))
+    judged = d[np.random.default_rng(1).permutation(24)[12:]]  # the half that the temperature was not fitted on
+    assert found["before"]["nll"] == pytest.approx(np.mean(np.log1p(np.exp(-judged))), rel=1e-4)
+    assert found["gold"]["clear_pairs"] == sum("a" in (row["chosen"], row["rejected"][0]) for row in rows)
+
+
+def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monkeypatch):
+    monkeypatch.syspath_prepend(world)
+    model, tokenizer = reward_model
+    options = dict(models=(str(world / "start"),), samples=4, judge="none", reward=str(world / "rm"))
+    evaluate.main(settings(world, "rated", **options))
+    summary = json.loads((world / "rated" / "summary.json").read_text())
+    assert "gold" not in summary["start"] and summary["start"]["closed"] is None
+    exam = evaluate.set_exam(settings(world, "rated", **options))
+    answers = evaluate.answer(exam, exam.ref, 1.0)
+    expected = []
+    for row, ids in zip(answers.rows, answers.tokens):
+        tokens = gpt.encode_prompt(row["prompt"], tokenizer) + ids + [15]  # the suffix stands in EOS's place
+        tokens, mask = tokens + [0] * (24 - len(tokens)), [1] * len(tokens) + [0] * (24 - len(tokens))
+        expected.append(float(jax.jit(gpt.ScoreModel.__call__)(model, jnp.array([tokens]), jnp.array([mask]))[0]))
+    np.testing.assert_allclose(answers.numbers["reward"], expected, rtol=1e-4)
+    assert summary["start"]["reward"] == pytest.approx(np.mean(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options, reason",
+    [
+        (dict(best_of=(4,)), "--best-of needs --reward"),
+        (dict(winners=Path("w.jsonl")), "--winners needs --best-of"),
+        (dict(best_of=(0, 2), reward="out/reward"), "--best-of takes numbers from 1 up"),
+        (dict(best_of=(4, 64), candidates=16, reward="out/reward"), "--candidates 16 are fewer than --best-of 64"),
+        (dict(pairs="pairs.jsonl"), "--pairs needs --rewards"),
+        (dict(frontier=("out/ppo",), judge="none"), "--frontier draws gold: it needs a --judge"),
+        (dict(models=()), "nothing to evaluate: give --models, --frontier or --best-of"),
+        (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
+        (dict(models=("out/nowhere",)), "no model in .*make it with `python sft.py"),
+    ],
+)
+def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):
+    with pytest.raises((ValueError, OSError), match=reason):
+        evaluate.main(evaluate.Config(**dict(ref="out/nowhere") | options))
+
+
+def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
+    with pytest.raises(ValueError, match="start is a language model, not a reward model: train one with reward.py"):
+        evaluate.set_exam(settings(world, "x", reward=str(world / "start")))
+    exam = evaluate.set_exam(settings(world, "x", judge="none"))
+    with pytest.raises(ValueError, match="rm is a reward model, it writes nothing"):
+        evaluate.examine(exam, str(world / "rm"))
+    spec = json.loads((world / "rm" / "tokenizer.json").read_text())
+    spec["model"]["vocab"] |= {"yes": spec["model"]["vocab"]["no"], "no": spec["model"]["vocab"]["yes"]}
+    gpt.save(tmp_path / "other", *reward_model)
+    (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(spec))
+    with pytest.raises(ValueError, match="other has another tokenizer than .*start"):
+        evaluate.set_exam(settings(world, "x", reward=str(tmp_path / "other")))
+    with pytest.raises(FileNotFoundError, match="no model folder fits this pattern"):
+        evaluate.expand([str(tmp_path / "nothing*")])
+
+
+def test_models_of_one_name_are_told_apart():
+    assert evaluate.short_names(["out/a", "out/b/", "out/a"]) == {"a": "out/a", "b": "out/b"}
+    assert evaluate.short_names(["one/ppo", "two/ppo"]) == {"one/ppo": "one/ppo", "two/ppo": "two/ppo"}
+
+
+def test_every_flag_has_its_help():
+    source = inspect.getsource(evaluate.Config)
+    for field in dataclasses.fields(evaluate.Config):
+        [line] = [line for line in source.splitlines() if line.strip().startswith(f"{field.name}: ")]
+        assert "  # " in line, field.name
