@@ -3,10 +3,11 @@
 # after make demo, an experiment of the report each:
 # make rewards            heads, losses and ensembles of the reward model beside each other
 # make overoptimization   PPO against a reward model that is too weak, and what cures it
+# make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo rewards overoptimization test lint requirements clean
+.PHONY: demo rewards overoptimization frontier test lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -23,7 +24,11 @@ demo: .venv/done
 	$(PY) sft.py --seed $(SEED) --overwrite
 	$(PY) reward.py --seed $(SEED) --overwrite
 	$(PY) ppo.py --seed $(SEED) --overwrite
-	$(PY) evaluate.py --models out/sft out/ppo --seed $(SEED)
+	$(PY) dpo.py --seed $(SEED) --overwrite
+	$(PY) ipo_kto.py --seed $(SEED) --overwrite
+	$(PY) ipo_kto.py --loss kto --seed $(SEED) --overwrite
+	$(PY) evaluate.py --models $(addprefix out/,sft ppo dpo ipo kto) --best-of 4 16 --reward out/reward \
+	  --curves $(addprefix out/,ppo dpo ipo kto) --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
 
 R = $(PY) reward.py --seed $(SEED) --overwrite --out out/rewards
 rewards: .venv/done
@@ -56,6 +61,17 @@ overoptimization: .venv/done
 	$(CHASE) --out out/chase-disfluent --reward out/reward-weak-disfluent --beta 0.001
 	$(CHASE) --out out/chase-strong --reward out/reward --beta 0.001
 	$(PY) evaluate.py --models out/sft $(CHASES) --runs $(CHASES) --out out/overoptimization --seed $(SEED)
+
+FRONTIER = --seed $(SEED) --overwrite --out out/frontier
+frontier: .venv/done
+	for b in 0.01 0.02 0.05 0.1 0.3; do $(PY) ppo.py --beta $$b $(FRONTIER)/ppo-$$b || exit 1; done
+	for b in 0.1 0.2 0.5 1 2; do $(PY) dpo.py --beta $$b $(FRONTIER)/dpo-$$b || exit 1; done
+	for t in 0.02 0.05 0.1 0.2 0.5; do $(PY) ipo_kto.py --tau $$t $(FRONTIER)/ipo-$$t || exit 1; done
+	for t in 0.1 0.2 0.5 1 2; do \
+	  $(PY) ipo_kto.py --reduction mean --tau $$t $(FRONTIER)/ipo-mean-$$t || exit 1; done
+	for b in 0.2 0.5 1 2 5; do $(PY) ipo_kto.py --loss kto --beta $$b $(FRONTIER)/kto-$$b || exit 1; done
+	$(PY) evaluate.py --models out/sft --frontier "out/frontier/*" --best-of 2 4 8 16 32 64 --reward out/reward \
+	  --out out/frontier-report --seed $(SEED)
 
 test: .venv/done
 	.venv/bin/python -m pytest
