@@ -25,7 +25,6 @@ Details that matter:
 """
 
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +34,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gpt
 
@@ -106,7 +104,7 @@ def dpo_loss(
         losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
     else:
         raise ValueError(f"unknown kind {kind!r}: dpo or robust")
-    mean = partial(weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
+    mean = partial(gpt.weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(chosen_rewards),
         "rewards/rejected": mean(rejected_rewards),
@@ -115,10 +113,6 @@ def dpo_loss(
         "logps/chosen": mean(policy_chosen),
         "logps/rejected": mean(policy_rejected),
     }
-
-
-def weighted_mean(x, weight):
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
 
 
 def pair_logprobs(model, batch, config: Config):
@@ -144,7 +138,7 @@ def forward(policy, batch, config: Config):
     losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
     swapped, _ = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, **options)
     p = batch["label_p"]  # a soft label p = P(chosen is better), 1 where a row has none: the pair both ways round
-    loss = weighted_mean(p * losses + (1 - p) * swapped, batch["weight"])
+    loss = gpt.weighted_mean(p * losses + (1 - p) * swapped, batch["weight"])
     return loss, metrics | {"loss": loss}
 
 
@@ -154,10 +148,8 @@ def make_train_step(optimizer, config: Config):
         batch = add_ref(ref, batch, config)
         count = lambda batch: batch["weight"].sum()
         loss_fn = partial(forward, config=config)
-        (_, metrics), grads = gpt.gradients(loss_fn, state.policy, batch, config.micro_batches, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.policy, updates), opt_state), metrics
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
 
     return train_step
 
@@ -165,17 +157,8 @@ def make_train_step(optimizer, config: Config):
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def check_ref(tokenizer, config: Config):
-    name = config.ref or config.init
-    try:
-        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(gpt.find_folder(name)), config.init, name)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
-
-
 def load_ref(config: Config):
-    """The frozen reference, in the precision of the forward pass: arrays of its own, since the policy's are donated."""
-    return gpt.shard(gpt.cast(gpt.load(config.ref or config.init)[0], gpt.compute_dtype(config.dtype)))
+    return gpt.load_frozen(config.ref or config.init, config.dtype)
 
 
 def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
@@ -222,11 +205,7 @@ def load_labeller(config: Config, tokenizer):
     if ":" in config.reward:
         function = gpt.load_function(config.reward)
         return lambda batch, generation, texts, rows: gpt.check_scores(function(*texts, rows), len(rows))
-    model, theirs = gpt.load(config.reward)
-    if not isinstance(model, gpt.ScoreModel):
-        raise ValueError(f"{config.reward} is a language model, not a reward model: train one with reward.py")
-    gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.reward)
-    model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+    model = gpt.load_reward_model(config.reward, tokenizer, config.init, config.dtype)
     return lambda batch, generation, texts, rows: gpt.to_numpy(
         gpt.score(model, batch["tokens"], batch["segments"], generation.tokens, generation.mask, tokenizer.eos_id)
     )
@@ -253,7 +232,7 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
             policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
             pad=tokenizer.pad_id,
         )  # fmt: skip
-        questions = [tokenizer.decode(ids[m > 0]) for ids, m in zip(host["tokens"], host["segments"])]
+        questions = tokenizer.decode_rows(host["tokens"], host["segments"])
         sampled = [ids[m > 0].tolist() for ids, m in zip(*gpt.to_numpy((out.tokens, out.mask)))]
         answers = [tokenizer.decode(ids) for ids in sampled]
         scores = labeller(batch, out, (questions, answers), asked).tolist()
@@ -280,14 +259,8 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
 
 def evaluate(policy, ref, batches: gpt.Batches, tables, eval_step, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    total, count = {}, 0.0
-    for batch, new in itertools.islice(batches.once(), most):
-        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
-        n = batch["weight"].sum()
-        for name, value in gpt.to_numpy(eval_step(policy, ref, place(batch, tables))).items():
-            total[name] = total.get(name, 0.0) + n * value
-        count += n
-    return {f"val/{name}": value / count for name, value in total.items()}
+    means = gpt.heldout_means(batches, lambda batch: eval_step(policy, ref, place(batch, tables)), most)
+    return {f"val/{name}": value for name, value in means.items()}
 
 
 def round_at(step: int, first_round: int, config: Config) -> tuple[int, int]:
@@ -317,7 +290,7 @@ def main(config: Config):
     gpt.start(config.seed)
     check(config)
     policy, tokenizer = gpt.load(config.init)
-    check_ref(tokenizer, config)
+    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,

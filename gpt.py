@@ -442,6 +442,11 @@ def masked_mean(x, mask):
     return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)
 
 
+def weighted_mean(x, weight):
+    """Mean of x by weights that may be fractions; 0 where all are 0."""
+    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 4. Generation
 
@@ -641,6 +646,10 @@ class Tokenizer:
 
     def _name(self, token_id):
         return next((text for text, i in self.specials.items() if i == token_id), "")
+
+    def decode_rows(self, tokens, mask) -> list[str]:
+        """Texts of rows of ids (B, T), what is masked left out."""
+        return [self.decode(ids[m > 0]) for ids, m in zip(*to_numpy((tokens, mask)))]
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a conversation. Markers of the template may be special tokens; the contents of messages never are."""
@@ -883,6 +892,21 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
     model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
+
+
+def load_frozen(path, dtype: str) -> GPT | ScoreModel:
+    """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
+    of its own, since those of a model that learns are donated."""
+    return shard(cast(load(path)[0], compute_dtype(dtype)))
+
+
+def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder."""
+    model, theirs = load(path)
+    if not isinstance(model, ScoreModel):
+        raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
+    check_same_tokenizer(tokenizer, theirs, ours, path)
+    return shard(cast(model, compute_dtype(dtype)))
 
 
 def find_folder(path) -> Path:
@@ -1380,6 +1404,14 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
         raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
 
 
+def check_reference(tokenizer: Tokenizer, init, ref):
+    """--ref and --init must read the same ids."""
+    try:
+        check_same_tokenizer(tokenizer, load_tokenizer(find_folder(ref)), init, ref)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+
+
 def file_hash(path) -> str:
     stat = os.stat(path)
     return _file_hash(path, stat.st_mtime_ns, stat.st_size)
@@ -1710,6 +1742,24 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
     return lax.scan(add, zeros, (parts, weights))[0]
+
+
+def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
+    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
+    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
+    updates, opt_state = optimizer.update(grads, opt_state, model)
+    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
+    """Metrics by eval_step(batch), averaged over the rows (by weight) of the first `most` batches."""
+    total, count = Counter(), 0.0
+    for batch, new in itertools.islice(batches.once(), most):
+        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
+        n = float(batch["weight"].sum())
+        total.update({name: n * float(value) for name, value in to_numpy(eval_step(batch)).items()})
+        count += n
+    return {name: value / count for name, value in total.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
