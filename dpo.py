@@ -67,6 +67,7 @@ class Config:
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a candidate may have
 
+    share_prefix: bool = True  # a pair is one row and its prompt computed once; else a row each
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
@@ -116,11 +117,9 @@ def dpo_loss(
 
 
 def pair_logprobs(model, batch, config: Config):
-    """log p of both completions (B, 2) of a batch of pairs (tokens, segments, mask (B, 2, T)), in one forward pass."""
+    """log p of both completions (B, 2) of a batch of pairs, in one forward pass."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-    logprobs = gpt.token_logprobs(model, flat["tokens"], flat["segments"], remat=config.remat)
-    return jnp.where(flat["mask"][:, 1:] > 0, logprobs, 0.0).sum(1).reshape(-1, 2)
+    return gpt.completion_logprobs(model, batch, config.remat)[0]
 
 
 def add_ref(ref, batch, config: Config):
@@ -294,11 +293,13 @@ def main(config: Config):
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
-        seed=config.seed, skip_bad=config.skip_bad_rows,
+        seed=config.seed, skip_bad=config.skip_bad_rows, shared=config.share_prefix,
     )  # fmt: skip
     batches = load_pairs(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
+    for pairs in filter(None, (batches, heldout)):
+        gpt.check_context(policy, pairs)
     labeller = load_labeller(config, tokenizer) if config.rounds > 1 else None
 
     first_round = config.steps or batches.steps_per_epoch

@@ -216,16 +216,25 @@ class GPT(eqx.Module):
     head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
     config: Config = eqx.field(static=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, branches=None
+    ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
-        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule."""
+        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule.
+
+        `branches` (B, T) fork a segment: 0 is its trunk, a token of another branch sees the trunk and its own branch,
+        and its position goes on after the trunk's. Answers to one prompt stand in one row, blind to each other.
+        """
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
+        if self.config.gpt2 and branches is None and tokens.shape[1] > self.config.context:  # indexing would clamp
             raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        if branches is not None:
+            mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
+            positions = jnp.maximum(mask.sum(-1) - 1, 0)  # as many as the tokens seen before it
         x, rope = self.embed(tokens, positions)
 
         def layer(x, block):
@@ -377,18 +386,39 @@ HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in piec
 
 
 def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
-) -> Float[Array, "B T-1"]:
-    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, branches=None,
+    window: int | None = None,
+) -> Float[Array, "B W"]:  # fmt: skip
+    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t: W = T - 1 of them, or of the last W = `window` tokens alone.
 
     The one place that owns the shift by one, drawn on a row of three:
         tokens     a    b    c
         hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
         targets    b    c
-        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
+        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] (with a window W: mask[:, -W:])
     """
-    hidden = model(tokens, segments, remat)
-    return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+    W = tokens.shape[1] - 1 if window is None else window
+    hidden = model(tokens, segments, remat, branches)
+    return head_logprobs(model, hidden[:, -W - 1 : -1], tokens[:, -W:], temperature)[0]
+
+
+def completion_logprobs(model: GPT, batch, remat: bool = False):
+    """(log p of each completion, the number of its tokens): sums over the tokens in `mask`, their EOS included.
+
+    From tokens, segments, mask (..., T), a completion a row: -> (...). Or from rows that hold a pair each, as
+    `share_prefix` lays them out: tokens, segments, branches (B, T) and mask (B, W) over the last W columns, where the
+    answers are: -> (B, 2). The head, a third of the weights of a small GPT-2, works on those columns alone.
+    """
+    names, branches = ("tokens", "segments", "mask"), batch.get("branches")
+    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in names)
+    W = min(mask.shape[1], tokens.shape[1] - 1)  # nothing predicts a row's first token
+    logprobs = token_logprobs(model, tokens, segments, remat=remat, branches=branches, window=W)
+    own = mask[:, None, -W:] > 0  # (rows, completions a row, W)
+    if branches is not None:
+        own &= branches[:, None, -W:] == jnp.arange(1, 3)[:, None]
+    sums, counts = jnp.where(own, logprobs[:, None], 0.0).sum(-1), own.sum(-1)
+    shape = batch["tokens"].shape[:-1] if branches is None else sums.shape
+    return sums.reshape(shape), counts.reshape(shape)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
@@ -1290,6 +1320,7 @@ class TokenData:
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
         self.extras = np.load(folder / "extras.npy", mmap_mode="r")  # (rows, len(EXTRAS))
         self.lengths = np.diff(self.starts).reshape(-1, self.sides)  # (rows, sides)
+        self.scored = np.load(folder / "scored.npy", mmap_mode="r").reshape(-1, self.sides)  # tokens with mask 1
         self.row_starts = np.load(folder / "row_starts.npy", mmap_mode="r")
 
     def __len__(self):
@@ -1312,7 +1343,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 3]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 4]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1339,7 +1370,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, extras, row_starts, dropped, truncated = [], [], [], Counter(), 0
+    lengths, scored, extras, row_starts, dropped, truncated = [], [], [], [], Counter(), 0
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1355,6 +1386,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if kind != "text" and kind != "prompts":
                     truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
                 lengths.append(len(ids))
+                scored.append(sum(mask))
                 tokens.write(np.asarray(ids, dtype).tobytes())
                 masks.write(np.asarray(mask, np.uint8).tobytes())
             known = {"pairs": EXTRAS[:3], "thumbs": EXTRAS}.get(kind, ())  # "label" of a text may be anything
@@ -1364,6 +1396,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 rows.write(json.dumps(row).encode() + b"\n")
     bar.close()
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    np.save(folder / "scored.npy", np.asarray(scored, np.int64))
     np.save(folder / "extras.npy", np.asarray(extras, np.float32).reshape(-1, len(EXTRAS)))
     np.save(folder / "row_starts.npy", np.asarray(row_starts, np.int64))
     if not lengths:
@@ -1443,7 +1476,8 @@ class Batches:
 
     Rows of similar length share a batch (rows are sorted by length within windows of `window` batches), and each batch
     is padded to one of four widths: few compilations, little padding. With `packed`, single sequences are laid end to
-    end in rows of `length` tokens instead, told apart by their segments.
+    end in rows of `length` tokens instead, told apart by their segments. With `shared`, a pair is one row, its prompt
+    there once (`share_prefix`).
     """
 
     window = 50
@@ -1461,12 +1495,14 @@ class Batches:
         skip_bad=False,
         score_all=False,
         buckets=4,
+        shared=False,
     ):
         sources = parse_sources(data)
         self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
         self.weights = [weight for _, weight in sources]
         self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
         self.score_all, self.buckets = score_all, buckets  # score the prompt's tokens too; 1 bucket: no sorting
+        self.shared = shared
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
         processes = jax.process_count()
         if batch_size % processes:
@@ -1492,7 +1528,7 @@ class Batches:
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
         if self.packs is None and self.buckets > 1:
-            lengths = np.concatenate([data.lengths.max(1) for data in self.sets])
+            lengths = np.concatenate([self._widths(data, slice(None)) for data in self.sets])
             offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
             width = self.window * self.batch_size
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
@@ -1508,7 +1544,8 @@ class Batches:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """This process's share of the batch: tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for
-        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row."""
+        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row. Shared pairs: see
+        `share_prefix`."""
         return self._assemble(self.picks(step))
 
     def once(self):
@@ -1523,10 +1560,34 @@ class Batches:
         mine = picks[jax.process_index() * share :][:share]
         if self.packs is not None:
             return self._packed(mine)
+        longest = max(self._widths(self.sets[s], r) for s, r in picks)  # of all processes: one shape everywhere
+        if self.shared:
+            answers = max(self.sets[s].scored[r].sum() + 1 for s, r in picks)
+            return self._shared(mine, *(bucket(n, 2 * self.length, 2 * self.buckets) for n in (longest, answers)))
         if self.buckets == 1:
             return self._padded(mine, max(int(data.lengths.max()) for data in self.sets))
-        longest = max(self.sets[s].lengths[r].max() for s, r in picks)  # of all processes: one shape everywhere
         return self._padded(mine, bucket(longest, self.length, self.buckets))
+
+    def _widths(self, data: TokenData, rows):
+        """Columns that rows need."""
+        if not self.shared:
+            return data.lengths[rows].max(-1)
+        prompts = data.lengths[rows, 0] - data.scored[rows, 0]
+        return data.lengths[rows].sum(-1) - prompts + 1
+
+    def _shared(self, picks, width, window):
+        tokens = np.full((len(picks), width), self.pad, np.int32)
+        mask, segments, branches = np.zeros((3, len(picks), width), np.int32)
+        for i, (source, row) in enumerate(picks):
+            ids, scored, branch = share_prefix(*(self.sets[source].sequence(row, side) for side in (0, 1)))
+            place = slice(width - len(ids), width)  # rows end with their answers, which lie in the last columns
+            tokens[i, place], mask[i, place], segments[i, place], branches[i, place] = ids, scored, 1, branch
+        batch = dict(tokens=tokens, mask=mask[:, -window:], segments=segments, branches=branches)
+        return batch | self._extras(picks)
+
+    def _extras(self, picks):
+        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
+        return dict(zip(EXTRAS, extras.T)) | dict(index=picks)
 
     def _padded(self, picks, width):
         sides = self.sets[0].sides
@@ -1539,12 +1600,11 @@ class Batches:
                 ids, scored = self.sets[source].sequence(row, side)
                 place = slice(width - len(ids), width) if left else slice(0, len(ids))
                 tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
-        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         batch = dict(tokens=tokens, mask=mask, segments=segments)
         if self.score_all:
             batch["mask"] = segments
         batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
-        return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
+        return batch | self._extras(picks)
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -1573,6 +1633,32 @@ class Batches:
                 if step + ahead < stop:
                     waiting.append(thread.submit(self, step + ahead))
                 yield waiting.pop(0).result()
+
+
+def share_prefix(chosen, rejected):
+    """Two (ids, mask) with one prompt as one row (ids, mask, branches), which holds the prompt once; see `GPT`.
+
+    Both branches begin with the prompt's last token, so that in each of them a token is predicted by the one before it:
+        prompt a b c, chosen x y, rejected z      ids       a b | c x y | c z
+                                                  branches  0 0   1 1 1   2 2
+                                                  mask      0 0   0 1 1   0 1
+    """
+    prompt = len(chosen[0]) - int(np.sum(chosen[1]))
+    fork = max(prompt - 1, 0)
+    sides = [(np.array(ids[fork:]), np.array(mask[fork:])) for ids, mask in (chosen, rejected)]
+    for _, mask in sides:
+        mask[0] = 0  # the prompt's last token; without a prompt, one that nothing predicts
+    ids, mask = (np.concatenate([x, *ends]) for x, ends in zip((chosen[0][:fork], chosen[1][:fork]), zip(*sides)))
+    return ids, mask, np.repeat([0, 1, 2], [fork, *(len(side) for side, _ in sides)])
+
+
+def check_context(model: GPT, batches: Batches):
+    """Learned positions end somewhere, and rows with branches are longer than what one of their tokens sees."""
+    longest = max(int(data.lengths.max()) for data in batches.sets)
+    if model.config.gpt2 and longest > model.config.context:
+        raise ValueError(
+            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
+        )
 
 
 def bucket(longest: int, length: int, buckets: int = 4) -> int:

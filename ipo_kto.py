@@ -61,6 +61,7 @@ class Config:
     desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
+    share_prefix: bool = True  # ipo: a pair is one row and its prompt computed once; else a row each
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
@@ -137,20 +138,18 @@ def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 
 
 def completion_logprobs(model, batch, config: Config):
-    """log p of each completion from tokens, segments, mask (..., T), in one forward pass: -> (...).
+    """log p of each completion, (B,) of answers or (B, 2) of pairs, in one forward pass.
 
-    For pairs (B, 2): which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
+    For pairs: which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
     response, hence the sum, and the optimum is ref(y) exp(p(y beats ref) / tau) / Z. TRL and HALOs take the mean over
     the response's tokens: tau then prices a token, and the optimum is ref(y) exp(|y| (p(y beats ref) / tau + c)), which
     favours long responses where p is high. The loss has the same value at both optima: it cannot tell them apart.
     """
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
-    mask = mask[:, 1:] > 0
-    logprobs = jnp.where(mask, gpt.token_logprobs(model, tokens, segments, remat=config.remat), 0.0).sum(1)
+    logprobs, counts = gpt.completion_logprobs(model, batch, config.remat)
     if config.loss == "ipo" and config.reduction == "mean":
-        logprobs = logprobs / jnp.maximum(mask.sum(1), 1)  # each response by its own count, prompt tokens not in it
-    return logprobs.reshape(batch["tokens"].shape[:-1])
+        logprobs = logprobs / jnp.maximum(counts, 1)  # each response by its own count, prompt tokens not in it
+    return logprobs
 
 
 def forward(policy, batch, config: Config):
@@ -279,10 +278,13 @@ def main(config: Config):
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
+        shared=config.share_prefix and not kto,
     )  # fmt: skip
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_rows(heldout) if heldout else None
+    for rows in filter(None, (batches, heldout)):
+        gpt.check_context(policy, rows)
     config = with_class_weights(config, batches) if kto else config
 
     steps = config.steps or batches.steps_per_epoch
