@@ -11,7 +11,7 @@ Every row of the table is the median of --repeats timings with their minimum and
     ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
                advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
     dpo        one optimiser step of dpo.py, `as TRL does it` (two rows a pair, the head on every position, the frozen
-               reference asked in the step) and as dpo.py does it (`share_prefix`, log-probs of the reference from disk)
+               reference asked in the step) and as dpo.py can (the prompt once for both, reference from disk)
     data       rows a second from JSONL (parse, check, tokenise) and from the token cache (finished batches); and the
                share of an epoch's tokens that is padding: one width, buckets, packing
 
@@ -405,19 +405,23 @@ def random_pairs(shape: gpt.Config, rows: int, prompt: int, new: int, shared: bo
     mask[..., prompt:] = 1
     batch = dict(tokens=tokens, mask=mask, segments=np.ones_like(tokens))
     if shared:
-        pairs = [gpt.share_prefix(*zip(ids, scored)) for ids, scored in zip(tokens, mask)]
-        tokens, mask, branches = (np.stack(part).astype(np.int32) for part in zip(*pairs))
-        batch = dict(tokens=tokens, mask=mask[:, -2 * new - 1 :], segments=np.ones_like(tokens), branches=branches)
+        before = tokens[:, 0, : prompt - 1]
+        batch = {name: x[..., prompt - 1 :] for name, x in batch.items()}
+        batch |= dict(prefix=before, prefix_mask=np.ones_like(before))
     ones = np.ones(rows, np.float32)
     return batch | dict(weight=ones, label_p=ones)
 
 
 def pair_flops(model: gpt.GPT, batch: dict, shared: bool) -> float:
-    """Of one step: `training_flops`, the head only where there is a mask; a reference in the step is a third more."""
-    tokens = batch["tokens"].reshape(-1, batch["tokens"].shape[-1])
-    headless = len(tokens) * (tokens.shape[1] - batch["mask"].shape[-1]) * model.wte.size
-    flops = training_flops(model, *tokens.shape) - 6 * headless
-    return flops if shared else flops * 4 / 3
+    """Of one step. As `training_flops`, with no head on a prefix, which is seen by all tokens of both rows; a reference
+    that is asked in the step is a third more."""
+    rows, tokens = batch["tokens"].size // batch["tokens"].shape[-1], batch["tokens"].shape[-1]
+    if not shared:
+        return training_flops(model, rows, tokens) * 4 / 3
+    B, P = batch["prefix"].shape
+    score = 12 * model.config.layers * model.config.heads * model.config.head_dim  # of one token with another one
+    body = training_flops(model, B, P) - 6 * B * P * model.wte.size
+    return training_flops(model, rows, tokens) + body + rows * tokens * P * score
 
 
 def peak_memory(compiled) -> int:

@@ -67,7 +67,7 @@ class Config:
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a candidate may have
 
-    share_prefix: bool = True  # a pair is one row and its prompt computed once; else a row each
+    share_prefix: bool = True  # compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0

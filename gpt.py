@@ -188,14 +188,18 @@ class Block(eqx.Module):
     down: Linear
     head_dim: int = eqx.field(static=True)
 
-    def __call__(self, x, rope, mask, cache=None, slot=0):
-        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`."""
+    def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
+        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`; a prefix's
+        (B / n, K, P, E) come before the own ones of n rows each."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = (lax.dynamic_update_slice(old, new, (0, 0, slot, 0)) for old, new in zip(cache, (k, v)))
+        if prefix is not None:
+            repeat = lambda old: jnp.repeat(old, len(x) // len(old), axis=0)
+            k, v = (jnp.concatenate([repeat(old), new], axis=2) for old, new in zip(prefix, (k, v)))
         a = attention(q, k, v, mask)
         x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = self.norm2(x)
@@ -217,30 +221,41 @@ class GPT(eqx.Module):
     config: Config = eqx.field(static=True)
 
     def __call__(
-        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, branches=None
+        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, prefix=None
     ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
         own segment, and positions count from 0 in each: packing, left and right padding are all this one rule.
 
-        `branches` (B, T) fork a segment: 0 is its trunk, a token of another branch sees the trunk and its own branch,
-        and its position goes on after the trunk's. Answers to one prompt stand in one row, blind to each other.
+        With a `prefix`, (tokens, mask), both (B / n, P), each n rows continue one row of it, blind to each other:
+        answers to one prompt, which is computed once. A row is then one document.
         """
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        if self.config.gpt2 and branches is None and tokens.shape[1] > self.config.context:  # indexing would clamp
+        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
             raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        if branches is not None:
-            mask &= (branches[:, None, :] == 0) | (branches[:, :, None] == branches[:, None, :])
-            positions = jnp.maximum(mask.sum(-1) - 1, 0)  # as many as the tokens seen before it
+        trunk = None
+        if prefix is not None:
+            n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
+            positions += jnp.repeat(real.sum(1), n)[:, None]
+            seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
+            mask = jnp.concatenate([seen, mask], -1)
+            trunk, trunk_rope = self.embed(prefix[0], segment_positions(prefix[1]))
+            trunk_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
         x, rope = self.embed(tokens, positions)
 
-        def layer(x, block):
-            return shard_batch(block(x, rope, mask)[0]), None
+        def layer(carry, block):
+            x, trunk = carry
+            keys_values = None
+            if trunk is not None:
+                trunk, keys_values = block(trunk, trunk_rope, trunk_mask)
+                trunk = shard_batch(trunk)
+            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), trunk), None
 
-        x, _ = lax.scan(jax.checkpoint(layer) if remat else layer, x, self.blocks, unroll=self.config.layers <= 8)
+        layer = jax.checkpoint(layer) if remat else layer
+        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=self.config.layers <= 8)
         return self.norm(x)
 
     def embed(self, tokens, positions):
@@ -386,39 +401,31 @@ HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in piec
 
 
 def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, branches=None,
-    window: int | None = None,
-) -> Float[Array, "B W"]:  # fmt: skip
-    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t: W = T - 1 of them, or of the last W = `window` tokens alone.
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, prefix=None
+) -> Float[Array, "B T-1"]:
+    """log p(tokens[:, t+1] | prefix, tokens[:, :t+1]) at every t; `prefix` as for `GPT`.
 
     The one place that owns the shift by one, drawn on a row of three:
         tokens     a    b    c
         hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
         targets    b    c
-        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] (with a window W: mask[:, -W:])
+        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    W = tokens.shape[1] - 1 if window is None else window
-    hidden = model(tokens, segments, remat, branches)
-    return head_logprobs(model, hidden[:, -W - 1 : -1], tokens[:, -W:], temperature)[0]
+    hidden = model(tokens, segments, remat, prefix)
+    return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
 
 
 def completion_logprobs(model: GPT, batch, remat: bool = False):
-    """(log p of each completion, the number of its tokens): sums over the tokens in `mask`, their EOS included.
+    """(log p of each completion, the number of its tokens), from tokens, segments and mask (..., T): -> (...) each.
 
-    From tokens, segments, mask (..., T), a completion a row: -> (...). Or from rows that hold a pair each, as
-    `share_prefix` lays them out: tokens, segments, branches (B, T) and mask (B, W) over the last W columns, where the
-    answers are: -> (B, 2). The head, a third of the weights of a small GPT-2, works on those columns alone.
+    Sums over the tokens in `mask`, their EOS included. Where the batch has a `prefix` (`Batches` with `shared`), the
+    head, a third of the weights of a small GPT-2, works on the completions alone.
     """
-    names, branches = ("tokens", "segments", "mask"), batch.get("branches")
-    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in names)
-    W = min(mask.shape[1], tokens.shape[1] - 1)  # nothing predicts a row's first token
-    logprobs = token_logprobs(model, tokens, segments, remat=remat, branches=branches, window=W)
-    own = mask[:, None, -W:] > 0  # (rows, completions a row, W)
-    if branches is not None:
-        own &= branches[:, None, -W:] == jnp.arange(1, 3)[:, None]
-    sums, counts = jnp.where(own, logprobs[:, None], 0.0).sum(-1), own.sum(-1)
-    shape = batch["tokens"].shape[:-1] if branches is None else sums.shape
-    return sums.reshape(shape), counts.reshape(shape)
+    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
+    prefix = (batch["prefix"], batch["prefix_mask"]) if "prefix" in batch else None
+    logprobs, mask = token_logprobs(model, tokens, segments, remat=remat, prefix=prefix), mask[:, 1:] > 0
+    shape = batch["tokens"].shape[:-1]
+    return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
@@ -1476,8 +1483,12 @@ class Batches:
 
     Rows of similar length share a batch (rows are sorted by length within windows of `window` batches), and each batch
     is padded to one of four widths: few compilations, little padding. With `packed`, single sequences are laid end to
-    end in rows of `length` tokens instead, told apart by their segments. With `shared`, a pair is one row, its prompt
-    there once (`share_prefix`).
+    end in rows of `length` tokens instead, told apart by their segments.
+
+    With `shared`, what both rows of a pair begin with stands apart, in `prefix` and `prefix_mask` (B, P): the prompt
+    but its last token, which stays with the answers, so that in each row a token is predicted by the one before it.
+        prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                           c z            0 1
     """
 
     window = 50
@@ -1503,6 +1514,8 @@ class Batches:
         self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
         self.score_all, self.buckets = score_all, buckets  # score the prompt's tokens too; 1 bucket: no sorting
         self.shared = shared
+        self.widths = [self._widths(data) for data in self.sets]
+        self.longest = np.max([widths.max(1) for widths in self.widths] + [[1, 1]], axis=0)
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
         processes = jax.process_count()
         if batch_size % processes:
@@ -1528,12 +1541,14 @@ class Batches:
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
         if self.packs is None and self.buckets > 1:
-            lengths = np.concatenate([self._widths(data, slice(None)) for data in self.sets])
+            # rows of similar keys need little padding beside each other: prefixes in their buckets, then the rest
+            width, prefix = np.concatenate(self.widths, axis=1)
+            keys = prefix // bucket_step(self.longest[1], self.buckets, 16) * (self.length + 1) + width
             offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
             width = self.window * self.batch_size
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
-            keys = (lengths[offsets[w[:, 0]] + w[:, 1]] for w in windows)
-            picks = np.concatenate([w[np.argsort(key, kind="stable")] for w, key in zip(windows, keys)])
+            order = (np.argsort(keys[offsets[w[:, 0]] + w[:, 1]], kind="stable") for w in windows)
+            picks = np.concatenate([w[o] for w, o in zip(windows, order)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
     def picks(self, step: int) -> np.ndarray:
@@ -1544,8 +1559,7 @@ class Batches:
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """This process's share of the batch: tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for
-        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row. Shared pairs: see
-        `share_prefix`."""
+        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row."""
         return self._assemble(self.picks(step))
 
     def once(self):
@@ -1560,51 +1574,44 @@ class Batches:
         mine = picks[jax.process_index() * share :][:share]
         if self.packs is not None:
             return self._packed(mine)
-        longest = max(self._widths(self.sets[s], r) for s, r in picks)  # of all processes: one shape everywhere
-        if self.shared:
-            answers = max(self.sets[s].scored[r].sum() + 1 for s, r in picks)
-            return self._shared(mine, *(bucket(n, 2 * self.length, 2 * self.buckets) for n in (longest, answers)))
         if self.buckets == 1:
-            return self._padded(mine, max(int(data.lengths.max()) for data in self.sets))
-        return self._padded(mine, bucket(longest, self.length, self.buckets))
-
-    def _widths(self, data: TokenData, rows):
-        """Columns that rows need."""
+            return self._padded(mine, *self.longest)
+        # of all processes: one shape everywhere
+        width, prefix = np.max([self.widths[source][:, row] for source, row in picks], axis=0)
         if not self.shared:
-            return data.lengths[rows].max(-1)
-        prompts = data.lengths[rows, 0] - data.scored[rows, 0]
-        return data.lengths[rows].sum(-1) - prompts + 1
+            return self._padded(mine, bucket(width, self.length, self.buckets), 0)
+        # coarser steps, since widths of rows and of prefixes multiply
+        sizes = zip((width, prefix), self.longest)
+        return self._padded(mine, *(bucket(n, most, self.buckets, 16) for n, most in sizes))
 
-    def _shared(self, picks, width, window):
-        tokens = np.full((len(picks), width), self.pad, np.int32)
-        mask, segments, branches = np.zeros((3, len(picks), width), np.int32)
-        for i, (source, row) in enumerate(picks):
-            ids, scored, branch = share_prefix(*(self.sets[source].sequence(row, side) for side in (0, 1)))
-            place = slice(width - len(ids), width)  # rows end with their answers, which lie in the last columns
-            tokens[i, place], mask[i, place], segments[i, place], branches[i, place] = ids, scored, 1, branch
-        batch = dict(tokens=tokens, mask=mask[:, -window:], segments=segments, branches=branches)
-        return batch | self._extras(picks)
+    def _widths(self, data: TokenData) -> np.ndarray:
+        """(2, rows): the columns that a row needs, and those of its prefix."""
+        prefix = np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0) * self.shared
+        return np.stack([data.lengths.max(1) - prefix, prefix])
 
-    def _extras(self, picks):
-        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
-        return dict(zip(EXTRAS, extras.T)) | dict(index=picks)
-
-    def _padded(self, picks, width):
+    def _padded(self, picks, width, prefix):
         sides = self.sets[0].sides
         shape = (len(picks), sides, width)
         tokens = np.full(shape, self.pad, np.int32)
         mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        before = np.full((len(picks), prefix), self.pad, np.int32)
+        before_mask = np.zeros_like(before)
         left = self.sets[0].kind == "prompts"  # prompts end where the response begins
         for i, (source, row) in enumerate(picks):
+            fork = int(self.widths[source][1, row])
             for side in range(sides):
                 ids, scored = self.sets[source].sequence(row, side)
+                before[i, :fork], before_mask[i, :fork] = ids[:fork], 1
+                ids, scored = ids[fork:], scored[fork:]
                 place = slice(width - len(ids), width) if left else slice(0, len(ids))
                 tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
+        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         batch = dict(tokens=tokens, mask=mask, segments=segments)
         if self.score_all:
             batch["mask"] = segments
         batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
-        return batch | self._extras(picks)
+        batch |= dict(prefix=before, prefix_mask=before_mask) if self.shared else {}
+        return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -1635,25 +1642,8 @@ class Batches:
                 yield waiting.pop(0).result()
 
 
-def share_prefix(chosen, rejected):
-    """Two (ids, mask) with one prompt as one row (ids, mask, branches), which holds the prompt once; see `GPT`.
-
-    Both branches begin with the prompt's last token, so that in each of them a token is predicted by the one before it:
-        prompt a b c, chosen x y, rejected z      ids       a b | c x y | c z
-                                                  branches  0 0   1 1 1   2 2
-                                                  mask      0 0   0 1 1   0 1
-    """
-    prompt = len(chosen[0]) - int(np.sum(chosen[1]))
-    fork = max(prompt - 1, 0)
-    sides = [(np.array(ids[fork:]), np.array(mask[fork:])) for ids, mask in (chosen, rejected)]
-    for _, mask in sides:
-        mask[0] = 0  # the prompt's last token; without a prompt, one that nothing predicts
-    ids, mask = (np.concatenate([x, *ends]) for x, ends in zip((chosen[0][:fork], chosen[1][:fork]), zip(*sides)))
-    return ids, mask, np.repeat([0, 1, 2], [fork, *(len(side) for side, _ in sides)])
-
-
 def check_context(model: GPT, batches: Batches):
-    """Learned positions end somewhere, and rows with branches are longer than what one of their tokens sees."""
+    """Learned positions end somewhere; rows and their prefixes count together."""
     longest = max(int(data.lengths.max()) for data in batches.sets)
     if model.config.gpt2 and longest > model.config.context:
         raise ValueError(
@@ -1661,10 +1651,14 @@ def check_context(model: GPT, batches: Batches):
         )
 
 
-def bucket(longest: int, length: int, buckets: int = 4) -> int:
+def bucket(longest: int, length: int, buckets: int = 4, multiple: int = 8) -> int:
     """The narrowest of `buckets` widths up to `length` that holds `longest`."""
-    step = -(-length // buckets // 8) * 8 or 8
+    step = bucket_step(length, buckets, multiple)
     return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
+
+
+def bucket_step(length: int, buckets: int, multiple: int) -> int:
+    return -(-length // buckets // multiple) * multiple or multiple
 
 
 def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:

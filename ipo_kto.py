@@ -61,7 +61,7 @@ class Config:
     desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
-    share_prefix: bool = True  # ipo: a pair is one row and its prompt computed once; else a row each
+    share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
