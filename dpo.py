@@ -15,7 +15,9 @@ Details that matter:
 3. The first step's loss is ln 2: policy and reference are the same model under the same forward pass.
 4. --precompute-ref writes the reference's log-probs beside the token cache, once for each model, tokenizer, length and
    file, and the reference leaves memory.
-5. --rounds N goes on with pairs of its own: sample candidates from the current policy, have them scored, train on best
+5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
+   gradients are those of two whole rows (--no-share-prefix).
+6. --rounds N goes on with pairs of its own: sample candidates from the current policy, have them scored, train on best
    against worst (iterative DPO, Xu et al. 2023, arXiv:2312.16682). The reference stays the first one, so that the
    KL that beta prices is to the model you started from.
 

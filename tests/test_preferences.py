@@ -554,7 +554,7 @@ def test_a_step_with_a_shared_prefix_is_the_step_of_two_rows(world, name):
 def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
     shape = gpt.make_config(24, 9, 1, 2, 16, "gpt2")
     batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0, shared=True)
-    with pytest.raises(ValueError, match="tokens > the 9 positions of the model; see --length"):
+    with pytest.raises(ValueError, match="tokens > the 9 positions of the model: lower --length"):
         gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
 
 
