@@ -1,4 +1,4 @@
-"""Speed beside the physical limit: the machine first, then training, generation, PPO and the data path.
+"""Speed beside the physical limit: the machine first, then training, generation, PPO, DPO and the data path.
 
 Every row of the table is the median of --repeats timings with their minimum and maximum:
 
@@ -10,12 +10,16 @@ Every row of the table is the median of --repeats timings with their minimum and
                the copy rate on N weights a token. Reads alone can be faster than a copy: above 100% is no error
     ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
                advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
+    dpo        one optimiser step of dpo.py, `as TRL does it` (two rows a pair, the head on every position, the frozen
+               reference asked in the step) and as dpo.py can (the prompt once for both, reference from disk)
     data       rows a second from JSONL (parse, check, tokenise) and from the token cache (finished batches); and the
                share of an epoch's tokens that is padding: one width, buckets, packing
 
-With --peers (a Python that has torch and transformers) and --trl-peers (one that has TRL with its PPOTrainer, 0.24) the
-same shapes run there too, in tests/peers.py. Ours and the peer take turns, repeat by repeat, so that both see the same
-machine. "times peer" is the peer's median time over ours: above 1 we are faster.
+With --peers (a Python that has torch and transformers), --trl-peers (one that has TRL with its PPOTrainer, 0.24) and
+--dpo-peers (TRL 1.16) the same shapes run there too, in tests/peers.py. Ours and the peer take turns, repeat by repeat,
+so that both see the same machine. "times peer" is the peer's median time over ours: above 1 we are faster. MB is what
+the compiled step holds at its peak, weights and optimiser included; the peer's is by how much its process has grown
+since its libraries were loaded.
 
     python bench.py                                              # the table, and out/bench/bench.json
     python bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
@@ -41,8 +45,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+import dpo  # the one script that imports others: it times what they ship, not copies of it
 import gpt
-import ppo  # the one script that imports others: it times what they ship, not copies of it
+import ppo
 import sft
 
 PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
@@ -50,11 +55,14 @@ PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[Literal["train", "generate", "ppo", "data"], ...] = ("train", "generate", "ppo", "data")  # sections
+    only: tuple[Literal["train", "generate", "ppo", "dpo", "data"], ...] = (
+        "train", "generate", "ppo", "dpo", "data",
+    )  # sections  # fmt: skip
     repeats: int = 5  # timings of each row
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
     peers: Path | None = None  # a Python with torch and transformers, timed beside us
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
+    dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside dpo
     data: tuple[str, ...] = ("data/toy/pairs.jsonl", "data/toy/base.jsonl")  # files of the data section
     tokenizer: str = "data/toy"  # folder whose tokenizer reads them
     length: int = 48  # tokens a row at most, there
@@ -110,7 +118,9 @@ def start_peer(python: Path | None, config: Config, **work):
 
     def seconds():
         print("go", file=process.stdin, flush=True)
-        return answer()["seconds"]
+        reply = answer()
+        seconds.peak = reply.get("peak", 0)
+        return reply["seconds"]
 
     try:
         seconds.versions = answer()["versions"]
@@ -135,7 +145,7 @@ class Table:
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_name("peers.log").unlink(missing_ok=True)
-        head = ("work", "ms", "min - max", "rate", "of bound", "peer ms", "min - max", "times peer")
+        head = ("work", "ms", "min - max", "rate", "of bound", "peer ms", "min - max", "times peer", "MB", "peer MB")
         print_row(head)
         print_row(["---"] + ["---:"] * (len(head) - 1))
 
@@ -150,6 +160,8 @@ class Table:
         if len(theirs):
             row |= {"peer_seconds": spread(theirs), "times_peer": float(np.median(theirs) / np.median(seconds))}
             self.info["peers"] |= peer.versions
+            if peer.peak:
+                row["peer_memory"] = peer.peak
         self.rows.append(row)
         gpt.write_json(self.path, self.info | {"rows": self.rows})
         rate = f"{row['rate']:,.{0 if row['rate'] >= 100 else 1}f} {unit}" if len(seconds) else ""
@@ -157,7 +169,8 @@ class Table:
             rate = f"{row['padding']:.1%} padding"
         share = f"{row['share_of_bound']:.0%}" if limit else ""
         times = f"{row['times_peer']:.2f}" if len(theirs) else ""
-        print_row([name, *milliseconds(seconds), rate, share, *milliseconds(theirs), times])
+        memory = (f"{row[key] / 1e6:,.0f}" if key in row else "" for key in ("memory", "peer_memory"))
+        print_row([name, *milliseconds(seconds), rate, share, *milliseconds(theirs), times, *memory])
         return row.get("rate")
 
 
@@ -354,6 +367,70 @@ def measure_ppo(table: Table, config: Config, limits: dict):
         table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
 
 
+def measure_dpo(table: Table, config: Config, limits: dict):
+    dtype = gpt.compute_dtype(config.dtype)
+    for name, (rows, prompt, new) in {"toy GPT-2": (32, 16, 32), "GPT-2 124M": (4, 64, 64)}.items():
+        shape, calls = shapes(config.quick)[name], 10 if name == "toy GPT-2" else 1
+        if config.quick:
+            rows, prompt, new, calls = 4, 8, 8, 1
+        work = dict(work="dpo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
+        for how, shared in (("as TRL does it", False), ("prefix shared, reference precomputed", True)):
+            settings = dpo.Config(dtype=config.dtype, share_prefix=shared, precompute_ref=shared)
+            model = make_model(shape, jax.random.key(config.seed))
+            batch, ref = gpt.put_batch(random_pairs(shape, rows, prompt, new, shared)), gpt.cast(model, dtype)
+            if shared:
+                logps = jax.jit(partial(dpo.pair_logprobs, config=settings))(ref, batch)
+                batch, ref = batch | {"ref_logps": logps}, None
+            else:
+                ref = jax.tree.map(jnp.copy, ref)  # in fp32 a cast copies nothing, and the policy is donated
+            flops = pair_flops(model, batch, shared)
+            optimizer = gpt.adamw(settings.lr, clip=settings.clip_norm)
+            state = dpo.State(model, gpt.shard(optimizer.init(model)))
+            compiled = dpo.make_train_step(optimizer, settings).lower(state, ref, batch).compile()
+            step = repeated(lambda state, batch, c=compiled, ref=ref: c(state, ref, batch), state, batch)
+            memory = peak_memory(compiled)
+            del model, state, ref
+            with start_peer(config.dpo_peers, config, **work) as peer:
+                ours, theirs = race(timed(step, calls), config.repeats, peer)
+                title = f"DPO step, {name}, {rows} pairs x ({prompt} + {new}) tokens, {how}"
+                bound = flops, limits[dtype.__name__]
+                table.add(title, ours, rows, "pairs/s", *bound, theirs, peer, memory=memory)
+
+
+def random_pairs(shape: gpt.Config, rows: int, prompt: int, new: int, shared: bool) -> dict:
+    """A batch of pairs of full length, as gpt.Batches makes them."""
+    tokens = random_tokens(shape, 2 * rows, prompt + new).reshape(rows, 2, -1)
+    tokens[:, 1, :prompt] = tokens[:, 0, :prompt]
+    mask = np.zeros_like(tokens)
+    mask[..., prompt:] = 1
+    batch = dict(tokens=tokens, mask=mask, segments=np.ones_like(tokens))
+    if shared:
+        before = tokens[:, 0, : prompt - 1]
+        batch = {name: x[..., prompt - 1 :] for name, x in batch.items()}
+        batch |= dict(prefix=before, prefix_mask=np.ones_like(before))
+    ones = np.ones(rows, np.float32)
+    return batch | dict(weight=ones, label_p=ones)
+
+
+def pair_flops(model: gpt.GPT, batch: dict, shared: bool) -> float:
+    """Of one step. As `training_flops`, with no head on a prefix, which is seen by all tokens of both rows; a reference
+    that is asked in the step is a third more."""
+    rows, tokens = batch["tokens"].size // batch["tokens"].shape[-1], batch["tokens"].shape[-1]
+    if not shared:
+        return training_flops(model, rows, tokens) * 4 / 3
+    B, P = batch["prefix"].shape
+    score = 12 * model.config.layers * model.config.heads * model.config.head_dim  # of one token with another one
+    body = training_flops(model, B, P) - 6 * B * P * model.wte.size
+    return training_flops(model, rows, tokens) + body + rows * tokens * P * score
+
+
+def peak_memory(compiled) -> int:
+    """Bytes that a compiled function holds: arguments, scratch, and results that took no donated argument's place."""
+    m = compiled.memory_analysis()
+    sizes = m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes, -m.alias_size_in_bytes
+    return int(sum(sizes))
+
+
 def finished(tree) -> float:
     jax.block_until_ready(tree)
     return time.perf_counter()
@@ -397,12 +474,14 @@ def main(config: Config):
     missing = [path for path in config.data if not Path(path).is_file()] if "data" in config.only else []
     if missing:
         raise FileNotFoundError(f"no {missing[0]}: `python toy.py` makes the toy's files; or name others by --data")
-    if jax.default_backend() != "cpu" and (config.peers or config.trl_peers):
+    if jax.default_backend() != "cpu" and (config.peers or config.trl_peers or config.dpo_peers):
         raise ValueError("peers are timed on CPUs only")
     gpt.start(config.seed)
     table = Table(config)
     limits = measure_machine(table, config)
-    sections = dict(train=measure_train, generate=measure_generate, ppo=measure_ppo, data=measure_data)
+    sections = dict(
+        train=measure_train, generate=measure_generate, ppo=measure_ppo, dpo=measure_dpo, data=measure_data
+    )  # fmt: skip
     for name in config.only:
         sections[name](table, config, limits)
     print(f"wrote {config.out}")

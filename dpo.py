@@ -15,7 +15,9 @@ Details that matter:
 3. The first step's loss is ln 2: policy and reference are the same model under the same forward pass.
 4. --precompute-ref writes the reference's log-probs beside the token cache, once for each model, tokenizer, length and
    file, and the reference leaves memory.
-5. --rounds N goes on with pairs of its own: sample candidates from the current policy, have them scored, train on best
+5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
+   gradients are those of two whole rows (--no-share-prefix).
+6. --rounds N goes on with pairs of its own: sample candidates from the current policy, have them scored, train on best
    against worst (iterative DPO, Xu et al. 2023, arXiv:2312.16682). The reference stays the first one, so that the
    KL that beta prices is to the model you started from.
 
@@ -25,7 +27,6 @@ Details that matter:
 """
 
 import hashlib
-import itertools
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -35,7 +36,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gpt
 
@@ -69,6 +69,7 @@ class Config:
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a candidate may have
 
+    share_prefix: bool = True  # compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
@@ -106,7 +107,7 @@ def dpo_loss(
         losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
     else:
         raise ValueError(f"unknown kind {kind!r}: dpo or robust")
-    mean = partial(weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
+    mean = partial(gpt.weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(chosen_rewards),
         "rewards/rejected": mean(rejected_rewards),
@@ -117,16 +118,10 @@ def dpo_loss(
     }
 
 
-def weighted_mean(x, weight):
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
-
-
 def pair_logprobs(model, batch, config: Config):
-    """log p of both completions (B, 2) of a batch of pairs (tokens, segments, mask (B, 2, T)), in one forward pass."""
+    """log p of both completions (B, 2) of a batch of pairs, in one forward pass."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-    logprobs = gpt.token_logprobs(model, flat["tokens"], flat["segments"], remat=config.remat)
-    return jnp.where(flat["mask"][:, 1:] > 0, logprobs, 0.0).sum(1).reshape(-1, 2)
+    return gpt.completion_logprobs(model, batch, config.remat)[0]
 
 
 def add_ref(ref, batch, config: Config):
@@ -144,7 +139,7 @@ def forward(policy, batch, config: Config):
     losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
     swapped, _ = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, **options)
     p = batch["label_p"]  # a soft label p = P(chosen is better), 1 where a row has none: the pair both ways round
-    loss = weighted_mean(p * losses + (1 - p) * swapped, batch["weight"])
+    loss = gpt.weighted_mean(p * losses + (1 - p) * swapped, batch["weight"])
     return loss, metrics | {"loss": loss}
 
 
@@ -154,10 +149,8 @@ def make_train_step(optimizer, config: Config):
         batch = add_ref(ref, batch, config)
         count = lambda batch: batch["weight"].sum()
         loss_fn = partial(forward, config=config)
-        (_, metrics), grads = gpt.gradients(loss_fn, state.policy, batch, config.micro_batches, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.policy, updates), opt_state), metrics
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
 
     return train_step
 
@@ -165,17 +158,8 @@ def make_train_step(optimizer, config: Config):
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def check_ref(tokenizer, config: Config):
-    name = config.ref or config.init
-    try:
-        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(gpt.find_folder(name)), config.init, name)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
-
-
 def load_ref(config: Config):
-    """The frozen reference, in the precision of the forward pass: arrays of its own, since the policy's are donated."""
-    return gpt.shard(gpt.cast(gpt.load(config.ref or config.init)[0], gpt.compute_dtype(config.dtype)))
+    return gpt.load_frozen(config.ref or config.init, config.dtype)
 
 
 def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
@@ -222,11 +206,7 @@ def load_labeller(config: Config, tokenizer):
     if ":" in config.reward:
         function = gpt.load_function(config.reward)
         return lambda batch, generation, texts, rows: gpt.check_scores(function(*texts, rows), len(rows))
-    model, theirs = gpt.load(config.reward)
-    if not isinstance(model, gpt.ScoreModel):
-        raise ValueError(f"{config.reward} is a language model, not a reward model: train one with reward.py")
-    gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.reward)
-    model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+    model = gpt.load_reward_model(config.reward, tokenizer, config.init, config.dtype)
     return lambda batch, generation, texts, rows: gpt.to_numpy(
         gpt.score(model, batch["tokens"], batch["segments"], generation.tokens, generation.mask, tokenizer.eos_id)
     )
@@ -253,7 +233,7 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
             policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
             pad=tokenizer.pad_id,
         )  # fmt: skip
-        questions = [tokenizer.decode(ids[m > 0]) for ids, m in zip(host["tokens"], host["segments"])]
+        questions = tokenizer.decode_rows(host["tokens"], host["segments"])
         sampled = [ids[m > 0].tolist() for ids, m in zip(*gpt.to_numpy((out.tokens, out.mask)))]
         answers = [tokenizer.decode(ids) for ids in sampled]
         scores = labeller(batch, out, (questions, answers), asked).tolist()
@@ -280,14 +260,8 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
 
 def evaluate(policy, ref, batches: gpt.Batches, tables, eval_step, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    total, count = {}, 0.0
-    for batch, new in itertools.islice(batches.once(), most):
-        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
-        n = batch["weight"].sum()
-        for name, value in gpt.to_numpy(eval_step(policy, ref, place(batch, tables))).items():
-            total[name] = total.get(name, 0.0) + n * value
-        count += n
-    return {f"val/{name}": value / count for name, value in total.items()}
+    means = gpt.heldout_means(batches, lambda batch: eval_step(policy, ref, place(batch, tables)), most)
+    return {f"val/{name}": value for name, value in means.items()}
 
 
 def round_at(step: int, first_round: int, config: Config) -> tuple[int, int]:
@@ -317,15 +291,17 @@ def main(config: Config):
     gpt.start(config.seed)
     check(config)
     policy, tokenizer = gpt.load(config.init)
-    check_ref(tokenizer, config)
+    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
-        seed=config.seed, skip_bad=config.skip_bad_rows,
+        seed=config.seed, skip_bad=config.skip_bad_rows, shared=config.share_prefix,
     )  # fmt: skip
     batches = load_pairs(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
+    for pairs in filter(None, (batches, heldout)):
+        gpt.check_context(policy, pairs)
     labeller = load_labeller(config, tokenizer) if config.rounds > 1 else None
 
     first_round = config.steps or batches.steps_per_epoch

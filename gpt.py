@@ -188,14 +188,18 @@ class Block(eqx.Module):
     down: Linear
     head_dim: int = eqx.field(static=True)
 
-    def __call__(self, x, rope, mask, cache=None, slot=0):
-        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`."""
+    def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
+        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`; a prefix's
+        (B / n, K, P, E) come before the own ones of n rows each."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = (lax.dynamic_update_slice(old, new, (0, 0, slot, 0)) for old, new in zip(cache, (k, v)))
+        if prefix is not None:
+            repeat = lambda old: jnp.repeat(old, len(x) // len(old), axis=0)
+            k, v = (jnp.concatenate([repeat(old), new], axis=2) for old, new in zip(prefix, (k, v)))
         a = attention(q, k, v, mask)
         x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = self.norm2(x)
@@ -216,9 +220,15 @@ class GPT(eqx.Module):
     head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
     config: Config = eqx.field(static=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
+    def __call__(
+        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, prefix=None
+    ) -> Float[Array, "B T D"]:
         """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
-        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule."""
+        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule.
+
+        With a `prefix`, (tokens, mask), both (B / n, P), each n rows continue one row of it, blind to each other:
+        answers to one prompt, which is computed once. A row is then one document.
+        """
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
         if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
@@ -226,12 +236,26 @@ class GPT(eqx.Module):
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
+        trunk = None
+        if prefix is not None:
+            n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
+            positions += jnp.repeat(real.sum(1), n)[:, None]
+            seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
+            mask = jnp.concatenate([seen, mask], -1)
+            trunk, trunk_rope = self.embed(prefix[0], segment_positions(prefix[1]))
+            trunk_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
         x, rope = self.embed(tokens, positions)
 
-        def layer(x, block):
-            return shard_batch(block(x, rope, mask)[0]), None
+        def layer(carry, block):
+            x, trunk = carry
+            keys_values = None
+            if trunk is not None:
+                trunk, keys_values = block(trunk, trunk_rope, trunk_mask)
+                trunk = shard_batch(trunk)
+            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), trunk), None
 
-        x, _ = lax.scan(jax.checkpoint(layer) if remat else layer, x, self.blocks, unroll=self.config.layers <= 8)
+        layer = jax.checkpoint(layer) if remat else layer
+        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=self.config.layers <= 8)
         return self.norm(x)
 
     def embed(self, tokens, positions):
@@ -377,9 +401,9 @@ HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in piec
 
 
 def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, prefix=None
 ) -> Float[Array, "B T-1"]:
-    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
+    """log p(tokens[:, t+1] | prefix, tokens[:, :t+1]) at every t; `prefix` as for `GPT`.
 
     The one place that owns the shift by one, drawn on a row of three:
         tokens     a    b    c
@@ -387,8 +411,21 @@ def token_logprobs(
         targets    b    c
         result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    hidden = model(tokens, segments, remat)
+    hidden = model(tokens, segments, remat, prefix)
     return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+
+
+def completion_logprobs(model: GPT, batch, remat: bool = False):
+    """(log p of each completion, the number of its tokens), from tokens, segments and mask (..., T): -> (...) each.
+
+    Sums over the tokens in `mask`, their EOS included. Where the batch has a `prefix` (`Batches` with `shared`), the
+    head, a third of the weights of a small GPT-2, works on the completions alone.
+    """
+    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
+    prefix = (batch["prefix"], batch["prefix_mask"]) if "prefix" in batch else None
+    logprobs, mask = token_logprobs(model, tokens, segments, remat=remat, prefix=prefix), mask[:, 1:] > 0
+    shape = batch["tokens"].shape[:-1]
+    return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
@@ -440,6 +477,11 @@ def map_columns(piece, width: int, *arrays):
 def masked_mean(x, mask):
     """Mean of x where mask is 1; 0 where nothing is."""
     return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)
+
+
+def weighted_mean(x, weight):
+    """Mean of x by weights that may be fractions; 0 where all are 0."""
+    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -641,6 +683,10 @@ class Tokenizer:
 
     def _name(self, token_id):
         return next((text for text, i in self.specials.items() if i == token_id), "")
+
+    def decode_rows(self, tokens, mask) -> list[str]:
+        """Texts of rows of ids (B, T), what is masked left out."""
+        return [self.decode(ids[m > 0]) for ids, m in zip(*to_numpy((tokens, mask)))]
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a conversation. Markers of the template may be special tokens; the contents of messages never are."""
@@ -883,6 +929,21 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
     model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
+
+
+def load_frozen(path, dtype: str) -> GPT | ScoreModel:
+    """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
+    of its own, since those of a model that learns are donated."""
+    return shard(cast(load(path)[0], compute_dtype(dtype)))
+
+
+def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder."""
+    model, theirs = load(path)
+    if not isinstance(model, ScoreModel):
+        raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
+    check_same_tokenizer(tokenizer, theirs, ours, path)
+    return shard(cast(model, compute_dtype(dtype)))
 
 
 def find_folder(path) -> Path:
@@ -1266,6 +1327,7 @@ class TokenData:
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
         self.extras = np.load(folder / "extras.npy", mmap_mode="r")  # (rows, len(EXTRAS))
         self.lengths = np.diff(self.starts).reshape(-1, self.sides)  # (rows, sides)
+        self.scored = np.load(folder / "scored.npy", mmap_mode="r").reshape(-1, self.sides)  # tokens with mask 1
         self.row_starts = np.load(folder / "row_starts.npy", mmap_mode="r")
 
     def __len__(self):
@@ -1288,7 +1350,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 3]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 4]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1315,7 +1377,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, extras, row_starts, dropped, truncated = [], [], [], Counter(), 0
+    lengths, scored, extras, row_starts, dropped, truncated = [], [], [], [], Counter(), 0
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1331,6 +1393,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if kind != "text" and kind != "prompts":
                     truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
                 lengths.append(len(ids))
+                scored.append(sum(mask))
                 tokens.write(np.asarray(ids, dtype).tobytes())
                 masks.write(np.asarray(mask, np.uint8).tobytes())
             known = {"pairs": EXTRAS[:3], "thumbs": EXTRAS}.get(kind, ())  # "label" of a text may be anything
@@ -1340,6 +1403,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 rows.write(json.dumps(row).encode() + b"\n")
     bar.close()
     np.save(folder / "starts.npy", np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64))
+    np.save(folder / "scored.npy", np.asarray(scored, np.int64))
     np.save(folder / "extras.npy", np.asarray(extras, np.float32).reshape(-1, len(EXTRAS)))
     np.save(folder / "row_starts.npy", np.asarray(row_starts, np.int64))
     if not lengths:
@@ -1380,6 +1444,14 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
         raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
 
 
+def check_reference(tokenizer: Tokenizer, init, ref):
+    """--ref and --init must read the same ids."""
+    try:
+        check_same_tokenizer(tokenizer, load_tokenizer(find_folder(ref)), init, ref)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+
+
 def file_hash(path) -> str:
     stat = os.stat(path)
     return _file_hash(path, stat.st_mtime_ns, stat.st_size)
@@ -1412,6 +1484,11 @@ class Batches:
     Rows of similar length share a batch (rows are sorted by length within windows of `window` batches), and each batch
     is padded to one of four widths: few compilations, little padding. With `packed`, single sequences are laid end to
     end in rows of `length` tokens instead, told apart by their segments.
+
+    With `shared`, what both rows of a pair begin with stands apart, in `prefix` and `prefix_mask` (B, P): the prompt
+    but its last token, which stays with the answers, so that in each row a token is predicted by the one before it.
+        prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                           c z            0 1
     """
 
     window = 50
@@ -1429,12 +1506,16 @@ class Batches:
         skip_bad=False,
         score_all=False,
         buckets=4,
+        shared=False,
     ):
         sources = parse_sources(data)
         self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
         self.weights = [weight for _, weight in sources]
         self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
         self.score_all, self.buckets = score_all, buckets  # score the prompt's tokens too; 1 bucket: no sorting
+        self.shared = shared
+        self.widths = [self._widths(data) for data in self.sets]
+        self.longest = np.max([widths.max(1) for widths in self.widths] + [[1, 1]], axis=0)
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
         processes = jax.process_count()
         if batch_size % processes:
@@ -1460,12 +1541,14 @@ class Batches:
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
         if self.packs is None and self.buckets > 1:
-            lengths = np.concatenate([data.lengths.max(1) for data in self.sets])
+            # rows of similar keys need little padding beside each other: prefixes in their buckets, then the rest
+            width, prefix = np.concatenate(self.widths, axis=1)
+            keys = prefix // bucket_step(self.longest[1], self.buckets, 16) * (self.length + 1) + width
             offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
             width = self.window * self.batch_size
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
-            keys = (lengths[offsets[w[:, 0]] + w[:, 1]] for w in windows)
-            picks = np.concatenate([w[np.argsort(key, kind="stable")] for w, key in zip(windows, keys)])
+            order = (np.argsort(keys[offsets[w[:, 0]] + w[:, 1]], kind="stable") for w in windows)
+            picks = np.concatenate([w[o] for w, o in zip(windows, order)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
     def picks(self, step: int) -> np.ndarray:
@@ -1492,19 +1575,34 @@ class Batches:
         if self.packs is not None:
             return self._packed(mine)
         if self.buckets == 1:
-            return self._padded(mine, max(int(data.lengths.max()) for data in self.sets))
-        longest = max(self.sets[s].lengths[r].max() for s, r in picks)  # of all processes: one shape everywhere
-        return self._padded(mine, bucket(longest, self.length, self.buckets))
+            return self._padded(mine, *self.longest)
+        # of all processes: one shape everywhere
+        width, prefix = np.max([self.widths[source][:, row] for source, row in picks], axis=0)
+        if not self.shared:
+            return self._padded(mine, bucket(width, self.length, self.buckets), 0)
+        # coarser steps, since widths of rows and of prefixes multiply
+        sizes = zip((width, prefix), self.longest)
+        return self._padded(mine, *(bucket(n, most, self.buckets, 16) for n, most in sizes))
 
-    def _padded(self, picks, width):
+    def _widths(self, data: TokenData) -> np.ndarray:
+        """(2, rows): the columns that a row needs, and those of its prefix."""
+        prefix = np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0) * self.shared
+        return np.stack([data.lengths.max(1) - prefix, prefix])
+
+    def _padded(self, picks, width, prefix):
         sides = self.sets[0].sides
         shape = (len(picks), sides, width)
         tokens = np.full(shape, self.pad, np.int32)
         mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+        before = np.full((len(picks), prefix), self.pad, np.int32)
+        before_mask = np.zeros_like(before)
         left = self.sets[0].kind == "prompts"  # prompts end where the response begins
         for i, (source, row) in enumerate(picks):
+            fork = int(self.widths[source][1, row])
             for side in range(sides):
                 ids, scored = self.sets[source].sequence(row, side)
+                before[i, :fork], before_mask[i, :fork] = ids[:fork], 1
+                ids, scored = ids[fork:], scored[fork:]
                 place = slice(width - len(ids), width) if left else slice(0, len(ids))
                 tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
@@ -1512,6 +1610,7 @@ class Batches:
         if self.score_all:
             batch["mask"] = segments
         batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
+        batch |= dict(prefix=before, prefix_mask=before_mask) if self.shared else {}
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
 
     def _packed(self, picks):
@@ -1543,10 +1642,23 @@ class Batches:
                 yield waiting.pop(0).result()
 
 
-def bucket(longest: int, length: int, buckets: int = 4) -> int:
+def check_context(model: GPT, batches: Batches):
+    """Learned positions end somewhere; rows and their prefixes count together."""
+    longest = max(int(data.lengths.max()) for data in batches.sets)
+    if model.config.gpt2 and longest > model.config.context:
+        raise ValueError(
+            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
+        )
+
+
+def bucket(longest: int, length: int, buckets: int = 4, multiple: int = 8) -> int:
     """The narrowest of `buckets` widths up to `length` that holds `longest`."""
-    step = -(-length // buckets // 8) * 8 or 8
+    step = bucket_step(length, buckets, multiple)
     return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
+
+
+def bucket_step(length: int, buckets: int, multiple: int) -> int:
+    return -(-length // buckets // multiple) * multiple or multiple
 
 
 def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:
@@ -1710,6 +1822,24 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
     return lax.scan(add, zeros, (parts, weights))[0]
+
+
+def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
+    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
+    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
+    updates, opt_state = optimizer.update(grads, opt_state, model)
+    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
+    """Metrics by eval_step(batch), averaged over the rows (by weight) of the first `most` batches."""
+    total, count = Counter(), 0.0
+    for batch, new in itertools.islice(batches.once(), most):
+        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
+        n = float(batch["weight"].sum())
+        total.update({name: n * float(value) for name, value in to_numpy(eval_step(batch)).items()})
+        count += n
+    return {name: value / count for name, value in total.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -27,7 +27,6 @@ Details that matter:
     python ipo_kto.py --loss kto --init out/hh-sft --data data/hh/pairs.jsonl --length 512 --lr 1e-6 --beta 0.1
 """
 
-import itertools
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -36,7 +35,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gpt
 
@@ -63,6 +61,7 @@ class Config:
     desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
+    share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
@@ -89,7 +88,7 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, tau=0.1, 
     """
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     losses = (chosen - rejected - 1 / (2 * tau)) ** 2  # eq. 17
-    mean = partial(weighted_mean, weight=jnp.ones_like(losses) if weight is None else weight)
+    mean = partial(gpt.weighted_mean, weight=jnp.ones_like(losses) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(tau * chosen),  # in units where the margin aimed at is 1/2
         "rewards/rejected": mean(tau * rejected),
@@ -121,9 +120,9 @@ def kto_loss(policy, ref, label, z0, beta=0.1, desirable_weight=1.0, undesirable
     weight = jnp.ones_like(policy) if weight is None else weight
     metrics = {}
     for name, side in (("chosen", up), ("rejected", ~up)):
-        metrics[f"rewards/{name}"] = weighted_mean(rewards, weight * side)
-        metrics[f"logps/{name}"] = weighted_mean(policy, weight * side)
-        metrics[f"share/{name}"] = weighted_mean(side, weight)
+        metrics[f"rewards/{name}"] = gpt.weighted_mean(rewards, weight * side)
+        metrics[f"logps/{name}"] = gpt.weighted_mean(policy, weight * side)
+        metrics[f"share/{name}"] = gpt.weighted_mean(side, weight)
     return jnp.where(up, desirable, undesirable), metrics
 
 
@@ -138,25 +137,19 @@ def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------- the step
 
 
-def weighted_mean(x, weight):
-    return (x * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
-
-
 def completion_logprobs(model, batch, config: Config):
-    """log p of each completion from tokens, segments, mask (..., T), in one forward pass: -> (...).
+    """log p of each completion, (B,) of answers or (B, 2) of pairs, in one forward pass.
 
-    For pairs (B, 2): which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
+    For pairs: which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
     response, hence the sum, and the optimum is ref(y) exp(p(y beats ref) / tau) / Z. TRL and HALOs take the mean over
     the response's tokens: tau then prices a token, and the optimum is ref(y) exp(|y| (p(y beats ref) / tau + c)), which
     favours long responses where p is high. The loss has the same value at both optima: it cannot tell them apart.
     """
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
-    mask = mask[:, 1:] > 0
-    logprobs = jnp.where(mask, gpt.token_logprobs(model, tokens, segments, remat=config.remat), 0.0).sum(1)
+    logprobs, counts = gpt.completion_logprobs(model, batch, config.remat)
     if config.loss == "ipo" and config.reduction == "mean":
-        logprobs = logprobs / jnp.maximum(mask.sum(1), 1)  # each response by its own count, prompt tokens not in it
-    return logprobs.reshape(batch["tokens"].shape[:-1])
+        logprobs = logprobs / jnp.maximum(counts, 1)  # each response by its own count, prompt tokens not in it
+    return logprobs
 
 
 def forward(policy, batch, config: Config):
@@ -165,13 +158,13 @@ def forward(policy, batch, config: Config):
     if config.loss == "kto":
         lambdas = config.desirable_weight, config.undesirable_weight
         losses, metrics = kto_loss(logps, ref, batch["label"], batch["z0"], config.beta, *lambdas, weight)
-        loss = weighted_mean(losses, weight)
-        return loss, class_sums(metrics) | {"loss": loss, "z0": weighted_mean(batch["z0"], weight)}
+        loss = gpt.weighted_mean(losses, weight)
+        return loss, class_sums(metrics) | {"loss": loss, "z0": gpt.weighted_mean(batch["z0"], weight)}
     (chosen, rejected), (ref_chosen, ref_rejected) = logps.T, ref.T
     losses, metrics = ipo_loss(chosen, rejected, ref_chosen, ref_rejected, config.tau, weight)
     swapped, _ = ipo_loss(rejected, chosen, ref_rejected, ref_chosen, config.tau)
     p = batch["label_p"]  # a soft label p = P(chosen is better), 1 where a row has none: the pair both ways round
-    loss = weighted_mean(p * losses + (1 - p) * swapped, weight)
+    loss = gpt.weighted_mean(p * losses + (1 - p) * swapped, weight)
     return loss, metrics | {"loss": loss}
 
 
@@ -194,10 +187,8 @@ def make_train_step(optimizer, config: Config):
         batch = with_ref(ref, batch, z0, config)
         count = lambda batch: batch["weight"].sum()
         loss_fn = partial(forward, config=config)
-        (_, metrics), grads = gpt.gradients(loss_fn, state.policy, batch, config.micro_batches, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.policy)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.policy, updates), opt_state), metrics
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
 
     return train_step
 
@@ -238,15 +229,8 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 
 def evaluate(policy, ref, batches: gpt.Batches, z0_of, eval_step, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
-    total, count = {}, 0.0
-    for batch, new in itertools.islice(batches.once(), most):
-        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
-        n = batch["weight"].sum()
-        metrics = eval_step(policy, ref, gpt.put_batch(batch), z0_of(policy, ref, batch))
-        for name, value in gpt.to_numpy(metrics).items():
-            total[name] = total.get(name, 0.0) + n * value
-        count += n
-    metrics = {name: value / count for name, value in total.items()}
+    step = lambda batch: eval_step(policy, ref, gpt.put_batch(batch), z0_of(policy, ref, batch))
+    metrics = gpt.heldout_means(batches, step, most)
     return {f"val/{k}": v for k, v in (class_means(metrics) if config.loss == "kto" else metrics).items()}
 
 
@@ -283,29 +267,24 @@ def with_class_weights(config: Config, batches: gpt.Batches) -> Config:
     return replace(config, desirable_weight=weights[0], undesirable_weight=weights[1])
 
 
-def check_ref(tokenizer, config: Config):
-    name = config.ref or config.init
-    try:
-        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(gpt.find_folder(name)), config.init, name)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
-
-
 def main(config: Config):
     gpt.start(config.seed)
     config = resolve(config)
     kto = config.loss == "kto"
     policy, tokenizer = gpt.load(config.init)
-    check_ref(tokenizer, config)
+    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: its arrays are donated
-    ref = gpt.shard(gpt.cast(gpt.load(config.ref or config.init)[0], gpt.compute_dtype(config.dtype)))
+    ref = gpt.load_frozen(config.ref or config.init, config.dtype)
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
+        shared=config.share_prefix and not kto,
     )  # fmt: skip
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_rows(heldout) if heldout else None
+    for rows in filter(None, (batches, heldout)):
+        gpt.check_context(policy, rows)
     config = with_class_weights(config, batches) if kto else config
 
     steps = config.steps or batches.steps_per_epoch

@@ -336,14 +336,7 @@ def load_rewards(config: Config, tokenizer):
     if len(config.reward) == 1 and ":" in config.reward[0]:
         return [], gpt.load_function(config.reward[0])
     folders = [folder for name in config.reward for folder in (sorted(Path(name).glob("member-*")) or [name])]
-    models = []
-    for folder in folders:
-        model, theirs = gpt.load(folder)
-        if not isinstance(model, gpt.ScoreModel):
-            raise ValueError(f"{folder} is a language model, not a reward model: train one with reward.py")
-        gpt.check_same_tokenizer(tokenizer, theirs, config.init, folder)
-        models.append(gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype))))
-    return models, None
+    return [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype) for folder in folders], None
 
 
 def score_responses(models, function, batch, generation, texts, rows, eos: int, config: Config):
@@ -402,14 +395,6 @@ class Watch:
             self.warn(text)
 
 
-def decode_texts(tokenizer, batch, generation):
-    """(prompts, responses) as text, without padding and special tokens."""
-    prompts = [tokenizer.decode(ids[m > 0]) for ids, m in zip(batch["tokens"], batch["segments"])]
-    return prompts, [
-        tokenizer.decode(ids[m > 0]) for ids, m in zip(*gpt.to_numpy((generation.tokens, generation.mask)))
-    ]
-
-
 # ---------------------------------------------------------------------------------------------------- main
 
 
@@ -452,7 +437,8 @@ def main(config: Config):
         batch = gpt.put_batch(host_batch)
         # 1 sample responses and score them
         generation = sample(state.policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
-        texts, rows = decode_texts(tokenizer, host_batch, generation), prompts.rows(host_batch)
+        questions = tokenizer.decode_rows(host_batch["tokens"], host_batch["segments"])
+        texts, rows = (questions, tokenizer.decode_rows(generation.tokens, generation.mask)), prompts.rows(host_batch)
         scores, metrics = score_responses(models, function, batch, generation, texts, rows, tokenizer.eos_id, config)
         # 2, 3 rewards and advantages
         rollout, more = make_rollout(state, ref, batch, generation, scores, config)

@@ -89,7 +89,7 @@ def bradley_terry_loss(chosen, rejected, margin=0.0, label_smoothing=0.0, center
     d = chosen - rejected - margin
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(d) - label_smoothing * jax.nn.log_sigmoid(-d)
     losses = losses + center * (chosen + rejected) ** 2
-    loss = (losses * weight).sum() / jnp.maximum(weight.sum(), 1e-9)
+    loss = gpt.weighted_mean(losses, weight)
     both = jnp.concatenate([chosen, rejected])
     metrics = {
         "loss": loss,
@@ -125,10 +125,8 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, batch):
         loss_fn = partial(forward, config=config)
         count = lambda batch: batch["weight"].sum()
-        (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.model, updates), opt_state), metrics
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
 
     return train_step
 

@@ -24,7 +24,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 import gpt
 
@@ -111,10 +110,8 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, batch, teacher=None):
         loss_fn = partial(forward, config=config, teacher=teacher)
         count = partial(count_items, config=config)
-        (_, metrics), grads = gpt.gradients(loss_fn, state.model, batch, config.micro_batches, count)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.model)
-        metrics["grad_norm"] = optax.tree.norm(grads)
-        return State(optax.apply_updates(state.model, updates), opt_state), metrics
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
 
     return train_step
 

@@ -1,12 +1,14 @@
-"""The peer that bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer.
+"""The peer that bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer and DPOTrainer.
 
-Run by bench.py in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets); nothing of
-this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all is warm; then each
-line on stdin has the work done once, and a line {"seconds": ...} answers.
+Run by bench.py in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for dpo TRL
+1.16); nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all
+is warm; then each line on stdin has the work done once, and a line {"seconds": ..., "peak": ...} answers: the bytes by
+which the process's resident memory has grown, at its peak, since its libraries were loaded.
 
 What is equal: sizes and family of the model, batch, precision, number of threads, what a step does (forward, backward,
 clipping, AdamW), sampling from the whole vocabulary, and in PPO four models with their own weights, 4 epochs of 4
-minibatches with an optimiser step each, responses of full length. Weights are random on both sides.
+minibatches with an optimiser step each, responses of full length. In DPO a frozen reference that is asked in the step;
+metrics are computed, not logged. Weights are random on both sides.
 """
 
 import json
@@ -83,16 +85,37 @@ def prepare_generate(work: dict):
     return generate
 
 
-def run_ppo(work: dict):
-    """TRL's trainer owns the loop: a callback at the end of each iteration reports its seconds and waits."""
-    import datasets
-    import tokenizers
-    import trl
+class Clock(transformers.TrainerCallback):
+    """TRL's trainers own the loop: at the end of each iteration this reports its seconds and waits."""
 
-    shape, rows = work["shape"], work["rows"]
+    def __init__(self):
+        self.done, self.start, self.loaded = 0, 0.0, resident_peak()
+
+    def on_step_end(self, args, state, control, **_):
+        self.done += 1
+        if self.done == WARM_UP:
+            say(versions=versions())
+        elif self.done > WARM_UP:
+            say(seconds=time.perf_counter() - self.start, peak=resident_peak() - self.loaded)
+        if self.done >= WARM_UP and not sys.stdin.readline():
+            os._exit(0)
+        self.start = time.perf_counter()
+
+
+def word_tokenizer(shape: dict):
+    import tokenizers
+
     words = {f"w{i}": i for i in range(shape["vocab_size"])} | {"<pad>": shape["vocab_size"]}  # <pad> never occurs
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, "w0"))
-    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<pad>")
+
+
+def run_ppo(work: dict):
+    import datasets
+    import trl
+
+    trainer, clock = trl.PPOTrainer, Clock()
+    shape, rows, tokenizer = work["shape"], work["rows"], word_tokenizer(work["shape"])
     classifier = lambda: transformers.AutoModelForSequenceClassification.from_config(
         model_config(shape, num_labels=1, pad_token_id=shape["vocab_size"]), attn_implementation="sdpa"
     )
@@ -108,24 +131,45 @@ def run_ppo(work: dict):
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
     )  # fmt: skip
 
-    class Clock(transformers.TrainerCallback):
-        done, start = 0, 0.0
-
-        def on_step_end(self, args, state, control, **_):
-            self.done += 1
-            if self.done == WARM_UP:
-                say(versions=versions())
-            elif self.done > WARM_UP:
-                say(seconds=time.perf_counter() - self.start)
-            if self.done >= WARM_UP and not sys.stdin.readline():
-                os._exit(0)
-            self.start = time.perf_counter()
-
-    trl.PPOTrainer(
+    trainer(
         args=settings, processing_class=tokenizer, model=policy, ref_model=ref, reward_model=classifier(),
-        value_model=classifier(), train_dataset=prompts, eval_dataset=prompts, callbacks=[Clock()],
+        value_model=classifier(), train_dataset=prompts, eval_dataset=prompts, callbacks=[clock],
         data_collator=lambda rows: {"input_ids": torch.tensor([row["input_ids"] for row in rows])},
     ).train()  # fmt: skip
+
+
+def run_dpo(work: dict):
+    import datasets
+    import trl
+
+    class Trainer(trl.DPOTrainer):
+        def _prepare_dataset(self, dataset, *_):  # it is tokenised already
+            return dataset
+
+    clock = Clock()
+    rows, policy, ref = work["rows"], language_model(work["shape"]), language_model(work["shape"])
+    ref.load_state_dict(policy.state_dict())
+    draw = lambda size: torch.randint(0, work["shape"]["vocab_size"], (4 * rows, size)).tolist()
+    pairs = dict(prompt_ids=draw(work["tokens"]), chosen_ids=draw(work["new"]), rejected_ids=draw(work["new"]))
+    settings = trl.DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+        max_steps=10_000, max_length=None, precompute_ref_log_probs=False, max_grad_norm=1.0, optim="adamw_torch_fused",
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
+        gradient_checkpointing=False, dataloader_pin_memory=False,
+    )  # fmt: skip
+    Trainer(
+        args=settings, processing_class=word_tokenizer(work["shape"]), model=policy, ref_model=ref,
+        train_dataset=datasets.Dataset.from_dict(pairs), callbacks=[clock],
+    ).train()  # fmt: skip
+
+
+def resident_peak() -> int:
+    """Bytes. Not getrusage's: on Linux a new program inherits there what the one that started it had."""
+    try:
+        with open("/proc/self/status") as lines:
+            return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
+    except OSError:
+        return 0
 
 
 def versions() -> dict:
@@ -137,8 +181,8 @@ def versions() -> dict:
 
 def main(work: dict):
     torch.manual_seed(0)
-    if work["work"] == "ppo":
-        return run_ppo(work)
+    if work["work"] in ("ppo", "dpo"):
+        return {"ppo": run_ppo, "dpo": run_dpo}[work["work"]](work)
     once = {"train": prepare_train, "generate": prepare_generate}[work["work"]](work)
     for _ in range(WARM_UP):
         once()

@@ -18,7 +18,7 @@ work = json.loads(sys.argv[1])
 assert {"work", "shape", "rows", "tokens"} <= work.keys()
 print(json.dumps({"versions": {"fake": "1.0"}}), flush=True)
 for line in sys.stdin:
-    print(json.dumps({"seconds": 100.0}), flush=True)
+    print(json.dumps({"seconds": 100.0, "peak": 5_000_000}), flush=True)
 """
 
 
@@ -70,6 +70,31 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     parts = [rows[f"PPO {part}"]["seconds"]["all"] for part in ("rollout", "scoring", "update")]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
     assert json.loads((tmp_path / "bench.json").read_text())["peers"] == {"fake": "1.0"}
+
+
+def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch):
+    peer = tmp_path / "peer.py"
+    peer.write_text(PEER)
+    monkeypatch.setattr(bench, "PEERS", peer)
+    rows = [row for name, row in measure(tmp_path, "dpo", dpo_peers=Path(sys.executable)).items() if "DPO" in name]
+    assert [row["name"].split(", ")[-1] for row in rows] == ["as TRL does it", "reference precomputed"] * 2
+    for row in rows:
+        assert row["times_peer"] == pytest.approx(100 / row["seconds"]["median"])
+        assert row["memory"] > 0 and row["peer_memory"] == 5_000_000 and row["share_of_bound"] > 0
+    assert rows[1]["memory"] < rows[0]["memory"]  # no reference, shorter rows
+
+
+def test_pairs_with_a_prefix_are_the_same_pairs_and_less_work():
+    shape = bench.shapes(quick=True)["toy GPT-2"]
+    model = gpt.init(shape, jax.random.key(0))
+    whole, shared = (bench.random_pairs(shape, 4, 8, 6, s) for s in (False, True))
+    np.testing.assert_allclose(*(gpt.completion_logprobs(model, b)[0] for b in (whole, shared)), rtol=1e-5)
+    weights, head, scores = bench.multiplied_weights(model), model.wte.size, 12 * shape.layers * shape.dim
+    tokens = 4 * (7 + 2 * 7)  # prefixes, and rows that begin with the prompt's last token
+    body = 6 * (weights - head) * tokens + 6 * head * 4 * 2 * 7
+    attention = scores * 4 * (7 * 7 + 2 * 7 * (7 + 7))
+    assert bench.pair_flops(model, shared, shared=True) == body + attention
+    assert bench.pair_flops(model, whole, shared=False) == bench.training_flops(model, 8, 14) * 4 / 3
 
 
 def test_a_peer_that_stops_is_named(tmp_path, monkeypatch):

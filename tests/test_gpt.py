@@ -278,6 +278,62 @@ def test_rematerialisation_changes_nothing(llama, tokens):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), kept, again)
 
 
+# prefixes -------------------------------------------------------------------------------------------------------------
+
+
+def pairs_with_and_without_prefix(prompts=(5, 1, 3), answers=((4, 6), (2, 1), (5, 5))):
+    """The same pairs as two rows each, and as rows that continue a prefix: batches for `completion_logprobs`."""
+    rng, B = np.random.default_rng(3), len(prompts)
+    whole = {name: np.zeros((B, 2, 12), np.int32) for name in ("tokens", "segments", "mask")}
+    shared = {name: np.zeros((B, 2, 8), np.int32) for name in whole}
+    shared |= {name: np.zeros((B, 6), np.int32) for name in ("prefix", "prefix_mask")}
+    for i, p in enumerate(prompts):
+        prompt = rng.integers(4, V, p)
+        shared["prefix"][i, : p - 1], shared["prefix_mask"][i, : p - 1] = prompt[:-1], 1
+        for side, size in enumerate(answers[i]):
+            ids = np.concatenate([prompt, rng.integers(4, V, size)])
+            for batch, start in ((whole, 0), (shared, p - 1)):
+                n = len(ids) - start
+                batch["tokens"][i, side, :n], batch["segments"][i, side, :n] = ids[start:], 1
+                batch["mask"][i, side, p - start : n] = 1
+    return whole, shared
+
+
+@partial(jax.jit, static_argnames="remat")
+@partial(jax.value_and_grad, argnums=0, has_aux=True)
+def margin_and_gradient(model, batch, remat):
+    logps, counts = gpt.completion_logprobs(model, batch, remat)
+    return (logps[:, 0] - 0.7 * logps[:, 1]).mean(), (logps, counts)
+
+
+def test_answers_to_a_prefix_have_the_logprobs_and_gradients_of_whole_rows(model):
+    """Prompts of 5, 1 and 3 tokens, answers of different lengths; recomputed activations change nothing."""
+    whole, shared = pairs_with_and_without_prefix()
+    (_, (expected, counts)), gradient = margin_and_gradient(model, whole, remat=False)
+    assert counts.tolist() == [[4, 6], [2, 1], [5, 5]]
+    for remat in (False,) if model.config.gpt2 else (False, True):
+        (_, (found, same_counts)), same_gradient = margin_and_gradient(model, shared, remat=remat)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(same_counts, counts)
+        for a, b in zip(jax.tree.leaves(same_gradient), jax.tree.leaves(gradient), strict=True):
+            scale = max(np.abs(b).max(), 1)
+            np.testing.assert_allclose(a / scale, b / scale, rtol=1e-5, atol=2e-5)  # in float64 they agree to 1e-14
+
+
+def test_an_answer_is_blind_to_the_other_answer_and_to_padding(model):
+    _, shared = pairs_with_and_without_prefix()
+    changed = {name: x.copy() for name, x in shared.items()}
+    changed["tokens"][:, 0, 1:] = np.where(changed["segments"][:, 0, 1:] > 0, 4, 0)  # all of each chosen answer
+    padding = (changed["segments"] == 0), (changed["prefix_mask"] == 0)
+    changed["tokens"][padding[0]], changed["prefix"][padding[1]] = 7, 9
+    logps = lambda batch: np.asarray(margin_and_gradient(model, batch, remat=False)[0][1][0])
+    before, after = logps(shared), logps(changed)
+    np.testing.assert_array_equal(before[:, 1], after[:, 1])
+    assert (before[:, 0] != after[:, 0]).all()
+    changed["prefix"][0, 0] = 3 + changed["prefix"][0, 0] % 4  # the prompt itself counts
+    assert (logps(changed)[0] != after[0]).all()
+
+
 # generation -----------------------------------------------------------------------------------------------------------
 
 
