@@ -918,7 +918,7 @@ def note(axis, text: str, x: float, y: float, color, above: bool):
 
 
 CURVES = {  # what is worth a panel, in this order, where a run has it; and its unit
-    "loss": "", "val/loss": "nats a token", "accuracy": "share of pairs", "margin": "score",
+    "loss": "", "val/loss": "", "accuracy": "share of pairs", "margin": "score",
     "objective/scores": "score", "eval/gold": "gold", "objective/kl_exact": "nats a response",
     "objective/entropy": "nats a response", "response_length": "tokens", "rewards/accuracies": "share of pairs",
     "rewards/margins": "beta x nats", "logps/chosen": "nats a response", "logps/rejected": "nats a response",
