@@ -33,7 +33,6 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import lax
 
 import gpt
@@ -277,7 +276,11 @@ def make_rollout(state: State, ref, batch, generation, scores, config: Config):
 
 
 def make_update(policy_optimizer, critic_optimizer, config: Config):
-    """update(state, rollout, rows) -> (state, metrics): one optimiser step of policy and critic on these rows."""
+    """update(state, rollout, rows) -> (state, metrics): one optimiser step of policy and critic on these rows.
+
+    Two programs and not one: XLA:CPU works on what is independent side by side, and a policy's and a critic's gradients
+    in one program took 1.7 times as long as one after the other.
+    """
 
     def policy_objective(policy, part: Rollout):
         logprobs, _, _ = policy_forward(policy, part, config)
@@ -287,23 +290,27 @@ def make_update(policy_optimizer, critic_optimizer, config: Config):
         values = critic_forward(critic, part, config)
         return value_loss(values, part.values, part.returns, part.mask, config.clip_value)
 
-    count = lambda part: part.mask.sum()
-
-    @partial(jax.jit, donate_argnums=0, static_argnames="train_policy")
-    def update(state: State, rollout: Rollout, rows, train_policy=True):
+    def descend(optimizer, objective, model, opt_state, rollout, rows):
         part = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
-        (_, metrics), grads = gpt.gradients(critic_objective, state.critic, part, config.micro_batches, count)
-        updates, critic_opt = critic_optimizer.update(grads, state.critic_opt, state.critic)
-        state = state._replace(critic=optax.apply_updates(state.critic, updates), critic_opt=critic_opt)
+        count = lambda part: part.mask.sum()
+        return gpt.descend(optimizer, objective, model, opt_state, part, config.micro_batches, count)
+
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update_policy(policy, opt_state, rollout, rows):
+        *new, metrics = descend(policy_optimizer, policy_objective, policy, opt_state, rollout, rows)
+        if config.target_kl:  # too far from the sampler already: no step from here
+            near = metrics["policy/approxkl_k3"] <= config.target_kl
+            new = jax.tree.map(partial(jnp.where, near), new, [policy, opt_state])
+        return *new, metrics
+
+    update_critic = jax.jit(partial(descend, critic_optimizer, critic_objective), donate_argnums=(0, 1))
+
+    def update(state: State, rollout: Rollout, rows, train_policy=True):
+        critic, critic_opt, metrics = update_critic(state.critic, state.critic_opt, rollout, rows)
+        state = state._replace(critic=critic, critic_opt=critic_opt)
         if train_policy:
-            (_, more), grads = gpt.gradients(policy_objective, state.policy, part, config.micro_batches, count)
-            updates, policy_opt = policy_optimizer.update(grads, state.policy_opt, state.policy)
-            new = optax.apply_updates(state.policy, updates), policy_opt
-            if config.target_kl:  # too far from the sampler already: no step from here
-                near = more["policy/approxkl_k3"] <= config.target_kl
-                new = jax.tree.map(partial(jnp.where, near), new, (state.policy, state.policy_opt))
-            state = state._replace(policy=new[0], policy_opt=new[1])
-            metrics |= more | {"grad_norm": optax.tree.norm(grads)}
+            policy, policy_opt, more = update_policy(state.policy, state.policy_opt, rollout, rows)
+            state, metrics = state._replace(policy=policy, policy_opt=policy_opt), metrics | more
         return state, metrics
 
     return update
