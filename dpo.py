@@ -22,7 +22,8 @@ Details that matter:
    KL that beta prices is to the model you started from.
 
     python dpo.py                                                            # out/sft + data/toy/pairs.jsonl -> out/dpo
-    python dpo.py --rounds 3 --reward out/reward --out out/dpo-rounds
+    python dpo.py --rounds 3 --reward out/reward --out out/dpo-rounds        # then two rounds on pairs of its own
+    python dpo.py --data none --rounds 4 --reward mine:judge --out out/dpo-own
     python dpo.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-dpo --length 512 --lr 1e-6 --beta 0.1
 """
 
@@ -44,7 +45,7 @@ import gpt
 class Config:
     init: str = "out/sft"  # policy to start from
     ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
-    data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
+    data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several; none: rounds alone
     heldout: str | None = None  # pairs for validation (default: NAME-heldout.jsonl beside --data, if there)
     out: Path = Path("out/dpo")  # run folder
     steps: int | None = None  # optimiser steps on --data (default: one epoch)
@@ -278,6 +279,10 @@ def check(config: Config):
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
     if jax.process_count() > 1 and (config.precompute_ref or config.rounds > 1):
         raise ValueError("--precompute-ref and --rounds work in one process: run them on one host first")
+    if config.data == ("none",):
+        if config.rounds < 2:
+            raise ValueError("--data none leaves the policy's own pairs to learn from: give --rounds 2 or more")
+        return
     try:
         config.skip_bad_rows or gpt.find_kind(config.data, ("pairs",))
     except gpt.BadRow as error:
@@ -297,14 +302,14 @@ def main(config: Config):
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
         seed=config.seed, skip_bad=config.skip_bad_rows, shared=config.share_prefix,
     )  # fmt: skip
-    batches = load_pairs(config.data)
-    heldout = config.heldout or gpt.heldout_file(config.data)
+    batches = None if config.data == ("none",) else load_pairs(config.data)
+    heldout = config.heldout or (gpt.heldout_file(config.data) if batches else None)
     heldout = load_pairs(heldout) if heldout else None
     for pairs in filter(None, (batches, heldout)):
         gpt.check_context(policy, pairs)
     labeller = load_labeller(config, tokenizer) if config.rounds > 1 else None
 
-    first_round = config.steps or batches.steps_per_epoch
+    first_round = (config.steps or batches.steps_per_epoch) if batches else 0
     steps = first_round + (config.rounds - 1) * config.round_steps
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
@@ -312,7 +317,7 @@ def main(config: Config):
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])
 
-    run = gpt.Run(config, steps, batches.hashes)
+    run = gpt.Run(config, steps, batches.hashes if batches else {config.prompts: gpt.file_hash(config.prompts)})
     state, first = run.restore(state)
     if first == 0:
         for file in config.out.glob("pairs-round-*.jsonl"):  # of the run before

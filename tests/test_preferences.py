@@ -762,6 +762,15 @@ def test_dpo_stopped_in_a_round_and_resumed_is_bit_identical(dpo_run, world):
     assert same(gpt.load(world.root / "resumed")[0], gpt.load(config.out)[0])
 
 
+def test_dpo_learns_from_its_own_pairs_alone(world):
+    config = world.dpo("own", data=("none",), steps=None, rounds=2, round_steps=12)
+    dpo.main(config)
+    steps = log(config.out)
+    assert len(steps) == 12 and (config.out / "pairs-round-1.jsonl").exists()
+    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
+    assert np.mean([row["rewards/margins"] for row in steps[6:]]) > 0
+
+
 def test_dpo_overwrite_empties_the_folder_of_old_rounds(dpo_run, world):
     again = world.root / "again"
     again.mkdir()
@@ -915,6 +924,7 @@ def strangers(world, tmp_path_factory):
         ("dpo", dict(ref="ref", precompute_ref=True), "another tokenizer.*Give --ref a model"),
         ("ipo", dict(ref="ref"), "another tokenizer.*Give --ref a model with the tokenizer of --init"),
         ("dpo", dict(label_smoothing=0.5, kind="robust"), "--label-smoothing 0.5: the share of wrong labels"),
+        ("dpo", dict(data="none"), "--data none leaves the policy's own pairs to learn from: give --rounds"),
         ("dpo", dict(rounds=2, reward="sft"), "is a language model, not a reward model: train one with reward.py"),
         ("dpo", dict(rounds=2, reward="my_labels:nowhere"), "cannot load my_labels:nowhere"),
         ("dpo", dict(rounds=2, steps=1, reward="my_labels:equal"), "round 1: 0 of 64 prompts.*raise --candidates"),
