@@ -140,7 +140,6 @@ class Table:
             command=shlex.join(sys.argv),
             machine=machine_info(),
             versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, np)},
-            peers={},
             config={name: str(value) for name, value in vars(config).items()},
         )
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -159,7 +158,7 @@ class Table:
             row["share_of_bound"] = work / np.median(seconds) / limit
         if len(theirs):
             row |= {"peer_seconds": spread(theirs), "times_peer": float(np.median(theirs) / np.median(seconds))}
-            self.info["peers"] |= peer.versions
+            row["peer"] = peer.versions  # the sections' peers live in environments of their own
             if peer.peak:
                 row["peer_memory"] = peer.peak
         self.rows.append(row)

@@ -69,7 +69,7 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     assert row["times_peer"] == pytest.approx(100 / row["seconds"]["median"])
     parts = [rows[f"PPO {part}"]["seconds"]["all"] for part in ("rollout", "scoring", "update")]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
-    assert json.loads((tmp_path / "bench.json").read_text())["peers"] == {"fake": "1.0"}
+    assert row["peer"] == {"fake": "1.0"}
 
 
 def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch):
