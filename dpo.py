@@ -69,6 +69,7 @@ class Config:
     candidates: int = 4  # answers a prompt; the best and the worst become a pair
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a candidate may have
+    keep_truncated: bool = False  # candidates that did not end by then count too (for models that rarely end)
 
     share_prefix: bool = True  # compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -213,44 +214,64 @@ def load_labeller(config: Config, tokenizer):
     )
 
 
-def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Config):
-    """Best against worst of each prompt's candidates, as the current policy writes them: rows in `path`.
+class Candidate(NamedTuple):
+    score: float
+    text: str
+    ended: bool
 
-    A candidate is left out if its text is not read back as the ids that were sampled (special tokens among them, or no
-    EOS at the end: a row has one always). Ties make no pair.
-    """
+
+def sample_candidates(policy, tokenizer, labeller, prompts, host, key, config: Config) -> list[list[Candidate]]:
+    """--candidates answers of the current policy to each prompt of a batch, scored; those that cannot be used left out:
+    their text is not read back as the ids that were sampled (special tokens among them), or they did not end."""
+    K = config.candidates
+    asked = [row for row in prompts.rows(host) for _ in range(K)]  # row r of the batch is K rows from r * K
+    batch = gpt.put_batch({name: np.repeat(host[name], K, axis=0) for name in ("tokens", "segments")})
+    out = gpt.generate(
+        policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
+        pad=tokenizer.pad_id,
+    )  # fmt: skip
+    sampled = [ids[m > 0].tolist() for ids, m in zip(*gpt.to_numpy((out.tokens, out.mask)))]
+    questions, texts = tokenizer.decode_rows(batch["tokens"], batch["segments"]), list(map(tokenizer.decode, sampled))
+    scores = labeller(batch, out, (questions, texts), asked).tolist()
+    groups = [[] for _ in range(len(asked) // K)]
+    for i, (score, text, ids) in enumerate(zip(scores, texts, sampled)):
+        ended = ids[-1] == tokenizer.eos_id
+        whole = gpt.encode_completion(text, tokenizer) if text.strip() else []
+        if whole[: None if ended else -1] == ids and (ended or config.keep_truncated):
+            groups[i // K].append(Candidate(score, text, ended))
+    return groups
+
+
+def best_against_worst(prompt, candidates: list[Candidate]) -> dict | None:
+    """A row of the pairs' format; none where all scores are equal."""
+    ranked = sorted(candidates)
+    if not ranked or ranked[0].score == ranked[-1].score:
+        return None
+    sides = {"chosen": ranked[-1], "rejected": ranked[0]}
+    row = {"prompt": prompt} | {side: c.text for side, c in sides.items()}
+    row |= {f"score_{side}": c.score for side, c in sides.items()}
+    return row | {"truncated": [side for side, c in sides.items() if not c.ended]}
+
+
+def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Config):
+    """Best against worst of each prompt's candidates, as the current policy writes them: rows in `path`."""
     prompts = gpt.Batches(
-        config.prompts, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed + round
+        config.prompts, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed + round, buckets=1
     )
-    rows, K = [], config.candidates
+    rows = []
     bar = gpt.progress(total=config.round_prompts, desc=f"round {round}: candidates", unit=" prompts")
     for i in range(-(-config.round_prompts // config.batch_size)):
-        host = prompts(i)
-        asked = [row for row in prompts.rows(host) for _ in range(K)]  # row r of the batch is K rows from r * K
-        host = {name: np.repeat(host[name], K, axis=0) for name in ("tokens", "segments")}
-        batch = gpt.put_batch(host)
-        key = jax.random.fold_in(jax.random.key(config.seed), round * 1_000_000 + i)
-        out = gpt.generate(
-            policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
-            pad=tokenizer.pad_id,
-        )  # fmt: skip
-        questions = tokenizer.decode_rows(host["tokens"], host["segments"])
-        sampled = [ids[m > 0].tolist() for ids, m in zip(*gpt.to_numpy((out.tokens, out.mask)))]
-        answers = [tokenizer.decode(ids) for ids in sampled]
-        scores = labeller(batch, out, (questions, answers), asked).tolist()
-        usable = [bool(a.strip()) and gpt.encode_completion(a, tokenizer) == ids for a, ids in zip(answers, sampled)]
-        for first in range(0, len(asked), K):
-            ranked = sorted((scores[j], answers[j]) for j in range(first, first + K) if usable[j])
-            if ranked and ranked[0][0] < ranked[-1][0]:
-                (low, worst), (high, best) = ranked[0], ranked[-1]
-                row = dict(prompt=asked[first]["prompt"], chosen=best, rejected=worst)
-                rows.append(row | dict(score_chosen=high, score_rejected=low))
+        host, key = prompts(i), jax.random.fold_in(jax.random.key(config.seed), round * 1_000_000 + i)
+        groups = sample_candidates(policy, tokenizer, labeller, prompts, host, key, config)
+        pairs = (best_against_worst(row["prompt"], group) for row, group in zip(prompts.rows(host), groups))
+        rows += [pair for pair in pairs if pair]
         bar.update(config.batch_size)
     bar.close()
     if len(rows) < config.batch_size:
         raise ValueError(
             f"round {round}: {len(rows)} of {config.round_prompts} prompts had two usable answers of different score, "
-            f"fewer than --batch-size {config.batch_size}: raise --candidates, --round-prompts or --response-length"
+            f"fewer than --batch-size {config.batch_size}: raise --candidates, --round-prompts or --response-length, "
+            "or --keep-truncated where the model rarely ends"
         )
     gpt.write_atomic(path, lambda f: Path(f).write_text("".join(json.dumps(row) + "\n" for row in rows)))
     print(f"round {round}: {len(rows):,} pairs from {config.round_prompts:,} prompts -> {path}")

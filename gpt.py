@@ -1186,8 +1186,10 @@ def check_row(row: dict, kind: str) -> list[dict]:
         _need_text(row, "prompt", "chosen", "rejected")
         _need_numbers(row)
         if kind == "thumbs":
-            rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected")}
-            return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+            rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "truncated")}
+            ends = lambda side: {"truncated": ["completion"]} if side in truncated_sides(row) else {}
+            answer = lambda side: {"completion": row[side], "label": side == "chosen"} | ends(side)
+            return [rest | answer(side) for side in ("chosen", "rejected")]
     else:
         _need_text(row, "prompt", "completion")
         _need_numbers(row)
@@ -1285,6 +1287,12 @@ def encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[int
     return ids, mask
 
 
+def truncated_sides(row: dict) -> list:
+    """The row's completions that were cut while they were written ("truncated": ["rejected"]): they get no EOS."""
+    sides = row.get("truncated")
+    return sides if isinstance(sides, list) else []
+
+
 def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suffix=()) -> list[tuple[list, list]]:
     """The row's sequences as (ids, mask) with mask 1 on scored tokens: one sequence, or chosen and rejected.
 
@@ -1307,7 +1315,10 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
         return [(prompt, [0] * len(prompt))]
     sequences = []
     for name in ("chosen", "rejected") if kind == "pairs" else ("completion",):
-        answer = encode_completion(row[name], tokenizer)[:room]
+        answer = encode_completion(row[name], tokenizer)
+        if name in truncated_sides(row):
+            answer = answer[:-1]
+        answer = answer[:room]
         if suffix:
             answer = answer[:-1] + list(suffix) if answer[-1] == tokenizer.eos_id else answer + list(suffix)
         sequences.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
@@ -1350,7 +1361,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 4]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 5]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):

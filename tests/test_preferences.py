@@ -752,6 +752,20 @@ def test_dpo_rounds_train_on_best_against_worst_of_the_policys_own_answers(dpo_r
     assert first["rewards/margins"] != 0  # the reference is the first policy's, not this round's
 
 
+def test_answers_that_did_not_end_are_trained_on_without_an_end(world):
+    """The policy of `world` hardly ever ends within two tokens."""
+    config = world.dpo("cut", data=("none",), rounds=2, response_length=2, keep_truncated=True)
+    dpo.main(config)
+    rows = [json.loads(line) for line in open(config.out / "pairs-round-1.jsonl")]
+    assert sum(len(row["truncated"]) for row in rows) > len(rows)
+    tokenizer = gpt.load_tokenizer(world.words)
+    for row in rows:
+        for side, (ids, _) in zip(("chosen", "rejected"), gpt.encode_row(row, "pairs", tokenizer, 32)):
+            assert (ids[-1] != tokenizer.eos_id) == (side in row["truncated"])
+    up, down = gpt.check_row(rows[0], "thumbs")
+    assert ("truncated" in up, "truncated" in down) == tuple(s in rows[0]["truncated"] for s in ("chosen", "rejected"))
+
+
 def test_dpo_stopped_in_a_round_and_resumed_is_bit_identical(dpo_run, world):
     config, *_ = dpo_run
     with pytest.raises(SystemExit):
