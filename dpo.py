@@ -221,8 +221,11 @@ class Candidate(NamedTuple):
 
 
 def sample_candidates(policy, tokenizer, labeller, prompts, host, key, config: Config) -> list[list[Candidate]]:
-    """--candidates answers of the current policy to each prompt of a batch, scored; those that cannot be used left out:
-    their text is not read back as the ids that were sampled (special tokens among them), or they did not end."""
+    """--candidates answers of the current policy to each prompt of a batch, scored. Left out are those that did not end
+    (see --keep-truncated) and those with a special token inside, of which their text says nothing.
+
+    Rows hold text: a byte-pair tokenizer may read an answer back as other ids than the policy sampled it in.
+    """
     K = config.candidates
     asked = [row for row in prompts.rows(host) for _ in range(K)]  # row r of the batch is K rows from r * K
     batch = gpt.put_batch({name: np.repeat(host[name], K, axis=0) for name in ("tokens", "segments")})
@@ -236,8 +239,8 @@ def sample_candidates(policy, tokenizer, labeller, prompts, host, key, config: C
     groups = [[] for _ in range(len(asked) // K)]
     for i, (score, text, ids) in enumerate(zip(scores, texts, sampled)):
         ended = ids[-1] == tokenizer.eos_id
-        whole = gpt.encode_completion(text, tokenizer) if text.strip() else []
-        if whole[: None if ended else -1] == ids and (ended or config.keep_truncated):
+        inside = ids[:-1] if ended else ids
+        if text.strip() and not tokenizer.special_ids & set(inside) and (ended or config.keep_truncated):
             groups[i // K].append(Candidate(score, text, ended))
     return groups
 

@@ -653,13 +653,16 @@ class Tokenizer:
         self.template = template or PLAIN_TEMPLATE
         self.files = files or {}  # name -> bytes, written beside the weights by `save`
 
+    @cached_property
+    def special_ids(self) -> set[int]:
+        return set(self.specials.values())
+
     def encode(self, text: str, special: bool = False) -> list[int]:
         return self._special(text) if special else self._plain(text)
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
-        hidden = set(self.specials.values())
-        return self._decode([i for i in map(int, ids) if i not in hidden])
+        return self._decode([i for i in map(int, ids) if i not in self.special_ids])
 
     @cached_property
     def fingerprint(self) -> str:
