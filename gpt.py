@@ -1331,7 +1331,7 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
 
 
 class TokenData:
-    """A tokenised file as memmaps: sequence j of row i is tokens[starts[j*?]]. Larger than memory streams from disk."""
+    """A tokenised file as memmaps: side j of row i begins at starts[sides * i + j]. Larger than memory streams from disk."""
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())

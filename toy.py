@@ -15,7 +15,8 @@ Assistants answer rightly, wrongly, evasively, rudely, at length, make things up
   small model learns to speak but not to check what is said, and a reward model built on it tells facts at chance.
   base-weak.jsonl has hardly any: it is there to make a reward model that is weak on purpose.
 - Held-out creatures and phrasings occur in base text, but in no demonstration, pair, thumb or training prompt.
-- *-valid.jsonl are draws from the training distribution whose text is kept out of training by a hash of the row.
+- *-valid.jsonl are draws from the training distribution whose rows are kept out of the file of the same name, by a hash
+  of the row. (The world is small: other files may well hold the same question or answer.)
 
     python toy.py                       # writes data/toy: the rows of every stage, and the tokenizer
     python toy.py --disfluent 0.1       # a tenth of the pairs have a scrambled or repetitive side
