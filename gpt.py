@@ -1577,8 +1577,10 @@ class Batches:
         return self._assemble(self.picks(step))
 
     def once(self):
-        """Every row once, in the files' order: (batch, how many of its rows are new); repeats fill the last batch."""
+        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); repeats fill
+        the last batch. Shuffled, so that a pass cut short has rows of every part of every file."""
         picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
+        picks = np.random.default_rng(0).permutation(picks)
         for start in range(0, len(picks), self.batch_size):
             new = picks[start : start + self.batch_size]
             yield self._assemble(new[np.arange(self.batch_size) % len(new)]), len(new)

@@ -587,6 +587,20 @@ def test_a_batch_depends_on_seed_and_step_alone(demos, plain):
     assert any(everything(one(step)) != everything(other(step)) for step in range(8))
 
 
+@pytest.fixture
+def sources(tmp_path, plain):
+    """sources(batch_size): 40 rows of one source, then 10 of another, as prepare.py writes them."""
+    rows = [{"prompt": "Human:", "completion": f" {'a' if i < 40 else 'b'}" + " c" * (i % 40)} for i in range(50)]
+    path = write_rows(tmp_path / "sources.jsonl", rows)
+    return lambda batch_size: gpt.Batches(path, "demos", plain, batch_size, 64, 0)
+
+
+def test_a_pass_cut_short_is_a_sample_of_the_whole_file_and_always_the_same(sources):
+    passes = [[batch["index"][:new, 1].tolist() for batch, new in sources(16).once()] for _ in range(2)]
+    assert passes[0] == passes[1] and sorted(sum(passes[0], [])) == list(range(50))
+    assert 1 <= sum(row >= 40 for row in passes[0][0]) <= 8
+
+
 @pytest.mark.parametrize("buckets", [1, 4])
 def test_every_row_comes_once_in_every_pass(buckets, demos, plain):
     batches = gpt.Batches(demos, "demos", plain, 8, 16, 0, buckets=buckets)
