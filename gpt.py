@@ -1577,13 +1577,14 @@ class Batches:
         return self._assemble(self.picks(step))
 
     def once(self):
-        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); repeats fill
-        the last batch. Shuffled, so that a pass cut short has rows of every part of every file."""
+        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); rows
+        of the first batch fill the last. Shuffled, so that a pass cut short has rows of every part of every file."""
         picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
         picks = np.random.default_rng(0).permutation(picks)
         for start in range(0, len(picks), self.batch_size):
-            new = picks[start : start + self.batch_size]
-            yield self._assemble(new[np.arange(self.batch_size) % len(new)]), len(new)
+            # others than the new rows: KTO wants two prompts in a batch
+            batch = picks[(start + np.arange(self.batch_size)) % len(picks)]
+            yield self._assemble(batch), min(self.batch_size, len(picks) - start)
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         share = self.batch_size // jax.process_count()

@@ -601,6 +601,15 @@ def test_a_pass_cut_short_is_a_sample_of_the_whole_file_and_always_the_same(sour
     assert 1 <= sum(row >= 40 for row in passes[0][0]) <= 8
 
 
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_other_rows_fill_the_last_batch_of_a_pass(sources, batch_size):
+    """7 x 7 + 1: one new row; 50 of 64: nothing but repeats is left."""
+    batches = list(sources(batch_size).once())
+    assert [new for _, new in batches] == {7: [7] * 7 + [1], 64: [50]}[batch_size]
+    last = batches[-1][0]["index"][:, 1].tolist()
+    assert len(last) == batch_size and len(set(last)) == min(batch_size, 50)
+
+
 @pytest.mark.parametrize("buckets", [1, 4])
 def test_every_row_comes_once_in_every_pass(buckets, demos, plain):
     batches = gpt.Batches(demos, "demos", plain, 8, 16, 0, buckets=buckets)
