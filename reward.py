@@ -389,12 +389,25 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
     return tuple(tokenizer.encode(config.suffix)) if config.suffix else ()
 
 
+def empty_out(config: Config):
+    """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the folder
+    prefer the members that they find, so those of an earlier ensemble must not outlive it."""
+    if config.resume or not config.out.exists() or not any(config.out.iterdir()):
+        return
+    if not config.overwrite:
+        raise FileExistsError(f"{config.out} is not empty: --resume continues it, --overwrite starts it anew")
+    names = ("checkpoint", "metrics.jsonl", "model.safetensors", "config.json", "report.json", "report.png")
+    for path in [*config.out.glob("member-*"), *(config.out / name for name in names)] if jax.process_index() == 0 else ():
+        gpt.remove(path)
+
+
 def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
     _, tokenizer = gpt.load(config.init)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
+    empty_out(config)
     optimizer = make_optimizer(config, steps)
     train_step = make_train_step(optimizer, config)  # compiled once for all members
     members = []

@@ -229,6 +229,19 @@ def test_reward_micro_batches_of_unequal_weights_equal_one_big_batch():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
 
 
+@pytest.mark.parametrize("members", [1, 2])
+def test_reward_overwrite_leaves_nothing_of_an_earlier_ensemble_or_model(members, tmp_path):
+    for name in ("member-0/config.json", "member-1/config.json", "model.safetensors", "config.json", "report.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+        reward.empty_out(reward.Config(out=tmp_path, members=members))
+    reward.empty_out(reward.Config(out=tmp_path, members=members, resume=True))
+    assert len(list(tmp_path.iterdir())) == 5
+    reward.empty_out(reward.Config(out=tmp_path, members=members, overwrite=True))
+    assert not list(tmp_path.iterdir())
+
+
 def known_differences(T):
     """Score differences T times as wide as they should be: of pairs with logit u, sigmoid(u) go the right way."""
     return T * np.log([3, 3, 3, 1 / 3] + [9] * 9 + [1 / 9] + [1.0] * 4)
