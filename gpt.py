@@ -1312,7 +1312,7 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
-    if room < 1:
+    if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
         raise BadRow(f"the prompt alone fills {max_length} tokens")
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
@@ -1364,7 +1364,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 5]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 6]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1405,7 +1405,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 continue
             for ids, mask in sequences:
                 if kind != "text" and kind != "prompts":
-                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
+                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id
                 lengths.append(len(ids))
                 scored.append(sum(mask))
                 tokens.write(np.asarray(ids, dtype).tobytes())

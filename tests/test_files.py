@@ -708,6 +708,15 @@ def test_both_sides_of_a_pair_share_the_prompts_ids(chatml, tmp_path):
         np.testing.assert_allclose(numbers, [0.5, 1, 0.9, 1] if row < 2 else [0, 1, 1, 1])
 
 
+def test_a_prompt_may_fill_its_length_and_cut_rows_with_a_suffix_are_counted(plain, tmp_path, capsys):
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b c"}, {"prompt": "a b c d"}])
+    assert len(gpt.token_data(path, "prompts", plain, 3)) == 1
+    rows = [PAIR, PAIR | {"rejected": " " + " ".join(WORDS)}]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    gpt.token_data(path, "pairs", plain, 6, tuple(plain.encode("Judge:")))
+    assert "1 sequences cut at 6 tokens" in capsys.readouterr().err
+
+
 def test_equal_sides_are_left_out(plain, tmp_path):
     rows = [PAIR, PAIR | {"rejected": " b"}]
     assert len(gpt.token_data(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 16)) == 1
