@@ -1205,6 +1205,9 @@ def _need_numbers(row):
     for name in ("margin", "weight", "label_p"):
         if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
             raise BadRow(f"`{name}` is {row[name]!r}, not a number")
+        low, high = 0, 1 if name == "label_p" else math.inf
+        if not low <= row.get(name, low) <= high:
+            raise BadRow(f"`{name}` is {row[name]!r}, not within [{low}, {high}]")
 
 
 def _need_text(row, *names):
