@@ -1205,6 +1205,9 @@ def _need_numbers(row):
     for name in ("margin", "weight", "label_p"):
         if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
             raise BadRow(f"`{name}` is {row[name]!r}, not a number")
+        low, high = 0, 1 if name == "label_p" else math.inf
+        if not low <= row.get(name, low) <= high:
+            raise BadRow(f"`{name}` is {row[name]!r}, not within [{low}, {high}]")
 
 
 def _need_text(row, *names):
@@ -1312,7 +1315,7 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
-    if room < 1:
+    if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
         raise BadRow(f"the prompt alone fills {max_length} tokens")
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
@@ -1364,7 +1367,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 5]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 6]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1405,7 +1408,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 continue
             for ids, mask in sequences:
                 if kind != "text" and kind != "prompts":
-                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id and not suffix
+                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id
                 lengths.append(len(ids))
                 scored.append(sum(mask))
                 tokens.write(np.asarray(ids, dtype).tobytes())
@@ -1577,11 +1580,14 @@ class Batches:
         return self._assemble(self.picks(step))
 
     def once(self):
-        """Every row once, in the files' order: (batch, how many of its rows are new); repeats fill the last batch."""
+        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); rows
+        of the first batch fill the last. Shuffled, so that a pass cut short has rows of every part of every file."""
         picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
+        picks = np.random.default_rng(0).permutation(picks)
         for start in range(0, len(picks), self.batch_size):
-            new = picks[start : start + self.batch_size]
-            yield self._assemble(new[np.arange(self.batch_size) % len(new)]), len(new)
+            # others than the new rows: KTO wants two prompts in a batch
+            batch = picks[(start + np.arange(self.batch_size)) % len(picks)]
+            yield self._assemble(batch), min(self.batch_size, len(picks) - start)
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         share = self.batch_size // jax.process_count()

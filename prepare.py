@@ -264,6 +264,8 @@ def convert_pair(row: dict) -> dict:
             raise Dropped("empty" if not all(sides.values()) else "no prompt that both sides share") from None
     if "score_chosen" in row and "score_rejected" in row:
         sides["margin"] = round(number(row, "score_chosen") - number(row, "score_rejected"), 6)
+        if sides["margin"] < 0:
+            raise Dropped("rated the other way round")
     return take(sides, "prompt", "chosen", "rejected", "margin")
 
 

@@ -48,6 +48,7 @@ class Config:
 
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
+    margin_scale: float = 1.0  # factor on the rows' margins (rating gaps); 0 ignores them
     label_smoothing: float = 0.0  # share of labels taken to be wrong
     center: float = 0.0  # weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (0.01 is usual)
     lm_coef: float = 0.0  # weight of a language-model loss on the chosen side
@@ -110,9 +111,8 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
     scores = model.pooled(hidden, flat["segments"]).reshape(-1, 2)
     p, e = batch["label_p"], config.label_smoothing
     smoothing = (1 - p) * (1 - e) + p * e
-    loss, metrics = bradley_terry_loss(
-        scores[:, 0], scores[:, 1], batch["margin"], smoothing, config.center, batch["weight"]
-    )
+    margin = config.margin_scale * batch["margin"]  # ratings have a scale of their own, logits another
+    loss, metrics = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, smoothing, config.center, batch["weight"])
     if config.lm_coef:
         logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], flat["tokens"][::2, 1:])
         lm_loss = -gpt.masked_mean(logprobs, flat["mask"][::2, 1:])
@@ -389,12 +389,26 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
     return tuple(tokenizer.encode(config.suffix)) if config.suffix else ()
 
 
+def empty_out(config: Config):
+    """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
+    folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
+    if config.resume or not config.out.exists() or not any(config.out.iterdir()):
+        return
+    if not config.overwrite:
+        raise FileExistsError(f"{config.out} is not empty: --resume continues it, --overwrite starts it anew")
+    names = ("checkpoint", "metrics.jsonl", "model.safetensors", "config.json", "report.json", "report.png")
+    paths = [*config.out.glob("member-*"), *(config.out / name for name in names)]
+    for path in paths if jax.process_index() == 0 else ():
+        gpt.remove(path)
+
+
 def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
     _, tokenizer = gpt.load(config.init)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
+    empty_out(config)
     optimizer = make_optimizer(config, steps)
     train_step = make_train_step(optimizer, config)  # compiled once for all members
     members = []

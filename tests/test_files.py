@@ -521,6 +521,9 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("pairs", PAIR | {"margin": True}, "`margin` is True"),
         ("pairs", PAIR | {"weight": "2"}, "`weight` is '2'"),
         ("pairs", PAIR | {"label_p": float("inf")}, "`label_p` is inf"),
+        ("pairs", PAIR | {"margin": -0.5}, "`margin` is -0.5"),
+        ("pairs", PAIR | {"weight": -1}, "`weight` is -1"),
+        ("pairs", PAIR | {"label_p": 1.5}, "`label_p` is 1.5"),
         ("pairs", {"chosen": "a", "rejected": "b"}, "share no `Assistant:` turn"),
         ("pairs", {"chosen": MESSAGES, "rejected": ANSWER}, "share no first message"),
         ("pairs", {"chosen": 1, "rejected": 2}, "a pair needs"),
@@ -585,6 +588,29 @@ def test_a_batch_depends_on_seed_and_step_alone(demos, plain):
     streamed = [everything(batch) for batch in one.stream(3, 12)]
     assert streamed == [everything(same(step)) for step in range(3, 12)]
     assert any(everything(one(step)) != everything(other(step)) for step in range(8))
+
+
+@pytest.fixture
+def sources(tmp_path, plain):
+    """sources(batch_size): 40 rows of one source, then 10 of another, as prepare.py writes them."""
+    rows = [{"prompt": "Human:", "completion": f" {'a' if i < 40 else 'b'}" + " c" * (i % 40)} for i in range(50)]
+    path = write_rows(tmp_path / "sources.jsonl", rows)
+    return lambda batch_size: gpt.Batches(path, "demos", plain, batch_size, 64, 0)
+
+
+def test_a_pass_cut_short_is_a_sample_of_the_whole_file_and_always_the_same(sources):
+    passes = [[batch["index"][:new, 1].tolist() for batch, new in sources(16).once()] for _ in range(2)]
+    assert passes[0] == passes[1] and sorted(sum(passes[0], [])) == list(range(50))
+    assert 1 <= sum(row >= 40 for row in passes[0][0]) <= 8
+
+
+@pytest.mark.parametrize("batch_size", [7, 64])
+def test_other_rows_fill_the_last_batch_of_a_pass(sources, batch_size):
+    """7 x 7 + 1: one new row; 50 of 64: nothing but repeats is left."""
+    batches = list(sources(batch_size).once())
+    assert [new for _, new in batches] == {7: [7] * 7 + [1], 64: [50]}[batch_size]
+    last = batches[-1][0]["index"][:, 1].tolist()
+    assert len(last) == batch_size and len(set(last)) == min(batch_size, 50)
 
 
 @pytest.mark.parametrize("buckets", [1, 4])
@@ -683,6 +709,15 @@ def test_both_sides_of_a_pair_share_the_prompts_ids(chatml, tmp_path):
             assert batch["mask"][i, side].argmax() == len(prompt)
         numbers = [batch[name][i] for name in gpt.EXTRAS]
         np.testing.assert_allclose(numbers, [0.5, 1, 0.9, 1] if row < 2 else [0, 1, 1, 1])
+
+
+def test_a_prompt_may_fill_its_length_and_cut_rows_with_a_suffix_are_counted(plain, tmp_path, capsys):
+    path = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a b c"}, {"prompt": "a b c d"}])
+    assert len(gpt.token_data(path, "prompts", plain, 3)) == 1
+    rows = [PAIR, PAIR | {"rejected": " " + " ".join(WORDS)}]
+    path = write_rows(tmp_path / "pairs.jsonl", rows)
+    gpt.token_data(path, "pairs", plain, 6, tuple(plain.encode("Judge:")))
+    assert "1 sequences cut at 6 tokens" in capsys.readouterr().err
 
 
 def test_equal_sides_are_left_out(plain, tmp_path):

@@ -229,6 +229,26 @@ def test_reward_micro_batches_of_unequal_weights_equal_one_big_batch():
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
 
 
+def test_reward_margin_scale_of_zero_ignores_the_margins():
+    model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
+    batch, config = pair_batch([1, 1, 1, 1]), reward.Config(dtype="float32", margin_scale=0.0)
+    rated = batch | {"margin": jnp.arange(4.0)}
+    np.testing.assert_allclose(reward.forward(model, rated, config)[0], reward.forward(model, batch, config)[0])
+
+
+@pytest.mark.parametrize("members", [1, 2])
+def test_reward_overwrite_leaves_nothing_of_an_earlier_ensemble_or_model(members, tmp_path):
+    for name in ("member-0/config.json", "member-1/config.json", "model.safetensors", "config.json", "report.json"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
+        reward.empty_out(reward.Config(out=tmp_path, members=members))
+    reward.empty_out(reward.Config(out=tmp_path, members=members, resume=True))
+    assert len(list(tmp_path.iterdir())) == 5
+    reward.empty_out(reward.Config(out=tmp_path, members=members, overwrite=True))
+    assert not list(tmp_path.iterdir())
+
+
 def known_differences(T):
     """Score differences T times as wide as they should be: of pairs with logit u, sigmoid(u) go the right way."""
     return T * np.log([3, 3, 3, 1 / 3] + [9] * 9 + [1 / 9] + [1.0] * 4)

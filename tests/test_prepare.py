@@ -203,6 +203,16 @@ def test_ratings_become_pairs_with_margins(tmp_path):
     assert counts(report) == {"equal ratings": 1, "one rating for its prompt": 1}
 
 
+def test_pairs_rated_the_other_way_round_are_dropped(tmp_path):
+    pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
+    rows = [
+        pair | {"score_chosen": 2, "score_rejected": 1},
+        pair | {"prompt": "q", "score_chosen": 1, "score_rejected": 2},
+    ]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert len(written["pairs"]) == 1 and counts(report) == {"rated the other way round": 1}
+
+
 def user(text):
     return {"role": "user", "content": text}
 
