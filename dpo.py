@@ -303,6 +303,8 @@ def check(config: Config):
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
     if jax.process_count() > 1 and (config.precompute_ref or config.rounds > 1):
         raise ValueError("--precompute-ref and --rounds work in one process: run them on one host first")
+    if config.rounds > 1:
+        gpt.open_text(config.prompts).close()  # missed now, and not after the first round
     if config.data == ("none",):
         if config.rounds < 2:
             raise ValueError("--data none leaves the policy's own pairs to learn from: give --rounds 2 or more")

@@ -6,7 +6,7 @@ module:function) rates the answers, KL to the reference says how far the model m
     python evaluate.py                                       # out/sft and out/ppo on data/toy/prompts-heldout.jsonl
     python evaluate.py --models out/a out/b --ref out/a --data mine.jsonl --judge mine:stars --out out/mine
     python evaluate.py --best-of 4 16 64 --reward out/reward # and what no training at all would have given
-    python evaluate.py --models --best-of 16 --reward out/reward --data data/toy/prompts.jsonl \\
+    python evaluate.py --models --best-of 16 --reward out/reward --data data/toy/prompts.jsonl --samples 4000 \\
         --winners data/toy/winners.jsonl                     # rejection sampling: sft.py --data takes them
     python evaluate.py --frontier "out/beta/*"               # each method over several betas: gold against KL
     python evaluate.py --runs out/ppo-weak out/ppo           # proxy and gold against KL along these PPO runs
@@ -1091,9 +1091,10 @@ def write_report(exam: Exam, summary: dict, answers: dict, start: float, best_of
     out.mkdir(parents=True, exist_ok=True)
     gpt.write_json(out / "summary.json", summary)
     shown = {name: answers[name] for name in list(answers)[:8]}  # more columns than that nobody reads
+    count = next(iter(summary.values()))["count"]
     against = Path(config.baseline or config.ref).name
     sections = [
-        (f"{config.samples} held-out prompts, temperature {config.temperature:g}", table(summary)),
+        (f"{count} held-out prompts, temperature {config.temperature:g}", table(summary)),
         (f"Win rates against {against}", wins_table(summary)),
         ("What it cost elsewhere", tax_table(summary)),
         ("Along the runs", runs_table(config.runs) if config.runs else ""),
@@ -1110,7 +1111,7 @@ def write_report(exam: Exam, summary: dict, answers: dict, start: float, best_of
         drawn["curves"] = partial(draw_curves, config.curves)
     if answers:
         drawn["lengths"] = partial(draw_lengths, shown, config.response_length)
-        sections.append(("The same prompts", samples_table(shown, min(8, config.samples))))
+        sections.append(("The same prompts", samples_table(shown, min(8, count))))
     for name, draw in drawn.items() if can_draw() else ():
         draw(path=out / f"{name}.png")
         sections.append((name.capitalize(), f"![{name}]({name}.png)"))

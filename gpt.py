@@ -1334,7 +1334,7 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
 
 
 class TokenData:
-    """A tokenised file as memmaps: side j of row i begins at starts[sides * i + j]. Larger than memory streams from disk."""
+    """A tokenised file as memmaps: side j of row i begins at starts[sides * i + j]. Larger than memory, it streams."""
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())

@@ -115,9 +115,17 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
     loss, metrics = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, smoothing, config.center, batch["weight"])
     if config.lm_coef:
         logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], flat["tokens"][::2, 1:])
-        lm_loss = -gpt.masked_mean(logprobs, flat["mask"][::2, 1:])
+        total = jnp.where(flat["mask"][::2, 1:] > 0, logprobs, 0).sum()
+        lm_loss = -total / jnp.maximum((batch["weight"] * batch["tokens_a_pair"]).sum(), 1e-9)
         loss, metrics = loss + config.lm_coef * lm_loss, metrics | {"lm_loss": lm_loss}
     return loss, metrics | {"loss": loss}
+
+
+def with_token_count(batch):
+    """The batch with "tokens_a_pair": scored chosen tokens per unit of weight, of the whole batch, in every row. So the
+    language-model loss stays a mean over the batch's tokens where parts are weighed by their pairs."""
+    mean = batch["mask"][:, 0, 1:].sum() / jnp.maximum(batch["weight"].sum(), 1e-9)
+    return batch | {"tokens_a_pair": jnp.broadcast_to(mean, batch["weight"].shape)}
 
 
 def make_train_step(optimizer, config: Config):
@@ -125,7 +133,10 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, batch):
         loss_fn = partial(forward, config=config)
         count = lambda batch: batch["weight"].sum()
+        batch = with_token_count(batch)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        if config.micro_batches > 1:  # means of the parts' extremes are nothing
+            metrics = {name: value for name, value in metrics.items() if name not in ("min_reward", "max_reward")}
         return State(*state), metrics
 
     return train_step
@@ -402,10 +413,22 @@ def empty_out(config: Config):
         gpt.remove(path)
 
 
+def check_inputs(config: Config, heldout: str | None):
+    """What is needed after training is there before it."""
+    if config.normalize_with and config.normalize_with != "none":
+        gpt.find_folder(config.normalize_with)
+        gpt.open_text(config.normalize_data).close()
+    if heldout:
+        gpt.open_text(heldout).close()
+    if heldout and config.gold and config.gold != "none":
+        gpt.load_function(config.gold)
+
+
 def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
+    check_inputs(config, heldout)
     _, tokenizer = gpt.load(config.init)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)

@@ -219,13 +219,17 @@ def test_reward_forward_puts_chosen_first_and_smooths_soft_labels_evenly():
     np.testing.assert_allclose(loss, expected, **CLOSE)
 
 
-def test_reward_micro_batches_of_unequal_weights_equal_one_big_batch():
+@pytest.mark.parametrize("lm_coef", [0.0, 0.5])
+def test_reward_micro_batches_of_unequal_weights_and_lengths_equal_one_big_batch(lm_coef):
     model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
-    loss_fn = partial(reward.forward, config=reward.Config(dtype="float32"))
-    count = lambda batch: batch["weight"].sum()
-    (one, _), grads = value_and_grad(loss_fn, model, pair_batch([1, 1, 1, 1]))
-    (two, _), other = value_and_grad(loss_fn, model, pair_batch([1, 1, 1, 1]), 2, count)
+    loss_fn = partial(reward.forward, config=reward.Config(dtype="float32", lm_coef=lm_coef))
+    count, batch = lambda batch: batch["weight"].sum(), reward.with_token_count(pair_batch([1, 1, 1, 1]))
+    (one, metrics), grads = value_and_grad(loss_fn, model, batch)
+    (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
     np.testing.assert_allclose(one, two, rtol=1e-5)
+    if lm_coef:
+        logprobs = gpt.token_logprobs(model.trunk, batch["tokens"][:, 0], batch["segments"][:, 0])
+        np.testing.assert_allclose(metrics["lm_loss"], -gpt.masked_mean(logprobs, batch["mask"][:, 0, 1:]), rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
 
 
