@@ -319,7 +319,7 @@ def check(config: Config):
 def main(config: Config):
     gpt.start(config.seed)
     check(config)
-    policy, tokenizer = gpt.load(config.init)
+    policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(

@@ -193,9 +193,7 @@ def load_members(folder: str, config: Config):
 
 def load_policy(folder: str, tokenizer, config: Config) -> gpt.GPT:
     """A language model that shares the reference's tokenizer."""
-    model, theirs = gpt.load(folder)
-    if isinstance(model, gpt.ScoreModel):
-        raise ValueError(f"{folder} is a reward model, it writes nothing: --rewards compares those")
+    model, theirs = gpt.load_policy(folder)
     gpt.check_same_tokenizer(tokenizer, theirs, config.ref, folder)
     return gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
 
@@ -1006,9 +1004,7 @@ def check(config: Config):
 
 
 def set_exam(config: Config) -> Exam:
-    ref, tokenizer = gpt.load(config.ref)
-    if isinstance(ref, gpt.ScoreModel):
-        raise ValueError(f"--ref {config.ref} is a reward model, not a policy")
+    ref, tokenizer = gpt.load_policy(config.ref)
     ref = gpt.shard(gpt.cast(ref, gpt.compute_dtype(config.dtype)))
     size = min(config.batch_size, config.samples)
     gpt.check_batch_size(size)

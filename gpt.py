@@ -934,10 +934,37 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     return model, load_tokenizer(path)
 
 
-def load_frozen(path, dtype: str) -> GPT | ScoreModel:
+def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
+    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it."""
+    model, tokenizer = load(path)
+    if isinstance(model, ScoreModel):
+        raise ValueError(
+            f"{path} is a reward model, not a language model: give a folder that sft.py, ppo.py, dpo.py or ipo_kto.py "
+            "wrote (evaluate.py --rewards compares reward models)"
+        )
+    if tokenizer_path or tokenizer is None:
+        tokenizer = need_tokenizer(tokenizer_path or path)
+    if tokenizer.vocab_size > model.config.vocab_size:  # indexing would clamp, silently
+        raise ValueError(
+            f"the tokenizer of {tokenizer_path or path} has {tokenizer.vocab_size} ids, more than the "
+            f"{model.config.vocab_size} of the model in {path}: it belongs to another model"
+        )
+    return model, tokenizer
+
+
+def need_tokenizer(path) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {path}: it takes tokenizer.json, or vocab.json and merges.txt; copy them there"
+        )
+    return tokenizer
+
+
+def load_frozen(path, dtype: str) -> GPT:
     """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
     of its own, since those of a model that learns are donated."""
-    return shard(cast(load(path)[0], compute_dtype(dtype)))
+    return shard(cast(load_policy(path)[0], compute_dtype(dtype)))
 
 
 def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
@@ -1461,7 +1488,7 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
 def check_reference(tokenizer: Tokenizer, init, ref):
     """--ref and --init must read the same ids."""
     try:
-        check_same_tokenizer(tokenizer, load_tokenizer(find_folder(ref)), init, ref)
+        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
     except ValueError as error:
         raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
 

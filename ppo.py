@@ -410,7 +410,7 @@ def main(config: Config):
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
-    policy, tokenizer = gpt.load(config.init)
+    policy, tokenizer = gpt.load_policy(config.init)
     ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))  # a copy: the policy's arrays are donated
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     models, function = load_rewards(config, tokenizer)

@@ -332,7 +332,7 @@ def print_report(result: dict):
 
 def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
-    policy, policy_tokenizer = gpt.load(config.normalize_with)
+    policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
@@ -358,7 +358,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
 def train_member(member: int, config: Config, optimizer, train_step, steps: int):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = gpt.load(config.init)
+    trunk, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
     model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer)))
     state = State(model, gpt.shard(optimizer.init(model)))
@@ -393,7 +393,7 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    _, tokenizer = gpt.load(config.init)
+    _, tokenizer = gpt.load_policy(config.init)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     optimizer = make_optimizer(config, steps)
     train_step = make_train_step(optimizer, config)  # compiled once for all members

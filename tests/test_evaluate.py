@@ -626,7 +626,7 @@ def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
     with pytest.raises(ValueError, match="start is a language model, not a reward model: train one with reward.py"):
         evaluate.set_exam(settings(world, "x", reward=str(world / "start")))
     exam = evaluate.set_exam(settings(world, "x", judge="none"))
-    with pytest.raises(ValueError, match="rm is a reward model, it writes nothing"):
+    with pytest.raises(ValueError, match="rm is a reward model, not a language model: give a folder.*--rewards"):
         evaluate.examine(exam, str(world / "rm"))
     spec = json.loads((world / "rm" / "tokenizer.json").read_text())
     spec["model"]["vocab"] |= {"yes": spec["model"]["vocab"]["no"], "no": spec["model"]["vocab"]["yes"]}
