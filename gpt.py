@@ -1207,6 +1207,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
             raise BadRow("`messages` must be a list with at least one assistant turn")
     elif kind == "demos":
         _need_text(row, "prompt", "completion")
+        _need_one_turn(row, "completion")
     elif kind == "prompts":
         if "prompt" not in row and "chosen" in row:
             row = split_implicit(row)
@@ -1214,6 +1215,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     elif kind == "pairs" or (kind == "thumbs" and "chosen" in row):
         row = row if "prompt" in row else split_implicit(row)
         _need_text(row, "prompt", "chosen", "rejected")
+        _need_one_turn(row, "chosen", "rejected")
         _need_numbers(row)
         if kind == "thumbs":
             rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "truncated")}
@@ -1222,6 +1224,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
             return [rest | answer(side) for side in ("chosen", "rejected")]
     else:
         _need_text(row, "prompt", "completion")
+        _need_one_turn(row, "completion")
         _need_numbers(row)
         if not isinstance(row.get("label"), bool):
             raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
@@ -1248,6 +1251,15 @@ def _need_text(row, *names):
             raise BadRow(f"`{name}` is {type(value).__name__}, not text")
         elif not value.strip():
             raise BadRow(f"`{name}` is empty")
+
+
+def _need_one_turn(row, *names):
+    """Only the last message of a list would be trained on: what stands before it belongs to the prompt."""
+    for name in names:
+        roles = [m["role"] for m in row[name]] if isinstance(row[name], list) else ["assistant"]
+        if roles != ["assistant"]:
+            found = f"{len(roles)} messages" if len(roles) > 1 else f"a message of role {roles[0]!r}"
+            raise BadRow(f"`{name}` holds {found}: an answer is one assistant turn; put earlier ones into the prompt")
 
 
 def split_implicit(row: dict) -> dict:

@@ -412,8 +412,9 @@ def check(row: dict, texts: dict, words: dict, turn: str, config: Config):
     messages = [message for value in values if isinstance(value, list) for message in value]
     if not all(words.values()) or not all(m["content"] for m in messages) or ("prompt" in row and not turn):
         raise Dropped("empty")
-    answers = [name for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)]
-    if any(turn in row[name] for name in answers for turn in ("\n\nHuman:", "\n\nAssistant:")):
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    turns = lambda x: len(x) > 1 if isinstance(x, list) else "\n\nHuman:" in x or "\n\nAssistant:" in x
+    if any(map(turns, answers)):
         raise Dropped("a further turn within an answer")
     prompt = len(words.get("prompt", ()))
     length = prompt + max((len(w) for name, w in words.items() if name not in ("prompt", "text")), default=0)

@@ -105,6 +105,13 @@ def test_every_reason_is_counted_with_its_place(tmp_path):
     assert "pairs-heldout" not in written
 
 
+def test_further_messages_within_an_answer_are_counted(tmp_path):
+    long = {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("e")]}
+    good = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("e")]}
+    report, written = run(tmp_path, [long, good], heldout=0)
+    assert counts(report) == {"a further turn within an answer": 1} and len(written["pairs"]) == 1
+
+
 def test_at_most_three_examples(tmp_path):
     report, _ = run(tmp_path, [pair("q")] * 9, heldout=0)
     assert counts(report) == {"exact duplicate": 8} and len(report["dropped"]["exact duplicate"]["examples"]) == 3
