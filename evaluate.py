@@ -366,13 +366,13 @@ def best_of_curve(rows: dict) -> dict:
 def pick_winners(rounds: list[Answers], tokenizer) -> list[dict]:
     """The candidate of each prompt that the reward model likes best, as demonstrations (rejection sampling).
 
-    A candidate that did not end, or with a special token inside, of which its text says nothing, would teach something
-    that was never scored: it cannot win.
+    A candidate that did not end, or with a special token inside, of which its text says nothing, or with a character
+    cut in two (U+FFFD), would teach something that was never scored: it cannot win.
     """
     winners = []
     for i, row in enumerate(rounds[0].rows):
         usable = [r for r in rounds if r.numbers["eos"][i] and r.texts[i].strip()]
-        usable = [r for r in usable if not tokenizer.special_ids & set(r.tokens[i])]
+        usable = [r for r in usable if not tokenizer.special_ids & set(r.tokens[i]) and "\ufffd" not in r.texts[i]]
         if usable:
             best = max(usable, key=lambda r: r.numbers["reward"][i])
             winner = {"prompt": row["prompt"], "completion": best.texts[i]}

@@ -167,7 +167,7 @@ def read_documents(file, name: str, separator: str):
 # ------------------------------------------------------------------------------------- foreign spellings to the formats
 
 ROLES = {"human": "user", "gpt": "assistant"}
-CARRIED = ("id", "source", "margin", "weight", "label_p")  # what a row keeps beside its texts
+CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
 FORMATS = (
     "{text}, {prompt, completion}, {messages}, {prompt, chosen, rejected}, {chosen, rejected}, {prompt}, "
     "{prompt, completion, label}, {messages, label}, {prompt, completion, rating}, {instruction, input, output}, "
@@ -279,7 +279,8 @@ def as_kind(found: str, row: dict, kind: str) -> list[dict]:
         if row["chosen"] == row["rejected"]:
             raise Dropped("equal sides")
         rest = take(row, "prompt", "id", "source", "weight")
-        return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+        sides = ("chosen", "rejected")
+        return [rest | {"completion": row[side], "label": side == "chosen"} | cut_answer(row, side) for side in sides]
     if kind == "text" and found in ("pairs", "demos"):
         return [transcript(demo_row(row) if found == "pairs" else row)]
     raise gpt.BadRow(f"this row holds {found}, not {kind}")
@@ -294,7 +295,14 @@ def prompt_row(row: dict) -> dict:
 
 
 def demo_row(row: dict) -> dict:
-    return {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source")
+    return (
+        {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source") | cut_answer(row, "chosen")
+    )
+
+
+def cut_answer(row: dict, side: str) -> dict:
+    """What a row made of one side of a pair says where that side did not end: it gets no EOS."""
+    return {"truncated": ["completion"]} if side in gpt.truncated_sides(row) else {}
 
 
 def transcript(row: dict) -> dict:

@@ -318,6 +318,16 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
     assert (tmp_path / "rejection" / "model.safetensors").is_file()
 
 
+def test_an_answer_with_a_character_cut_in_two_cannot_win(world):
+    numbers = lambda reward: {"eos": [1], "reward": [reward]}
+    rounds = [
+        evaluate.Answers(numbers(2.0), ["q"], ["a \ufffd"], [[1]], [{"prompt": "q"}]),
+        evaluate.Answers(numbers(1.0), ["q"], ["a"], [[1]], [{"prompt": "q"}]),
+    ]
+    (winner,) = evaluate.pick_winners(rounds, gpt.load_tokenizer(world / "start"))
+    assert winner["completion"] == "a"
+
+
 def test_distinct_and_repetition_by_hand():
     responses = [list("aba"), list("abab"), ["c"]]
     assert [evaluate.distinct(responses, n) for n in (1, 2, 3)] == [3 / 8, 2 / 5, 2 / 3]

@@ -112,6 +112,13 @@ def test_further_messages_within_an_answer_are_counted(tmp_path):
     assert counts(report) == {"a further turn within an answer": 1} and len(written["pairs"]) == 1
 
 
+def test_answers_that_were_cut_stay_marked(tmp_path):
+    _, written = run(tmp_path, [pair("q", truncated=["chosen"])], heldout=0)
+    assert written["pairs"][0]["truncated"] == ["chosen"] and written["demos"][0]["truncated"] == ["completion"]
+    _, written = run(tmp_path, [pair("q", truncated=["chosen"])], out="thumbs", heldout=0, kind="thumbs")
+    assert [row.get("truncated") for row in written["thumbs"]] == [["completion"], None]
+
+
 def test_at_most_three_examples(tmp_path):
     report, _ = run(tmp_path, [pair("q")] * 9, heldout=0)
     assert counts(report) == {"exact duplicate": 8} and len(report["dropped"]["exact duplicate"]["examples"]) == 3
