@@ -1822,6 +1822,8 @@ def to_numpy(tree):
 
 
 def check_batch_size(batch_size: int, name="--batch-size"):
+    if batch_size < 1:
+        raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
     if batch_size % jax.device_count():
         raise ValueError(f"{name} {batch_size} is not divisible by the {jax.device_count()} devices")
 
@@ -2105,7 +2107,7 @@ class Run:
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. The last good state is in {self.out}/checkpoint. "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
                 "Try a lower --lr, a longer --warmup, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
@@ -2113,6 +2115,11 @@ class Run:
         self._bar.set_postfix(shown)
         if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+    def _last_good(self) -> str:
+        if self._saved:
+            return f"The last good state is in {self.out}/checkpoint."
+        return "Nothing was saved yet (--save-every)."
 
     def sample(self, step: int, **record):
         """Keep a sample in samples.jsonl and show it."""
