@@ -240,7 +240,9 @@ def sample_candidates(policy, tokenizer, labeller, prompts, host, key, config: C
     for i, (score, text, ids) in enumerate(zip(scores, texts, sampled)):
         ended = ids[-1] == tokenizer.eos_id
         inside = ids[:-1] if ended else ids
-        if text.strip() and not tokenizer.special_ids & set(inside) and (ended or config.keep_truncated):
+        # a character cut in two decodes as U+FFFD, which reads back as tokens that were never sampled
+        whole = text.strip() and "\ufffd" not in text
+        if whole and not tokenizer.special_ids & set(inside) and (ended or config.keep_truncated):
             groups[i // K].append(Candidate(score, text, ended))
     return groups
 
@@ -321,7 +323,7 @@ def check(config: Config):
 def main(config: Config):
     gpt.start(config.seed)
     check(config)
-    policy, tokenizer = gpt.load(config.init)
+    policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(

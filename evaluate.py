@@ -193,9 +193,7 @@ def load_members(folder: str, config: Config):
 
 def load_policy(folder: str, tokenizer, config: Config) -> gpt.GPT:
     """A language model that shares the reference's tokenizer."""
-    model, theirs = gpt.load(folder)
-    if isinstance(model, gpt.ScoreModel):
-        raise ValueError(f"{folder} is a reward model, it writes nothing: --rewards compares those")
+    model, theirs = gpt.load_policy(folder)
     gpt.check_same_tokenizer(tokenizer, theirs, config.ref, folder)
     return gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
 
@@ -368,13 +366,13 @@ def best_of_curve(rows: dict) -> dict:
 def pick_winners(rounds: list[Answers], tokenizer) -> list[dict]:
     """The candidate of each prompt that the reward model likes best, as demonstrations (rejection sampling).
 
-    A candidate that did not end, or with a special token inside, of which its text says nothing, would teach something
-    that was never scored: it cannot win.
+    A candidate that did not end, or with a special token inside, of which its text says nothing, or with a character
+    cut in two (U+FFFD), would teach something that was never scored: it cannot win.
     """
     winners = []
     for i, row in enumerate(rounds[0].rows):
         usable = [r for r in rounds if r.numbers["eos"][i] and r.texts[i].strip()]
-        usable = [r for r in usable if not tokenizer.special_ids & set(r.tokens[i])]
+        usable = [r for r in usable if not tokenizer.special_ids & set(r.tokens[i]) and "\ufffd" not in r.texts[i]]
         if usable:
             best = max(usable, key=lambda r: r.numbers["reward"][i])
             winner = {"prompt": row["prompt"], "completion": best.texts[i]}
@@ -1006,9 +1004,7 @@ def check(config: Config):
 
 
 def set_exam(config: Config) -> Exam:
-    ref, tokenizer = gpt.load(config.ref)
-    if isinstance(ref, gpt.ScoreModel):
-        raise ValueError(f"--ref {config.ref} is a reward model, not a policy")
+    ref, tokenizer = gpt.load_policy(config.ref)
     ref = gpt.shard(gpt.cast(ref, gpt.compute_dtype(config.dtype)))
     size = min(config.batch_size, config.samples)
     gpt.check_batch_size(size)

@@ -934,10 +934,37 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     return model, load_tokenizer(path)
 
 
-def load_frozen(path, dtype: str) -> GPT | ScoreModel:
+def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
+    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it."""
+    model, tokenizer = load(path)
+    if isinstance(model, ScoreModel):
+        raise ValueError(
+            f"{path} is a reward model, not a language model: give a folder that sft.py, ppo.py, dpo.py or ipo_kto.py "
+            "wrote (evaluate.py --rewards compares reward models)"
+        )
+    if tokenizer_path or tokenizer is None:
+        tokenizer = need_tokenizer(tokenizer_path or path)
+    if tokenizer.vocab_size > model.config.vocab_size:  # indexing would clamp, silently
+        raise ValueError(
+            f"the tokenizer of {tokenizer_path or path} has {tokenizer.vocab_size} ids, more than the "
+            f"{model.config.vocab_size} of the model in {path}: it belongs to another model"
+        )
+    return model, tokenizer
+
+
+def need_tokenizer(path) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {path}: it takes tokenizer.json, or vocab.json and merges.txt; copy them there"
+        )
+    return tokenizer
+
+
+def load_frozen(path, dtype: str) -> GPT:
     """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
     of its own, since those of a model that learns are donated."""
-    return shard(cast(load(path)[0], compute_dtype(dtype)))
+    return shard(cast(load_policy(path)[0], compute_dtype(dtype)))
 
 
 def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
@@ -1180,6 +1207,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
             raise BadRow("`messages` must be a list with at least one assistant turn")
     elif kind == "demos":
         _need_text(row, "prompt", "completion")
+        _need_one_turn(row, "completion")
     elif kind == "prompts":
         if "prompt" not in row and "chosen" in row:
             row = split_implicit(row)
@@ -1187,6 +1215,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     elif kind == "pairs" or (kind == "thumbs" and "chosen" in row):
         row = row if "prompt" in row else split_implicit(row)
         _need_text(row, "prompt", "chosen", "rejected")
+        _need_one_turn(row, "chosen", "rejected")
         _need_numbers(row)
         if kind == "thumbs":
             rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "truncated")}
@@ -1195,6 +1224,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
             return [rest | answer(side) for side in ("chosen", "rejected")]
     else:
         _need_text(row, "prompt", "completion")
+        _need_one_turn(row, "completion")
         _need_numbers(row)
         if not isinstance(row.get("label"), bool):
             raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
@@ -1224,6 +1254,15 @@ def _need_text(row, *names):
             raise BadRow(f"`{name}` is {type(value).__name__}, not text")
         elif not value.strip():
             raise BadRow(f"`{name}` is empty")
+
+
+def _need_one_turn(row, *names):
+    """Only the last message of a list would be trained on: what stands before it belongs to the prompt."""
+    for name in names:
+        roles = [m["role"] for m in row[name]] if isinstance(row[name], list) else ["assistant"]
+        if roles != ["assistant"]:
+            found = f"{len(roles)} messages" if len(roles) > 1 else f"a message of role {roles[0]!r}"
+            raise BadRow(f"`{name}` holds {found}: an answer is one assistant turn; put earlier ones into the prompt")
 
 
 def split_implicit(row: dict) -> dict:
@@ -1464,7 +1503,7 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
 def check_reference(tokenizer: Tokenizer, init, ref):
     """--ref and --init must read the same ids."""
     try:
-        check_same_tokenizer(tokenizer, load_tokenizer(find_folder(ref)), init, ref)
+        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
     except ValueError as error:
         raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
 
@@ -1789,6 +1828,8 @@ def to_numpy(tree):
 
 
 def check_batch_size(batch_size: int, name="--batch-size"):
+    if batch_size < 1:
+        raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
     if batch_size % jax.device_count():
         raise ValueError(f"{name} {batch_size} is not divisible by the {jax.device_count()} devices")
 
@@ -2072,7 +2113,7 @@ class Run:
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. The last good state is in {self.out}/checkpoint. "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
                 "Try a lower --lr, a longer --warmup, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
@@ -2080,6 +2121,11 @@ class Run:
         self._bar.set_postfix(shown)
         if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+
+    def _last_good(self) -> str:
+        if self._saved:
+            return f"The last good state is in {self.out}/checkpoint."
+        return "Nothing was saved yet (--save-every)."
 
     def sample(self, step: int, **record):
         """Keep a sample in samples.jsonl and show it."""

@@ -271,7 +271,7 @@ def main(config: Config):
     gpt.start(config.seed)
     config = resolve(config)
     kto = config.loss == "kto"
-    policy, tokenizer = gpt.load(config.init)
+    policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: its arrays are donated
     ref = gpt.load_frozen(config.ref or config.init, config.dtype)

@@ -33,6 +33,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 import gpt
@@ -316,6 +317,12 @@ def make_update(policy_optimizer, critic_optimizer, config: Config):
     return update
 
 
+def policy_steps(state: State):
+    """How many steps the policy's optimiser has taken, on the device: fewer than the minibatches seen where the critic
+    warmed up alone or --target-kl ended an iteration early."""
+    return optax.tree_utils.tree_get_all_with_path(state.policy_opt, "count")[0][1]
+
+
 def update_epochs(update, state, rollout, step: int, config: Config):
     """Step 4 of the box: a few shuffled passes over the rollout, cut short when the policy has moved enough."""
     history, stopped = [], False
@@ -410,7 +417,7 @@ def main(config: Config):
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
-    policy, tokenizer = gpt.load(config.init)
+    policy, tokenizer = gpt.load_policy(config.init)
     ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))  # a copy: the policy's arrays are donated
     policy = gpt.shard(jax.tree.map(jnp.array, policy))
     models, function = load_rewards(config, tokenizer)
@@ -450,6 +457,7 @@ def main(config: Config):
         # 2, 3 rewards and advantages
         rollout, more = make_rollout(state, ref, batch, generation, scores, config)
         # 4 update
+        rate_now = lr(policy_steps(state))  # of the first policy step below
         state, losses = update_epochs(update, state, rollout, step, config)
         if config.kl_target:
             beta = adaptive_beta(
@@ -457,7 +465,7 @@ def main(config: Config):
             )
             state = state._replace(beta=beta)
 
-        metrics = gpt.to_numpy(metrics | more | losses | {"lr": lr(step * per_iteration)})
+        metrics = gpt.to_numpy(metrics | more | losses | {"lr": rate_now})
         if monitor:
             metrics |= gpt.mean_parts(monitor(*texts, rows), "eval/")
         if step % config.sample_every == 0 or step == config.steps - 1:

@@ -167,7 +167,7 @@ def read_documents(file, name: str, separator: str):
 # ------------------------------------------------------------------------------------- foreign spellings to the formats
 
 ROLES = {"human": "user", "gpt": "assistant"}
-CARRIED = ("id", "source", "margin", "weight", "label_p")  # what a row keeps beside its texts
+CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
 FORMATS = (
     "{text}, {prompt, completion}, {messages}, {prompt, chosen, rejected}, {chosen, rejected}, {prompt}, "
     "{prompt, completion, label}, {messages, label}, {prompt, completion, rating}, {instruction, input, output}, "
@@ -281,7 +281,8 @@ def as_kind(found: str, row: dict, kind: str) -> list[dict]:
         if row["chosen"] == row["rejected"]:
             raise Dropped("equal sides")
         rest = take(row, "prompt", "id", "source", "weight")
-        return [rest | {"completion": row[side], "label": side == "chosen"} for side in ("chosen", "rejected")]
+        sides = ("chosen", "rejected")
+        return [rest | {"completion": row[side], "label": side == "chosen"} | cut_answer(row, side) for side in sides]
     if kind == "text" and found in ("pairs", "demos"):
         return [transcript(demo_row(row) if found == "pairs" else row)]
     raise gpt.BadRow(f"this row holds {found}, not {kind}")
@@ -296,7 +297,14 @@ def prompt_row(row: dict) -> dict:
 
 
 def demo_row(row: dict) -> dict:
-    return {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source")
+    return (
+        {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source") | cut_answer(row, "chosen")
+    )
+
+
+def cut_answer(row: dict, side: str) -> dict:
+    """What a row made of one side of a pair says where that side did not end: it gets no EOS."""
+    return {"truncated": ["completion"]} if side in gpt.truncated_sides(row) else {}
 
 
 def transcript(row: dict) -> dict:
@@ -414,8 +422,9 @@ def check(row: dict, texts: dict, words: dict, turn: str, config: Config):
     messages = [message for value in values if isinstance(value, list) for message in value]
     if not all(words.values()) or not all(m["content"] for m in messages) or ("prompt" in row and not turn):
         raise Dropped("empty")
-    answers = [name for name in ("chosen", "rejected", "completion") if isinstance(row.get(name), str)]
-    if any(turn in row[name] for name in answers for turn in ("\n\nHuman:", "\n\nAssistant:")):
+    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
+    turns = lambda x: len(x) > 1 if isinstance(x, list) else "\n\nHuman:" in x or "\n\nAssistant:" in x
+    if any(map(turns, answers)):
         raise Dropped("a further turn within an answer")
     prompt = len(words.get("prompt", ()))
     length = prompt + max((len(w) for name, w in words.items() if name not in ("prompt", "text")), default=0)

@@ -343,7 +343,7 @@ def print_report(result: dict):
 
 def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
-    policy, policy_tokenizer = gpt.load(config.normalize_with)
+    policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
@@ -369,7 +369,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
 def train_member(member: int, config: Config, optimizer, train_step, steps: int):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = gpt.load(config.init)
+    trunk, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
     model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer)))
     state = State(model, gpt.shard(optimizer.init(model)))
@@ -429,7 +429,7 @@ def main(config: Config):
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
     check_inputs(config, heldout)
-    _, tokenizer = gpt.load(config.init)
+    _, tokenizer = gpt.load_policy(config.init)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)
     optimizer = make_optimizer(config, steps)

@@ -129,22 +129,15 @@ def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
 def make_model(config: Config, key):
     """The model to start from and its tokenizer."""
     if config.init != "none":
-        model, tokenizer = gpt.load(config.init)
-        tokenizer = gpt.load_tokenizer(config.tokenizer) if config.tokenizer else tokenizer
-    else:
-        if not config.tokenizer:
-            raise ValueError("--init none needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
-        tokenizer = gpt.load_tokenizer(config.tokenizer)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"no tokenizer files in {config.tokenizer or config.init}: name a folder by --tokenizer"
-        )
-    if config.init == "none":
-        shape = gpt.make_config(
-            tokenizer.vocab_size, config.length, config.layers, config.heads, config.dim, config.family
-        )
-        model = jax.jit(partial(gpt.init, shape))(key)
-    return gpt.shard(model), tokenizer
+        model, tokenizer = gpt.load_policy(config.init, config.tokenizer)
+        return gpt.shard(model), tokenizer
+    if not config.tokenizer:
+        raise ValueError("--init none needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
+    tokenizer = gpt.need_tokenizer(config.tokenizer)
+    shape = gpt.make_config(
+        tokenizer.vocab_size, config.length, config.layers, config.heads, config.dim, config.family
+    )  # fmt: skip
+    return gpt.shard(jax.jit(partial(gpt.init, shape))(key)), tokenizer
 
 
 def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: int = 2):
@@ -178,7 +171,7 @@ def main(config: Config):
 
     teacher = None
     if config.teacher:
-        teacher, teacher_tokenizer = gpt.load(config.teacher)
+        teacher, teacher_tokenizer = gpt.load_policy(config.teacher)
         gpt.check_same_tokenizer(tokenizer, teacher_tokenizer, config.init, config.teacher)
         teacher = gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
 

@@ -318,6 +318,16 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
     assert (tmp_path / "rejection" / "model.safetensors").is_file()
 
 
+def test_an_answer_with_a_character_cut_in_two_cannot_win(world):
+    numbers = lambda reward: {"eos": [1], "reward": [reward]}
+    rounds = [
+        evaluate.Answers(numbers(2.0), ["q"], ["a \ufffd"], [[1]], [{"prompt": "q"}]),
+        evaluate.Answers(numbers(1.0), ["q"], ["a"], [[1]], [{"prompt": "q"}]),
+    ]
+    (winner,) = evaluate.pick_winners(rounds, gpt.load_tokenizer(world / "start"))
+    assert winner["completion"] == "a"
+
+
 def test_distinct_and_repetition_by_hand():
     responses = [list("aba"), list("abab"), ["c"]]
     assert [evaluate.distinct(responses, n) for n in (1, 2, 3)] == [3 / 8, 2 / 5, 2 / 3]
@@ -627,7 +637,7 @@ def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
     with pytest.raises(ValueError, match="start is a language model, not a reward model: train one with reward.py"):
         evaluate.set_exam(settings(world, "x", reward=str(world / "start")))
     exam = evaluate.set_exam(settings(world, "x", judge="none"))
-    with pytest.raises(ValueError, match="rm is a reward model, it writes nothing"):
+    with pytest.raises(ValueError, match="rm is a reward model, not a language model: give a folder.*--rewards"):
         evaluate.examine(exam, str(world / "rm"))
     spec = json.loads((world / "rm" / "tokenizer.json").read_text())
     spec["model"]["vocab"] |= {"yes": spec["model"]["vocab"]["no"], "no": spec["model"]["vocab"]["yes"]}

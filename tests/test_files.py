@@ -15,7 +15,13 @@ import tokenizers
 from conftest import added, write_tokenizer
 from safetensors.numpy import load_file, save_file
 
+import dpo
+import evaluate
 import gpt
+import ipo_kto
+import ppo
+import reward
+import sft
 
 FOLDERS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2", "gpt2_score", "llama_score"]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
@@ -172,6 +178,39 @@ def test_what_the_model_cannot_compute_is_refused(change, named, golden):
 def test_a_missing_model_names_the_command_that_makes_it(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"python reward.py --out .*/reward"):
         gpt.load(tmp_path / "reward")
+
+
+def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_model, tmp_path):
+    gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
+    gpt.save(tmp_path / "bare", tiny_model, None)
+    small = gpt.make_config(vocab_size=plain.vocab_size - 1, context=32, layers=1, heads=2, dim=16)
+    gpt.save(tmp_path / "small", gpt.init(small, jax.random.key(0)), plain)
+    with pytest.raises(ValueError, match="reward is a reward model, not a language model: give a folder that sft.py"):
+        gpt.load_policy(tmp_path / "reward")
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*bare: .*tokenizer.json, or vocab.json"):
+        gpt.load_policy(tmp_path / "bare")
+    with pytest.raises(FileNotFoundError, match="no tokenizer in .*bare"):
+        gpt.check_reference(plain, words, tmp_path / "bare")
+    with pytest.raises(ValueError, match="small has 16 ids, more than the 15 of the model"):
+        gpt.load_policy(tmp_path / "small")
+    with pytest.raises(ValueError, match="words.* has 16 ids, more than the 15 of the model in .*small"):
+        sft.make_model(sft.Config(init=str(tmp_path / "small"), tokenizer=str(words)), None)
+    assert gpt.load(tmp_path / "bare")[1] is None
+    assert gpt.load_policy(tmp_path / "bare", words)[1].fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize("script", [sft, ppo, dpo, ipo_kto, reward, evaluate])
+def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "start", lambda seed: jax.random.key(seed))
+    gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
+    given = {"ref" if script is evaluate else "init": str(tmp_path / "reward")}
+    if script is evaluate:
+        given["judge"] = "none"
+    else:
+        row = {"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c"}
+        given |= dict(data=(str(write_rows(tmp_path / "rows.jsonl", [row] * 4)),), out=tmp_path / "out")
+    with pytest.raises(ValueError, match="reward is a reward model, not a language model"):
+        script.main(script.Config(**given))
 
 
 def test_a_half_written_file_is_never_seen(tmp_path):
@@ -528,6 +567,14 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("pairs", {"chosen": MESSAGES, "rejected": ANSWER}, "share no first message"),
         ("pairs", {"chosen": 1, "rejected": 2}, "a pair needs"),
         ("pairs", {"chosen": "a", "rejected": ANSWER}, "a pair needs"),
+        ("pairs", {"prompt": "a", "chosen": ANSWER * 3, "rejected": ANSWER}, "`chosen` holds 3 messages"),
+        (
+            "thumbs",
+            {"chosen": MESSAGES + ANSWER, "rejected": MESSAGES + MESSAGES + ANSWER},
+            "`rejected` holds 2 messages: an answer is one assistant turn",
+        ),
+        ("demos", {"prompt": "a", "completion": MESSAGES}, "`completion` holds a message of role 'user'"),
+        ("thumbs", {"prompt": "a", "completion": ANSWER * 2, "label": True}, "`completion` holds 2 messages"),
         ("thumbs", {"prompt": "a", "completion": "b", "label": 1}, "`label` is 1"),
         ("thumbs", {"prompt": "a", "completion": "b"}, "`label` is None"),
         ("thumbs", {"prompt": "a", "completion": "b", "label": True, "weight": float("nan")}, "`weight` is nan"),

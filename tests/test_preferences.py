@@ -766,6 +766,19 @@ def test_answers_that_did_not_end_are_trained_on_without_an_end(world):
     assert ("truncated" in up, "truncated" in down) == tuple(s in rows[0]["truncated"] for s in ("chosen", "rejected"))
 
 
+def test_candidates_with_a_character_cut_in_two_are_left_out(world, monkeypatch):
+    tokenizer = gpt.load_tokenizer(world.words)
+    decode = tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids: decode(ids).replace("yes", "\ufffd"))
+    config = world.dpo("halved", keep_truncated=True)
+    prompts = gpt.Batches(world.prompts, "prompts", tokenizer, 16, 6, 0, buckets=1)
+    labeller = lambda batch, out, texts, rows: np.zeros(len(rows))
+    key = jax.random.key(0)
+    groups = dpo.sample_candidates(world.model, tokenizer, labeller, prompts, prompts(0), key, config)
+    texts = [c.text for group in groups for c in group]
+    assert texts and not any("\ufffd" in text for text in texts)
+
+
 def test_dpo_stopped_in_a_round_and_resumed_is_bit_identical(dpo_run, world):
     config, *_ = dpo_run
     with pytest.raises(SystemExit):

@@ -105,6 +105,20 @@ def test_every_reason_is_counted_with_its_place(tmp_path):
     assert "pairs-heldout" not in written
 
 
+def test_further_messages_within_an_answer_are_counted(tmp_path):
+    long = {"chosen": [user("a"), assistant("b"), user("c"), assistant("d")], "rejected": [user("a"), assistant("e")]}
+    good = {"chosen": [user("a"), assistant("b")], "rejected": [user("a"), assistant("e")]}
+    report, written = run(tmp_path, [long, good], heldout=0)
+    assert counts(report) == {"a further turn within an answer": 1} and len(written["pairs"]) == 1
+
+
+def test_answers_that_were_cut_stay_marked(tmp_path):
+    _, written = run(tmp_path, [pair("q", truncated=["chosen"])], heldout=0)
+    assert written["pairs"][0]["truncated"] == ["chosen"] and written["demos"][0]["truncated"] == ["completion"]
+    _, written = run(tmp_path, [pair("q", truncated=["chosen"])], out="thumbs", heldout=0, kind="thumbs")
+    assert [row.get("truncated") for row in written["thumbs"]] == [["completion"], None]
+
+
 def test_at_most_three_examples(tmp_path):
     report, _ = run(tmp_path, [pair("q")] * 9, heldout=0)
     assert counts(report) == {"exact duplicate": 8} and len(report["dropped"]["exact duplicate"]["examples"]) == 3

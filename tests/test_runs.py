@@ -108,6 +108,8 @@ def test_a_nan_stops_the_run_before_it_is_saved(tmp_path):
     with pytest.raises(FloatingPointError, match="step 3 is nan.*lower --lr"):
         count_up(Config(tmp_path), loss=lambda step: float("nan") if step == 3 else 1.0)
     assert os.listdir(tmp_path / "checkpoint") == ["2"]
+    with pytest.raises(FloatingPointError, match="step 0 is nan. Nothing was saved yet"):
+        count_up(Config(tmp_path / "at-once"), loss=lambda step: float("nan"))
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -365,6 +367,8 @@ def test_a_batch_that_does_not_divide_over_the_devices_is_refused(monkeypatch):
     gpt.check_batch_size(16)
     with pytest.raises(ValueError, match="--batch-size 12 .*8 devices"):
         gpt.check_batch_size(12)
+    with pytest.raises(ValueError, match="--batch-size 0: a batch has 1 row at least"):
+        gpt.check_batch_size(0)
 
 
 # command lines --------------------------------------------------------------------------------------------------------

@@ -292,6 +292,12 @@ def test_ppo_stopped_by_a_signal_and_resumed_is_bit_identical(learned, world):
     assert same(gpt.load(world.root / "resumed")[0], gpt.load(learned)[0])
 
 
+def test_ppo_logs_the_learning_rate_that_the_policy_had(world):
+    config = world.ppo("warm", critic_warmup=2)
+    ppo.main(config)
+    assert [row["lr"] for row in log(config.out)] == pytest.approx([3e-3] * 3)  # its first step is in the last one
+
+
 @pytest.mark.parametrize(
     "options, message",
     [
