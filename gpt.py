@@ -976,17 +976,25 @@ def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
     return shard(cast(model, compute_dtype(dtype)))
 
 
+COMMANDS = {  # what makes the folder of such a name
+    "base": "sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --steps 4200 --batch-size 16 "
+    "--length 48 --lr 2e-3 --warmup 50",
+    "sft": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "dpo": "dpo.py", "ipo": "ipo_kto.py",
+    "kto": "ipo_kto.py --loss kto",
+}  # fmt: skip
+
+
 def find_folder(path) -> Path:
     """A local model folder, downloaded first where `path` is a name on the Hub."""
     folder = Path(path)
     if (folder / "config.json").is_file() and list(folder.glob("*.safetensors*")):
         return folder
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
-        scripts = {"base": "sft --init none --tokenizer data/toy --data data/toy/base.jsonl"}
-        script = scripts.get(folder.name, next((n for n in ("reward", "ppo", "dpo") if n in folder.name), "sft"))
-        name, _, flags = script.partition(" ")
-        command = " ".join(filter(None, [f"python {name}.py", flags, f"--out {path}"]))
-        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors): make it with `{command}`")
+        if list(folder.glob("member-*")):
+            raise FileNotFoundError(f"{path} holds an ensemble, and one model is needed here: name one of its member-*")
+        command = next((c for name, c in COMMANDS.items() if name in folder.name), None)
+        hint = f": make it with `python {command} --out {path}`" if command else ": is the path right?"
+        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors){hint}")
     from huggingface_hub import snapshot_download
 
     try:
