@@ -428,8 +428,8 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    check_inputs(config, heldout)
     _, tokenizer = gpt.load_policy(config.init)
+    check_inputs(config, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)
     optimizer = make_optimizer(config, steps)
