@@ -626,7 +626,7 @@ def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monk
         (dict(models=()), "nothing to evaluate: give --models, --frontier or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
         (dict(models=("out/nowhere",)), "no model in out/nowhere .*is the path right"),
-        (dict(models=("out/no-kto",)), "no model in .*make it with `python ipo_kto.py --loss kto --out out/no-kto`"),
+        (dict(ref="out/no-kto"), "no model in .*make it with `python ipo_kto.py --loss kto --out out/no-kto`"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):
