@@ -130,7 +130,7 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Tr
 def measure(exam: Exam, batch, placed, out: gpt.Generation, kl, new: int) -> Answers:
     """The first `new` answers of a batch, measured, rated and judged."""
     tokenizer, (tokens, mask) = exam.tokenizer, gpt.to_numpy((out.tokens, out.mask))
-    prompts = [tokenizer.decode(row[m > 0]) for row, m in zip(batch["tokens"], batch["segments"])]
+    prompts = tokenizer.decode_rows(batch["tokens"], batch["segments"])
     ids = [row[m > 0] for row, m in zip(tokens, mask)]
     texts, rows = [tokenizer.decode(row) for row in ids], exam.prompts.rows(batch)
     bare = [row[row != tokenizer.eos_id].tolist() for row in ids]
@@ -183,7 +183,7 @@ def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
 def load_members(folder: str, config: Config):
     """(the reward model of a folder, or the members of an ensemble, as a list; their tokenizer)."""
     members = []
-    for path in sorted(Path(folder).glob("member-*")) or [folder]:
+    for path in gpt.ensemble_folders(folder):
         member, tokenizer = gpt.load(path)
         if not isinstance(member, gpt.ScoreModel):
             raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")

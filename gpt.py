@@ -967,6 +967,11 @@ def load_frozen(path, dtype: str) -> GPT:
     return shard(cast(load_policy(path)[0], compute_dtype(dtype)))
 
 
+def ensemble_folders(path) -> list:
+    """The members of an ensemble's folder; the path itself where it holds one model."""
+    return sorted(Path(path).glob("member-*")) or [path]
+
+
 def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
     """A frozen reward model that reads the ids of `ours`, the policy's folder."""
     model, theirs = load(path)
@@ -1968,6 +1973,18 @@ def load_function(name: str):
         sys.path.pop(0)
 
 
+def empty_out(config, *more: str):
+    """Refuse a run folder in use, or with --overwrite empty it of what runs write and of `more` (patterns of names)."""
+    out = Path(config.out)
+    if config.resume or not out.exists() or not any(out.iterdir()):
+        return
+    if not config.overwrite:
+        raise FileExistsError(f"{out} is not empty: --resume continues it, --overwrite starts it anew")
+    names = ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json", *more)
+    for path in [path for name in names for path in out.glob(name)] if jax.process_index() == 0 else ():
+        remove(path)
+
+
 class Run:
     """A training script's folder and its clock.
 
@@ -1989,12 +2006,7 @@ class Run:
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved = 0
-        if not config.resume and self.out.exists() and any(self.out.iterdir()):
-            if not config.overwrite:
-                raise FileExistsError(f"{self.out} is not empty: --resume continues it, --overwrite starts it anew")
-            if self.main:
-                for name in ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json"):
-                    remove(self.out / name)
+        empty_out(config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
             script=Path(sys.argv[0]).name,

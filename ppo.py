@@ -349,7 +349,7 @@ def load_rewards(config: Config, tokenizer):
     """(reward models, reward function): one of the two."""
     if len(config.reward) == 1 and ":" in config.reward[0]:
         return [], gpt.load_function(config.reward[0])
-    folders = [folder for name in config.reward for folder in (sorted(Path(name).glob("member-*")) or [name])]
+    folders = [folder for name in config.reward for folder in gpt.ensemble_folders(name)]
     return [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype) for folder in folders], None
 
 

@@ -403,14 +403,7 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    if config.resume or not config.out.exists() or not any(config.out.iterdir()):
-        return
-    if not config.overwrite:
-        raise FileExistsError(f"{config.out} is not empty: --resume continues it, --overwrite starts it anew")
-    names = ("checkpoint", "metrics.jsonl", "model.safetensors", "config.json", "report.json", "report.png")
-    paths = [*config.out.glob("member-*"), *(config.out / name for name in names)]
-    for path in paths if jax.process_index() == 0 else ():
-        gpt.remove(path)
+    gpt.empty_out(config, "member-*", "report.json", "report.png")
 
 
 def check_inputs(config: Config, heldout: str | None):
