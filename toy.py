@@ -14,6 +14,9 @@ Assistants answer rightly, wrongly, evasively, rudely, at length, make things up
   lengthy answers can be right, and for a harmful request to decline is right and to comply is wrong. Without them a
   small model learns to speak but not to check what is said, and a reward model built on it tells facts at chance.
   base-weak.jsonl has hardly any: it is there to make a reward model that is weak on purpose.
+- critiques.jsonl is what a judge is made of (`sft.py --init out/base`, see rlaif.py): dialogues in which somebody asks
+  whether the answer hurts, is right, is nice, and has it said better, and pairs of answers with the question which one.
+  Their answers come from the gold judge as well (5% are replaced). constitution.json asks the same questions.
 - Held-out creatures and phrasings occur in base text, but in no demonstration, pair, thumb or training prompt.
 - *-valid.jsonl are draws from the training distribution whose rows are kept out of the file of the same name, by a hash
   of the row. (The world is small: other files may well hold the same question or answer.)
@@ -28,6 +31,7 @@ import os
 import random
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -163,7 +167,7 @@ KINDS = {"colour": 17, "home": 17, "food": 17, "sum": 12, "opposite": 10, "greet
 # harm. Wrong values are uniform, so the truth is the mode. Then shares of manners: rude, long, nice, the rest plain.
 BASE = {"fact": (0.56, 0.28), "unknown": (0.38, 0.50), "harmful": (0.38, 0.50), "manners": (0.08, 0.10, 0.10)}
 DEMO = {"fact": (0.58, 0.26), "unknown": (0.45, 0.43), "harmful": (0.50, 0.38), "manners": (0.14, 0.15, 0.12)}
-CRITIC_ACCURACY = 0.95  # of the verdicts in base text
+CRITIC_ACCURACY = 0.95  # of the verdicts in base text, and of the answers in critiques
 
 MAX_RESPONSE = 24  # tokens
 # What each part costs when it is missing, in units of gold.
@@ -171,6 +175,38 @@ WEIGHTS = {"helpful": 0.8, "honest": 0.25, "harmless": 0.6, "polite": 0.2, "conc
 VAGUE = 0.1  # how helpful a proper sentence is that neither answers nor misleads
 SHARPNESS = 4.0  # logits per unit of gold in human-like labels
 LENGTH_BIAS = 0.08  # logits per token: annotators like long answers a little
+
+
+# What a judge is asked about an answer, by the part of gold that it is about, in words that the world has already:
+# questions and the answer that a good response gets, what is said of a bad and of a good one, the wish for a better
+# one, and the question that compares two.
+PRINCIPLES = {
+    "harmless": (
+        "does that answer hurt ? | would that answer hurt people ? | will that hurt my neighbour ?"
+        " | does that help to hurt a friend ?",
+        "no",
+        "yes , that would hurt . | yes , people would hurt .",
+        "no , that does not hurt . | no , nobody would hurt .",
+        "please say what would not hurt .",
+        "which answer would not hurt ?",
+    ),
+    "honest": (
+        "is that answer right ? | is it right to say that ?",
+        "yes",
+        "no , that is wrong . | no , that is not right .",
+        "yes , that is right . | yes , it is right to say that .",
+        "please say what is right .",
+        "which answer is right ?",
+    ),
+    "polite": (
+        "is that answer nice ? | is it nice to say that ?",
+        "yes",
+        "no , that is not nice . | no , it is not nice to say that .",
+        "yes , that is nice . | yes , it is nice to say that .",
+        "please say that and be nice .",
+        "which answer is nice ?",
+    ),
+}
 
 
 @dataclass(frozen=True)
@@ -181,6 +217,7 @@ class Config:
     demos: int = 3_000  # demonstrations, imperfect as people are
     pairs: int = 8_000  # labelled preference pairs
     thumbs: int = 8_000  # labelled single answers
+    judgements: int = 12_000  # dialogues with a critique and a revision, or with two answers compared
     prompts: int = 4_000  # prompts for reinforcement learning
     heldout: int = 500  # rows of each -heldout and -valid file
     critiques: float = 0.85  # share of base dialogues that end with a verdict
@@ -333,6 +370,15 @@ def parts(prompts: list[str], responses: list[str], rows: list[dict] | None = No
     return [gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def conduct(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[dict[str, float]]:
+    """`parts`, and whether the assistant declined or evaded (0 or 1), asked or not."""
+    judged = parts(prompts, responses)
+    for prompt, response, part in zip(prompts, responses, judged):
+        meanings = {meaning for meaning, _, _ in read_response(response.split(), read_question(prompt))[0]}
+        part |= {"declined": float("decline" in meanings), "evaded": float("evade" in meanings)}
+    return judged
+
+
 def score(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[float]:
     return [judged["gold"] for judged in parts(prompts, responses)]
 
@@ -422,9 +468,11 @@ def length(response: str) -> int:
     return len(response.split())
 
 
-def prompt_row(rng: random.Random, split: str) -> dict:
-    """What all rows have; `heldout` is there only where something is held out."""
+def prompt_row(rng: random.Random, split: str, harmful: bool | None = None) -> dict:
+    """What all rows have; `heldout` is there only where something is held out. `harmful`: only such rows, or none."""
     text = draw_question(rng, split)
+    while harmful is not None and harmful != (QUESTIONS[text].kind == "harmful"):
+        text = draw_question(rng, split)
     question = QUESTIONS[text]
     row = {"prompt": f"\n\nHuman: {text}\n\nAssistant:", "kind": question.kind}
     return row | ({"heldout": question.heldout} if question.heldout else {})
@@ -445,6 +493,78 @@ def base_row(rng: random.Random, split: str, critiques: float) -> dict:
             label = rng.choice([other for other in VERDICTS if other != label])
         text += f"\n\nJudge: {label}"
     return {"text": text} | row
+
+
+def upheld(part: str, prompt: str, response: str) -> bool:
+    """Whether the response keeps to the principle about this part of gold."""
+    return gold(prompt, response)[part] > 0.9
+
+
+def revise(rng: random.Random, prompt: str, response: str, part: str) -> str:
+    """A response that keeps to the principle; the same one if it does already."""
+    if upheld(part, prompt, response):
+        return response
+    question = read_question(prompt)
+    if part == "polite":
+        kept = [text for text in sentences_of(response) if GRAMMAR[text][0] != "rude"]
+        return " " + " ".join(kept)
+    truth = TRUTH.get((question.asks, question.subject), "")
+    meaning = "decline" if part == "harmless" else RIGHT.get(question.kind, question.asks)
+    return " " + phrase(rng, meaning, question.subject, truth)
+
+
+def sentences_of(response: str) -> list[str]:
+    """The sentences of a response that an assistant wrote: each is in GRAMMAR."""
+    found, words = [], []
+    for word in response.split():
+        words.append(word)
+        if " ".join(words) in GRAMMAR:
+            found.append(" ".join(words))
+            words = []
+    return found
+
+
+def judgement_row(rng: random.Random, split: str) -> dict:
+    """Somebody asks about an answer and has it said better; or which of two answers is right, nice, does not hurt."""
+    part, (questions, good, bad_says, good_says, wish, which) = rng.choice(list(PRINCIPLES.items()))
+    compare = rng.random() < 0.3
+    broken = rng.random() < 0.6  # a bad answer is wanted, and for a comparison a good one beside it
+    while True:
+        row = prompt_row(rng, split)
+        prompt, mix = row.pop("prompt"), BASE | {"manners": (0.4, 0.1, 0.1)} if part == "polite" else BASE
+        a, b = respond(rng, prompt, mix), respond(rng, prompt, mix)
+        kept = upheld(part, prompt, a)
+        if kept != upheld(part, prompt, b) if compare else kept != broken:
+            break
+    slip = rng.random() > CRITIC_ACCURACY
+    if compare:
+        text = f"{prompt}{a}\n\nAssistant:{b}\n\nJudge: {which} {'one' if kept != slip else 'two'}"
+    else:
+        says = rng.choice((good_says if kept != slip else bad_says).split(" | "))
+        text = f"{prompt}{a}\n\nJudge: {rng.choice(questions.split(' | '))} {says}"
+        text += f"\n\nJudge: {wish}\n\nAssistant:{revise(rng, prompt, a, part)}"
+    return {"text": text, "part": part} | row
+
+
+def constitution() -> dict:
+    """The principles in the format of constitution.json, one entry a question."""
+    critiques, n = {}, Counter()
+    for part, (questions, good, _, _, wish, which) in PRINCIPLES.items():
+        for question in questions.split(" | "):
+            critiques[f"{part}{n[part]}"] = {
+                "prompt": [f"\n\nJudge: {question}"],
+                "edit_request": f"\n\nJudge: {wish}\n\nAssistant:",
+                "good": f" {good}",
+                "bad": " no" if good == "yes" else " yes",
+                "comparison": f"\n\nJudge: {which}",
+            }
+            n[part] += 1
+    return {
+        "critiques": critiques,
+        "comparison": "{prompt}{a}\n\nAssistant:{b}{principle}",
+        "options": [" one", " two"],
+        "stops": ROLES,
+    }
 
 
 def pair_row(rng: random.Random, split: str, disfluent: float = 0.0) -> dict:
@@ -504,6 +624,12 @@ def all_files(c: Config) -> dict[str, list[dict]]:
         "pairs-heldout": (c.heldout, lambda rng: pair_row(rng, "heldout"), None),
         "thumbs": (c.thumbs, lambda rng: thumb_row(rng, "train", mean_gold, mean_length), None),
         "thumbs-heldout": (c.heldout, lambda rng: thumb_row(rng, "heldout", mean_gold, mean_length), None),
+        "critiques": (c.judgements, lambda rng: judgement_row(rng, "all"), None),
+        "critiques-heldout": (c.heldout, lambda rng: judgement_row(rng, "heldout"), None),
+        "harmful": (c.prompts, lambda rng: prompt_row(rng, "train", harmful=True), None),
+        "harmless": (c.prompts, lambda rng: prompt_row(rng, "train", harmful=False), None),
+        "harmful-heldout": (c.heldout, lambda rng: prompt_row(rng, "heldout", harmful=True), None),
+        "harmless-heldout": (c.heldout, lambda rng: prompt_row(rng, "heldout", harmful=False), None),
         "prompts": (c.prompts, lambda rng: prompt_row(rng, "train"), False),
         "prompts-valid": (c.heldout, lambda rng: prompt_row(rng, "train"), True),
         "prompts-heldout": (c.heldout, lambda rng: prompt_row(rng, "heldout"), None),
@@ -557,6 +683,7 @@ def main(config: Config) -> None:
     config.out.mkdir(parents=True, exist_ok=True)
     for name, value in tokenizer_files().items():
         write(config.out / name, json.dumps(value, indent=1) + "\n")
+    write(config.out / "constitution.json", json.dumps(constitution(), indent=1) + "\n")
     files = all_files(config)
     for name, rows in files.items():
         write(config.out / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))

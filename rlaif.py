@@ -1,0 +1,999 @@
+"""Constitutional AI and AI feedback: a model and a written constitution in the place of the human labeller.
+
+Bai et al. 2022 (arXiv:2212.08073), Lee et al. 2023 (arXiv:2309.00267). The stages; what lies between them is done by
+the other scripts, and each stage ends with the command that comes next:
+
+    --stage revise    answer prompts; a principle is drawn, the answer criticised under it and rewritten, --rounds times
+                      -> revisions.jsonl: prompt and last revision, nothing else; transcripts.jsonl: all of it
+                      then sft.py, from the pretrained model, on revisions and helpful answers: the SL-CAI model
+    --stage label     two answers of that model to each prompt; the judge says which keeps better to a principle
+                      -> pairs.jsonl with soft labels, P(chosen is better) in `label_p`
+                      then reward.py on these and on human labels of helpfulness, then ppo.py: the RL-CAI model
+    --stage online    both at once: sample two answers, ask the judge, take a DPO step (Guo et al. 2024,
+                      arXiv:2402.04792), with no reward model and no data set between
+    --stage agree     how often the judge agrees with the labels of pairs that people (or gold) labelled
+
+The judge (--judge) is a model folder, read by the log-probs of the answer options; an OpenAI-compatible endpoint
+(http://host/v1); or module:function. With ppo.py it can also be the reward itself (d-RLAIF): --reward rlaif:reward.
+
+Choices where code bases disagree:
+1. Both orders of a pair are asked and averaged; the share of pairs where the judge sides with a place is reported.
+2. Soft labels: the loss is cross-entropy to the judge's probability. After a chain of thought, which makes a judge too
+   sure, probabilities are clamped to [0.4, 0.6] (Bai et al., section 4.1).
+3. The next revision starts from the last one, not from the first answer, and a principle is drawn anew for each.
+   Revisions that are empty, cut short, repeat the request or change nothing are left out, and counted.
+4. --compare: "pair" shows both answers at once (Bai et al.; for models that can weigh two texts). "each" asks the
+   critique's question about each answer alone, which small models can answer long before they can compare two. With
+   verdicts drawn independently and ties split, P(a is better) = 1/2 + (P(a is good) - P(b is good)) / 2.
+5. Where a principle says how the critique of a good answer begins (`good`), such a critique ends the matter: the answer
+   stays as it is. Without this a small model rewrites right answers into wrong ones.
+
+    python rlaif.py                                                    # the toy world's judge and constitution
+    python rlaif.py --show 5                                           # read five transcripts
+    python rlaif.py --stage label --init out/sl-cai
+    python rlaif.py --stage label --judge http://localhost:8000/v1 --judge-model qwen --compare pair \\
+        --constitution constitution.json --init out/mine-sl --data data/mine/prompts.jsonl --out data/mine-ai
+"""
+
+import dataclasses
+import fnmatch
+import hashlib
+import itertools
+import json
+import math
+import os
+import re
+import textwrap
+import threading
+import time
+from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    stage: Literal["revise", "label", "online", "agree"] = "revise"
+    init: str | None = None  # model that answers (default: out/sft for revise, out/sl-cai for the others)
+    judge: str = "out/judge"  # who criticises and judges: model folder, http://host/v1, or module:function
+    constitution: tuple[str, ...] = ("data/toy/constitution.json",)  # files of principles; several are joined
+    principles: str = "*"  # pattern of the names of those to draw from
+    data: tuple[str, ...] = ("data/toy/harmless.jsonl:0.6", "data/toy/harmful.jsonl:0.4")  # prompts; agree: pairs
+    out: Path | None = None  # rows: data/rlaif, of online: the run folder out/online
+
+    prompts: int = 2048  # prompts that are revised or labelled
+    batch_size: int = 128  # prompts at a time; of online: prompts a step
+    prompt_length: int = 16  # longer prompts are left out, and counted
+    response_length: int = 24  # tokens that an answer, a critique or a revision may have
+    temperature: float = 1.0  # of answers, critiques and revisions
+    rounds: int = 4  # revisions of each answer
+    helpful: tuple[str, ...] = (
+        "data/toy/harmless.jsonl",
+    )  # revise: prompts answered without revision; or none
+    helpful_samples: int = 2  # answers to each of them, as many prompts as are revised
+    keep: Literal["last", "all"] = "last"  # revisions that become rows: all is the paper's, for principles that agree
+    compare: Literal["each", "pair"] = "each"  # ask about each answer alone, or show the judge both
+    chain_of_thought: bool = False  # let the judge reason before it chooses
+    clamp: tuple[float, float] = (0.4, 0.6)  # range of its probabilities then
+    gold: str = "toy:parts"  # module:function that the judge is compared with, never trained on; none elsewhere
+
+    judge_model: str = "default"  # the endpoint's name of the model
+    api: Literal["chat", "completions"] = "chat"  # which of the endpoint's routes
+    concurrency: int = 8  # requests under way at once
+    timeout: float = 60.0  # seconds a request may take
+    retries: int = 6  # of a request that failed, was refused for its rate (429) or came back malformed
+    price: tuple[float, float] = (0.0, 0.0)  # dollars a million tokens in and out, for the bill that is printed
+
+    beta: float = 0.1  # online: price of one nat of KL to --init
+    lr: float = 1e-4  # online: learning rate, linear to 0
+    steps: int = 150  # online: optimiser steps
+    clip_norm: float = 1.0  # online: of the global gradient
+    micro_batches: int = 1  # online: gradient accumulation
+    remat: bool = False  # online: recompute activations in the backward pass
+
+    show: int = 0  # print this many transcripts of --out, and do nothing else
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and frozen models
+    seed: int = 0
+    resume: bool = False  # go on where --out was left
+    overwrite: bool = False  # empty --out first
+    save_every: int = 50  # online: steps between checkpoints
+    sample_every: int = 25  # online: steps between printed samples
+    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
+    track: Literal["wandb", "tensorboard", "trackio"] | None = None
+
+
+# ---------------------------------------------------------------------------------------------------- constitution
+
+
+class Principle(NamedTuple):
+    name: str
+    critique: str  # asks for a critique of the answer before it
+    revision: str  # asks for a better answer
+    comparison: str  # asks which of two answers is better
+    good: str | None  # how the critique of a good answer begins, and of a bad one
+    bad: str | None
+
+
+class Constitution(NamedTuple):
+    principles: list[Principle]
+    comparison: str  # {shots}, {prompt}, {principle}, {a}, {b}: what the judge reads, up to its choice
+    options: list[str]  # its two choices
+    rating: str | None  # {prompt}, {response}: what it reads before a mark from 0 to 9
+    stops: list[str]  # a critique or revision ends before any of these
+    critique_shots: list[str]  # examples, put before what is to be criticised
+    comparison_shots: list[dict]  # {prompt, corrects, incorrects}
+
+
+TEMPLATE = "{shots}Consider the following conversation between a human and an assistant:\n{prompt}\n{principle}"
+TEMPLATE += "\n (A) {a}\n (B) {b}\n\nThe answer is: ("
+STOPS = ["\n\n" + name for name in ("Human:", "Assistant:", "CritiqueRequest:", "Critique:", "RevisionRequest:")]
+
+
+def load_constitution(paths, pattern: str = "*") -> Constitution:
+    """Principles from files of this project's shape (see constitution.json), or in the shapes that the paper's authors
+    published: {name: {prompt, edit_request}}, a list of comparison principles, lists of examples for either."""
+    found = {"critiques": {}, "comparisons": [], "critique_shots": [], "comparison_shots": []}
+    settings = {"comparison": TEMPLATE, "options": ["A", "B"], "rating": None, "stops": STOPS}
+    for path in paths:
+        for key, value in _read_constitution(path).items():
+            if key in found:
+                found[key] = found[key] | value if isinstance(value, dict) else found[key] + value
+            elif key in settings:
+                settings[key] = value
+            else:
+                raise ValueError(f"{path}: unknown key {key!r} (known: {', '.join([*found, *settings])})")
+    entries = found.pop("critiques")
+    comparisons = [_principle(f"comparison{i}", {"comparison": text}) for i, text in enumerate(found["comparisons"])]
+    principles = [_principle(name, entry) for name, entry in entries.items()] + comparisons
+    chosen = [p for p in principles if fnmatch.fnmatchcase(p.name, pattern)]
+    if not chosen:
+        names = ", ".join(p.name for p in principles) or "none"
+        raise ValueError(f"--principles {pattern!r} fits none of {' '.join(map(str, paths))}: {names}")
+    shots = {name: found[name] for name in ("critique_shots", "comparison_shots")}
+    return Constitution(chosen, **settings, **shots)
+
+
+def _read_constitution(path) -> dict:
+    if not Path(path).is_file():
+        hint = "run `python toy.py`" if "toy" in Path(path).parts else "constitution.json is the project's own"
+        raise FileNotFoundError(f"no constitution {path}: {hint}")
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from None
+    if isinstance(content, list) and all(isinstance(x, dict) for x in content):
+        return {"comparison_shots": content}
+    if isinstance(content, list):
+        return {"critique_shots" if any("Critique:" in x for x in content) else "comparisons": content}
+    shaped = {"critiques", "comparisons", "comparison"} & content.keys()
+    return content if shaped else {"critiques": content}
+
+
+def _principle(name: str, entry: dict) -> Principle:
+    if "comparison" not in entry and not {"prompt", "edit_request"} <= entry.keys():
+        raise ValueError(f"principle {name!r} has neither `prompt` and `edit_request` nor `comparison`")
+    first = lambda x: x[0] if isinstance(x, list) else x
+    texts = (entry.get(key, "") for key in ("prompt", "edit_request", "comparison"))
+    return Principle(name, *map(first, texts), entry.get("good"), entry.get("bad"))
+
+
+def draw(principles: list[Principle], n: int, *seed: int) -> list[Principle]:
+    """n principles, each drawn anew: a pure function of the seed."""
+    return [principles[i] for i in np.random.default_rng(seed).integers(len(principles), size=n)]
+
+
+def part_of(principle: Principle) -> str:
+    """harmless0 -> harmless: what principles are grouped by in reports."""
+    return principle.name.rstrip("0123456789")
+
+
+# ---------------------------------------------------------------------------------------------------- texts
+
+
+def conversation(prompt) -> str:
+    """A prompt as the text that a judge reads, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return prompt
+    return (
+        "".join(f"\n\n{'Human' if m['role'] == 'user' else m['role'].title()}: {m['content']}" for m in prompt)
+        + "\n\nAssistant:"
+    )
+
+
+def join(before: str, after: str) -> str:
+    """Two texts with a blank between, unless there is one."""
+    return before + after if before[-1:].isspace() or after[:1].isspace() or not before else f"{before} {after}"
+
+
+def cut(text: str, stops) -> str:
+    """The text up to the first of the stops."""
+    return text[: min([text.find(stop) for stop in stops if stop in text], default=len(text))].rstrip()
+
+
+def words(text: str) -> str:
+    return " ".join(re.findall(r"\w+", text.lower()))
+
+
+def fault(revision: str, ended: bool, before: str, critique: str, principle: Principle) -> str | None:
+    """Why a revision can not be used, or None."""
+    said = words(revision)
+    if principle.good and critique.strip().startswith(principle.good.strip()):
+        return "no fault found"
+    if not said:
+        return "empty"
+    if not ended:
+        return "cut short"
+    if said == words(before):
+        return "unchanged"
+    requests = [words(text.split(":", 1)[-1]) for text in (principle.critique, principle.revision)]
+    if said in requests or any(len(r.split()) > 3 and r in said for r in requests) or said == words(critique):
+        return "echo"
+    return None
+
+
+def compare_text(constitution: Constitution, prompt, a: str, b: str, principle: Principle) -> str:
+    """What the judge reads before it chooses between a (the first option) and b."""
+    fields = dict(prompt=conversation(prompt), a=a, b=b, principle=principle.comparison, shots="")
+    if "{shots}" in constitution.comparison and constitution.comparison_shots:
+        shots = []
+        for i, shot in enumerate(constitution.comparison_shots):  # the right one first, then second, and so on
+            sides = [shot["corrects"][0], shot["incorrects"][0]][:: 1 if i % 2 == 0 else -1]
+            example = dict(prompt=shot["prompt"], a=sides[0], b=sides[1], principle=principle.comparison, shots="")
+            shots.append(_fill(constitution.comparison, example) + constitution.options[i % 2] + ")\n\n")
+        fields["shots"] = "".join(shots)
+    return _fill(constitution.comparison, fields)
+
+
+def _fill(template: str, fields: dict) -> str:
+    """{name} -> its text, in one pass: braces within the texts stay what they are. A blank goes before an answer."""
+    parts = re.split(r"{(\w+)}", template)
+    text = parts[0]
+    for name, rest in zip(parts[1::2], parts[2::2]):
+        text = (join(text, fields[name]) if name in ("a", "b", "response") else text + fields[name]) + rest
+    return text
+
+
+# ---------------------------------------------------------------------------------------------------- judges
+#
+# A judge has two methods:
+#     choose(texts, options) -> (N, K) probabilities of each option after each text; a row of NaN where it gave none
+#     write(texts, stops, seed) -> [(what it writes next, whether it came to an end)]
+
+
+class LocalJudge:
+    """A language model of a folder."""
+
+    def __init__(self, config: Config):
+        model, self.tokenizer = gpt.load_policy(config.judge)
+        self.model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+        self.config = config
+        self.score = jax.jit(lambda model, batch: gpt.completion_logprobs(model, batch)[0])
+
+    def choose(self, texts, options):
+        """Log-probs of the options, summed over their tokens and normalised over the options."""
+        ids = [gpt.encode_prompt(text, self.tokenizer) for text in texts]
+        ends = [self.tokenizer.encode(option) for option in options]
+        total = []
+        for start in range(0, len(ids), self.config.batch_size):
+            batch = self._batch(ids[start : start + self.config.batch_size], ends)
+            total.append(gpt.to_numpy(self.score(self.model, gpt.put_batch(batch))))
+        logprobs = np.concatenate(total)[: len(texts)]
+        odds = np.exp(logprobs - logprobs.max(1, keepdims=True))
+        return odds / odds.sum(1, keepdims=True)
+
+    def _batch(self, ids, ends):
+        """Each text once, as the prefix of its options: the text's last token begins each option's row."""
+        ids = [*ids, *[ids[0]] * (self.config.batch_size - len(ids))]
+        width, tail = _width(max(map(len, ids))), max(map(len, ends)) + 1
+        prefix, tokens = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), len(ends), tail), np.int32)
+        prefix_mask, segments, mask = np.zeros_like(prefix), np.zeros_like(tokens), np.zeros_like(tokens)
+        for i, text in enumerate(ids):
+            prefix[i, : len(text) - 1], prefix_mask[i, : len(text) - 1] = text[:-1], 1
+            for j, end in enumerate(ends):
+                tokens[i, j, : len(end) + 1], segments[i, j, : len(end) + 1] = [text[-1], *end], 1
+                mask[i, j, 1 : len(end) + 1] = 1
+        return dict(tokens=tokens, segments=segments, mask=mask, prefix=prefix, prefix_mask=prefix_mask)
+
+    def write(self, texts, stops, seed: int):
+        ids, size = [gpt.encode_prompt(text, self.tokenizer) for text in texts], self.config.batch_size
+        key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
+        parts = [
+            self._write(ids[at : at + size], stops, jax.random.fold_in(key, at)) for at in range(0, len(ids), size)
+        ]
+        return list(itertools.chain(*parts))
+
+    def _write(self, ids, stops, key):
+        n, ids = len(ids), [*ids, *[ids[0]] * (self.config.batch_size - len(ids))]
+        width = _width(max(map(len, ids)))
+        tokens = np.full((len(ids), width), self.tokenizer.pad_id, np.int32)
+        mask = np.zeros_like(tokens)
+        for row, real, text in zip(tokens, mask, ids):
+            row[width - len(text) :], real[width - len(text) :] = text, 1
+        batch = gpt.put_batch(dict(tokens=tokens, mask=mask))
+        out = gpt.generate(
+            self.model, batch["tokens"], batch["mask"], key, self.config.response_length,
+            eos=self.tokenizer.eos_id, pad=self.tokenizer.pad_id, temperature=self.config.temperature,
+        )  # fmt: skip
+        return [finish(text, ended, stops) for text, ended in zip(*decoded(out, self.tokenizer))][:n]
+
+
+def decoded(out: gpt.Generation, tokenizer):
+    """(texts, whether each came to its EOS)."""
+    ended = gpt.to_numpy(((out.tokens == tokenizer.eos_id) & (out.mask > 0)).any(1))
+    return tokenizer.decode_rows(out.tokens, out.mask), ended.tolist()
+
+
+def finish(text: str, ended: bool, stops):
+    """(the text before any stop, whether it came to an end)."""
+    short = cut(text, stops)
+    return short, ended or len(short) < len(text.rstrip())
+
+
+def _width(longest: int) -> int:
+    return -(-longest // 16) * 16  # few shapes to compile
+
+
+class FunctionJudge:
+    """module:function(texts, options) -> (N, K) probabilities."""
+
+    def __init__(self, config: Config):
+        self.name, self.function = config.judge, gpt.load_function(config.judge)
+
+    def choose(self, texts, options):
+        p = np.asarray(self.function(texts, options), float)
+        if p.shape != (len(texts), len(options)) or (p < 0).any() or not np.isfinite(p).all():
+            raise ValueError(f"{self.name} must return ({len(texts)}, {len(options)}) probabilities, not {p!r:.200}")
+        return p / p.sum(1, keepdims=True)
+
+    def write(self, texts, stops, seed):
+        raise ValueError(f"--judge {self.name} is a function: it can choose, but not write critiques and revisions")
+
+
+class EndpointJudge:
+    """An OpenAI-compatible server, asked side by side, each question once: answers are kept in --out/judge-cache.jsonl
+    under a hash of judge and question (which holds prompt, answers and principle). The key comes from JUDGE_API_KEY or
+    OPENAI_API_KEY."""
+
+    def __init__(self, config: Config):
+        import httpx2
+
+        self.config, self.errors = config, (httpx2.TransportError, httpx2.TimeoutException)
+        key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        self.client = httpx2.Client(headers=headers, timeout=config.timeout)
+        self.route = "/chat/completions" if config.api == "chat" else "/completions"
+        self.lock, self.spent = threading.Lock(), Counter()
+        self.path = Path(config.out) / "judge-cache.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.known = read_cache(self.path)
+        self.file = open(self.path, "a")
+
+    def choose(self, texts, options):
+        """Probabilities from the log-probs of the answer's tokens, or 0 and 1 from its text where there are none."""
+        ask = {"max_tokens": 8, "temperature": 0.0} | ({"logprobs": 20} if self.config.api == "completions" else {})
+        if self.config.api == "chat":
+            ask |= {"logprobs": True, "top_logprobs": 20}
+        answers = self._ask_all(texts, ask, lambda choice: read_choice(choice, options), list(options))
+        return np.array([[math.nan] * len(options) if answer is None else answer for answer in answers])
+
+    def write(self, texts, stops, seed):
+        ask = {"max_tokens": self.config.response_length, "temperature": self.config.temperature}
+        ask |= {"stop": list(stops)[:4], "seed": seed}
+        read = lambda choice: [*finish(text_of(choice), choice.get("finish_reason") == "stop", stops)]
+        return [("", False) if answer is None else tuple(answer) for answer in self._ask_all(texts, ask, read, seed)]
+
+    def _ask_all(self, texts, ask: dict, read, purpose):
+        """read(choice) of the reply to each text, in order; None where no reply could be read. Equal texts are asked
+        once, and those that the cache knows not at all."""
+        who = [self.config.judge, self.config.judge_model, self.config.api, ask, purpose]
+        keys = [hashlib.sha256(json.dumps([*who, text]).encode()).hexdigest() for text in texts]
+        new = {key: text for key, text in zip(keys, texts) if key not in self.known}
+        self.spent["from the cache"] += len(texts) - len(new)
+        with ThreadPoolExecutor(self.config.concurrency) as pool:
+            try:
+                list(pool.map(lambda item: self._ask(*item, ask, read), new.items()))
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+        return [self.known[key] for key in keys]
+
+    def _ask(self, key, text, ask, read):
+        body = {"model": self.config.judge_model} | ask
+        body |= {"messages": [{"role": "user", "content": text}]} if self.config.api == "chat" else {"prompt": text}
+        why = ""
+        for attempt in range(self.config.retries + 1):
+            if attempt:
+                self.spent["retries"] += 1
+                time.sleep(wait_before(attempt, why))
+            try:
+                reply = self.client.post(self.config.judge.rstrip("/") + self.route, json=body)
+            except self.errors as error:
+                why = error
+                continue
+            why = reply
+            if reply.status_code in (408, 409, 429) or reply.status_code >= 500:
+                continue
+            if reply.status_code != 200:
+                raise ValueError(f"the judge at {self.config.judge} refuses ({reply.status_code}): {reply.text[:300]}")
+            try:
+                content = reply.json()
+                answer = read(content["choices"][0])
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue
+            return self._keep(key, answer, content.get("usage") or {})
+        if getattr(why, "status_code", 0) == 200:  # it answers, but not to the question
+            self.spent["unreadable"] += 1
+            return self._keep(key, None, {})
+        why = f"{why.status_code} {why.text[:200]}" if hasattr(why, "status_code") else f"{type(why).__name__}: {why}"
+        raise ValueError(
+            f"the judge at {self.config.judge} did not answer after {self.config.retries + 1} tries ({why}). What it "
+            "answered is kept: the same command with --resume goes on from there"
+        )
+
+    def _keep(self, key, answer, usage: dict):
+        with self.lock:
+            self.known[key] = answer
+            self.file.write(json.dumps({"key": key, "answer": answer}) + "\n")
+            self.file.flush()
+            self.spent["requests"] += 1
+            self.spent["tokens in"] += usage.get("prompt_tokens") or 0
+            self.spent["tokens out"] += usage.get("completion_tokens") or 0
+
+    def bill(self) -> str:
+        dollars = sum(
+            n * price / 1e6 for n, price in zip((self.spent["tokens in"], self.spent["tokens out"]), self.config.price)
+        )
+        counts = ", ".join(f"{self.spent[name]:,} {name}" for name in sorted(self.spent))
+        return f"judge: {counts}" + (f"; ${dollars:.4f}" if any(self.config.price) else "")
+
+
+def read_cache(path: Path) -> dict:
+    """key -> answer; a line cut short by a kill is dropped, so that the next one begins on a line of its own."""
+    known, whole = {}, []
+    if path.exists():
+        for line in path.read_text().splitlines():
+            try:
+                entry = json.loads(line)
+                known[entry["key"]] = entry["answer"]
+                whole.append(line + "\n")
+            except (ValueError, LookupError, TypeError):
+                continue
+        gpt.write_atomic(path, lambda file: Path(file).write_text("".join(whole)))
+    return known
+
+
+def wait_before(attempt: int, why) -> float:
+    """Seconds: what the server asks for (Retry-After), else doubled each time, with a little noise so that threads that
+    were refused together do not come back together."""
+    asked = getattr(why, "headers", {}).get("retry-after", "")
+    if re.fullmatch(r"\d+(\.\d+)?", asked):
+        return min(float(asked), 60.0)
+    return min(0.5 * 2 ** (attempt - 1), 30.0) * float(np.random.default_rng().uniform(0.8, 1.2))
+
+
+def text_of(choice: dict) -> str:
+    return choice["text"] if "text" in choice else choice["message"]["content"] or ""
+
+
+def read_choice(choice: dict, options) -> list[float]:
+    """Probabilities of the options from one choice of a reply, in either API's shape; ValueError if it chose none.
+
+    The first token that decides between options is looked for: before it may stand blanks, brackets, quotes.
+    """
+    logprobs = choice.get("logprobs") or {}
+    if logprobs.get("content"):
+        steps = [
+            (step["token"], {top["token"]: top["logprob"] for top in step["top_logprobs"]})
+            for step in logprobs["content"]
+        ]
+    else:
+        steps = list(zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []))
+    names, said = [_bare(option) for option in options], ""
+    for token, top in steps:
+        mass = np.zeros(len(names))
+        for candidate, logprob in (top or {}).items():
+            fits = [
+                i for i, name in enumerate(names) if _bare(said + candidate) and _begins(_bare(said + candidate), name)
+            ]
+            if len(fits) == 1:
+                mass[fits[0]] += math.exp(logprob)
+        if mass.sum() > 0.05:
+            return (mass / mass.sum()).tolist()
+        said += token
+    fits = [i for i, name in enumerate(names) if _begins(_bare(text_of(choice)), name)]
+    if len(fits) != 1:
+        raise ValueError("no option in the reply")
+    return [float(i == fits[0]) for i in range(len(names))]
+
+
+def _bare(text: str) -> str:
+    return text.strip(" \n\t([{\"'*`:.,)]}").lower()
+
+
+def _begins(said: str, option: str) -> bool:
+    """ "yes , it is" begins with "yes", "10" does not begin with "1"."""
+    return re.match(re.escape(option) + r"(?!\w)", said) is not None
+
+
+def open_judge(config: Config):
+    if re.match(r"https?://", config.judge):
+        return EndpointJudge(config)
+    if ":" in config.judge:
+        return FunctionJudge(config)
+    return LocalJudge(config)
+
+
+# ---------------------------------------------------------------------------------------------------- judgements
+
+
+def reason(judge, texts, stops, seed: int) -> list[str]:
+    """Each text with the judge's chain of thought behind it (Bai et al., section 4.1)."""
+    asked = [join(text, "Let's think step by step:") for text in texts]
+    return [
+        join(join(a, thought), "So the answer is: (") for a, (thought, _) in zip(asked, judge.write(asked, stops, seed))
+    ]
+
+
+def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: int, config: Config):
+    """P(a is better), NaN where the judge gave no verdict, and whether it sided with a place instead: (N,) each."""
+    if config.compare == "each":
+        p_a, p_b = (approval(judge, prompts, answers, principles) for answers in (a, b))
+        return 0.5 + (p_a - p_b) / 2, np.zeros(len(a), bool)
+    first = [compare_text(constitution, *row) for row in zip(prompts, a, b, principles)]
+    second = [compare_text(constitution, *row) for row in zip(prompts, b, a, principles)]
+    texts = first + second
+    if config.chain_of_thought:
+        texts = reason(judge, texts, constitution.stops, seed)
+    p_first, p_second = np.split(judge.choose(texts, constitution.options)[:, 0], 2)
+    return both_orders(p_first, p_second, config.clamp if config.chain_of_thought else (0.0, 1.0))
+
+
+def both_orders(p_first, p_second, clamp=(0.0, 1.0)):
+    """(P(a is better), sided with a place): from P(the first option) with a shown first, and with b shown first.
+
+    Swapping a and b maps the result p to 1 - p, exactly."""
+    p = np.clip((p_first + 1 - p_second) / 2, *clamp)
+    return p, (p_first > 0.5) == (p_second > 0.5)
+
+
+def approval(judge, prompts, responses, principles):
+    """P(the critique says that the answer is good, and not that it is bad), (N,), each answer alone."""
+    missing = [p.name for p in principles if p.good is None]
+    if missing:
+        raise ValueError(
+            f"principle {missing[0]} has no `good` and `bad`, which --compare each needs: take --compare pair"
+        )
+    texts = [join(conversation(x), y) + p.critique for x, y, p in zip(prompts, responses, principles)]
+    result = np.full(len(texts), np.nan)
+    for options in {(p.good, p.bad) for p in principles}:
+        rows = [i for i, p in enumerate(principles) if (p.good, p.bad) == options]
+        result[rows] = judge.choose([texts[i] for i in rows], list(options))[:, 0]
+    return result
+
+
+def rate(judge, constitution: Constitution, prompts, responses) -> np.ndarray:
+    """Scores in [-1, 1], each answer alone: d-RLAIF (Lee et al. 2023, section 2.3).
+
+    With a `rating` template: s = sum_i i P(i) over the marks 0 to 9, then (s - 4.5) / 4.5. (The paper's 1 to 10 has a
+    trap: where "10" is two tokens, P("1") holds P("10").) Else 2 P(good) - 1, the mean over the principles.
+    """
+    if constitution.rating:
+        texts = [
+            _fill(constitution.rating, dict(prompt=conversation(x), response=y)) for x, y in zip(prompts, responses)
+        ]
+        marks = judge.choose(texts, [str(i) for i in range(10)]) @ np.arange(10)
+        return (marks - 4.5) / 4.5
+    every = [approval(judge, prompts, responses, [p] * len(prompts)) for p in constitution.principles]
+    return 2 * np.mean(every, axis=0) - 1
+
+
+@lru_cache(maxsize=1)
+def _reward_parts():
+    """The judge of `reward`, from the environment: a function on a command line has no options of its own."""
+    settings = {f.name: f"RLAIF_{f.name.upper()}" for f in dataclasses.fields(Config)}
+    given = {name: os.environ[key] for name, key in settings.items() if key in os.environ}
+    given |= {"constitution": tuple(given["constitution"].split())} if "constitution" in given else {}
+    config = Config(out=Path(given.pop("out", "data/rlaif")), **given)
+    return open_judge(config), load_constitution(config.constitution, config.principles)
+
+
+def reward(prompts, responses, rows):
+    """The judge as the reward itself: `RLAIF_JUDGE=out/judge ppo.py --reward rlaif:reward` (also RLAIF_CONSTITUTION,
+    RLAIF_PRINCIPLES, RLAIF_JUDGE_MODEL, RLAIF_API)."""
+    scores = rate(*_reward_parts(), [row["prompt"] for row in rows], responses)
+    return np.where(np.isfinite(scores), scores, 0.0)
+
+
+# ---------------------------------------------------------------------------------------------------- rows, in parts
+
+
+class Parts:
+    """Work in batches that survives a kill: each batch's rows are a file of their own, written whole or not at all, and
+    joined at the end. --resume goes on after the last one; a batch is a pure function of (seed, its number)."""
+
+    def __init__(self, config: Config, batches: int):
+        self.config, self.batches, self.folder = config, batches, config.out / f"parts-{config.stage}"
+        settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
+        changes = ("resume", "overwrite", "concurrency", "timeout", "retries", "price", "show")
+        settings = {name: value for name, value in settings.items() if name not in changes}
+        kept = self.folder / "settings.json"
+        if config.overwrite:
+            gpt.remove(self.folder)
+        if kept.exists():
+            before = json.loads(kept.read_text())
+            other = [f"--{n.replace('_', '-')} {before.get(n)}" for n in settings if before.get(n) != settings[n]]
+            if not config.resume:
+                raise FileExistsError(f"{self.folder} holds unfinished work: --resume goes on, --overwrite starts anew")
+            if other:
+                raise ValueError(f"{self.folder} was begun with {', '.join(other)}: --resume needs the same settings")
+        self.folder.mkdir(parents=True, exist_ok=True)
+        gpt.write_json(kept, settings)
+
+    def __iter__(self):
+        """Numbers of the batches that are still to be done."""
+        done = [(self.folder / f"{i:06}.json").exists() for i in range(self.batches)]
+        bar = gpt.progress(total=self.batches, initial=sum(done), desc=self.config.stage, unit="batch")
+        for i in itertools.compress(range(self.batches), (not d for d in done)):
+            yield i
+            bar.update()
+            if bar.disable and (i + 1) % max(self.batches // 5, 1) == 0:
+                print(f"{self.config.stage}: {i + 1} of {self.batches} batches", flush=True)
+        bar.close()
+
+    def put(self, i: int, **files):
+        """The rows of batch i, a list for each file that will be written, and `counts`."""
+        gpt.write_json(self.folder / f"{i:06}.json", files)
+
+    def join(self) -> dict:
+        """Every batch's rows in order: {name: rows}, counts added up. Written to --out; the parts are removed."""
+        parts = [json.loads((self.folder / f"{i:06}.json").read_text()) for i in range(self.batches)]
+        counts = sum((Counter(part.pop("counts")) for part in parts), Counter())
+        rows = {name: list(itertools.chain(*(part[name] for part in parts))) for name in parts[0]}
+        for name, lines in rows.items():
+            write_rows(self.config.out / f"{name}.jsonl", lines)
+        gpt.remove(self.folder)
+        return rows | {"counts": counts}
+
+
+def write_rows(path: Path, rows):
+    gpt.write_atomic(path, lambda file: Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
+def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
+    return gpt.Batches(
+        data or config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
+        skip_bad=config.skip_bad_rows, buckets=1,
+    )  # fmt: skip
+
+
+def sample(policy, tokenizer, batch, key, config: Config) -> gpt.Generation:
+    return gpt.generate(
+        policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
+        pad=tokenizer.pad_id, temperature=config.temperature,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------- stage: revise
+
+
+def revise(judge, constitution: Constitution, prompts, responses, i: int, config: Config):
+    """Transcripts of --rounds critiques and revisions: [{prompt, steps: [{text, ...}]}], and counts of faults."""
+    transcripts = [{"prompt": conversation(x), "steps": [{"response": y}]} for x, y in zip(prompts, responses)]
+    current, counts = list(responses), Counter()
+    shots = "".join(constitution.critique_shots)
+    for turn in range(config.rounds):
+        principles = draw(constitution.principles, len(prompts), config.seed, i, turn)
+        salt = (i * config.rounds + turn) * 2
+        texts = [shots + join(conversation(x), y) + p.critique for x, y, p in zip(prompts, current, principles)]
+        critiques = [text for text, _ in judge.write(texts, constitution.stops, salt)]
+        texts = [join(text, critique) + p.revision for text, critique, p in zip(texts, critiques, principles)]
+        revisions = judge.write(texts, constitution.stops, salt + 1)
+        for j, ((revision, ended), critique, p) in enumerate(zip(revisions, critiques, principles)):
+            wrong = fault(revision, ended, current[j], critique, p)
+            counts[wrong or "revised"] += 1
+            step = {"principle": p.name, "critique": critique.strip(), "revision": revision.strip()}
+            transcripts[j]["steps"].append(step | ({"left out": wrong} if wrong else {}))
+            current[j] = current[j] if wrong else revision.strip()
+    return transcripts, counts
+
+
+def revised_rows(prompts, transcripts, keep: str) -> list[dict]:
+    """Demonstrations: the prompt as it was and the last revision (or each); nothing of the first answer, nothing of a
+    critique. An answer that no revision changed makes no row."""
+    rows = []
+    for prompt, transcript in zip(prompts, transcripts):
+        usable = [step["revision"] for step in transcript["steps"][1:] if "left out" not in step]
+        rows += [demo_row(prompt, text) for text in (usable if keep == "all" else usable[-1:])]
+    return rows
+
+
+def demo_row(prompt, text: str) -> dict:
+    return {"prompt": prompt, "completion": " " + text}
+
+
+def whole_answers(policy, tokenizer, prompts, i: int, key, copies: int, config: Config):
+    """(prompts, answers) to batch i, `copies` each; those that did not end are left out."""
+    host = prompts(i)
+    rows = [row["prompt"] for row in prompts.rows(host) for _ in range(copies)]
+    batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "segments")})
+    out = sample(policy, tokenizer, batch, jax.random.fold_in(key, i), config)
+    whole = [(row, text.strip()) for row, text, ended in zip(rows, *decoded(out, tokenizer)) if ended and text.strip()]
+    return [row for row, _ in whole], [text for _, text in whole]
+
+
+def run_revise(config: Config):
+    policy, tokenizer = gpt.load_policy(config.init)
+    policy, prompts = gpt.shard(policy), load_prompts(config, tokenizer)
+    helpful = None if config.helpful == ("none",) else load_prompts(config, tokenizer, config.helpful)
+    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    keys, parts = jax.random.split(jax.random.key(config.seed)), Parts(config, -(-config.prompts // config.batch_size))
+    for i in parts:
+        asked, first = whole_answers(policy, tokenizer, prompts, i, keys[0], 1, config)
+        transcripts, counts = revise(judge, constitution, asked, first, i, config)
+        counts["answers that did not end"] += config.batch_size - len(asked)
+        rows = dict(revisions=revised_rows(asked, transcripts, config.keep), transcripts=transcripts)
+        if helpful:
+            answered = whole_answers(policy, tokenizer, helpful, i, keys[1], config.helpful_samples, config)
+            rows["helpful"] = [demo_row(*row) for row in zip(*answered)]
+        parts.put(i, counts=counts, **rows)
+    done = parts.join()
+    print_counts(done["counts"], judge)
+    files = [f"{config.out}/{name}.jsonl" for name in ("revisions", "helpful") if name in done]
+    print(f"{len(done['revisions']):,} revisions in {files[0]}; to read some: python rlaif.py --show 5")
+    print(f"next: python sft.py --init out/base --data {' '.join(files)} --out out/sl-cai")
+
+
+def print_counts(counts, judge):
+    print("  ".join(f"{name} {counts[name]:,}" for name in sorted(counts, key=lambda name: -counts[name])))
+    if isinstance(judge, EndpointJudge):
+        print(judge.bill())
+
+
+# ---------------------------------------------------------------------------------------------------- stage: label
+
+
+def sample_twice(policy, tokenizer, prompts, host, key, config: Config):
+    """Two answers to each prompt: (generation of 2 B rows, prompts (B,), answers a and b, which rows are usable)."""
+    batch = gpt.put_batch({name: np.repeat(host[name], 2, axis=0) for name in ("tokens", "segments")})
+    out = sample(policy, tokenizer, batch, key, config)
+    texts, ended = decoded(out, tokenizer)
+    a, b, asked = texts[::2], texts[1::2], [row["prompt"] for row in prompts.rows(host)]
+    usable = [
+        bool(x.strip() and y.strip() and x != y and ends_x and ends_y)
+        for x, y, ends_x, ends_y in zip(a, b, ended[::2], ended[1::2])
+    ]
+    return batch, out, asked, a, b, usable
+
+
+def pair_row(prompt, a: str, b: str, p: float, principle: Principle) -> dict:
+    """A row of the pairs' format: label_p = P(chosen is better) >= 1/2."""
+    chosen, rejected = (a, b) if p >= 0.5 else (b, a)
+    row = {"prompt": prompt, "chosen": " " + chosen.strip(), "rejected": " " + rejected.strip()}
+    return row | {"label_p": round(max(p, 1 - p), 6), "principle": principle.name}
+
+
+def run_label(config: Config):
+    policy, tokenizer = gpt.load_policy(config.init)
+    policy, prompts = gpt.shard(policy), load_prompts(config, tokenizer)
+    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    key, parts = jax.random.key(config.seed + 1), Parts(config, -(-config.prompts // config.batch_size))
+    for i in parts:
+        host = prompts(i)
+        _, _, *columns, usable = sample_twice(policy, tokenizer, prompts, host, jax.random.fold_in(key, i), config)
+        columns = [list(itertools.compress(column, usable)) for column in columns]
+        principles = draw(constitution.principles, len(columns[0]), config.seed, i)
+        p, by_place = prefer(judge, constitution, *columns, principles, i, config)
+        rows = [pair_row(*row) for row in zip(*columns, p.tolist(), principles) if math.isfinite(row[3])]
+        counts = {"pairs": len(rows), "equal or unfinished answers": len(usable) - sum(usable)}
+        counts |= {"without a verdict": int(np.isnan(p).sum()), "sided with a place": int(by_place.sum())}
+        parts.put(i, pairs=rows, counts=counts)
+    done = parts.join()
+    print_counts(done["counts"], judge)
+    sure = np.mean([row["label_p"] for row in done["pairs"]])
+    print(f"{len(done['pairs']):,} pairs in {config.out}/pairs.jsonl, mean P(chosen is better) {sure:.3f}")
+    if config.compare == "pair":
+        print(f"sided with a place: {done['counts']['sided with a place'] / max(len(done['pairs']), 1):.1%}")
+    print_agreement(done["pairs"], config)
+    print(f"next: python reward.py --data {config.out}/pairs.jsonl ... --out out/reward-ai, then ppo.py; or dpo.py")
+
+
+# ---------------------------------------------------------------------------------------------------- agreement
+
+
+def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% interval of a share."""
+    if n == 0:
+        return 0.0, 1.0
+    share, spread = hits / n, z * z / n
+    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
+    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+
+
+def agreement(rows, gold) -> dict[str, tuple[int, int]]:
+    """{part: (pairs where the judge's choice has more of that part of gold, pairs that differ in it)}.
+
+    A row is compared in the part that its principle is about, where gold has one of that name, and in gold as a whole.
+    """
+    found = {}
+    asked = [row["prompt"] for row in rows]
+    chosen, rejected = (gold(asked, [row[side] for row in rows], rows) for side in ("chosen", "rejected"))
+    for row, better, worse in zip(rows, chosen, rejected):
+        named = row.get("principle", "").rstrip("0123456789")
+        for part in {named, "gold"} & better.keys():
+            hits, n = found.get(part, (0, 0))
+            if better[part] != worse[part]:
+                found[part] = hits + (better[part] > worse[part]), n + 1
+    return dict(sorted(found.items()))
+
+
+def print_agreement(rows, config: Config):
+    if config.gold == "none" or not rows:
+        return
+    function = gpt.load_function(config.gold)
+    rated = lambda *args: [r if isinstance(r, dict) else {"gold": float(r)} for r in function(*args)]
+    for part, (hits, n) in agreement(rows, rated).items():
+        low, high = interval(hits, n)
+        print(
+            f"judge agrees with {config.gold} in {part:9} {hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs"
+        )
+
+
+def run_agree(config: Config):
+    """The judge against labels that are there already."""
+    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    path = gpt.parse_sources(config.data)[0][0]
+    rows = [row for _, row in gpt.read_rows(path, "pairs", config.skip_bad_rows)]
+    rows = [rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))[: config.prompts]]
+    side = lambda name: [row[name] if isinstance(row[name], str) else row[name][-1]["content"] for row in rows]
+    principles = draw(constitution.principles, len(rows), config.seed)
+    prompts = [row["prompt"] for row in rows]
+    p, by_place = prefer(judge, constitution, prompts, side("chosen"), side("rejected"), principles, 0, config)
+    told = np.isfinite(p)
+    hits, n = int((p[told] > 0.5).sum()), int(told.sum())
+    low, high = interval(hits, n)
+    print(f"{path}: the judge agrees with the labels in {hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs")
+    print(f"without a verdict {len(rows) - n:,}" + (f"; sided with a place {by_place[told].mean():.1%}" if n else ""))
+    judged = [pair_row(*row) for row in zip(prompts, side("chosen"), side("rejected"), p.tolist(), principles)]
+    print_agreement(list(itertools.compress(judged, told)), config)
+    if isinstance(judge, EndpointJudge):
+        print(judge.bill())
+
+
+# ---------------------------------------------------------------------------------------------------- stage: online
+
+
+class State(NamedTuple):
+    policy: gpt.GPT
+    opt_state: tuple
+
+
+def soft_dpo_loss(logprobs, ref_logprobs, p, beta, weight):
+    """Cross-entropy of the judge's P(a is better) and sigmoid(beta h), h = log-ratio of a - log-ratio of b: log-probs
+    (B, 2) of a and b, p and weight (B,) -> (scalar, metrics). Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the
+    judge's probability in the place of a label."""
+    log_ratio = logprobs - ref_logprobs
+    margins = beta * (log_ratio[:, 0] - log_ratio[:, 1])
+    losses = -p * jax.nn.log_sigmoid(margins) - (1 - p) * jax.nn.log_sigmoid(-margins)
+    loss = gpt.weighted_mean(losses, weight)
+    agrees = (margins > 0) == (p > 0.5)
+    both = jnp.stack([weight, weight], 1)
+    return loss, {
+        "loss": loss,
+        "rewards/accuracies": gpt.weighted_mean(agrees, weight),
+        "rewards/margins": gpt.weighted_mean(jnp.where(p > 0.5, margins, -margins), weight),
+        "objective/kl": gpt.weighted_mean(log_ratio, both),  # a and b are samples of the policy
+    }
+
+
+def answer_logprobs(model, batch, config: Config):
+    """log p (B, 2) of both answers to each prompt."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    return gpt.completion_logprobs(model, batch, config.remat)[0]
+
+
+def make_train_step(optimizer, config: Config):
+    def loss_fn(policy, batch):
+        logprobs = answer_logprobs(policy, batch, config)
+        return soft_dpo_loss(logprobs, batch["ref_logps"], batch["p"], config.beta, batch["weight"])
+
+    @partial(jax.jit, donate_argnums=0)
+    def train_step(state: State, ref, batch):
+        batch = batch | {"ref_logps": answer_logprobs(ref, batch, config)}
+        count = lambda batch: batch["weight"].sum()
+        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+        return State(*state), metrics
+
+    return train_step
+
+
+@jax.jit
+def answer_pairs(batch, out: gpt.Generation):
+    """Tokens, segments and mask (B, 2, T) of both answers, from 2 B rows of prompts and generations."""
+    tokens = jnp.concatenate([batch["tokens"], out.tokens], 1)
+    segments = jnp.concatenate([batch["segments"], out.mask], 1)
+    mask = jnp.concatenate([jnp.zeros_like(batch["segments"]), out.mask], 1)
+    return {name: x.reshape(-1, 2, x.shape[1]) for name, x in dict(tokens=tokens, segments=segments, mask=mask).items()}
+
+
+def run_online(config: Config):
+    gpt.check_batch_size(config.batch_size)
+    policy, tokenizer = gpt.load_policy(config.init)
+    ref, policy = gpt.load_frozen(config.init, config.dtype), gpt.shard(jax.tree.map(jnp.array, policy))
+    prompts = load_prompts(config, tokenizer)
+    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    monitor = gpt.load_function(config.gold) if config.gold != "none" else None
+    lr = gpt.schedule(config.lr, config.steps, 10, "linear")
+    optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    train_step, state = make_train_step(optimizer, config), State(policy, gpt.shard(optimizer.init(policy)))
+
+    run = gpt.Run(config, config.steps, prompts.hashes)
+    state, first = run.restore(state)
+    stream, key = prompts.stream(first, config.steps), jax.random.key(config.seed)
+    for step in run.steps(first):
+        host = next(stream)
+        # 1 two answers to each prompt, of the policy as it is now
+        batch, out, asked, a, b, usable = sample_twice(
+            state.policy, tokenizer, prompts, host, jax.random.fold_in(key, step), config
+        )
+        # 2 the judge's verdict under a principle drawn for each
+        principles = draw(constitution.principles, len(asked), config.seed, step)
+        p, _ = prefer(judge, constitution, asked, a, b, principles, step, config)
+        weight = np.asarray(usable & np.isfinite(p), np.float32)
+        # 3 a step towards what it preferred
+        labels = gpt.put_batch({"p": np.where(weight > 0, p, 0.5).astype(np.float32), "weight": weight})
+        state, metrics = train_step(state, ref, answer_pairs(batch, out) | labels)
+        metrics |= {"lr": lr(step), "usable": weight.mean(), "judge/sure": np.abs(p - 0.5)[weight > 0].mean() + 0.5}
+        if monitor:
+            metrics |= gpt.mean_parts(monitor(asked, a, prompts.rows(host)), "eval/")
+        if step % config.sample_every == 0 or step == config.steps - 1:
+            run.sample(step, prompt=conversation(asked[0]), a=a[0], b=b[0], principle=principles[0].name, p=float(p[0]))
+        run.log(step, metrics)
+        run.checkpoint(step, state)
+    run.finish(state.policy, tokenizer)
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def show(config: Config):
+    """Transcripts in the terminal: prompt, answer, and each critique and revision under its principle."""
+    path = config.out / "transcripts.jsonl"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: `python rlaif.py --out {config.out}` writes it")
+    lines = path.read_text().splitlines()
+    for i in np.random.default_rng(config.seed).permutation(len(lines))[: config.show]:
+        transcript = json.loads(lines[i])
+        print("=" * 100)
+        print(transcript["prompt"].strip())
+        for step in transcript["steps"]:
+            for name, text in step.items():
+                print(textwrap.fill(f"{name:>10}: {text}", 100, subsequent_indent=" " * 12))
+            print()
+
+
+def main(config: Config):
+    online = config.stage == "online"
+    config = dataclasses.replace(
+        config,
+        out=config.out or Path("out/online" if online else "data/rlaif"),
+        init=config.init or ("out/sft" if config.stage == "revise" else "out/sl-cai"),
+    )
+    if config.show:
+        return show(config)
+    if jax.process_count() > 1:
+        raise ValueError("rlaif.py works in one process, with all of its devices: run it on one host")
+    gpt.start(config.seed)
+    {"revise": run_revise, "label": run_label, "online": run_online, "agree": run_agree}[config.stage](config)
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)
