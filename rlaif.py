@@ -76,9 +76,7 @@ class Config:
     response_length: int = 24  # tokens that an answer, a critique or a revision may have
     temperature: float = 1.0  # of answers, critiques and revisions
     rounds: int = 4  # revisions of each answer
-    helpful: tuple[str, ...] = (
-        "data/toy/harmless.jsonl",
-    )  # revise: prompts answered without revision; or none
+    helpful: tuple[str, ...] = ("data/toy/harmless.jsonl",)  # revise: prompts answered without revision; or none
     helpful_samples: int = 2  # answers to each of them, as many prompts as are revised
     keep: Literal["last", "all"] = "last"  # revisions that become rows: all is the paper's, for principles that agree
     compare: Literal["each", "pair"] = "each"  # ask about each answer alone, or show the judge both
@@ -125,7 +123,8 @@ class Principle(NamedTuple):
 
 class Constitution(NamedTuple):
     principles: list[Principle]
-    comparison: str  # {shots}, {prompt}, {principle}, {a}, {b}: what the judge reads, up to its choice
+    comparison: str  # {shots}, {prompt}, {principle}, {a}, {b}: what the judge reads
+    answer: str  # what comes between that (and its reasoning) and its choice
     options: list[str]  # its two choices
     rating: str | None  # {prompt}, {response}: what it reads before a mark from 0 to 9
     stops: list[str]  # a critique or revision ends before any of these
@@ -134,15 +133,18 @@ class Constitution(NamedTuple):
 
 
 TEMPLATE = "{shots}Consider the following conversation between a human and an assistant:\n{prompt}\n{principle}"
-TEMPLATE += "\n (A) {a}\n (B) {b}\n\nThe answer is: ("
+TEMPLATE += "\n (A) {a}\n (B) {b}\n\n"
 STOPS = ["\n\n" + name for name in ("Human:", "Assistant:", "CritiqueRequest:", "Critique:", "RevisionRequest:")]
 
 
-def load_constitution(paths, pattern: str = "*") -> Constitution:
-    """Principles from files of this project's shape (see constitution.json), or in the shapes that the paper's authors
-    published: {name: {prompt, edit_request}}, a list of comparison principles, lists of examples for either."""
+def load_constitution(paths, pattern: str = "*", need: str = "critique") -> Constitution:
+    """The principles that have what is needed (a critique, a comparison, a `good`) and whose name fits the pattern.
+
+    Files have this project's shape (see constitution.json), or one of those that the paper's authors published: {name:
+    {prompt, edit_request}}, a list of comparison principles, a list of examples for either.
+    """
     found = {"critiques": {}, "comparisons": [], "critique_shots": [], "comparison_shots": []}
-    settings = {"comparison": TEMPLATE, "options": ["A", "B"], "rating": None, "stops": STOPS}
+    settings = dict(comparison=TEMPLATE, answer="The answer is: (", options=["A", "B"], rating=None, stops=STOPS)
     for path in paths:
         for key, value in _read_constitution(path).items():
             if key in found:
@@ -154,10 +156,13 @@ def load_constitution(paths, pattern: str = "*") -> Constitution:
     entries = found.pop("critiques")
     comparisons = [_principle(f"comparison{i}", {"comparison": text}) for i, text in enumerate(found["comparisons"])]
     principles = [_principle(name, entry) for name, entry in entries.items()] + comparisons
-    chosen = [p for p in principles if fnmatch.fnmatchcase(p.name, pattern)]
+    able = [p for p in principles if getattr(p, need)]
+    chosen = [p for p in able if fnmatch.fnmatchcase(p.name, pattern)]
     if not chosen:
-        names = ", ".join(p.name for p in principles) or "none"
-        raise ValueError(f"--principles {pattern!r} fits none of {' '.join(map(str, paths))}: {names}")
+        names = ", ".join(p.name for p in able) or "none"
+        hint = "; --compare pair does without `good`" if need == "good" else ""
+        where = " ".join(map(str, paths))
+        raise ValueError(f"{where}: no principle with a {need} is called {pattern!r} (there are: {names}{hint})")
     shots = {name: found[name] for name in ("critique_shots", "comparison_shots")}
     return Constitution(chosen, **settings, **shots)
 
@@ -242,14 +247,14 @@ def fault(revision: str, ended: bool, before: str, critique: str, principle: Pri
 
 def compare_text(constitution: Constitution, prompt, a: str, b: str, principle: Principle) -> str:
     """What the judge reads before it chooses between a (the first option) and b."""
-    fields = dict(prompt=conversation(prompt), a=a, b=b, principle=principle.comparison, shots="")
+    fields = dict(prompt=conversation(prompt), a=a.strip(), b=b.strip(), principle=principle.comparison, shots="")
     if "{shots}" in constitution.comparison and constitution.comparison_shots:
         shots = []
         for i, shot in enumerate(constitution.comparison_shots):  # the right one first, then second, and so on
             sides = [shot["corrects"][0], shot["incorrects"][0]][:: 1 if i % 2 == 0 else -1]
             example = dict(prompt=shot["prompt"], a=sides[0], b=sides[1], principle=principle.comparison, shots="")
-            shots.append(_fill(constitution.comparison, example) + constitution.options[i % 2] + ")\n\n")
-        fields["shots"] = "".join(shots)
+            shots.append(_fill(constitution.comparison, example) + constitution.answer + constitution.options[i % 2])
+        fields["shots"] = "".join(f"{shot})\n\n" for shot in shots)
     return _fill(constitution.comparison, fields)
 
 
@@ -376,6 +381,8 @@ class EndpointJudge:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.known = read_cache(self.path)
         self.file = open(self.path, "a")
+        if self.path.stat().st_size and not self.path.read_bytes().endswith(b"\n"):
+            self.file.write("\n")  # after a line cut short by a kill
 
     def choose(self, texts, options):
         """Probabilities from the log-probs of the answer's tokens, or 0 and 1 from its text where there are none."""
@@ -457,17 +464,14 @@ class EndpointJudge:
 
 
 def read_cache(path: Path) -> dict:
-    """key -> answer; a line cut short by a kill is dropped, so that the next one begins on a line of its own."""
-    known, whole = {}, []
-    if path.exists():
-        for line in path.read_text().splitlines():
-            try:
-                entry = json.loads(line)
-                known[entry["key"]] = entry["answer"]
-                whole.append(line + "\n")
-            except (ValueError, LookupError, TypeError):
-                continue
-        gpt.write_atomic(path, lambda file: Path(file).write_text("".join(whole)))
+    """key -> answer; lines cut short by a kill say nothing."""
+    known = {}
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            entry = json.loads(line)
+            known[entry["key"]] = entry["answer"]
+        except (ValueError, LookupError, TypeError):
+            continue
     return known
 
 
@@ -532,15 +536,19 @@ def open_judge(config: Config):
     return LocalJudge(config)
 
 
+def start_judge(config: Config):
+    """(judge, constitution) with the principles that this stage can ask about."""
+    need = "critique" if config.stage == "revise" else "good" if config.compare == "each" else "comparison"
+    return open_judge(config), load_constitution(config.constitution, config.principles, need)
+
+
 # ---------------------------------------------------------------------------------------------------- judgements
 
 
 def reason(judge, texts, stops, seed: int) -> list[str]:
     """Each text with the judge's chain of thought behind it (Bai et al., section 4.1)."""
     asked = [join(text, "Let's think step by step:") for text in texts]
-    return [
-        join(join(a, thought), "So the answer is: (") for a, (thought, _) in zip(asked, judge.write(asked, stops, seed))
-    ]
+    return [f"{join(text, thought)}\n\n" for text, (thought, _) in zip(asked, judge.write(asked, stops, seed))]
 
 
 def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: int, config: Config):
@@ -553,6 +561,7 @@ def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: i
     texts = first + second
     if config.chain_of_thought:
         texts = reason(judge, texts, constitution.stops, seed)
+    texts = [text + constitution.answer for text in texts]
     p_first, p_second = np.split(judge.choose(texts, constitution.options)[:, 0], 2)
     return both_orders(p_first, p_second, config.clamp if config.chain_of_thought else (0.0, 1.0))
 
@@ -567,11 +576,6 @@ def both_orders(p_first, p_second, clamp=(0.0, 1.0)):
 
 def approval(judge, prompts, responses, principles):
     """P(the critique says that the answer is good, and not that it is bad), (N,), each answer alone."""
-    missing = [p.name for p in principles if p.good is None]
-    if missing:
-        raise ValueError(
-            f"principle {missing[0]} has no `good` and `bad`, which --compare each needs: take --compare pair"
-        )
     texts = [join(conversation(x), y) + p.critique for x, y, p in zip(prompts, responses, principles)]
     result = np.full(len(texts), np.nan)
     for options in {(p.good, p.bad) for p in principles}:
@@ -587,9 +591,8 @@ def rate(judge, constitution: Constitution, prompts, responses) -> np.ndarray:
     trap: where "10" is two tokens, P("1") holds P("10").) Else 2 P(good) - 1, the mean over the principles.
     """
     if constitution.rating:
-        texts = [
-            _fill(constitution.rating, dict(prompt=conversation(x), response=y)) for x, y in zip(prompts, responses)
-        ]
+        rows = [dict(prompt=conversation(x), response=y) for x, y in zip(prompts, responses)]
+        texts = [_fill(constitution.rating, row) for row in rows]
         marks = judge.choose(texts, [str(i) for i in range(10)]) @ np.arange(10)
         return (marks - 4.5) / 4.5
     every = [approval(judge, prompts, responses, [p] * len(prompts)) for p in constitution.principles]
@@ -603,7 +606,7 @@ def _reward_parts():
     given = {name: os.environ[key] for name, key in settings.items() if key in os.environ}
     given |= {"constitution": tuple(given["constitution"].split())} if "constitution" in given else {}
     config = Config(out=Path(given.pop("out", "data/rlaif")), **given)
-    return open_judge(config), load_constitution(config.constitution, config.principles)
+    return open_judge(config), load_constitution(config.constitution, config.principles, "name")
 
 
 def reward(prompts, responses, rows):
@@ -734,7 +737,7 @@ def run_revise(config: Config):
     policy, tokenizer = gpt.load_policy(config.init)
     policy, prompts = gpt.shard(policy), load_prompts(config, tokenizer)
     helpful = None if config.helpful == ("none",) else load_prompts(config, tokenizer, config.helpful)
-    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    judge, constitution = start_judge(config)
     keys, parts = jax.random.split(jax.random.key(config.seed)), Parts(config, -(-config.prompts // config.batch_size))
     for i in parts:
         asked, first = whole_answers(policy, tokenizer, prompts, i, keys[0], 1, config)
@@ -784,7 +787,7 @@ def pair_row(prompt, a: str, b: str, p: float, principle: Principle) -> dict:
 def run_label(config: Config):
     policy, tokenizer = gpt.load_policy(config.init)
     policy, prompts = gpt.shard(policy), load_prompts(config, tokenizer)
-    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    judge, constitution = start_judge(config)
     key, parts = jax.random.key(config.seed + 1), Parts(config, -(-config.prompts // config.batch_size))
     for i in parts:
         host = prompts(i)
@@ -849,7 +852,7 @@ def print_agreement(rows, config: Config):
 
 def run_agree(config: Config):
     """The judge against labels that are there already."""
-    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    judge, constitution = start_judge(config)
     path = gpt.parse_sources(config.data)[0][0]
     rows = [row for _, row in gpt.read_rows(path, "pairs", config.skip_bad_rows)]
     rows = [rows[i] for i in np.random.default_rng(config.seed).permutation(len(rows))[: config.prompts]]
@@ -929,7 +932,7 @@ def run_online(config: Config):
     policy, tokenizer = gpt.load_policy(config.init)
     ref, policy = gpt.load_frozen(config.init, config.dtype), gpt.shard(jax.tree.map(jnp.array, policy))
     prompts = load_prompts(config, tokenizer)
-    judge, constitution = open_judge(config), load_constitution(config.constitution, config.principles)
+    judge, constitution = start_judge(config)
     monitor = gpt.load_function(config.gold) if config.gold != "none" else None
     lr = gpt.schedule(config.lr, config.steps, 10, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
@@ -949,9 +952,14 @@ def run_online(config: Config):
         p, _ = prefer(judge, constitution, asked, a, b, principles, step, config)
         weight = np.asarray(usable & np.isfinite(p), np.float32)
         # 3 a step towards what it preferred
-        labels = gpt.put_batch({"p": np.where(weight > 0, p, 0.5).astype(np.float32), "weight": weight})
+        p = np.where(weight > 0, p, 0.5).astype(np.float32)
+        labels = gpt.put_batch({"p": p, "weight": weight})
         state, metrics = train_step(state, ref, answer_pairs(batch, out) | labels)
-        metrics |= {"lr": lr(step), "usable": weight.mean(), "judge/sure": np.abs(p - 0.5)[weight > 0].mean() + 0.5}
+        metrics |= {
+            "lr": lr(step),
+            "usable": weight.mean(),
+            "judge/sure": gpt.weighted_mean(np.maximum(p, 1 - p), weight),
+        }
         if monitor:
             metrics |= gpt.mean_parts(monitor(asked, a, prompts.rows(host)), "eval/")
         if step % config.sample_every == 0 or step == config.steps - 1:

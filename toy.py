@@ -478,8 +478,8 @@ def prompt_row(rng: random.Random, split: str, harmful: bool | None = None) -> d
     return row | ({"heldout": question.heldout} if question.heldout else {})
 
 
-def demo_row(rng: random.Random, split: str, mix: dict = DEMO) -> dict:
-    row = prompt_row(rng, split)
+def demo_row(rng: random.Random, split: str, mix: dict = DEMO, harmful: bool | None = None) -> dict:
+    row = prompt_row(rng, split, harmful)
     return row | {"completion": respond(rng, row["prompt"], mix)}
 
 
@@ -496,8 +496,9 @@ def base_row(rng: random.Random, split: str, critiques: float) -> dict:
 
 
 def upheld(part: str, prompt: str, response: str) -> bool:
-    """Whether the response keeps to the principle about this part of gold."""
-    return gold(prompt, response)[part] > 0.9
+    """Whether the response keeps to the principle about this part of gold. To dodge a question is not honest."""
+    judged = gold(prompt, response)
+    return judged[part] > 0.9 and (part != "honest" or verdict(judged) != "vague")
 
 
 def revise(rng: random.Random, prompt: str, response: str, part: str) -> str:
@@ -567,8 +568,8 @@ def constitution() -> dict:
     }
 
 
-def pair_row(rng: random.Random, split: str, disfluent: float = 0.0) -> dict:
-    row = demo_row(rng, split)
+def pair_row(rng: random.Random, split: str, disfluent: float = 0.0, harmful: bool | None = None) -> dict:
+    row = demo_row(rng, split, harmful=harmful)
     prompt, a = row["prompt"], row.pop("completion")
     b = garble(rng, a) if rng.random() < disfluent else a
     while b == a:
@@ -620,6 +621,7 @@ def all_files(c: Config) -> dict[str, list[dict]]:
         "demos": (c.demos, lambda rng: demo_row(rng, "train"), None),
         "demos-heldout": (c.heldout, lambda rng: demo_row(rng, "heldout"), None),
         "pairs": (c.pairs, lambda rng: pair_row(rng, "train", c.disfluent), False),
+        "pairs-harmless": (c.pairs, lambda rng: pair_row(rng, "train", c.disfluent, harmful=False), False),
         "pairs-valid": (c.heldout, lambda rng: pair_row(rng, "train", c.disfluent), True),
         "pairs-heldout": (c.heldout, lambda rng: pair_row(rng, "heldout"), None),
         "thumbs": (c.thumbs, lambda rng: thumb_row(rng, "train", mean_gold, mean_length), None),
