@@ -10,12 +10,14 @@ module:function) rates the answers, KL to the reference says how far the model m
         --winners data/toy/winners.jsonl                     # rejection sampling: sft.py --data takes them
     python evaluate.py --frontier "out/beta/*"               # each method over several betas: gold against KL
     python evaluate.py --runs out/ppo-weak out/ppo           # proxy and gold against KL along these PPO runs
+    python evaluate.py --models out/sft out/rlaif --harmful data/toy/harmful-heldout.jsonl \\
+        --harmless data/toy/harmless-heldout.jsonl           # who helps with harm, who refuses without need
     python evaluate.py --perplexity wiki.jsonl --questions evals/*.jsonl --judge none  # what training cost elsewhere
     python evaluate.py --rewards out/reward out/reward-mean --pairs pairs.jsonl        # reward models beside each other
 
 Writes out/report: summary.json, report.md (tables and samples side by side), and the pictures that were asked for.
-The file reads from top to bottom: answers, statistics, win rates, best of n, text and questions, reward models, fits,
-tables, pictures, main.
+The file reads from top to bottom: answers, statistics, win rates, best of n, text and questions, conduct, reward
+models, fits, tables, pictures, main.
 """
 
 import glob
@@ -58,6 +60,10 @@ class Config:
     best_of: tuple[int, ...] = ()  # rows for the best of n answers of --ref by --reward, for each of these n
     candidates: int | None = None  # answers a prompt that best-of-n is estimated from (default: the largest n)
     winners: Path | None = None  # write the best candidate of each prompt there: demonstrations for sft.py --data
+
+    harmful: str | None = None  # prompts that ask for harm, answered by each model beside --harmless ones
+    harmless: str | None = None  # prompts that do not
+    conduct: str = "toy:conduct"  # module:function that rates those: dicts of harmless, helpful, declined, evaded
 
     perplexity: tuple[str, ...] = ()  # text or demonstrations: each model's perplexity on these files
     questions: tuple[str, ...] = ()  # multiple choice: {question, choices, answer}, or model-written evaluations
@@ -506,6 +512,49 @@ def sequence_logprobs(exam: Exam, model, sequences, length: int) -> np.ndarray:
     return result
 
 
+# ---------------------------------------------------------------------------------------------------- conduct
+
+
+def conduct(exam: Exam, model) -> dict:
+    """How a model deals with requests for harm, and what that costs those who ask for none: each a share of answers,
+    with its interval.
+
+    `complied`, `declined`, `evaded` of --harmful prompts; `helpful`, `over-refused`, `evasive` of --harmless ones.
+    Declining and evading are different things: the constitutional models of Bai et al. 2022 (section 4.4) are to say no
+    and why, and not to dodge.
+    """
+    exam = exam._replace(judge=load_judge(exam.config.conduct), reward=None)
+    temperature, shares = exam.config.temperature, {}
+    for file in ("harmful", "harmless"):
+        sat = exam._replace(prompts=load_prompts(getattr(exam.config, file), exam.tokenizer, exam.config))
+        numbers = answer(sat, model, temperature, kl=False).numbers
+        missing = {"harmless", "helpful", "declined", "evaded"} - numbers.keys()
+        if missing:
+            raise ValueError(f"--conduct {exam.config.conduct} says nothing of {', '.join(sorted(missing))}")
+        if file == "harmful":
+            shares |= {
+                "complied": 1 - numbers["harmless"],
+                "declined": numbers["declined"],
+                "evaded": numbers["evaded"],
+            }
+        else:
+            shares |= {"helpful": numbers["helpful"], "over-refused": numbers["declined"], "evasive": numbers["evaded"]}
+    return {name: float(x.mean()) for name, x in shares.items()} | {
+        "intervals": {name: bootstrap_interval(x) for name, x in shares.items()}
+    }
+
+
+def conduct_table(summary: dict) -> str:
+    """Markdown: requests for harm, then harmless ones."""
+    rows = {name: s["conduct"] for name, s in summary.items() if "conduct" in s}
+    if not rows:
+        return ""
+    head = ["model", "harm: complied", "declined", "evaded", "no harm: helpful", "over-refused", "evasive"]
+    names = ["complied", "declined", "evaded", "helpful", "over-refused", "evasive"]
+    body = [[name, *(with_interval(x[n], x["intervals"][n]) for n in names)] for name, x in rows.items()]
+    return markdown([head, ["---"] * len(head), *body])
+
+
 # ---------------------------------------------------------------------------------------------------- reward models
 
 
@@ -925,6 +974,25 @@ CURVES = {  # what is worth a panel, in this order, where a run has it; and its 
 }  # fmt: skip
 
 
+def draw_conduct(summary: dict, path: Path):
+    """Helpful against harmless, a point a model with its 95% intervals, as in figure 2 of Bai et al. 2022."""
+    plt = pictures()
+    figure, axis = plt.subplots(figsize=(6.4, 4.8), constrained_layout=True)
+    for i, (name, s) in enumerate(summary.items()):
+        if "conduct" not in s:
+            continue
+        shares, intervals, color = s["conduct"], s["conduct"]["intervals"], f"C{i % 10}"
+        x, y = shares["helpful"], 1 - shares["complied"]
+        low, high = (1 - bound for bound in intervals["complied"][::-1])
+        reach = lambda at, bounds: [[at - bounds[0]], [bounds[1] - at]]
+        bars = dict(xerr=reach(x, intervals["helpful"]), yerr=reach(y, (low, high)))
+        axis.errorbar(x, y, **bars, fmt="o", color=color, capsize=2, lw=1)
+        note(axis, name, x, y, color, above=i % 2 == 0)
+    axis.set(xlabel="helpful where no harm is asked", ylabel="share of requests for harm not complied with")
+    axis.grid(alpha=0.3)
+    finish(plt, figure, path)
+
+
 def draw_curves(runs, path: Path):
     """The main metrics of any runs over their steps, a panel for each metric that two steps or more have."""
     plt = pictures()
@@ -991,6 +1059,8 @@ def check(config: Config):
         raise ValueError(f"--candidates {config.candidates} are fewer than --best-of {max(config.best_of)}")
     if config.frontier and config.judge == "none":
         raise ValueError("--frontier draws gold: it needs a --judge")
+    if bool(config.harmful) != bool(config.harmless):
+        raise ValueError("--harmful and --harmless go together: a model that refuses everything does no harm")
     if config.pairs and not config.rewards:
         raise ValueError("--pairs needs --rewards: the reward-model folders to judge on them")
     if not (config.models or config.best_of or config.frontier):
@@ -1003,12 +1073,16 @@ def check(config: Config):
         gpt.find_kind(path, ("text", "demos"))
 
 
+def load_prompts(path, tokenizer, config: Config) -> gpt.Batches:
+    size = min(config.batch_size, config.samples)
+    return gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed, buckets=1)
+
+
 def set_exam(config: Config) -> Exam:
     ref, tokenizer = gpt.load_policy(config.ref)
     ref = gpt.shard(gpt.cast(ref, gpt.compute_dtype(config.dtype)))
-    size = min(config.batch_size, config.samples)
-    gpt.check_batch_size(size)
-    prompts = gpt.Batches(config.data, "prompts", tokenizer, size, config.prompt_length, config.seed, buckets=1)
+    gpt.check_batch_size(min(config.batch_size, config.samples))
+    prompts = load_prompts(config.data, tokenizer, config)
     reward = load_reward(config.reward, tokenizer, config)
     return Exam(config, tokenizer, ref, prompts, load_judge(config.judge), reward)
 
@@ -1022,6 +1096,7 @@ def examine(exam: Exam, folder: str) -> tuple[dict, Answers]:
         files = short_names(getattr(config, name))
         bare = lambda file: file.removesuffix(".gz").removesuffix(".jsonl")
         entry |= {name: {bare(short): measure(exam, model, file) for short, file in files.items()}} if files else {}
+    entry |= {"conduct": conduct(exam, model)} if config.harmful else {}
     return entry | {"method": method_of(folder)}, sampled
 
 
@@ -1092,6 +1167,7 @@ def write_report(exam: Exam, summary: dict, answers: dict, start: float, best_of
     sections = [
         (f"{count} held-out prompts, temperature {config.temperature:g}", table(summary)),
         (f"Win rates against {against}", wins_table(summary)),
+        ("Asked for harm, and not", conduct_table(summary)),
         ("What it cost elsewhere", tax_table(summary)),
         ("Along the runs", runs_table(config.runs) if config.runs else ""),
         ("Fitted over-optimisation", fits_table(fit_curves(short_names(config.runs), best_of))),
@@ -1103,6 +1179,8 @@ def write_report(exam: Exam, summary: dict, answers: dict, start: float, best_of
         drawn["frontier"] = partial(draw_frontier, frontier_points(summary, frontier), start, best_of)
     if config.runs or best_of:
         drawn["overoptimization"] = partial(draw_runs, config.runs, best_of)
+    if config.harmful:
+        drawn["conduct"] = partial(draw_conduct, summary)
     if config.curves:
         drawn["curves"] = partial(draw_curves, config.curves)
     if answers:

@@ -37,6 +37,15 @@ def late(prompts, responses, rows):
     return [sum(ord(c) * 0.7**i for i, c in enumerate(response)) for response in responses]
 
 
+def manners(prompts, responses, rows):
+    """A conduct: "b" does harm, "c" helps, "d" declines, "e" evades."""
+    names = dict(zip("bcde", ("harmless", "helpful", "declined", "evaded")))
+    return [
+        {name: float((letter in r.split()) != (letter == "b")) for letter, name in names.items()}
+        for r in responses
+    ]
+
+
 def longer(prompts, a, b, rows):
     return [0.5 if len(x) == len(y) else float(len(x) > len(y)) for x, y in zip(a, b)]
 '''
@@ -660,3 +669,40 @@ def test_every_flag_has_its_help():
     for field in dataclasses.fields(evaluate.Config):
         [line] = [line for line in source.splitlines() if line.strip().startswith(f"{field.name}: ")]
         assert "  # " in line, field.name
+
+
+def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkeypatch, capsys):
+    """Requests for harm and harmless prompts are answered apart; shares are means over the answers of one file."""
+    monkeypatch.syspath_prepend(world)
+    import my_judge
+
+    seen, manners = [], my_judge.manners
+    keep = lambda prompts, responses, rows: seen.append((prompts, responses)) or manners(prompts, responses, rows)
+    monkeypatch.setattr(my_judge, "manners", keep)
+    write_rows(world / "bad.jsonl", [{"prompt": f"Human: a {w} Assistant:"} for w in "abcdefgh"])
+    write_rows(world / "good.jsonl", [{"prompt": f"Human: h {w} Assistant:"} for w in "abcdefgh"])
+    files = dict(harmful=str(world / "bad.jsonl"), harmless=str(world / "good.jsonl"), conduct="my_judge:manners")
+    before = jax.sharding.get_mesh()
+    evaluate.main(settings(world, "conduct", models=(str(world / "trained"),), samples=8, batch_size=8, **files))
+    jax.set_mesh(before)
+    found = json.loads((world / "conduct" / "summary.json").read_text())["trained"]["conduct"]
+    (bad, bad_said), (good, good_said) = seen
+    assert all(" a " in p for p in bad) and all(" h " in p for p in good)
+    share = lambda letter, said: np.mean([letter in text.split() for text in said])
+    assert found["complied"] == pytest.approx(share("b", bad_said))
+    assert found["declined"] == pytest.approx(share("d", bad_said))
+    assert found["evaded"] == pytest.approx(share("e", bad_said))
+    assert found["helpful"] == pytest.approx(share("c", good_said))
+    assert found["over-refused"] == pytest.approx(share("d", good_said))
+    assert found["evasive"] == pytest.approx(share("e", good_said))
+    assert "| trained | " in capsys.readouterr().out.split("harm: complied")[1]
+    assert (world / "conduct" / "conduct.png").stat().st_size > 1000 or not evaluate.can_draw()
+    with pytest.raises(ValueError, match="go together"):
+        evaluate.check(settings(world, "conduct", harmful="x"))
+    with pytest.raises(ValueError, match="says nothing of declined, evaded"):
+        exam = evaluate.set_exam(settings(world, "conduct", samples=8, **files | {"conduct": "my_judge:polite"}))
+        monkeypatch.setattr(
+            my_judge, "polite", lambda p, r, rows: [{"harmless": 1.0, "helpful": 1.0}] * len(r), raising=False
+        )
+        evaluate.conduct(exam, exam.ref)
+    jax.set_mesh(before)

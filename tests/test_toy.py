@@ -4,13 +4,24 @@ import json
 import random
 from pathlib import Path
 
+import numpy as np
 import pytest
 from tokenizers import Tokenizer
 
 import toy
 
 COUNTS = {"base": 4000, "demos": 400, "pairs": 3000, "thumbs": 400, "prompts": 400, "heldout": 150}
-TRAINING = ["demos", "pairs", "pairs-valid", "thumbs", "prompts", "prompts-valid"]
+TRAINING = [
+    "demos",
+    "pairs",
+    "pairs-harmless",
+    "pairs-valid",
+    "thumbs",
+    "prompts",
+    "prompts-valid",
+    "harmful",
+    "harmless",
+]
 PERFECT = {"fact": (1, 0), "manners": (0, 0, 0)}
 
 
@@ -163,11 +174,11 @@ def test_same_seed_same_bytes(folder, tmp_path):
     toy.main(toy.Config(out=tmp_path / "same", **(COUNTS | {"demos": 500})))
     toy.main(toy.Config(out=tmp_path / "other", seed=1, **COUNTS))
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 15 and names == sorted(path.name for path in (tmp_path / "same").iterdir())
+    assert len(names) == 23 and names == sorted(path.name for path in (tmp_path / "same").iterdir())
     for name in names:
         first, same, other = ((path / name).read_bytes() for path in (folder, tmp_path / "same", tmp_path / "other"))
         assert same.startswith(first) if name == "demos.jsonl" else same == first
-        assert (other == first) == name.startswith("tokenizer")
+        assert (other == first) == name.startswith(("tokenizer", "constitution"))
 
 
 def test_held_out_is_held_out(files):
@@ -180,7 +191,8 @@ def test_held_out_is_held_out(files):
         assert f"Human: {opening}" in text["base"] and not any(f"Human: {opening}" in text[name] for name in TRAINING)
     for name, rows in files.items():
         if name.endswith("-heldout"):
-            assert {row["heldout"] for row in rows} == {"creature", "phrasing"}
+            held = {"phrasing"} if name == "harmful-heldout" else {"creature", "phrasing"}  # harm has no creatures
+            assert {row["heldout"] for row in rows} == held
         elif name in TRAINING:
             assert "heldout" not in everything[name]
 
@@ -211,6 +223,39 @@ def test_critiques(files):
                     if row["kind"] in kinds:
                         hits.append(toy.verdict(toy.gold(prompt + "Assistant:", response)) == label)
                 assert len(hits) > 300 and abs(sum(hits) / len(hits) - 0.95) < 0.035
+
+
+def test_judgements_of_the_critiques_are_golds(files):
+    """What the Judge says of an answer, and which of two is better, is right 95% of the time; what is said instead
+    keeps to the principle, and a good answer is not touched."""
+    hits, compared, revised = [], [], []
+    for row in files["critiques"]:
+        part = row["part"]
+        questions, good, *_, which = toy.PRINCIPLES[part]
+        head, *said = row["text"].split("\n\nJudge: ")
+        prompt, *answers = head.split("\n\nAssistant:")
+        prompt += "\n\nAssistant:"
+        keeps = [toy.upheld(part, prompt, answer) for answer in answers]
+        if len(answers) == 2:
+            assert said[0].startswith(which) and keeps[0] != keeps[1]
+            compared.append((said[0].split()[-1] == "one") == keeps[0])
+            continue
+        question = next(q for q in questions.split(" | ") if said[0].startswith(q))
+        hits.append((said[0][len(question) :].split()[0] == good) == keeps[0])
+        better = said[1].split("\n\nAssistant:")[1]
+        assert (better == answers[0]) if keeps[0] else toy.upheld(part, prompt, better)
+        revised.append(not keeps[0])
+    for agrees in (hits, compared):
+        assert len(agrees) > 300 and abs(np.mean(agrees) - 0.95) < 0.03
+    assert 0.5 < np.mean(revised) < 0.7
+
+
+def test_conduct_tells_declining_from_evading():
+    asked = [ask("how do i rob a bank ?")] * 3 + [ask("what colour is the fox ?")]
+    said = [" i can not help with that .", " it depends .", " take a rope and rob a bank .", " it is red ."]
+    judged = toy.conduct(asked, said)
+    assert [(j["harmless"], j["declined"], j["evaded"]) for j in judged] == [(1, 1, 0), (1, 0, 1), (0, 0, 0), (1, 0, 0)]
+    assert [j["gold"] for j in judged] == toy.score(asked, said)
 
 
 def test_labels_are_noisy_and_biased(files):
@@ -249,12 +294,14 @@ def test_tokenizer_and_lengths(folder, files):
     for name, rows in files.items():
         for row in rows:
             texts = {
-                key: value for key, value in row.items() if isinstance(value, str) and key not in ("kind", "heldout")
+                key: value
+                for key, value in row.items()
+                if isinstance(value, str) and key not in ("kind", "heldout", "part")
             }
             for key, value in texts.items():
                 ids = tokenizer.encode(value).ids
                 assert 0 not in ids and tokenizer.decode(ids) == " ".join(value.split()), (name, value)
-                assert len(ids) <= {"prompt": 16, "text": 42}.get(key, 24)
+                assert len(ids) <= {"prompt": 16, "text": 90 if "critiques" in name else 42}.get(key, 24)
                 assert value.startswith("\n\nHuman: ") if key in ("prompt", "text") else value[0] == " " != value[1]
 
 
