@@ -1,13 +1,14 @@
 # make demo   the whole story on the toy world, from an empty folder to a table and plots
 # make test   the test suite          make lint   style
 # after make demo, an experiment of the report each:
+# make principles         which principle of the constitution moves which behaviour
 # make rewards            heads, losses and ensembles of the reward model beside each other
 # make overoptimization   PPO against a reward model that is too weak, and what cures it
 # make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo rewards overoptimization frontier test lint requirements clean
+.PHONY: demo rlaif principles rewards overoptimization frontier test lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -27,8 +28,41 @@ demo: .venv/done
 	$(PY) dpo.py --seed $(SEED) --overwrite
 	$(PY) ipo_kto.py --seed $(SEED) --overwrite
 	$(PY) ipo_kto.py --loss kto --seed $(SEED) --overwrite
-	$(PY) evaluate.py --models $(addprefix out/,sft ppo dpo ipo kto) --best-of 4 16 --reward out/reward \
-	  --curves $(addprefix out/,ppo dpo ipo kto) --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
+	$(MAKE) rlaif
+	$(PY) evaluate.py --models $(addprefix out/,sft ppo dpo ipo kto sl-cai rlaif online) --best-of 4 16 \
+	  --reward out/reward --curves $(addprefix out/,ppo dpo ipo kto rlaif online) \
+	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl \
+	  --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
+
+# No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
+# ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
+AI_PAIRS = data/toy/pairs-harmless.jsonl:0.65 data/rlaif/pairs.jsonl:0.35
+BOTH = data/toy/harmless.jsonl:0.8 data/toy/harmful.jsonl:0.2
+rlaif: .venv/done
+	$(PY) sft.py --data data/toy/critiques.jsonl:0.75 data/toy/base.jsonl:0.25 --out out/judge --steps 1200 \
+	  --heldout data/toy/critiques-heldout.jsonl --batch-size 16 --lr 1e-3 --warmup 50 --eval-every 600 \
+	  --seed $(SEED) --overwrite
+	$(PY) rlaif.py --seed $(SEED) --overwrite
+	$(PY) sft.py --data data/rlaif/revisions.jsonl:0.5 data/rlaif/helpful.jsonl:0.5 --out out/sl-cai \
+	  --heldout data/toy/demos-heldout.jsonl --seed $(SEED) --overwrite
+	$(PY) rlaif.py --stage label --prompts 4096 --seed $(SEED) --overwrite
+	$(PY) reward.py --data $(AI_PAIRS) --heldout data/toy/pairs-heldout.jsonl --normalize-with out/sl-cai \
+	  --out out/reward-ai --seed $(SEED) --overwrite
+	$(PY) ppo.py --init out/sl-cai --reward out/reward-ai --data $(BOTH) --steps 60 --out out/rlaif \
+	  --seed $(SEED) --overwrite
+	$(PY) rlaif.py --stage online --seed $(SEED) --overwrite
+
+# Which principle moves which behaviour: the revise stage with one of them at a time, and with none of their revisions.
+principles: .venv/done
+	for p in harmless honest polite; do \
+	  $(PY) rlaif.py --principles "$$p*" --out data/rlaif-$$p --seed $(SEED) --overwrite && \
+	  $(PY) sft.py --data data/rlaif-$$p/revisions.jsonl:0.5 data/rlaif-$$p/helpful.jsonl:0.5 --out out/principles/$$p \
+	    --heldout data/toy/demos-heldout.jsonl --seed $(SEED) --overwrite || exit 1; done
+	$(PY) sft.py --data data/rlaif/helpful.jsonl --heldout data/toy/demos-heldout.jsonl --out out/principles/none \
+	  --seed $(SEED) --overwrite
+	$(PY) evaluate.py --models $(addprefix out/principles/,none harmless honest polite) out/sl-cai \
+	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl --out out/principles-report \
+	  --seed $(SEED)
 
 R = $(PY) reward.py --seed $(SEED) --overwrite --out out/rewards
 rewards: .venv/done

@@ -986,6 +986,10 @@ COMMANDS = {  # what makes the folder of such a name
     "--length 48 --lr 2e-3 --warmup 50",
     "sft": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "dpo": "dpo.py", "ipo": "ipo_kto.py",
     "kto": "ipo_kto.py --loss kto",
+    "judge": "sft.py --data data/toy/critiques.jsonl:0.75 data/toy/base.jsonl:0.25 --steps 1200 --batch-size 16 "
+    "--lr 1e-3 --warmup 50",
+    "sl-cai": "sft.py --data data/rlaif/revisions.jsonl:0.5 data/rlaif/helpful.jsonl:0.5",
+    "online": "rlaif.py --stage online", "rlaif": "ppo.py --init out/sl-cai --reward out/reward-ai",
 }  # fmt: skip
 
 

@@ -92,8 +92,8 @@ class Config:
     price: tuple[float, float] = (0.0, 0.0)  # dollars a million tokens in and out, for the bill that is printed
 
     beta: float = 0.1  # online: price of one nat of KL to --init
-    lr: float = 1e-4  # online: learning rate, linear to 0
-    steps: int = 150  # online: optimiser steps
+    lr: float = 3e-4  # online: learning rate, linear to 0
+    steps: int = 100  # online: optimiser steps
     clip_norm: float = 1.0  # online: of the global gradient
     micro_batches: int = 1  # online: gradient accumulation
     remat: bool = False  # online: recompute activations in the backward pass
@@ -283,11 +283,21 @@ class LocalJudge:
         self.config = config
         self.score = jax.jit(lambda model, batch: gpt.completion_logprobs(model, batch)[0])
 
+    def encode(self, texts, more: int) -> list[list[int]]:
+        """The texts' ids, with room for `more` behind each."""
+        ids = [gpt.encode_prompt(text, self.tokenizer) for text in texts]
+        longest, room = _width(max(map(len, ids))) + more, self.model.config.context
+        if self.model.config.gpt2 and longest > room:
+            raise ValueError(
+                f"the judge has {room} positions, and a question with its answer needs {longest}: lower "
+                "--prompt-length or --response-length, or take a constitution with fewer and shorter examples"
+            )
+        return ids
+
     def choose(self, texts, options):
         """Log-probs of the options, summed over their tokens and normalised over the options."""
-        ids = [gpt.encode_prompt(text, self.tokenizer) for text in texts]
         ends = [self.tokenizer.encode(option) for option in options]
-        total = []
+        ids, total = self.encode(texts, max(map(len, ends))), []
         for start in range(0, len(ids), self.config.batch_size):
             batch = self._batch(ids[start : start + self.config.batch_size], ends)
             total.append(gpt.to_numpy(self.score(self.model, gpt.put_batch(batch))))
@@ -309,7 +319,7 @@ class LocalJudge:
         return dict(tokens=tokens, segments=segments, mask=mask, prefix=prefix, prefix_mask=prefix_mask)
 
     def write(self, texts, stops, seed: int):
-        ids, size = [gpt.encode_prompt(text, self.tokenizer) for text in texts], self.config.batch_size
+        ids, size = self.encode(texts, self.config.response_length), self.config.batch_size
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
         parts = [
             self._write(ids[at : at + size], stops, jax.random.fold_in(key, at)) for at in range(0, len(ids), size)
