@@ -67,6 +67,7 @@ class Config:
     judge: str = "out/judge"  # who criticises and judges: model folder, http://host/v1, or module:function
     constitution: tuple[str, ...] = ("data/toy/constitution.json",)  # files of principles; several are joined
     principles: str = "*"  # pattern of the names of those to draw from
+    examples: bool = True  # put the constitution's examples before each question (they need a long context)
     data: tuple[str, ...] = ("data/toy/harmless.jsonl:0.6", "data/toy/harmful.jsonl:0.4")  # prompts; agree: pairs
     out: Path | None = None  # rows: data/rlaif, of online: the run folder out/online
 
@@ -137,7 +138,7 @@ TEMPLATE += "\n (A) {a}\n (B) {b}\n\n"
 STOPS = ["\n\n" + name for name in ("Human:", "Assistant:", "CritiqueRequest:", "Critique:", "RevisionRequest:")]
 
 
-def load_constitution(paths, pattern: str = "*", need: str = "critique") -> Constitution:
+def load_constitution(paths, pattern: str = "*", need: str = "critique", examples: bool = True) -> Constitution:
     """The principles that have what is needed (a critique, a comparison, a `good`) and whose name fits the pattern.
 
     Files have this project's shape (see constitution.json), or one of those that the paper's authors published: {name:
@@ -163,7 +164,7 @@ def load_constitution(paths, pattern: str = "*", need: str = "critique") -> Cons
         hint = "; --compare pair does without `good`" if need == "good" else ""
         where = " ".join(map(str, paths))
         raise ValueError(f"{where}: no principle with a {need} is called {pattern!r} (there are: {names}{hint})")
-    shots = {name: found[name] for name in ("critique_shots", "comparison_shots")}
+    shots = {name: found[name] if examples else [] for name in ("critique_shots", "comparison_shots")}
     return Constitution(chosen, **settings, **shots)
 
 
@@ -290,7 +291,7 @@ class LocalJudge:
         if self.model.config.gpt2 and longest > room:
             raise ValueError(
                 f"the judge has {room} positions, and a question with its answer needs {longest}: lower "
-                "--prompt-length or --response-length, or take a constitution with fewer and shorter examples"
+                "--prompt-length or --response-length, or leave out the constitution's examples (--no-examples)"
             )
         return ids
 
@@ -549,7 +550,7 @@ def open_judge(config: Config):
 def start_judge(config: Config):
     """(judge, constitution) with the principles that this stage can ask about."""
     need = "critique" if config.stage == "revise" else "good" if config.compare == "each" else "comparison"
-    return open_judge(config), load_constitution(config.constitution, config.principles, need)
+    return open_judge(config), load_constitution(config.constitution, config.principles, need, config.examples)
 
 
 # ---------------------------------------------------------------------------------------------------- judgements
