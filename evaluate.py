@@ -8,6 +8,7 @@ module:function) rates the answers, KL to the reference says how far the model m
     python evaluate.py --best-of 4 16 64 --reward out/reward # and what no training at all would have given
     python evaluate.py --models --best-of 16 --reward out/reward --data data/toy/prompts.jsonl --samples 4000 \\
         --winners data/toy/winners.jsonl                     # rejection sampling: sft.py --data takes them
+    python evaluate.py --models out/new --baseline out/served --gate out/served      # replace it only if it is beaten
     python evaluate.py --frontier "out/beta/*"               # each method over several betas: gold against KL
     python evaluate.py --runs out/ppo-weak out/ppo           # proxy and gold against KL along these PPO runs
     python evaluate.py --models out/sft out/rlaif --harmful data/toy/harmful-heldout.jsonl \\
@@ -26,6 +27,7 @@ import itertools
 import json
 import math
 import re
+import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -46,6 +48,7 @@ class Config:
     models: tuple[str, ...] = ("out/sft", "out/ppo")  # model folders, a row each, named by their last part
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
     baseline: str | None = None  # model folder that the win rates are against (default: --ref)
+    gate: Path | None = None  # copy the model there that beats --baseline by most, if the whole interval is above 1/2
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
     judge: str = "toy:parts"  # module:function (prompts, responses, rows) -> floats, or dicts with "gold"; or none
     reward: str | None = None  # rates answers beside the judge: reward-model folder (or ensemble), or module:function
@@ -686,6 +689,33 @@ def with_interval(value: float, interval, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
+def winner(summary: dict) -> str | None:
+    """The model that beats the baseline by most, if one does beyond doubt: the 95% interval of its win rate by gold is
+    above 1/2 as a whole."""
+    won = {name: s["win"]["gold"] for name, s in summary.items() if "gold" in s.get("win", {})}
+    sure = {name: w["rate"] for name, w in won.items() if w["interval"][0] > 0.5}
+    return max(sure, key=sure.get, default=None)
+
+
+def pass_gate(summary: dict, config: Config):
+    """Put the winner's folder in the place of --gate; without a winner what is there stays."""
+    name, place = winner(summary), config.gate
+    gpt.write_json(config.out / "gate.json", {"winner": name, "served": str(place)})
+    if name is None:
+        print(f"gate: none of them beats {config.baseline or config.ref} beyond doubt: {place} stays as it is")
+        return
+    fresh, old = place.with_name(f".{place.name}.new"), place.with_name(f".{place.name}.old")
+    for folder in (fresh, old):
+        gpt.remove(folder)
+    shutil.copytree(summary[name]["folder"], fresh, ignore=shutil.ignore_patterns("checkpoint"))
+    if place.exists():
+        place.rename(old)
+    fresh.rename(place)
+    gpt.remove(old)
+    rate = summary[name]["win"]["gold"]
+    print(f"gate: {name} wins {with_interval(rate['rate'], rate['interval'])} of its comparisons and is now {place}")
+
+
 def short_names(folders) -> dict:
     """{name: folder}: the last part of the path, more of it where two would be called the same."""
     folders = list(dict.fromkeys(str(folder).rstrip("/") for folder in folders))
@@ -1061,6 +1091,8 @@ def check(config: Config):
         raise ValueError("--frontier draws gold: it needs a --judge")
     if bool(config.harmful) != bool(config.harmless):
         raise ValueError("--harmful and --harmless go together: a model that refuses everything does no harm")
+    if config.gate and config.judge == "none":
+        raise ValueError("--gate needs a --judge: who says which model wins?")
     if config.pairs and not config.rewards:
         raise ValueError("--pairs needs --rewards: the reward-model folders to judge on them")
     if not (config.models or config.best_of or config.frontier):
@@ -1228,6 +1260,8 @@ def main(config: Config):
         s["closed"] = (s["gold"] - start) / (1 - start) if start < 1 else None  # of the distance to a perfect 1
     in_frontier = [name for name, folder in folders.items() if folder in {f.rstrip("/") for f in frontier}]
     write_report(exam, summary, answers, start, best_curve, in_frontier)
+    if config.gate:
+        pass_gate(summary, config)
 
 
 if __name__ == "__main__":

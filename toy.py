@@ -468,6 +468,12 @@ def length(response: str) -> int:
     return len(response.split())
 
 
+def prefer(prompt: str, a: str, b: str, rng: random.Random) -> bool:
+    """Whether somebody who sees both answers prefers a: what a vote says."""
+    gold_a, gold_b = score([prompt, prompt], [a, b])
+    return rng.random() < preference(gold_a - gold_b, length(a) - length(b))
+
+
 def prompt_row(rng: random.Random, split: str, harmful: bool | None = None) -> dict:
     """What all rows have; `heldout` is there only where something is held out. `harmful`: only such rows, or none."""
     text = draw_question(rng, split)

@@ -706,3 +706,25 @@ def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkey
         )
         evaluate.conduct(exam, exam.ref)
     jax.set_mesh(before)
+
+
+def test_the_gate_opens_only_for_a_model_that_wins_beyond_doubt(world, tmp_path, capsys):
+    folders = {name: tmp_path / name for name in ("good", "better", "unsure")}
+    for name, folder in folders.items():
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "config.json").write_text(name)
+    won = lambda rate, low, high: {"win": {"gold": {"rate": rate, "interval": [low, high]}}}
+    entries = {"good": won(0.6, 0.51, 0.69), "better": won(0.7, 0.6, 0.8), "unsure": won(0.75, 0.5, 0.9)}
+    summary = {name: entries[name] | {"folder": str(folders[name])} for name in entries}
+    assert evaluate.winner(summary) == "better"
+    place = tmp_path / "served"
+    config = settings(world, "gate", gate=place, out=tmp_path)
+    evaluate.pass_gate(summary, config)
+    assert (place / "config.json").read_text() == "better" and not (place / "checkpoint").exists()
+    assert "better wins 0.700 [0.600, 0.800]" in capsys.readouterr().out
+    evaluate.pass_gate({"unsure": summary["unsure"], "start": {}}, config)
+    assert (place / "config.json").read_text() == "better" and "stays as it is" in capsys.readouterr().out
+    evaluate.pass_gate({"good": summary["good"]}, config)
+    assert (place / "config.json").read_text() == "good" and len(list(tmp_path.iterdir())) == 5
+    with pytest.raises(ValueError, match="--gate needs a --judge"):
+        evaluate.check(dataclasses.replace(config, judge="none"))

@@ -1,0 +1,183 @@
+"""The loop of RLHF on one machine: serve, collect votes, refresh the reward model, train, and let the winner be served.
+
+Each round:
+    1 serve   out/loop/served answers over HTTP (serve.py), and voters choose between two of its answers (blind pairs)
+    2 rows    prepare.py turns the votes in feedback.db into preference pairs
+    3 reward  reward.py, from the pretrained model, on all labels so far: the old ones and every round's votes
+    4 train   ppo.py against that reward model, and dpo.py on the same pairs, both from the SFT model
+    5 gate    evaluate.py: the better of the two is served from now on, if it beats what is served beyond doubt
+
+Here a voter is a program that prefers as the toy world's people do (`toy.prefer`: by gold, noisily, a little too fond of
+long answers); the page at / collects the same votes from people. docs/loop.md says how to do a round by hand.
+
+    python loop.py                                # three rounds on the toy world, after `make demo`
+    python loop.py --rounds 1 --votes 200
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import gpt
+
+
+@dataclass(frozen=True)
+class Config:
+    out: Path = Path("out/loop")  # folder of the loop: feedback.db, served/, and a folder a round
+    base: str = "out/base"  # model that reward models start from
+    init: str = "out/sft"  # model that policies start from, and the first that is served
+    labels: str = "data/toy/pairs.jsonl"  # labels that are there before the first vote
+    old: int = 500  # how many of them are used
+    prompts: str = "data/toy/prompts.jsonl"  # what voters ask, and what PPO practises on
+    heldout: str = "data/toy/pairs-heldout.jsonl"  # labels that the reward models are measured on
+    voter: str = "toy:prefer"  # module:function (prompt, a, b, rng) -> does the voter prefer a?
+    rounds: int = 3
+    votes: int = 1000  # votes a round
+    voters: int = 16  # who ask at the same time
+    ppo_steps: int = 45  # iterations of PPO a round
+    port: int = 8017
+    seed: int = 0
+    overwrite: bool = False  # start anew; otherwise the rounds that are finished are kept, and the next one begins
+
+
+def script(name: str, *options) -> None:
+    """Run one of the scripts, as on a command line."""
+    command = [sys.executable, str(Path(__file__).with_name(name)), *map(str, options)]
+    print("\n$ " + " ".join(["python", name, *map(str, options)]), flush=True)
+    if subprocess.run(command).returncode:
+        raise ValueError(f"{name} failed: its message is above; `python loop.py` begins this round again")
+
+
+# ---------------------------------------------------------------------------------------------------- votes
+
+
+class Server:
+    """serve.py in a process of its own, for as long as votes are collected."""
+
+    def __init__(self, config: Config):
+        self.url = f"http://127.0.0.1:{config.port}"
+        command = [sys.executable, str(Path(__file__).with_name("serve.py")), "--model", config.out / "served"]
+        command += ["--port", config.port, "--feedback", config.out / "feedback.db", "--max-queue", 4 * config.voters]
+        self.process = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL)
+
+    def __enter__(self):
+        for _ in range(1200):
+            if self.process.poll() is not None:
+                raise ValueError("serve.py did not start: its message is above")
+            try:
+                with urllib.request.urlopen(self.url + "/health", timeout=5) as reply:
+                    if reply.status == 200:
+                        return self
+            except OSError:
+                time.sleep(0.1)
+        raise ValueError(f"{self.url} did not become ready within two minutes")
+
+    def __exit__(self, *_):
+        self.process.send_signal(signal.SIGTERM)
+        self.process.wait(60)
+
+    def post(self, path: str, body: dict) -> dict:
+        data, headers = json.dumps(body).encode(), {"Content-Type": "application/json"}
+        with urllib.request.urlopen(urllib.request.Request(self.url + path, data, headers), timeout=60) as reply:
+            return json.load(reply)
+
+
+def vote(server: Server, row: dict, number: int, voter, seed: int) -> bool:
+    """One blind pair: two answers of the served model, and which one this voter prefers. False where they are equal."""
+    rng = random.Random(f"{seed}/{number}")
+    ask = {"prompt": row["prompt"], "n": 2, "max_tokens": 24, "seed": rng.randrange(2**31), "store": True}
+    a, b = server.post("/v1/completions", ask)["choices"]
+    if a["text"] == b["text"]:
+        return False
+    better = "a" if voter(row["prompt"], a["text"], b["text"], rng) else "b"
+    server.post("/v1/feedback", {
+        "kind": "pair", "generation_a": a["generation_id"], "generation_b": b["generation_id"], "value": better,
+        "shown_left": rng.choice("ab"), "annotator_id": f"voter-{number % 7}", "consent": True,
+    })  # fmt: skip
+    return True
+
+
+def collect_votes(config: Config, number: int):
+    voter, rows = gpt.load_function(config.voter), [row for _, row in gpt.read_rows(config.prompts, "prompts")]
+    rng = random.Random(f"{config.seed}/{number}")
+    asked = [rng.choice(rows) for _ in range(2 * config.votes)]
+    given, bar = 0, gpt.progress(total=config.votes, desc=f"round {number}: votes", unit=" votes")
+    with Server(config) as server, ThreadPoolExecutor(config.voters) as pool:
+        for start in range(0, len(asked), 4 * config.voters):
+            part = enumerate(asked[start : start + 4 * config.voters], start)
+            one = lambda job: vote(server, job[1], job[0], voter, config.seed + 1000 * number)
+            count = sum(pool.map(one, part))
+            given += count
+            bar.update(count)
+            if given >= config.votes:
+                break
+    bar.close()
+    print(f"round {number}: {given} votes")
+
+
+# ---------------------------------------------------------------------------------------------------- a round
+
+
+def play_round(config: Config, number: int):
+    folder, common = config.out / f"round-{number}", ["--seed", config.seed + number, "--overwrite"]
+    served, votes = config.out / "served", folder / "votes"
+    collect_votes(config, number)
+    script("prepare.py", "--data", config.out / "feedback.db", "--out", votes)
+    labels = ["--data", config.out / "old.jsonl", votes / "pairs.jsonl", "--heldout", config.heldout, *common]
+    script("reward.py", "--init", config.base, "--out", folder / "reward", "--normalize-with", config.init, *labels)
+    practice = ["--data", config.prompts, "--steps", config.ppo_steps, *common]
+    script("ppo.py", "--init", config.init, "--reward", folder / "reward", "--out", folder / "ppo", *practice)
+    script("dpo.py", "--init", config.init, "--out", folder / "dpo", *labels)
+    candidates = ["--models", served, folder / "ppo", folder / "dpo", "--ref", config.init]
+    script("evaluate.py", *candidates, "--baseline", served, "--gate", served, "--out", folder / "report")
+
+
+def summary(config: Config) -> str:
+    """Markdown: what each round brought."""
+    rows = [["round", "votes", "reward model", "served: gold", "PPO: gold", "wins", "DPO: gold", "wins", "served next"]]
+    rows.append(["---"] * len(rows[0]))
+    for folder in sorted(config.out.glob("round-*")):
+        report = json.loads((folder / "report" / "summary.json").read_text())
+        accuracy = json.loads((folder / "reward" / "report.json").read_text())["accuracy"]
+        count = sum(1 for _ in open(folder / "votes" / "pairs.jsonl"))
+        row = [folder.name.split("-")[1], str(count), f"{accuracy:.3f}", f"{report['served']['gold']:.3f}"]
+        for name in ("ppo", "dpo"):
+            won = report[name]["win"]["gold"]
+            row += [
+                f"{report[name]['gold']:.3f}",
+                f"{won['rate']:.1%} [{won['interval'][0]:.1%}, {won['interval'][1]:.1%}]",
+            ]
+        rows.append(row)
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def main(config: Config):
+    if config.overwrite and config.out.exists():
+        gpt.remove(config.out)
+    config.out.mkdir(parents=True, exist_ok=True)
+    if not (config.out / "served").exists():
+        gpt.save(config.out / "served", *gpt.load_policy(config.init))
+        old = [row for _, row in gpt.read_rows(config.labels, "pairs")][: config.old]
+        gpt.write_atomic(
+            config.out / "old.jsonl", lambda file: Path(file).write_text("".join(json.dumps(row) + "\n" for row in old))
+        )
+    for number in range(1, config.rounds + 1):
+        done = config.out / f"round-{number}" / "report" / "gate.json"
+        if not done.exists():
+            play_round(config, number)
+    table = summary(config)
+    (config.out / "report.md").write_text(table + "\n")
+    print(f"\n{table}\nwrote {config.out}: report.md, served/ (python serve.py --model {config.out}/served)")
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # this process holds the device while scripts train
+    gpt.cli(main, Config, __doc__)
