@@ -7,8 +7,8 @@ Each round:
     4 train   ppo.py against that reward model, and dpo.py on the same pairs, both from the SFT model
     5 gate    evaluate.py: the better of the two is served from now on, if it beats what is served beyond doubt
 
-Here a voter is a program that prefers as the toy world's people do (`toy.prefer`: by gold, noisily, a little too fond of
-long answers); the page at / collects the same votes from people. docs/loop.md says how to do a round by hand.
+Here a voter is a program that prefers as the toy world's people do (`toy.prefer`: by gold, noisily, a little too fond
+of long answers); the page at / collects the same votes from people. docs/loop.md says how to do a round by hand.
 
     python loop.py                                # three rounds on the toy world, after `make demo`
     python loop.py --rounds 1 --votes 200
