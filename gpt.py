@@ -198,8 +198,8 @@ class Block(eqx.Module):
 
     def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
         """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`, or at each
-        row's own slot (B,), and its first places are looked at, as many as the mask is wide; a prefix's (B / n, K, P, E)
-        come before the own ones of n rows each."""
+        row's own slot (B,), and its first places are looked at, as many as the mask is wide; a prefix's
+        (B / n, K, P, E) come before the own ones of n rows each."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
@@ -2304,44 +2304,36 @@ def votes(connection: sqlite3.Connection, since="", model="", checkpoint="") -> 
     return [dict(row) for row in connection.execute(VOTED, wanted)]
 
 
-def vote_rows(votes: list[dict], kind: str) -> tuple[list[dict], Counter]:
-    """Votes as training rows of a kind, and how many gave none, by reason.
-
-    pairs   a or b: that side is chosen. An edit: the edited answer is chosen, the original rejected
-    thumbs  up or down: the label. Both bad: two rows with label false
-    Ties teach neither. Answers that were cut off (their finish is not "stop") are left out: what people thought of them
-    they may have thought of the cut.
-    """
-    rows, dropped = [], Counter()
-    for vote in votes:
-        answers = dict(a=vote["completion_a"], b=vote["completion_b"])
-        finishes = [vote["finish_a"]] + [vote["finish_b"]] * (vote["kind"] == "pair")
-        if vote["superseded_by"]:
-            dropped["changed later"] += 1
-        elif VOTE_KINDS.get(vote["value"]) != kind:
-            dropped[f"{vote['value']}: no {kind}"] += 1
-        elif any(finish != "stop" for finish in finishes):
-            dropped["an answer was cut off"] += 1
-        elif vote["value"] == "edited" and vote["edited_text"] == answers["a"] or answers["a"] == answers["b"]:
-            dropped["equal answers"] += 1
-        elif vote["value"] in ("up", "down"):
-            rows.append(_vote_row(vote, completion=answers["a"], label=vote["value"] == "up"))
-        elif vote["value"] == "both_bad":
-            rows += [_vote_row(vote, completion=answer, label=False) for answer in answers.values()]
-        elif vote["value"] == "edited":
-            rows.append(_vote_row(vote, chosen=vote["edited_text"], rejected=answers["a"]))
-        else:
-            other = {"a": "b", "b": "a"}[vote["value"]]
-            rows.append(_vote_row(vote, chosen=answers[vote["value"]], rejected=answers[other]))
-    return rows, dropped
-
-
 VOTE_KINDS = dict(a="pairs", b="pairs", edited="pairs", up="thumbs", down="thumbs", both_bad="thumbs")
 
 
-def _vote_row(vote: dict, **answers) -> dict:
-    """Answers to a chat are messages, continuations of a text are text."""
+def vote_rows(vote: dict) -> tuple[str, list[dict]]:
+    """A vote as (kind, rows to train on); BadRow with the reason where it teaches nothing.
+
+    pairs   a or b: that side is chosen. An edit: the edited answer is chosen, the original rejected
+    thumbs  up or down: the label. Both bad: two rows with label false
+    A tie is neither. Nor is a vote on an answer that was cut off (its finish is not "stop"): the cut may be what it is
+    about. Answers to a chat are messages, continuations of a text are text.
+    """
+    value, answers = vote["value"], [vote["completion_a"], vote["completion_b"]]
+    if value == "edited":
+        answers[1] = vote["edited_text"]
+    used = answers[: 1 + (value not in ("up", "down"))]
+    if vote["superseded_by"]:
+        raise BadRow("changed later")
+    if value not in VOTE_KINDS:
+        raise BadRow(f"a {value}")
+    if any(finish not in ("stop", None) for finish in (vote["finish_a"], vote["finish_b"])):
+        raise BadRow("an answer was cut off")
+    if not all(text.strip() for text in used):
+        raise BadRow("an empty answer")
+    if len(used) == 2 and used[0] == used[1]:
+        raise BadRow("equal answers")
     prompt = json.loads(vote["prompt_messages"])
-    turn = lambda text: [{"role": "assistant", "content": text}] if isinstance(prompt, list) else text
-    answers = {name: turn(value) if isinstance(value, str) else value for name, value in answers.items()}
-    return {"prompt": prompt} | answers | {"id": vote["id"]}
+    row = {"prompt": prompt, "id": vote["id"]}
+    if isinstance(prompt, list):
+        used = [[{"role": "assistant", "content": text}] for text in used]
+    if VOTE_KINDS[value] == "thumbs":
+        return "thumbs", [row | {"completion": answer, "label": value == "up"} for answer in used]
+    chosen, rejected = used if value == "a" else used[::-1]
+    return "pairs", [row | {"chosen": chosen, "rejected": rejected}]

@@ -1281,6 +1281,15 @@ def purge_session(connection, session_id: str) -> dict:
     return {"session_id": session_id, "generations": generations.rowcount, "feedback": votes.rowcount}
 
 
+def rows_of_kind(vote: dict, kind: str) -> list[dict]:
+    """What a vote teaches, by the rules that prepare.py follows too."""
+    try:
+        found, rows = gpt.vote_rows(vote)
+    except gpt.BadRow:
+        return []
+    return rows if found == kind else []
+
+
 def count_votes(connection) -> dict:
     query = "SELECT kind, count(*) FROM feedback WHERE superseded_by IS NULL AND consent = 1 GROUP BY kind"
     counts = dict(tuple(row) for row in connection.execute(query))
@@ -1469,7 +1478,7 @@ class Server:
         wanted = (query.get(name, "") for name in ("since", "model", "checkpoint"))
         rows = await self.store.do(gpt.votes, *wanted)
         if kind := kinds[query.get("format", "raw")]:
-            rows, _ = gpt.vote_rows(rows, kind)
+            rows = [row for vote in rows for row in rows_of_kind(vote, kind)]
         lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         digest = hashlib.sha256(lines).hexdigest()
         LOG.info("exported %d rows, sha256 %s", len(rows), digest)
