@@ -403,8 +403,9 @@ class Served:
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
-        # a window of attention and a width of prompts: four of each, the widest the whole context
-        self.buckets = [self.context >> 2 * i for i in range(4) if self.context >> 2 * i >= 16][::-1] or [self.context]
+        # windows of attention and widths of prompts: few shapes, the widest the whole context
+        widths = np.geomspace(min(16, self.context), self.context, 4)
+        self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
         c, mesh = self.model_config, jax.sharding.get_mesh()
@@ -429,7 +430,7 @@ class Served:
             start = time.perf_counter()
             np.asarray(self.decode(1, self.buckets[-1])[0])
             seconds.append(time.perf_counter() - start)
-        self.steps = int(np.clip(0.02 / np.median(seconds), 1, MOST_STEPS))
+        self.steps = int(np.clip(0.02 / min(seconds), 1, MOST_STEPS))
         self.state = trial
 
     def decode(self, steps: int, window: int):
