@@ -224,8 +224,13 @@ def draw(logits, u, slots: Slots):
             lambda: scaled,
         )
 
-    scaled = cut(slots.top_k > 0, lambda x: kth_largest(x, slots.top_k[:, None]), scaled)
-    nucleus = lambda x: nucleus_cut(x, slots.top_p[:, None])
+    def largest(x):
+        return highest_cut(x, jnp.ones_like(x), slots.top_k[:, None])
+
+    def nucleus(x):
+        return highest_cut(x, jax.nn.softmax(x), slots.top_p[:, None])
+
+    scaled = cut(slots.top_k > 0, largest, scaled)
     scaled = cut(slots.top_p < 1, nucleus, scaled)
     scaled = cut(slots.min_p > 0, lambda x: x.max(-1, keepdims=True) + jnp.log(slots.min_p)[:, None], scaled)
     random = lambda: gpt.inverse_cdf(jnp.exp(scaled - scaled.max(-1, keepdims=True)), u)
@@ -233,23 +238,18 @@ def draw(logits, u, slots: Slots):
     return jnp.where(sampled, lax.cond(sampled.any(), lambda: random().astype(jnp.int32), lambda: greedy), greedy)
 
 
-def nucleus_cut(logits, top_p):
-    logits_less = jax.nn.logsumexp(logits, -1, keepdims=True)
-    return gpt.nucleus_threshold(logits - logits_less, top_p) + logits_less
-
-
-def kth_largest(logits, k):
-    """The largest cut with at least k (S, 1) of logits (S, V) at or above it: bisection, no sort of a vocabulary."""
+def highest_cut(logits, weights, wanted):
+    """The highest cut (S, 1) such that what is at or above it in logits (S, V) weighs as much as `wanted` (S, 1):
+    bisection down to the last bit, no sort of a vocabulary."""
 
     def halve(_, ends):
         low, high = ends
         middle = (low + high) / 2
-        enough = (logits >= middle).sum(-1, keepdims=True) >= k
+        enough = jnp.where(logits >= middle, weights, 0).sum(-1, keepdims=True) >= wanted
         return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
 
     top = logits.max(-1, keepdims=True)
-    bottom = jnp.maximum(logits.min(-1, keepdims=True), top - 100)
-    return lax.fori_loop(0, 40, halve, (bottom, jnp.nextafter(top, jnp.inf)))[0]
+    return lax.fori_loop(0, 40, halve, (top - 100, jnp.nextafter(top, jnp.inf)))[0]
 
 
 # ------------------------------------------------------------------------------------------------------- the engine
@@ -403,8 +403,9 @@ class Served:
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
-        # windows of attention and widths of prompts: few shapes, the widest the whole context
-        widths = np.geomspace(min(16, self.context), self.context, 4)
+        # windows of attention and widths of prompts: up to four shapes, the widest the whole context
+        doublings = max(int(np.log2(self.context / 16) + 0.5), 0)
+        widths = np.geomspace(min(16, self.context), self.context, min(doublings + 1, 4))
         self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
@@ -1578,7 +1579,9 @@ class Guard:
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            LOG.info("%s %s %d %.0f ms %s", scope["method"], path, status, 1e3 * (time.monotonic() - start), request_id)
+            level = logging.DEBUG if path in self.OPEN else logging.INFO
+            took = 1e3 * (time.monotonic() - start)
+            LOG.log(level, "%s %s %d %.0f ms %s", scope["method"], path, status, took, request_id)
 
     def check(self, scope, headers: dict):
         host = headers.get("host", "")
