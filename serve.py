@@ -64,14 +64,15 @@ LOG = logging.getLogger("serve")
 HERE = Path(__file__).resolve().parent
 
 
+Folders = tyro.conf.UseAppendAction[tuple[tuple[str, ...], ...]]
+
+
 @dataclass(frozen=True)
 class Config:
-    model: tyro.conf.UseAppendAction[
-        tuple[tuple[str, ...], ...]
-    ] = ()  # folders (default: out/ppo): --model a b, or twice
+    model: Folders = ()  # folders: --model a b, or --model a --model b (default: out/ppo)
     port: int = 8000  # 0: any free one
     host: str = "127.0.0.1"  # address to listen at; others than this machine's need --api-key
-    api_key: str = os.environ.get("API_KEY", "")  # what clients must send (or the API_KEY variable)
+    api_key: str = ""  # what clients must send (default: the API_KEY variable, which no list of processes shows)
     allowed_host: tuple[str, ...] = ()  # further names that clients may call this server by
     cors_origin: tuple[str, ...] = ()  # web pages that may ask, like https://chat.example
     insecure: bool = False  # listen to other machines without a key
@@ -465,9 +466,7 @@ class Served:
         late = [choice for choice in list(self.waiting) if choice.cancelled or now > choice.deadline]
         for choice in late:
             self.waiting.remove(choice)
-            post(
-                Delta(choice, "", [], error=None if choice.cancelled else "the request waited too long for a free slot")
-            )
+            post(Delta(choice, "", [], error="the request waited too long for a free slot"))
 
     def admit(self, post):
         """Give waiting requests the free slots, prompts of like length in one call."""
@@ -1644,6 +1643,7 @@ def check_config(config: Config):
 
 
 def main(config: Config):
+    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY", ""))
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     if config.compile_cache:
