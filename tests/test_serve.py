@@ -1,0 +1,919 @@
+"""serve.py: what its clients rely on, what it must refuse, and that no vote is lost. Real sockets, a tiny model."""
+
+import asyncio
+import contextlib
+import json
+import logging
+import re
+import signal
+import socket
+import sqlite3
+import subprocess
+import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx2
+import jax
+import jax.numpy as jnp
+import load
+import numpy as np
+import openai
+import pytest
+import tokenizers
+
+import gpt
+import prepare
+import serve
+
+ROOT = Path(__file__).resolve().parents[1]
+ASK = [{"role": "user", "content": "a b c"}]
+
+
+@pytest.fixture(scope="module")
+def folder(words, tmp_path_factory):
+    """A model folder with decided opinions whose every id is a word, and a second one that disagrees."""
+    tokenizer = gpt.load_tokenizer(words)
+    config = gpt.make_config(tokenizer.vocab_size, context=64, layers=2, heads=2, dim=16)
+    for name, seed in (("one", 0), ("two", 1)):
+        model = jax.tree.map(lambda x: 10 * x if x.ndim > 2 else x, gpt.init(config, jax.random.key(seed)))
+        gpt.save(tmp_path_factory.getbasetemp() / "models" / name, model, tokenizer)
+    return tmp_path_factory.getbasetemp() / "models"
+
+
+@contextlib.contextmanager
+def running(folder, database, models=("one", "two"), **options):
+    """A server on a free port, in threads of this process, ready to answer."""
+    paths = tuple(str(folder / name) for name in models)
+    config = serve.Config(model=(paths,), feedback=database, **({"slots": 4, "max_queue": 8, "drain": 1.0} | options))
+    server = serve.Server(config, serve.Store(database))
+    process, listener = serve.Process(server), socket.create_server(("127.0.0.1", 0))
+    thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]}, daemon=True)
+    thread.start()
+    process.url = f"http://127.0.0.1:{listener.getsockname()[1]}"
+    try:
+        wait_for(lambda: server.engine.ready or server.engine.failure, 180)
+        yield process
+    finally:
+        process.should_exit = True
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def wait_for(condition, seconds=10.0):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until, "it never happened"
+        time.sleep(0.01)
+
+
+@pytest.fixture(scope="module")
+def live(folder, tmp_path_factory):
+    with running(folder, tmp_path_factory.mktemp("votes") / "feedback.db") as process:
+        yield process
+
+
+@pytest.fixture(scope="module")
+def http(live):
+    with httpx2.Client(base_url=live.url, timeout=60) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(live):
+    return openai.OpenAI(base_url=live.url + "/v1", api_key="unused", max_retries=0)
+
+
+@pytest.fixture
+def slow(live):
+    """Every token takes its time, so that there is something to interrupt."""
+    models = live.server.models.values()
+    before = [(model, model.steps, model.decode) for model in models]
+    for model, _, decode in before:
+        model.steps, model.decode = 1, lambda *args, decode=decode: time.sleep(0.03) or decode(*args)
+    yield
+    for model, steps, _ in before:
+        model.steps = steps
+        del model.decode
+
+
+def say(http, content="a b c", path="/v1/chat/completions", **options):
+    return http.post(path, json={"messages": [{"role": "user", "content": content}]} | options)
+
+
+def text_of(response):
+    assert response.status_code == 200, response.text
+    return response.json()["choices"][0]["message"]["content"]
+
+
+def gauge(http, name, model="one"):
+    return float(re.search(rf'^vllm:{name}{{model_name="{model}"}} (\S+)$', http.get("/metrics").text, re.M)[1])
+
+
+def frames(text):
+    lines = [line for line in text.split("\n\n") if line and not line.startswith(":")]
+    assert all(line.startswith("data: ") for line in lines) and lines[-1] == "data: [DONE]"
+    return [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
+
+
+# ---- what the device computes
+
+
+def brute_force(logits, temperature, top_k, top_p, min_p):
+    """The distribution by sorting, as its definition says."""
+    if temperature == 0:
+        return np.eye(len(logits))[np.argmax(logits)]
+    p = np.exp(logits / temperature - np.max(logits / temperature))
+    order = np.argsort(-p)
+    if top_k:
+        p[order[top_k:]] = 0
+    p = p / p.sum()
+    if top_p < 1:
+        kept = np.searchsorted(np.cumsum(p[order]), top_p) + 1
+        p[order[kept:]] = 0
+    p[p < min_p * p.max()] = 0
+    return p / p.sum()
+
+
+def test_each_row_is_drawn_by_its_own_parameters():
+    cases = [
+        (0, 0, 1, 0),
+        (1, 0, 1, 0),
+        (0.5, 3, 1, 0),
+        (1, 0, 0.7, 0),
+        (1.5, 0, 1, 0.2),
+        (2, 12, 0.8, 0.1),
+        (1, 1, 1, 0),
+    ]
+    n, vocabulary = 4000, 40
+    logits = np.random.default_rng(0).normal(size=(len(cases), vocabulary)).astype(np.float32) * 2
+    rows = np.repeat(np.arange(len(cases)), n)
+    values = np.array(cases, np.float32)[rows].T
+    slots = serve.idle_slots(len(rows))._replace(remaining=np.ones(len(rows), np.int32))
+    slots = slots._replace(temperature=values[0], top_k=values[1].astype(np.int32), top_p=values[2], min_p=values[3])
+    u = jax.random.uniform(jax.random.key(0), (len(rows),))
+    drawn = np.asarray(jax.jit(serve.draw)(logits[rows], u, slots)).reshape(len(cases), n)
+    for case, row, tokens in zip(cases, logits, drawn):
+        expected, found = brute_force(row, *case), np.bincount(tokens, minlength=vocabulary) / n
+        assert set(np.flatnonzero(found)) <= set(np.flatnonzero(expected)), case
+        assert np.abs(expected - found).max() < 4 * np.sqrt(0.25 / n), case
+
+
+def test_greedy_answers_are_those_of_generate(folder, http):
+    model, tokenizer = gpt.load(folder / "one")
+    texts, width = ("a b", "c d e f g h a b c d e f g h a b", "yes"), 16
+    rows = [tokenizer.encode(text) for text in texts]
+    prompts = jnp.array([[0] * (width - len(ids)) + ids for ids in rows])
+    mask = jnp.array([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
+    out = gpt.generate(model, prompts, mask, jax.random.key(0), 12, eos=tokenizer.eos_id, temperature=0)
+    body = dict(prompt=texts, temperature=0, max_tokens=12, return_token_ids=True)
+    for i, choice in enumerate(http.post("/v1/completions", json=body).json()["choices"]):
+        assert choice["token_ids"] == out.tokens[i][out.mask[i] > 0].tolist()
+        assert choice["prompt_token_ids"] == rows[i]
+
+
+def test_the_same_seed_gives_the_same_text_in_any_company(http):
+    ask = lambda seed, text="a b c": say(http, text, seed=seed, max_tokens=30, ignore_eos=True)
+    alone = [text_of(ask(seed)) for seed in range(6)]
+    assert len(set(alone)) == 6
+    with ThreadPoolExecutor(8) as pool:
+        noise = [pool.submit(ask, 100 + i, " ".join("abcdefgh"[: i % 8 + 1])) for i in range(3)]
+        together = list(pool.map(ask, range(6)))
+        assert [text_of(response) for response in together] == alone
+        assert all(future.result().status_code == 200 for future in noise)
+    choices = say(http, seed=3, n=3, max_tokens=30, ignore_eos=True).json()["choices"]
+    assert [choice["index"] for choice in choices] == [0, 1, 2]
+    assert choices[0]["message"]["content"] == alone[3]
+    assert len({choice["message"]["content"] for choice in choices}) == 3
+    assert text_of(ask(2**40)) != text_of(ask(0))  # the high bits of a seed count
+
+
+def test_echoed_logprobs_are_those_of_a_forward_pass(folder, client):
+    model, tokenizer = gpt.load(folder / "one")
+    rows = [tokenizer.encode(text) for text in ("a b c d", "yes no", "h g f e d c b a " * 3, "a")]
+    result = client.completions.create(
+        model="one", prompt=rows, echo=True, logprobs=20, max_tokens=1, temperature=0, seed=1234
+    )
+    found = [choice.logprobs for choice in result.choices]
+    drawn = [tokenizer.encode(logprobs.tokens[-1], special=True) for logprobs in found]
+    padded = np.array([(ids + new + [0] * 24)[:25] for ids, new in zip(rows, drawn)])
+    full = jax.jit(lambda model, tokens: jax.nn.log_softmax(model.logits(model(tokens))))(model, padded)
+    expected = jax.jit(gpt.token_logprobs)(model, padded)
+    for i, (ids, choice, logprobs) in enumerate(zip(rows, result.choices, found)):
+        assert len(logprobs.tokens) == len(logprobs.token_logprobs) == len(logprobs.text_offset) == len(ids) + 1
+        assert logprobs.token_logprobs[0] is None and logprobs.top_logprobs[0] is None
+        np.testing.assert_allclose(logprobs.token_logprobs[1:], expected[i, : len(ids)], atol=2e-5)
+        for t, top in enumerate(logprobs.top_logprobs[1:]):
+            assert len(top) == tokenizer.vocab_size  # 18 words: all of them
+            np.testing.assert_allclose(max(top.values()), full[i, t].max(), atol=2e-5)
+        assert logprobs.token_logprobs[-1] == max(logprobs.top_logprobs[-1].values())  # greedy, and the same float
+        words = choice.text.split()
+        assert [choice.text[at:].split()[0] for at in logprobs.text_offset[: len(words)]] == words
+    nothing = client.completions.create(model="one", prompt="a b c", echo=True, logprobs=0, max_tokens=0)
+    assert nothing.choices[0].text == "a b c" and nothing.usage.completion_tokens == 0
+    assert len(nothing.choices[0].logprobs.tokens) == 3
+
+
+def test_nothing_is_compiled_after_the_start(live, http):
+    sizes = serve.decode._cache_size(), serve.prefill._cache_size()
+    for n in (1, 2, 5, 17, 40):
+        for options in ({}, {"temperature": 0}, {"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"logprobs": True}):
+            assert say(http, "a " * n, **options).status_code == 200
+    assert http.post("/v1/completions", json=dict(prompt="a b", echo=True, logprobs=3)).status_code == 200
+    assert (serve.decode._cache_size(), serve.prefill._cache_size()) == sizes
+
+
+# ---- text: characters, stops
+
+
+def test_text_comes_in_whole_characters(tmp_path):
+    bytes_alone = {c: i for i, c in enumerate(sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()))}
+    (tmp_path / "vocab.json").write_text(json.dumps(bytes_alone))
+    (tmp_path / "merges.txt").write_text("#version: 0.2\n")
+    tokenizer = gpt.load_tokenizer(tmp_path)
+    assert tokenizer.token_bytes(tokenizer.encode("é")[0]) == b"\xc3"
+    text = "naïve 🙂 text, 中文 e\u0301"
+    ids = tokenizer.encode(text)
+    assert any("\ufffd" in tokenizer.decode([i]) for i in ids)  # some characters take several tokens
+    for size in (1, 2, 5):
+        stream = serve.TextStream(tokenizer)
+        pieces = [stream.add(ids[i : i + size], i + size >= len(ids)) for i in range(0, len(ids), size)]
+        assert "".join(pieces) == tokenizer.decode(ids) and not any("\ufffd" in piece for piece in pieces)
+    stream = serve.TextStream(tokenizer)
+    cut = next(i for i in ids if "\ufffd" in tokenizer.decode([i]))
+    assert stream.add([cut]) == "" and "\ufffd" in stream.add([], last=True)  # an answer may end within a character
+
+
+@pytest.mark.parametrize("size", [1, 2, 7])
+def test_a_stop_string_is_never_shown(words, size):
+    """Over every way to split the text, what was sent is the text before the stop that is complete first."""
+    tokenizer = gpt.load_tokenizer(words)
+    ids = tokenizer.encode("a b c a b d yes no")
+    for stops, expected in [(("b d",), "a b c a "), (("b c a b", "c a"), "a b "), (("a c",), "a b c a b d yes no")]:
+        choice = serve.Choice(0, [1], 99, None, 0.0, stops=stops, stream=True)
+        choice.reader, sent, stopped = serve.TextStream(tokenizer), "", False
+        for i in range(0, len(ids), size):
+            part = ids[i : i + size]
+            stopped = choice.add(part, [0.0] * len(part), None, i + size >= len(ids))
+            choice.finish = "stop" if stopped or i + size >= len(ids) else None
+            delta = choice.news()
+            sent += delta.text if delta else ""
+            assert expected.startswith(sent)
+            if stopped:
+                break
+        assert sent == choice.text == expected and stopped == (stops != ("a c",))
+
+
+def test_stops_end_answers_and_usage_counts_what_was_drawn(http):
+    whole = say(http, seed=5, max_tokens=20, ignore_eos=True).json()
+    words = whole["choices"][0]["message"]["content"].split()
+    stop = next(word for word in words[3:] if word not in words[:3])
+    cut = say(http, seed=5, max_tokens=20, ignore_eos=True, stop=[stop, "never"], logprobs=True).json()
+    choice, before = cut["choices"][0], words[: words.index(stop)]
+    assert choice["message"]["content"].split() == before and choice["finish_reason"] == "stop"
+    assert whole["choices"][0]["finish_reason"] == "length" and whole["usage"]["completion_tokens"] == 20
+    shown = [entry["token"] for entry in choice["logprobs"]["content"]]
+    assert shown[: len(before)] == before and shown[len(before) :] in ([], [stop])  # whose blank is still shown
+    assert cut["usage"]["total_tokens"] == cut["usage"]["prompt_tokens"] + cut["usage"]["completion_tokens"]
+
+
+# ---- the API through the client that everybody uses
+
+
+def test_models_are_listed_and_told_apart(client, http):
+    assert [model.id for model in client.models.list()] == ["one", "two"]
+    assert client.models.retrieve("two").max_model_len == 64
+    assert http.get("/models").json() == http.get("/v1/models").json()
+    texts = {
+        client.chat.completions.create(model=m, messages=ASK, seed=1).choices[0].message.content for m in ("one", "two")
+    }
+    assert len(texts) == 2
+    assert say(http, model="default", seed=1).json()["model"] == "one"
+    with pytest.raises(openai.NotFoundError, match="one, two") as error:
+        client.chat.completions.create(model="three", messages=ASK)
+    assert error.value.code == "model_not_found" and error.value.param == "model"
+
+
+@pytest.mark.parametrize("options", [{}, {"n": 3}, {"stop": ["b"]}, {"logprobs": True, "top_logprobs": 2}])
+def test_a_stream_says_what_the_whole_answer_says(client, options):
+    ask = dict(model="one", messages=ASK, seed=11, max_completion_tokens=25) | options
+    whole = client.chat.completions.create(**ask)
+    texts, finishes, logprobs = {}, {}, {}
+    chunks = list(client.chat.completions.create(**ask, stream=True, stream_options={"include_usage": True}))
+    assert {(chunk.id, chunk.created, chunk.object) for chunk in chunks} == {
+        (chunks[0].id, chunks[0].created, "chat.completion.chunk")
+    }
+    for chunk in chunks[:-1]:
+        (choice,) = chunk.choices
+        if choice.index not in texts:
+            assert choice.delta.role == "assistant" and choice.delta.content == ""
+        texts[choice.index] = texts.get(choice.index, "") + (choice.delta.content or "")
+        logprobs.setdefault(choice.index, []).extend(choice.logprobs.content if choice.logprobs else [])
+        if choice.finish_reason is not None:
+            assert choice.index not in finishes and not choice.delta.content
+            finishes[choice.index] = choice.finish_reason
+    assert chunks[-1].choices == [] and chunks[-1].usage == whole.usage
+    for choice in whole.choices:
+        assert texts[choice.index] == choice.message.content and finishes[choice.index] == choice.finish_reason
+        assert logprobs[choice.index] == (choice.logprobs.content if choice.logprobs else [])
+
+
+def test_completions_stream_with_echo_and_logprobs(client):
+    ask = dict(model="one", prompt="a b c", seed=3, echo=True, logprobs=2, max_tokens=12)
+    whole = client.completions.create(**ask).choices[0]
+    chunks = [chunk.choices[0] for chunk in client.completions.create(**ask, stream=True)]
+    assert "".join(chunk.text for chunk in chunks) == whole.text and whole.text.startswith("a b c")
+    assert sum((chunk.logprobs.tokens for chunk in chunks if chunk.logprobs), []) == whole.logprobs.tokens
+    assert [chunk.finish_reason for chunk in chunks[:-1]] == [None] * (len(chunks) - 1)
+
+
+def test_chats_in_every_spelling(http, folder):
+    tokenizer = gpt.load_tokenizer(folder / "one")
+    ids = lambda messages: http.post("/tokenize", json={"messages": messages}).json()["tokens"]
+    parts = [{"type": "text", "text": "a "}, {"type": "text", "text": "b c"}]
+    assert ids([{"role": "user", "content": parts}]) == ids(ASK) == gpt.encode_prompt(ASK, tokenizer)
+    assert ids([{"role": "developer", "content": "a"}, *ASK]) == ids([{"role": "system", "content": "a"}, *ASK])
+    assert (
+        say(http, max_tokens=None, temperature=None, stop=None, tools=[], user="me", unknown={"x": 1}).status_code
+        == 200
+    )
+    empty = [{"role": "user", "content": "a"}, {"role": "assistant", "content": None}, *ASK]
+    assert http.post("/v1/chat/completions", json={"messages": empty}).status_code == 200
+    start = [*ASK, {"role": "assistant", "content": "d e"}]  # the answer goes on from there
+    prompt = gpt.encode_prompt(ASK, tokenizer) + tokenizer.encode("d e")
+    assert ids(start) == prompt
+    body = dict(seed=1, max_tokens=9)
+    chat = http.post("/v1/chat/completions", json=body | {"messages": start}).json()["choices"][0]["message"]["content"]
+    assert chat == http.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"][0]["text"]
+
+
+def test_special_tokens_come_from_prompts_but_never_from_chats(http, folder):
+    tokenizer = gpt.load_tokenizer(folder / "one")
+    assert http.post("/tokenize", json={"prompt": "a <eos>"}).json()["tokens"][-1] == tokenizer.eos_id
+    message = [{"role": "user", "content": "a <eos> b"}]
+    assert tokenizer.eos_id not in http.post("/tokenize", json={"messages": message}).json()["tokens"]
+    assert http.get("/tokenizer_info").json()["eos_token"] == "<eos>"
+    assert http.post("/detokenize", json={"tokens": tokenizer.encode("a b yes")}).json() == {"prompt": "a b yes"}
+
+
+def test_answers_stay_within_the_context(http):
+    clamped = say(http, "a " * 50, max_tokens=1000, ignore_eos=True).json()
+    assert clamped["usage"]["total_tokens"] == 64 and clamped["choices"][0]["finish_reason"] == "length"
+    for text in ("a " * 63, "a" * 5000):
+        error = say(http, text).json()["error"]
+        assert error["code"] == "context_length_exceeded" and "64" in error["message"]
+
+
+# ---- what is refused, and that the server goes on
+
+BAD = [
+    ("/v1/chat/completions", "{", None),
+    ("/v1/chat/completions", "", None),
+    ("/v1/chat/completions", "[]", None),
+    ("/v1/chat/completions", "[" * 100_000, None),
+    ("/v1/chat/completions", {"model": "one"}, "messages"),
+    ("/v1/chat/completions", {"messages": []}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "robot", "content": "a"}]}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages"),
+    ("/v1/chat/completions", {"messages": [{"role": "assistant", "content": "a"}]}, "messages"),
+    *(
+        ("/v1/chat/completions", {"messages": ASK, name: value}, name)
+        for name, value in [
+            ("temperature", -1), ("temperature", 3), ("temperature", True), ("temperature", "hot"), ("top_p", 0),
+            ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 9), ("n", True), ("max_tokens", -1),
+            ("max_completion_tokens", 0), ("top_logprobs", 21), ("stop", ["a"] * 5), ("stop", "x" * 65), ("stop", [""]),
+            ("seed", "one"), ("tools", [{"type": "function"}]), ("response_format", {"type": "json_schema"}),
+            ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}),
+        ]
+    ),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', None),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
+    ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+    ("/v1/completions", {}, "prompt"),
+    ("/v1/completions", {"prompt": ""}, "prompt"),
+    ("/v1/completions", {"prompt": []}, "prompt"),
+    ("/v1/completions", {"prompt": [[]]}, "prompt"),
+    ("/v1/completions", {"prompt": [1, "a"]}, "prompt"),
+    ("/v1/completions", {"prompt": [-1]}, "prompt"),
+    ("/v1/completions", {"prompt": [99]}, "prompt"),
+    ("/v1/completions", {"prompt": [True]}, "prompt"),
+    ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
+    ("/v1/completions", {"prompt": "a", "logprobs": True}, "logprobs"),
+    ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    ("/v1/completions", {"prompt": "a", "best_of": 4}, "best_of"),
+    ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, "n"),
+    ("/tokenize", {}, "prompt"),
+    ("/detokenize", {"tokens": [99]}, "tokens"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("path, body, param", BAD, ids=[str(i) for i in range(len(BAD))])
+def test_bad_requests_get_the_error_body_of_openai(http, path, body, param):
+    body = body if isinstance(body, str) else json.dumps(body)
+    response = http.post(path, content=body, headers={"content-type": "application/json"})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
+    assert error["param"] == param, error
+
+
+def test_every_other_refusal_has_that_body_too(http, live):
+    json_type = {"content-type": "application/json"}
+    cases = [
+        (http.get("/nothing"), 404, "not_found_error"),
+        (http.get("/v1/completions"), 405, "invalid_request_error"),
+        (http.post("/v1/completions", content=b'{"prompt": "a"}', headers={"content-type": "text/plain"}), 415, None),
+        (http.post("/v1/completions", content=b'{"prompt": "a"}'), 415, None),
+        (http.post("/v1/completions", content=b" " * (serve.MAX_BODY + 1), headers=json_type), 413, None),
+        (http.get("/health", headers={"host": "evil.example"}), 400, "invalid_request_error"),
+        (http.post("/v1/completions", json={"prompt": "a"}, headers={"origin": "http://evil.example"}), 403, None),
+        (http.post("/v1/completions", json={"prompt": "a"}, headers={"sec-fetch-site": "cross-site"}), 403, None),
+        (http.request("DELETE", "/v1/feedback/x", headers={"origin": "http://evil.example"}), 403, None),
+    ]
+    for response, status, kind in cases:
+        assert response.status_code == status, response.text
+        assert response.json()["error"]["type"] == (kind or "invalid_request_error")
+    own = {"origin": live.url, "sec-fetch-site": "same-origin"}
+    assert say(http).status_code == 200 and http.post("/tokenize", json={"prompt": "a"}, headers=own).status_code == 200
+
+
+def test_a_body_without_a_length_is_bounded_and_has_to_come_in_time(http, live, monkeypatch):
+    def endless():
+        for _ in range(64):
+            yield b" " * 2**15
+
+    response = http.post("/v1/completions", content=endless(), headers={"content-type": "application/json"})
+    assert response.status_code == 413
+    monkeypatch.setattr(serve, "BODY_SECONDS", 0.1)
+    with socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2]))) as raw:
+        raw.sendall(b"POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\n")
+        raw.sendall(b"content-length: 100\r\n\r\n{")
+        assert raw.recv(100).startswith(b"HTTP/1.1 408")
+
+
+def test_a_full_queue_says_when_to_come_back(http, client):
+    response = http.post("/v1/completions", json={"prompt": ["a"] * 8, "n": 3})  # 24 > 4 slots + 8 waiting
+    assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
+    assert response.json()["error"]["type"] == "rate_limit_error"
+    with pytest.raises(openai.RateLimitError):
+        client.completions.create(model="one", prompt=["a"] * 8, n=3)
+    assert say(http).status_code == 200  # nothing of it was kept
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_who_hangs_up_frees_the_slots(live, http, slow, stream):
+    body = dict(messages=ASK, n=4, max_tokens=60, ignore_eos=True, stream=stream)
+    before = live.server.models["one"].finished["abort"]
+    with httpx2.Client(base_url=live.url, timeout=0.3) as hasty:
+        if stream:
+            with hasty.stream("POST", "/v1/chat/completions", json=body) as response:
+                next(line for line in response.iter_lines() if "content" in line and '"content":""' not in line)
+        else:
+            with pytest.raises(httpx2.TimeoutException):
+                hasty.post("/v1/chat/completions", json=body)
+    start = time.monotonic()
+    assert say(http, max_tokens=1).status_code == 200
+    wait_for(lambda: gauge(http, "num_requests_running") == gauge(http, "num_requests_waiting") == 0, 1.0)
+    assert time.monotonic() - start < 1.2  # the rest of the answers would have taken longer
+    assert live.server.models["one"].finished["abort"] == before + 4
+
+
+def test_a_deadline_cuts_an_answer_and_ends_a_wait(live, http, slow, monkeypatch):
+    monkeypatch.setattr(live.server, "config", serve.dataclasses.replace(live.server.config, timeout=0.5))
+    with ThreadPoolExecutor(2) as pool:
+        long = dict(max_tokens=60, ignore_eos=True)
+        first = pool.submit(say, http, n=4, **long)
+        wait_for(lambda: gauge(http, "num_requests_running") == 4)
+        second = pool.submit(say, http, **long)
+        answers = first.result().json()["choices"]
+        assert {answer["finish_reason"] for answer in answers} == {"abort"} and answers[0]["message"]["content"]
+        assert second.result().status_code in (200, 503)  # let in at the last moment, or told that it waited too long
+
+
+def test_health_answers_at_once_while_the_engine_works(http, slow):
+    with ThreadPoolExecutor(1) as pool:
+        work = pool.submit(say, http, n=4, max_tokens=40, ignore_eos=True)
+        waits = []
+        while not work.done():
+            start = time.monotonic()
+            assert http.get("/health").json() == {"status": "ok"}
+            waits.append(time.monotonic() - start)
+        assert len(waits) > 10 and np.median(waits) < 0.1
+
+
+# ---- who may ask
+
+
+def ask_app(config, method, path, **options):
+    """One request to the app without an engine: what passes the guard is told that the model is loading."""
+    server = serve.Server(config, None)
+    transport = httpx2.ASGITransport(server.app())
+
+    async def ask():
+        async with httpx2.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            return await client.request(method, path, **options)
+
+    return asyncio.run(ask())
+
+
+KEY = serve.Config(model=(("one",),), api_key="secret")
+PATHS = [
+    "/v1/models",
+    "/models",
+    "/metrics",
+    "/v1/feedback/export",
+    "/v1/feedback/counts",
+    "/tokenizer_info",
+    "/nothing",
+]
+
+
+def test_a_key_is_needed_everywhere_but_at_the_door():
+    for path in PATHS:
+        for headers in ({}, {"authorization": "Bearer wrong"}, {"x-api-key": "secrets"}, {"authorization": "secret é"}):
+            response = ask_app(KEY, "GET", path, headers={k: v.encode() for k, v in headers.items()})
+            assert response.status_code == 401 and response.json()["error"]["type"] == "authentication_error"
+    for path in ("/v1/completions", "/v1/chat/completions", "/v1/feedback", "/tokenize", "/detokenize"):
+        assert ask_app(KEY, "POST", path, json={}).status_code == 401
+    assert ask_app(KEY, "DELETE", "/v1/sessions/x").status_code == 401
+    for headers in ({"authorization": "Bearer secret"}, {"x-api-key": "secret"}):
+        assert ask_app(KEY, "GET", "/v1/models", headers=headers).json()["error"]["message"] == "Loading model"
+    assert ask_app(KEY, "GET", "/health").status_code == 503 and ask_app(KEY, "GET", "/").status_code in (200, 404)
+
+
+def test_other_pages_are_let_in_by_name_alone():
+    preflight = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    response = ask_app(KEY, "OPTIONS", "/v1/chat/completions", headers=preflight)
+    assert "access-control-allow-origin" not in response.headers
+    config = serve.dataclasses.replace(KEY, cors_origin=("https://a.example",))
+    response = ask_app(config, "OPTIONS", "/v1/chat/completions", headers=preflight)
+    assert response.status_code == 200 and response.headers["access-control-allow-origin"] == "https://a.example"
+    response = ask_app(config, "OPTIONS", "/v1/chat/completions", headers=preflight | {"origin": "https://b.example"})
+    assert "access-control-allow-origin" not in response.headers
+    asked = ask_app(
+        config, "POST", "/tokenize", json={}, headers={"origin": "https://a.example", "x-api-key": "secret"}
+    )
+    assert asked.status_code == 503 and asked.headers["access-control-allow-origin"] == "https://a.example"
+    assert (
+        ask_app(
+            config, "POST", "/tokenize", json={}, headers={"origin": "https://b.example", "x-api-key": "secret"}
+        ).status_code
+        == 403
+    )
+
+
+@pytest.mark.parametrize(
+    "options, said",
+    [
+        ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"), ({"slots": 0}, "--slots"),
+        ({"cors_origin": ("*",)}, "--cors-origin"), ({"model": (("out/none-here",),)}, "no model in"),
+    ],
+)  # fmt: skip
+def test_a_server_that_should_not_run_does_not_start(folder, options, said):
+    with pytest.raises((ValueError, OSError), match=said):
+        serve.check_config(serve.Config(**({"model": ((str(folder / "one"),),)} | options)))
+
+
+def test_a_server_for_others_starts_with_a_key_or_on_request(folder):
+    for options in ({"api_key": "x"}, {"insecure": True}):
+        serve.check_config(serve.Config(model=((str(folder / "one"),),), host="0.0.0.0", **options))
+
+
+def test_names_of_models():
+    assert serve.model_names(["out/ppo", "out/dpo/"]) == ["ppo", "dpo"]
+    assert serve.model_names(["a/out/ppo", "b/out/ppo"]) == ["a/out/ppo", "b/out/ppo"]
+    assert serve.model_names(["r1/ppo", "r2/ppo"]) == ["r1/ppo", "r2/ppo"]
+    with pytest.raises(ValueError, match="the same"):
+        serve.model_names(["out/ppo", "out/ppo"])
+
+
+def test_the_page_runs_only_its_own_script(tmp_path, monkeypatch, http):
+    monkeypatch.setattr(serve, "HERE", tmp_path)
+    config = serve.Config(model=(("one",),))
+    assert "ui.html" in ask_app(config, "GET", "/").text
+    (tmp_path / "ui.html").write_text('<style nonce="NONCE"></style><script nonce="NONCE"></script>')
+    pages = [ask_app(config, "GET", "/") for _ in range(2)]
+    nonces = [re.findall(r'nonce="([^"]+)"', page.text) for page in pages]
+    assert nonces[0][0] == nonces[0][1] != nonces[1][0] and "NONCE" not in pages[0].text
+    policy = pages[0].headers["content-security-policy"]
+    assert policy.startswith("default-src 'none'") and f"script-src 'nonce-{nonces[0][0]}'" in policy
+    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert pages[0].headers["x-content-type-options"] == "nosniff"
+    assert pages[0].headers["referrer-policy"] == "no-referrer"
+    assert ask_app(serve.dataclasses.replace(config, ui=False), "GET", "/").status_code == 404
+
+
+def test_logs_hold_no_prompts_and_no_lines_of_a_clients_making(http, caplog):
+    with caplog.at_level(logging.INFO, "serve"):
+        http.get("/x%0D%0A2026-01-01 GET /admin 200%1b[31m")
+        response = say(http, "yes no yes", max_tokens=1)
+        odd = http.get("/health", headers={"x-request-id": "mine-7 \t<b>"})
+    assert not any("\n" in line or "\r" in line or "\x1b" in line for line in caplog.messages)
+    assert any("/x\\r\\n2026" in line for line in caplog.messages) and "yes no" not in caplog.text
+    assert odd.headers["x-request-id"] == "mine-7b" and len(response.headers["x-request-id"]) == 32
+
+
+def test_a_failure_inside_says_an_id_and_nothing_else(http, live, monkeypatch, caplog):
+    def fail(*args):
+        raise RuntimeError("/home/secret at 0x7f00")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(serve, "make_job", fail)
+        response = say(http)
+        assert response.status_code == 500 and response.json()["error"]["type"] == "server_error"
+        assert response.headers["x-request-id"] in response.text and "secret" not in response.text
+        assert "secret" in caplog.text  # for whoever runs the server
+    with monkeypatch.context() as patch:  # within the engine: of this request alone
+        patch.setattr(serve.Choice, "read", lambda self, *args: fail() if len(self.ids) == 3 else "fine")
+        with ThreadPoolExecutor(2) as pool:
+            bad = pool.submit(
+                http.post, "/v1/completions", json={"prompt": "a b c", "max_tokens": 30, "ignore_eos": True}
+            )
+            good = http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 30, "ignore_eos": True})
+            assert good.status_code == 200 and bad.result().status_code == 500 and "secret" not in bad.result().text
+        streamed = http.post("/v1/completions", json={"prompt": "a b c", "stream": True})
+        assert frames(streamed.text)[-1]["error"]["type"] == "server_error"
+    assert say(http).status_code == 200
+
+
+def test_a_dead_engine_is_told_by_health(folder, tmp_path):
+    with running(folder, tmp_path / "f.db", models=("one",)) as process, httpx2.Client(base_url=process.url) as http:
+        model = process.server.models["one"]
+
+        def broken(*args):
+            time.sleep(0.2)
+            raise RuntimeError("device lost")
+
+        model.decode = broken
+        with ThreadPoolExecutor(2) as pool:
+            waiting = [pool.submit(say, http) for _ in range(2)]
+            assert {future.result().status_code for future in waiting} <= {500, 503}
+        wait_for(lambda: http.get("/health").status_code == 503)
+        assert http.get("/health").json()["error"]["code"] == "engine_dead" and say(http).status_code == 503
+
+
+def test_draining_lets_running_answers_end_and_admits_no_more(folder, tmp_path):
+    with running(folder, tmp_path / "f.db", models=("one",)) as process, httpx2.Client(base_url=process.url) as http:
+        model = process.server.models["one"]
+        decode, model.steps = model.decode, 1
+        model.decode = lambda *args: time.sleep(0.02) or decode(*args)
+        with ThreadPoolExecutor(2) as pool:
+            short = pool.submit(say, http, max_tokens=20, ignore_eos=True)
+            wait_for(lambda: model.running)
+            process.drain()
+            assert say(http).json()["error"]["code"] == "shutting_down"
+            assert short.result().json()["choices"][0]["finish_reason"] == "length"
+
+
+# ---- votes
+
+
+def stored(http, content="a b c", **options):
+    """Ids and texts of two stored answers to one question, both ended by max_tokens."""
+    options = {"n": 2, "store": True, "seed": 1, "max_tokens": 8, "ignore_eos": True} | options
+    response = say(http, content, **options).json()
+    ids = [choice["generation_id"] for choice in response["choices"]]
+    texts = [choice["message"]["content"] for choice in response["choices"]]
+    return ids, texts
+
+
+def finish_all(database):
+    """Pretend that every answer ended by itself."""
+    with sqlite3.connect(database) as connection:
+        connection.execute("UPDATE generation SET finish_reason = 'stop'")
+
+
+def vote(http, kind, value, a, b=None, status=201, person="ann", **more):
+    body = dict(kind=kind, value=value, generation_a=a, generation_b=b, annotator_id=person, consent=True) | more
+    response = http.post("/v1/feedback", json=body)
+    assert response.status_code == status, response.text
+    return response.json()
+
+
+@pytest.fixture
+def votes(live, http):
+    """The database, empty."""
+    path = live.server.config.feedback
+    with sqlite3.connect(path) as connection:
+        connection.execute("DELETE FROM feedback")
+        connection.execute("DELETE FROM generation")
+    return path
+
+
+def select(path, query):
+    with sqlite3.connect(path) as connection:
+        connection.row_factory = sqlite3.Row
+        return [dict(row) for row in connection.execute(query)]
+
+
+def export(http, kind, **query):
+    response = http.get("/v1/feedback/export", params={"format": kind} | query)
+    assert response.status_code == 200, response.text
+    rows = [json.loads(line) for line in response.text.splitlines()]
+    assert int(response.headers["x-rows"]) == len(rows)
+    assert response.headers["x-sha256"] == serve.hashlib.sha256(response.content).hexdigest()
+    return rows
+
+
+def test_answers_are_stored_only_on_request_and_exactly(votes, http, live):
+    assert "generation_id" not in say(http).json()["choices"][0] and select(votes, "SELECT * FROM generation") == []
+    metadata = {"session_id": "s1", "parent_id": "p1"}
+    options = dict(store=True, metadata=metadata, seed=7, temperature=0.5, top_k=9, max_tokens=6)
+    answer = say(http, logprobs=True, **options).json()
+    (row,) = select(votes, "SELECT * FROM generation")
+    choice = answer["choices"][0]
+    assert row["id"] == choice["generation_id"] and row["completion"] == choice["message"]["content"]
+    assert (row["session_id"], row["parent_id"], row["model_id"]) == ("s1", "p1", "one")
+    assert json.loads(row["prompt_messages"]) == ASK and row["finish_reason"] == choice["finish_reason"]
+    sampling = json.loads(row["sampling"])
+    assert (sampling["seed"], sampling["temperature"], sampling["top_k"], sampling["limit"]) == (7, 0.5, 9, 6)
+    assert row["logprob_sum"] == pytest.approx(sum(entry["logprob"] for entry in choice["logprobs"]["content"]))
+    assert row["checkpoint_sha256"] == live.server.models["one"].checkpoint and row["tokenizer_sha256"]
+    last = frames(say(http, stream=True, **options).text)[-1]["choices"][0]
+    assert last["finish_reason"] and last["generation_id"] in {
+        r["id"] for r in select(votes, "SELECT id FROM generation")
+    }
+
+
+def test_votes_become_rows_by_the_rules(votes, http, tmp_path):
+    (a, b), (text_a, text_b) = stored(http)
+    turn = lambda text: [{"role": "assistant", "content": text}]
+    finish_all(votes)
+    vote(http, "pair", "a", a, b, shown_left="b", reasons=["short"], comment="'; DROP TABLE feedback; --")
+    vote(http, "pair", "tie", a, b, person="bob")
+    vote(http, "pair", "both_bad", a, b, person="cid")
+    vote(http, "thumb", "up", a)
+    vote(http, "thumb", "down", a, person="dan", consent=False)
+    vote(http, "edit", "edited", b, edited_text="b a")
+    pairs = export(http, "trl-preference")
+    assert [{k: v for k, v in row.items() if k != "id"} for row in pairs] == [
+        {"prompt": ASK, "chosen": turn(text_a), "rejected": turn(text_b)},
+        {"prompt": ASK, "chosen": turn("b a"), "rejected": turn(text_b)},
+    ]
+    thumbs = export(http, "trl-unpaired")
+    assert [(row["completion"], row["label"]) for row in thumbs] == [
+        (turn(text_a), False), (turn(text_b), False), (turn(text_a), True),
+    ]  # fmt: skip
+    raw = export(http, "raw")
+    assert [row["value"] for row in raw] == ["a", "tie", "both_bad", "up", "edited"]  # no consent, no row
+    assert raw[0]["shown_left"] == "b" and json.loads(raw[0]["reasons"]) == ["short"]
+    counts = http.get("/v1/feedback/counts").json()
+    assert (counts["pairs"], counts["thumbs"], counts["edits"]) == (3, 1, 1) and "dpo.py" in counts["command"]
+    assert export(http, "raw", model="two") == [] and len(export(http, "raw", model="one")) == 5
+    assert export(http, "raw", since="2999") == [] and http.get("/v1/feedback/export?format=x").status_code == 400
+
+    report = prepare.main(prepare.Config((str(votes),), tmp_path / "out", heldout=0))
+    lines = lambda name: [json.loads(line) for line in (tmp_path / "out" / f"{name}.jsonl").read_text().splitlines()]
+    assert lines("pairs") == pairs and lines("thumbs") == thumbs
+    assert report["kind"] == "votes" and report["dropped"]["a tie"]["count"] == 1
+    assert [row for _, row in gpt.read_rows(tmp_path / "out/pairs.jsonl", "pairs")] == pairs
+    assert [row for _, row in gpt.read_rows(tmp_path / "out/thumbs.jsonl", "thumbs")] == thumbs
+
+
+def test_answers_that_were_cut_teach_nothing(votes, http):
+    (a, b), _ = stored(http)  # ended by max_tokens
+    vote(http, "pair", "a", a, b)
+    vote(http, "thumb", "up", a)
+    assert export(http, "trl-preference") == export(http, "trl-unpaired") == []
+    assert [row["finish_a"] for row in export(http, "raw")] == ["length", "length"]
+
+
+def test_a_second_thought_replaces_the_first_and_undo_takes_both_back(votes, http):
+    (a, b), _ = stored(http)
+    first = vote(http, "pair", "a", a, b)
+    second = vote(http, "pair", "b", a, b)
+    assert first["superseded"] is None and second["superseded"] == first["id"]
+    assert vote(http, "pair", "a", a, b, person="bob")["superseded"] is None
+    rows = select(votes, "SELECT * FROM feedback ORDER BY created_at")
+    assert [row["superseded_by"] for row in rows] == [second["id"], None, None]
+    finish_all(votes)
+    assert len(export(http, "trl-preference")) == 2
+    assert http.delete(f"/v1/feedback/{second['id']}").json() == {"id": second["id"], "deleted": True}
+    assert [row["annotator_id"] for row in select(votes, "SELECT * FROM feedback")] == ["bob"]
+    assert http.delete(f"/v1/feedback/{second['id']}").status_code == 404
+    assert vote(http, "pair", "a", a, b)["superseded"] is None
+
+
+def test_votes_that_make_no_sense_are_refused(votes, http):
+    (a, b), _ = stored(http)
+    (other, _), _ = stored(http, "d e")
+    for kind, value, second, status in [
+        ("thumb", "a", None, 400), ("thumb", "up", b, 400), ("pair", "up", b, 400), ("pair", "a", None, 400),
+        ("pair", "a", a, 400), ("pair", "a", other, 400), ("pair", "a", "0" * 32, 404), ("edit", "edited", None, 400),
+    ]:  # fmt: skip
+        vote(http, kind, value, a, second, status=status)
+    vote(http, "thumb", "up", "' OR 1=1 --", status=404)
+    vote(http, "thumb", "up", a, status=400, comment="x" * 5000)
+    vote(http, "thumb", "up", a, status=400, consent="yes")
+    assert select(votes, "SELECT * FROM feedback") == []
+
+
+def test_hostile_text_is_kept_as_it_is(votes, http):
+    (a, _), _ = stored(http, metadata={"session_id": "'); DROP TABLE generation; --"})
+    for i, text in enumerate(["'\"; --", "nul \x00 here", "🙂\u202e", "<script>alert(1)</script>", "%s {0} :id ?"]):
+        vote(http, "thumb", "up", a, person=text, comment=text * 3)
+        assert len(select(votes, "SELECT * FROM feedback")) == i + 1
+    assert {row["comment"] for row in export(http, "raw")} >= {"nul \x00 here" * 3, "🙂\u202e" * 3}
+
+
+def test_a_session_can_be_erased(votes, http):
+    (a, b), _ = stored(http, metadata={"session_id": "mine"})
+    (c, _), _ = stored(http, metadata={"session_id": "yours"})
+    vote(http, "pair", "a", a, b)
+    vote(http, "pair", "b", a, b)
+    vote(http, "thumb", "up", c)
+    assert http.delete("/v1/sessions/mine").json() == {"session_id": "mine", "generations": 2, "feedback": 2}
+    assert {row["session_id"] for row in select(votes, "SELECT * FROM generation")} == {"yours"}
+    assert len(select(votes, "SELECT * FROM feedback")) == 1
+
+
+def test_a_failed_write_fails_alone(tmp_path):
+    store = serve.Store(tmp_path / "f.db")
+
+    def add(connection, i):
+        connection.execute("CREATE TABLE IF NOT EXISTS numbers(i INT UNIQUE)")
+        connection.execute("INSERT INTO numbers VALUES (?)", (i,))
+        return i
+
+    async def all_at_once():
+        return await asyncio.gather(*(store.do(add, i % 5) for i in range(10)), return_exceptions=True)
+
+    results = asyncio.run(all_at_once())
+    store.close()
+    assert results[:5] == list(range(5)) and all(isinstance(r, sqlite3.IntegrityError) for r in results[5:])
+    assert [row["i"] for row in select(tmp_path / "f.db", "SELECT i FROM numbers")] == list(range(5))
+
+
+VOTER = """
+import asyncio, sys, serve
+store = serve.Store(sys.argv[1])
+def add(connection, i):
+    connection.execute("CREATE TABLE IF NOT EXISTS numbers(i INT)")
+    connection.execute("INSERT INTO numbers VALUES (?)", (i,))
+    return i
+async def one(i):
+    print(await store.do(add, i), flush=True)
+async def main():
+    for i in range(0, 10**9, 8):
+        await asyncio.gather(*(one(i + j) for j in range(8)))
+asyncio.run(main())
+"""
+
+
+def test_what_was_acknowledged_survives_a_kill(tmp_path):
+    command = [sys.executable, "-c", VOTER, tmp_path / "f.db"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        seen = [int(process.stdout.readline()) for _ in range(200)]
+        process.kill()
+        seen += [int(line) for line in process.stdout.read().split("\n")[:-1]]
+    kept = {row["i"] for row in select(tmp_path / "f.db", "SELECT i FROM numbers")}
+    assert set(seen) <= kept and len(kept) <= len(seen) + 8
+
+
+def test_an_unusable_database_is_an_error_at_the_start(tmp_path):
+    (tmp_path / "f.db").write_text("not a database, but long enough to look at " * 20)
+    with pytest.raises(ValueError, match="not a database"):
+        serve.Store(tmp_path / "f.db")
+
+
+def test_many_clients_at_once(folder, tmp_path):
+    with running(folder, tmp_path / "f.db", max_queue=64) as process:
+        tally = asyncio.run(load.load(process.url, load.Config(clients=12, seconds=2.0)))
+        assert tally.wrong == [] and tally.acknowledged > 0 and tally.statuses[400] + tally.statuses[404] > 0
+        assert load.lost_votes(tmp_path / "f.db", tally) == (0, 0)
+        with httpx2.Client(base_url=process.url) as http:
+            wait_for(lambda: gauge(http, "num_requests_running") == gauge(http, "num_requests_waiting") == 0)
+
+
+# ---- the command
+
+
+def test_the_command_serves_and_ends_when_told(folder, tmp_path):
+    command = [sys.executable, ROOT / "serve.py", "--model", folder / "one", "--model", folder / "two", "--port", "0"]
+    command += ["--feedback", tmp_path / "f.db", "--slots", "2", "--compile-cache", "None"]
+    log = open(tmp_path / "log", "w")
+    with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
+        try:
+            url = re.search(r"one, two on (http://localhost:\d+)", process.stdout.readline())[1]
+            assert process.stdout.readline().startswith(f"  curl {url}/v1/chat/completions")
+            with httpx2.Client(base_url=url, timeout=60) as http:
+                assert http.get("/health").status_code in (200, 503)  # answers while it loads
+                wait_for(lambda: http.get("/health").status_code == 200, 60)
+                (a, _), _ = stored(http)
+                vote(http, "thumb", "up", a)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(20) in (0, -signal.SIGTERM)
+        finally:
+            process.kill()
+    assert len(select(tmp_path / "f.db", "SELECT * FROM feedback")) == 1
+
+
+def test_a_model_that_cannot_be_loaded_ends_the_command(folder, tmp_path):
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    for file in (folder / "one").iterdir():
+        (broken / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
+    with pytest.raises(ValueError, match="truncated"):
+        serve.main(serve.Config(model=((str(broken),),), port=0, feedback=tmp_path / "f.db", compile_cache=None))
