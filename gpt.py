@@ -7,7 +7,7 @@
 
 Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
 1 configuration, 2 model, 3 log-probabilities, 4 generation, 5 tokenizers and chat, 6 weights in and out,
-7 rows, 8 token cache and batches, 9 devices, 10 optimiser, 11 the run folder.
+7 rows, 8 token cache and batches, 9 devices, 10 optimiser, 11 the run folder, 12 votes.
 
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
@@ -26,6 +26,7 @@ import os
 import shlex
 import shutil
 import signal
+import sqlite3
 import sys
 import time
 from collections import Counter
@@ -176,6 +177,13 @@ def rotate(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+def write_cache(cache, new, slot):
+    """new (B, K, T, E) put into cache (B, K, S, E) at place `slot`, or at places (B,) of their own."""
+    if jnp.ndim(slot) == 0:
+        return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+    return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
+
+
 class Block(eqx.Module):
     norm1: Norm
     q: Linear
@@ -189,14 +197,16 @@ class Block(eqx.Module):
     head_dim: int = eqx.field(static=True)
 
     def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
-        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`; a prefix's
+        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`, or at each
+        row's own slot (B,), and its first places are looked at, as many as the mask is wide; a prefix's
         (B / n, K, P, E) come before the own ones of n rows each."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
-            k, v = (lax.dynamic_update_slice(old, new, (0, 0, slot, 0)) for old, new in zip(cache, (k, v)))
+            k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
+            k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
         if prefix is not None:
             repeat = lambda old: jnp.repeat(old, len(x) // len(old), axis=0)
             k, v = (jnp.concatenate([repeat(old), new], axis=2) for old, new in zip(prefix, (k, v)))
@@ -204,7 +214,7 @@ class Block(eqx.Module):
         x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = self.norm2(x)
         h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
-        return x + self.down(h), (k, v)
+        return x + self.down(h), cache or (k, v)
 
     def _heads(self, x):  # (B, T, H*E) -> (B, H, T, E)
         return x.reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
@@ -687,6 +697,10 @@ class Tokenizer:
     def _name(self, token_id):
         return next((text for text, i in self.specials.items() if i == token_id), "")
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes; in a byte-level vocabulary they may be only a part of a character."""
+        return self._decode([token_id], "surrogateescape").encode("utf-8", "surrogateescape")
+
     def decode_rows(self, tokens, mask) -> list[str]:
         """Texts of rows of ids (B, T), what is masked left out."""
         return [self.decode(ids[m > 0]) for ids, m in zip(*to_numpy((tokens, mask)))]
@@ -796,7 +810,7 @@ def _tiktoken(vocab: dict, merges: list[str], split: str, specials: dict, nfc: b
     normal = (lambda s: unicodedata.normalize("NFC", s)) if nfc else lambda s: s
     plain = lambda text: ids[encoding.encode(normal(text), disallowed_special=())].tolist() if text else []
     special = lambda text: ids[encoding.encode(normal(text), allowed_special="all")].tolist() if text else []
-    decode = lambda token_ids: encoding.decode([back[i] for i in token_ids if i in back])
+    decode = lambda token_ids, errors="replace": encoding.decode([back[i] for i in token_ids if i in back], errors)
     return plain, special, decode, int(ids.max()) + 1, specials
 
 
@@ -811,7 +825,7 @@ def _huggingface_tokenizer(spec, raw):
     trim = (lambda s: s.removeprefix(" ")) if prepends else lambda s: s
     encode = lambda t: lambda text: t.encode(trim(text), add_special_tokens=False).ids if text else []
     specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
-    decode = lambda ids: special.decode(ids, skip_special_tokens=False)
+    decode = lambda ids, errors=None: special.decode(ids, skip_special_tokens=False)
     return encode(plain), encode(special), decode, special.get_vocab_size(), specials
 
 
@@ -1315,13 +1329,16 @@ def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
     return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
 
 
+def answer_gap(tokenizer: Tokenizer) -> str:
+    """What stands between an opened assistant turn and its words: a blank, where no marker ends with a line break."""
+    return "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
+
+
 def encode_completion(completion, tokenizer: Tokenizer) -> list[int]:
     """Completion ids with exactly one EOS at the end. Tokenised apart from the prompt: these are the ids that the
     policy would have to produce, whatever merges the joint text would allow."""
     if isinstance(completion, list):
-        completion = completion[-1]["content"]
-        gap = "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
-        completion = gap + completion
+        completion = answer_gap(tokenizer) + completion[-1]["content"]
     ids = tokenizer.encode(completion)
     while ids and ids[-1] == tokenizer.eos_id:
         ids.pop()
@@ -2225,3 +2242,98 @@ def start_tracker(config, info):
         raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
     tracker.init(project="rlhf", name=Path(config.out).name, config=info)
     return lambda metrics, step: tracker.log(metrics, step=step)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. Votes: what a server was asked, what it said, and what people thought of it
+
+VOTES = """
+CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,
+  parent_id TEXT, prompt_messages TEXT NOT NULL CHECK(json_valid(prompt_messages)), completion TEXT NOT NULL,
+  completion_token_ids TEXT, logprob_sum REAL, finish_reason TEXT, model_id TEXT NOT NULL,
+  checkpoint_sha256 TEXT NOT NULL, code_version TEXT, quantization TEXT, chat_template_sha256 TEXT,
+  tokenizer_sha256 TEXT, sampling TEXT NOT NULL CHECK(json_valid(sampling)), usage TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS feedback(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, schema_version INT NOT NULL,
+  kind TEXT NOT NULL CHECK(kind IN ('thumb', 'pair', 'edit')), generation_a TEXT NOT NULL REFERENCES generation(id),
+  generation_b TEXT REFERENCES generation(id), shown_left TEXT,
+  value TEXT NOT NULL CHECK(value IN ('up', 'down', 'a', 'b', 'tie', 'both_bad', 'edited')), edited_text TEXT,
+  reasons TEXT, comment TEXT, annotator_id TEXT NOT NULL, annotator_kind TEXT NOT NULL DEFAULT 'human',
+  consent INT NOT NULL, latency_ms INT, ui_version TEXT, superseded_by TEXT REFERENCES feedback(id),
+  CHECK((kind = 'pair') = (generation_b IS NOT NULL))) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_live_vote
+  ON feedback(kind, generation_a, COALESCE(generation_b, ''), annotator_id) WHERE superseded_by IS NULL;
+CREATE INDEX IF NOT EXISTS of_session ON generation(session_id);
+CREATE INDEX IF NOT EXISTS of_generation_a ON feedback(generation_a);
+CREATE INDEX IF NOT EXISTS of_generation_b ON feedback(generation_b);
+"""
+
+VOTED = """
+SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
+  a.checkpoint_sha256 AS checkpoint_a, b.completion AS completion_b, b.finish_reason AS finish_b, b.model_id AS model_b,
+  b.checkpoint_sha256 AS checkpoint_b
+FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
+WHERE f.consent = 1 AND f.created_at >= :since AND (:model = '' OR :model IN (a.model_id, b.model_id))
+  AND (:checkpoint = '' OR :checkpoint IN (a.checkpoint_sha256, b.checkpoint_sha256))
+ORDER BY f.created_at, f.id
+"""
+
+
+def open_votes(path, create: bool = False) -> sqlite3.Connection:
+    """A vote database, to read or (`create`) to write: a transaction that was committed survives a kill and a crash."""
+    if not create and not Path(path).is_file():
+        raise FileNotFoundError(f"no votes in {path}: serve.py writes them there (--feedback)")
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    try:
+        connection.execute("PRAGMA foreign_keys = on")
+        if create:
+            for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = on"):
+                connection.execute(f"PRAGMA {pragma}")
+            connection.executescript(VOTES)
+        connection.execute("SELECT id FROM feedback LIMIT 1")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise ValueError(f"{path} is not a database of votes ({error})") from None
+    return connection
+
+
+def votes(connection: sqlite3.Connection, since="", model="", checkpoint="") -> list[dict]:
+    """Every vote that its giver lets us use, with the texts it is about, oldest first; also those taken back later
+    (`superseded_by`). `since` is the beginning of an ISO time; `model` and `checkpoint` want one of the two sides."""
+    wanted = dict(since=since, model=model, checkpoint=checkpoint)
+    return [dict(row) for row in connection.execute(VOTED, wanted)]
+
+
+VOTE_KINDS = dict(a="pairs", b="pairs", edited="pairs", up="thumbs", down="thumbs", both_bad="thumbs")
+
+
+def vote_rows(vote: dict) -> tuple[str, list[dict]]:
+    """A vote as (kind, rows to train on); BadRow with the reason where it teaches nothing.
+
+    pairs   a or b: that side is chosen. An edit: the edited answer is chosen, the original rejected
+    thumbs  up or down: the label. Both bad: two rows with label false
+    A tie is neither. Nor is a vote on an answer that was cut off (its finish is not "stop"): the cut may be what it is
+    about. Answers to a chat are messages, continuations of a text are text.
+    """
+    value, answers = vote["value"], [vote["completion_a"], vote["completion_b"]]
+    if value == "edited":
+        answers[1] = vote["edited_text"]
+    used = answers[: 1 + (value not in ("up", "down"))]
+    if vote["superseded_by"]:
+        raise BadRow("changed later")
+    if value not in VOTE_KINDS:
+        raise BadRow(f"a {value}")
+    if any(finish not in ("stop", None) for finish in (vote["finish_a"], vote["finish_b"])):
+        raise BadRow("an answer was cut off")
+    if not all(text.strip() for text in used):
+        raise BadRow("an empty answer")
+    if len(used) == 2 and used[0] == used[1]:
+        raise BadRow("equal answers")
+    prompt = json.loads(vote["prompt_messages"])
+    row = {"prompt": prompt, "id": vote["id"]}
+    if isinstance(prompt, list):
+        used = [[{"role": "assistant", "content": text}] for text in used]
+    if VOTE_KINDS[value] == "thumbs":
+        return "thumbs", [row | {"completion": answer, "label": value == "up"} for answer in used]
+    chosen, rejected = used if value == "a" else used[::-1]
+    return "pairs", [row | {"chosen": chosen, "rejected": rejected}]

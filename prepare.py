@@ -5,11 +5,14 @@
     python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --out data/mix
     python prepare.py --data TinyStories.txt.gz --out data/stories           # documents between <|endoftext|>
     python prepare.py --data reviews.txt --separator '\\n' --out data/reviews # a document a line
+    python prepare.py --data feedback.db --out data/votes                    # what people voted at serve.py
 
 Pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts; thumbs
 thumbs and prompts; text text.jsonl (so do transcripts, by --kind text); each with a NAME-heldout.jsonl, and report.json
 beside them. Sources are .jsonl,
-.json (also one big array) and plain text, all of them also .gz, and hub:ORG/NAME[/SPLIT[/CONFIG]]. Rows come in the
+.json (also one big array) and plain text, all of them also .gz, hub:ORG/NAME[/SPLIT[/CONFIG]], and .db, the votes of
+serve.py, which become pairs.jsonl and thumbs.jsonl by the rules of `gpt.vote_rows` (with --kind, one of the two; where
+nothing falls into a file, there is none). Rows come in the
 project's formats (gpt.py, section 7) or in these spellings; other keys than the texts and CARRIED are left out:
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
@@ -89,6 +92,9 @@ def read_source(name: str, separator: str = ""):
         yield from read_hub(name)
         return
     path = Path(name)
+    if is_votes(name):
+        yield from ((f"{name}:{vote['id']}", vote) for vote in gpt.votes(gpt.open_votes(path)))
+        return
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in UNREADABLE:
         raise ValueError(f"{name}: unknown format {suffix} (known: JSON lines, a JSON array, plain text, hub:ORG/NAME)")
@@ -107,6 +113,10 @@ def read_source(name: str, separator: str = ""):
                 yield from ((f"{name}:{number}", line.lstrip("\ufeff")) for number, line in lines if line.strip())
     except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise ValueError(f"{name}: not whole UTF-8 text ({error})") from None
+
+
+def is_votes(name: str) -> bool:
+    return Path(name).suffix == ".db"
 
 
 def read_hub(name: str):
@@ -214,6 +224,22 @@ def convert_texts(row: dict) -> tuple[str, dict]:
     if "text" in row:
         return "text", take(row, "text")
     raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {FORMATS}")
+
+
+def convert_vote(vote: dict, kind: str) -> list[dict]:
+    """The rows of a vote: of its own kind among votes, else of the kind that is wanted."""
+    try:
+        found, rows = gpt.vote_rows(vote)
+    except gpt.BadRow as reason:
+        raise Dropped(str(reason)) from None
+    if (found, kind) == ("thumbs", "pairs"):
+        raise Dropped("a thumb, not a pair")
+    return rows if kind == "votes" else [new for row in rows for new in as_kind(found, row, kind)]
+
+
+def row_kind(row: dict, kind: str) -> str:
+    """Votes are pairs or thumbs, each row for itself."""
+    return kind if kind != "votes" else "pairs" if "chosen" in row else "thumbs"
 
 
 def take(row: dict, *names: str) -> dict:
@@ -603,7 +629,7 @@ class Cleaner:
         for where, raw in read_source(name, self.config.separator):
             self.report.read[name] += 1
             try:
-                for row in as_kind(*convert(raw), self.kind):
+                for row in convert_vote(raw, self.kind) if is_votes(name) else as_kind(*convert(raw), self.kind):
                     yield where, row
             except Dropped as reason:
                 self.report.count("dropped", str(reason), where, raw)
@@ -628,7 +654,7 @@ class Cleaner:
                 words = {field: text.split() for field, text in texts.items()}
                 turn = first_turn(row)
                 check(row, texts, words, turn, self.config)
-                gpt.check_row(row, self.kind)
+                gpt.check_row(row, row_kind(row, self.kind))
                 self.check_duplicates(row, texts, turn, heldout)
             except Dropped as reason:
                 self.report.count("dropped", str(reason), where, row)
@@ -672,16 +698,19 @@ def mix(streams: list, weights: list):
 
 ENCODE = json.JSONEncoder(ensure_ascii=False).encode
 DERIVED = {"pairs": ("prompts", "demos"), "demos": ("prompts",), "thumbs": ("prompts",)}
+FILES = {kind: (kind, *DERIVED.get(kind, ())) for kind in gpt.KINDS} | {
+    "votes": ("pairs", "thumbs", "prompts", "demos")
+}
 
 
 class Outputs:
     """The files of OUT, written in OUT/.partial and moved into place at the end: a kill leaves the old ones alone."""
 
     def __init__(self, out: Path, kind: str, splits: tuple[str, ...]):
-        self.out, self.partial = out, out / ".partial"
+        self.out, self.partial, self.kind = out, out / ".partial", kind
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
-        names = [f"{name}{split}.jsonl" for name in (kind, *DERIVED.get(kind, ())) for split in splits]
+        names = [f"{name}{split}.jsonl" for name in FILES[kind] for split in splits]
         self.files = {name: open(self.partial / name, "wb") for name in names}
         self.hashes = {name: hashlib.sha256() for name in names}
         self.counts, self.sizes = Counter(), Counter()
@@ -701,12 +730,17 @@ class Outputs:
         return {
             name: {"rows": self.counts[name], "bytes": self.sizes[name], "sha256": self.hashes[name].hexdigest()}
             for name in self.files
+            if self.wanted(name)
         }
+
+    def wanted(self, name: str) -> bool:
+        """Votes of one kind alone leave no empty file of the other."""
+        return name in self.files and (self.counts[name] > 0 or self.kind != "votes")
 
     def move(self):
         for kind, split in itertools.product(gpt.KINDS, ("", "-heldout")):
             name = f"{kind}{split}.jsonl"
-            if name in self.files:
+            if self.wanted(name):
                 (self.partial / name).replace(self.out / name)
             else:  # of an earlier run on other data
                 (self.out / name).unlink(missing_ok=True)
@@ -717,8 +751,9 @@ def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int):
     with gpt.progress(unit=" rows") as bar:
         for row, heldout in itertools.islice(rows, limit or None):
             split = "-heldout" if heldout else ""
-            outputs.write(f"{kind}{split}.jsonl", row)
-            for name in DERIVED.get(kind, ()):
+            found = row_kind(row, kind)
+            outputs.write(f"{found}{split}.jsonl", row)
+            for name in DERIVED.get(found, ()):
                 derived = prompt_row(row) if name == "prompts" else demo_row(row)
                 if seen.add(key_of(name, *texts_of(derived).values())):
                     outputs.write(f"{name}{split}.jsonl", derived)
@@ -731,6 +766,9 @@ def find_kind(sources: list[str], config: Config) -> str:
         return config.kind
     kinds = {}
     for name in sources:
+        if is_votes(name):
+            kinds["votes"] = name
+            continue
         where, raw = next(read_source(name, config.separator), (name, None))
         if raw is None:
             raise ValueError(f"{name} holds no rows")
@@ -773,8 +811,8 @@ def main(config: Config) -> dict:
         write_rows(mix(streams, [weight for _, weight in sources]), outputs, kind, cleaner.seen, config.limit)
         report = cleaner.report.as_dict(kind, outputs.close())
         print_report(report)
-        if not report["files"][f"{kind}.jsonl"]["rows"]:
-            raise ValueError(f"no row is left for {config.out}/{kind}.jsonl: see the reasons above")
+        if not any(report["files"].get(f"{name}.jsonl", {}).get("rows") for name in FILES[kind]):
+            raise ValueError(f"no row is left for {config.out}/{FILES[kind][0]}.jsonl: see the reasons above")
         outputs.move()
     finally:
         shutil.rmtree(outputs.partial, ignore_errors=True)

@@ -1,0 +1,1665 @@
+"""An OpenAI-compatible server for model folders, and a chat page whose votes become the next round's training data.
+
+    python serve.py --model out/ppo out/dpo                          # on http://127.0.0.1:8000, as "ppo" and "dpo"
+    curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
+        -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
+    python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
+
+One thread owns JAX (`Engine`). Each model has a fixed number of slots, a row each of one key-value cache; requests
+join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the first
+request. Sampling parameters are arrays, a row a slot. Noise is folded from (seed, choice, token), so the same seed
+gives the same text whatever else is in the batch. The event loop only moves bytes; a second thread owns the database,
+and a vote is answered when its transaction is on disk.
+
+The file reads from top to bottom: configuration; what the device computes; the engine; what clients send; what they
+get; votes; who may ask; the process.
+"""
+
+import asyncio
+import collections
+import contextlib
+import dataclasses
+import datetime
+import hashlib
+import hmac
+import json
+import logging
+import os
+import queue
+import re
+import secrets
+import shlex
+import socket
+import sqlite3
+import sys
+import threading
+import time
+import uuid
+from collections import Counter
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+import jax
+import jax.numpy as jnp
+import msgspec
+import numpy as np
+import tyro
+import uvicorn
+from jax import lax
+from msgspec import Meta, Struct
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response, StreamingResponse
+from starlette.routing import Route
+
+import gpt
+
+LOG = logging.getLogger("serve")
+HERE = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Config:
+    model: tyro.conf.UseAppendAction[
+        tuple[tuple[str, ...], ...]
+    ] = ()  # folders (default: out/ppo): --model a b, or twice
+    port: int = 8000  # 0: any free one
+    host: str = "127.0.0.1"  # address to listen at; others than this machine's need --api-key
+    api_key: str = os.environ.get("API_KEY", "")  # what clients must send (or the API_KEY variable)
+    allowed_host: tuple[str, ...] = ()  # further names that clients may call this server by
+    cors_origin: tuple[str, ...] = ()  # web pages that may ask, like https://chat.example
+    insecure: bool = False  # listen to other machines without a key
+
+    slots: int = 16  # requests a model works on at a time
+    max_queue: int = 256  # requests a model lets wait; more are answered 429
+    context: int = 0  # longest prompt + answer in tokens (0: the model's, at most 2,048)
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
+    timeout: float = 300.0  # seconds from a request's arrival to its last token
+    drain: float = 10.0  # seconds that running requests get to end after Ctrl-C or SIGTERM
+
+    feedback: Path = Path("feedback.db")  # where votes, and the generations they are about, are kept
+    ui: bool = True  # serve the chat page at /
+    compile_cache: Path | None = Path("~/.cache/rlhf-jax")  # compiled programs, for a quicker next start
+
+    @property
+    def folders(self) -> list[str]:
+        return [folder for group in self.model for folder in group] or ["out/ppo"]
+
+
+# ------------------------------------------------------------------------------------------ what the device computes
+
+TOP = 20  # alternatives a token that are kept where log-probs are asked for
+MOST_STEPS = 8  # tokens that one call decodes at most
+PREFILL_TOKENS = 256  # of several prompts together in one call
+
+
+class Weights(NamedTuple):
+    """A GPT with unstacked blocks: slicing stacked weights inside a loop would copy all of them for every token."""
+
+    trunk: gpt.GPT  # without blocks
+    layers: tuple
+
+
+def load_weights(path: str, config: Config) -> tuple[Weights, gpt.Tokenizer]:
+    """The model as it is served: on the mesh, in the precision of the forward pass. (Compression would be applied here,
+    to `model`: whatever its linear layers are, the rest only calls them.)"""
+    model, tokenizer = gpt.load_policy(path)
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
+    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers)), tokenizer
+
+
+class Alternatives(NamedTuple):
+    """Log-probs of the whole softmax at temperature 1: of the chosen token (...), and of the likeliest (..., TOP)."""
+
+    chosen: jax.Array
+    top: jax.Array
+    top_ids: jax.Array
+
+
+def alternatives(logits, chosen, wanted) -> Alternatives:
+    """logits (..., V), chosen (...) ids. The ranking costs as much as a layer: only where somebody `wanted` it."""
+    k = min(TOP, logits.shape[-1])
+    lse = jax.nn.logsumexp(logits, -1)
+    logprob = jnp.take_along_axis(logits, chosen[..., None], -1)[..., 0] - lse
+    nothing = jnp.zeros((*chosen.shape, k)), jnp.zeros((*chosen.shape, k), jnp.int32)
+    top, ids = lax.cond(wanted, lambda: tuple(lax.top_k(logits, k)), lambda: nothing)
+    return Alternatives(logprob, top - lse[..., None], ids)
+
+
+@partial(jax.jit, donate_argnames="caches")
+def prefill(weights: Weights, caches, tokens, targets, slots, wanted):
+    """Put the keys and values of prompts, tokens (R, T), into the rows `slots` (R,) of the caches. What a prompt's
+    padding leaves behind there is overwritten before it is looked at; a slot that does not exist is nowhere. Also the
+    log-probs of `targets` (R, T), the tokens that follow each, if `wanted`."""
+    hidden, fresh = gpt.prefill(weights.trunk, weights.layers, tokens, jnp.ones_like(tokens), tokens.shape[1])
+    put = lambda old, new: gpt.shard_batch(old.at[slots, :, : tokens.shape[1]].set(new, mode="drop"))
+    caches = jax.tree.map(put, caches, fresh)
+    piece = lambda hidden, targets: alternatives(weights.trunk.logits(hidden), targets, True)
+    score = lambda: gpt.map_columns(piece, 2 * weights.trunk.config.vocab_size, hidden, targets)
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score))
+    return caches, lax.cond(wanted, score, lambda: nothing)
+
+
+class Slots(NamedTuple):
+    """What the device is told about each slot, (S,) arrays of the host."""
+
+    token: np.ndarray  # the last one, whose successor is to be drawn
+    position: np.ndarray  # of that token
+    remaining: np.ndarray  # tokens still to draw; 0: the slot is idle
+    drawn: np.ndarray  # tokens drawn so far
+    seed: np.ndarray
+    choice: np.ndarray  # which of the request's n choices
+    temperature: np.ndarray  # 0: greedy
+    top_k: np.ndarray  # 0: off
+    top_p: np.ndarray
+    min_p: np.ndarray
+    endless: np.ndarray  # go on after EOS
+    scored: np.ndarray  # wants the likeliest alternatives
+
+
+def idle_slots(n: int) -> Slots:
+    whole, real, flag = np.int32, np.float32, bool
+    kinds = (whole, whole, whole, whole, np.uint32, whole, real, whole, real, real, flag, flag)
+    return Slots(*(np.zeros(n, kind) for kind in kinds))
+
+
+@partial(jax.jit, static_argnames=("window", "eos"), donate_argnames="caches")
+def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int):
+    """Draw up to `steps` tokens in every busy slot: caches, tokens (MOST_STEPS, S) with -1 where a slot was idle or had
+    ended, and their log-probs. Only the first `window` places of the cache are read."""
+    trunk, S = weights.trunk, len(slots.token)
+    keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
+
+    def unfinished(carry):
+        t, slots, _, _, _ = carry
+        return (t < steps) & (slots.remaining > 0).any()
+
+    def step(carry):
+        t, slots, caches, tokens, logprobs = carry
+        busy = slots.remaining > 0
+        x, rope = trunk.embed(slots.token[:, None], slots.position[:, None])
+        seen = jnp.arange(window) <= slots.position[:, None]
+        new_caches = []
+        for layer, cache in zip(weights.layers, caches):
+            x, cache = layer(x, rope, seen[:, None, :], cache, slots.position)
+            new_caches.append(jax.tree.map(gpt.shard_batch, cache))
+        logits = trunk.logits(trunk.norm(x[:, 0]))
+        u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
+        token = draw(logits, u, slots)
+        found = alternatives(logits, token, (busy & slots.scored).any())
+        tokens = tokens.at[t].set(jnp.where(busy, token, -1))
+        logprobs = jax.tree.map(lambda rows, row: rows.at[t].set(row), logprobs, found)
+        left = jnp.where((token == eos) & ~slots.endless, 0, slots.remaining - 1)
+        slots = slots._replace(
+            token=jnp.where(busy, token, slots.token), position=slots.position + busy,
+            remaining=jnp.where(busy, left, 0), drawn=slots.drawn + busy,
+        )  # fmt: skip
+        return t + 1, slots, tuple(new_caches), tokens, logprobs
+
+    k = min(TOP, trunk.config.vocab_size)
+    empty = lambda *shape, dtype=jnp.float32: jnp.zeros((MOST_STEPS, S, *shape), dtype)
+    logprobs = Alternatives(empty(), empty(k), empty(k, dtype=jnp.int32))
+    carry = (0, slots, caches, jnp.full((MOST_STEPS, S), -1, jnp.int32), logprobs)
+    _, _, caches, tokens, logprobs = lax.while_loop(unfinished, step, carry)
+    return caches, tokens, logprobs
+
+
+def draw(logits, u, slots: Slots):
+    """One token a row, each by its own temperature, top_k, top_p and min_p, in this order: logits (S, V), u (S,)."""
+    busy = slots.remaining > 0
+    scaled = logits / jnp.where(slots.temperature > 0, slots.temperature, 1)[:, None]
+    sampled = busy & (slots.temperature > 0)
+
+    def cut(active, threshold, scaled):  # a pass over the vocabulary for those alone who ask for it
+        return lax.cond(
+            (sampled & active).any(),
+            lambda: jnp.where(scaled < jnp.where(active[:, None], threshold(scaled), -jnp.inf), gpt.MASKED, scaled),
+            lambda: scaled,
+        )
+
+    scaled = cut(slots.top_k > 0, lambda x: kth_largest(x, slots.top_k[:, None]), scaled)
+    nucleus = lambda x: nucleus_cut(x, slots.top_p[:, None])
+    scaled = cut(slots.top_p < 1, nucleus, scaled)
+    scaled = cut(slots.min_p > 0, lambda x: x.max(-1, keepdims=True) + jnp.log(slots.min_p)[:, None], scaled)
+    random = lambda: gpt.inverse_cdf(jnp.exp(scaled - scaled.max(-1, keepdims=True)), u)
+    greedy = jnp.argmax(logits, -1).astype(jnp.int32)
+    return jnp.where(sampled, lax.cond(sampled.any(), lambda: random().astype(jnp.int32), lambda: greedy), greedy)
+
+
+def nucleus_cut(logits, top_p):
+    logits_less = jax.nn.logsumexp(logits, -1, keepdims=True)
+    return gpt.nucleus_threshold(logits - logits_less, top_p) + logits_less
+
+
+def kth_largest(logits, k):
+    """The largest cut with at least k (S, 1) of logits (S, V) at or above it: bisection, no sort of a vocabulary."""
+
+    def halve(_, ends):
+        low, high = ends
+        middle = (low + high) / 2
+        enough = (logits >= middle).sum(-1, keepdims=True) >= k
+        return jnp.where(enough, middle, low), jnp.where(enough, high, middle)
+
+    top = logits.max(-1, keepdims=True)
+    bottom = jnp.maximum(logits.min(-1, keepdims=True), top - 100)
+    return lax.fori_loop(0, 40, halve, (bottom, jnp.nextafter(top, jnp.inf)))[0]
+
+
+# ------------------------------------------------------------------------------------------------------- the engine
+
+
+class TextStream:
+    """Text from tokens as they come: only whole characters, and each token beside the one before it, since decoders
+    put blanks between words."""
+
+    def __init__(self, tokenizer: gpt.Tokenizer):
+        self.tokenizer, self.ids, self.start, self.read = tokenizer, [], 0, 0
+
+    def add(self, ids, last: bool = False) -> str:
+        self.ids += ids
+        before = self.tokenizer.decode(self.ids[self.start : self.read])
+        text = self.tokenizer.decode(self.ids[self.start :])[len(before) :]
+        if text.endswith("\ufffd") and not last:
+            return ""
+        if text:
+            self.start, self.read = self.read, len(self.ids)
+        return text
+
+
+class Token(NamedTuple):
+    """A token of an answer (or an echoed prompt) whose log-probs were asked for."""
+
+    id: int
+    offset: int  # where it begins in the text
+    logprob: float | None  # None: a prompt's first
+    top: list  # (id, log-prob), the likeliest first
+
+
+class Delta(NamedTuple):
+    """News of a choice. The last one has a finish: stop, length or abort; or an error."""
+
+    choice: "Choice"
+    text: str
+    tokens: list
+    finish: str | None = None
+    error: str | None = None
+
+
+@dataclass(eq=False)
+class Choice:
+    """One answer to be written: what the engine is asked, and what it has so far."""
+
+    index: int
+    ids: list  # the prompt
+    limit: int  # tokens at most
+    events: asyncio.Queue  # where deltas go
+    deadline: float
+    seed: int = 0
+    number: int = 0  # which of the n to this prompt
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    stops: tuple = ()
+    endless: bool = False  # go on after EOS
+    top: int | None = None  # alternatives a token; None: no log-probs
+    echo: bool = False  # log-probs of the prompt, too
+    stream: bool = False
+    trim: bool = False  # leave out the blank between an opened turn and its words
+    generation_id: str | None = None
+
+    cancelled: bool = False  # set by the event loop, read by the engine
+    born: float = field(default_factory=time.monotonic)
+    started: float = 0.0  # first token
+    latest: float = 0.0
+    prompt_tokens: list = field(default_factory=list)  # of an echo: Token
+    ids_drawn: list = field(default_factory=list)
+    logprob_sum: float = 0.0
+    reader: TextStream | None = None
+    text: str = ""
+    sent: int = 0  # characters
+    tokens: list = field(default_factory=list)  # Token, those not sent yet
+    finish: str | None = None
+
+    def add(self, ids, logprobs, tops, last: bool):
+        """Take in drawn tokens, one by one where their places in the text matter. True: a stop string ended it."""
+        step = 1 if self.stops or self.top is not None else max(len(ids), 1)
+        for i in range(0, len(ids), step):
+            before = len(self.text)
+            self.ids_drawn += ids[i : i + step]
+            self.logprob_sum += sum(logprobs[i : i + step])
+            self.text += self.read(ids[i : i + step], last and i + step >= len(ids))
+            if self.top is not None:
+                self.tokens.append(Token(ids[i], before, logprobs[i], tops(i)[: self.top]))
+            cut = find_stop(self.text, self.stops, before)
+            if cut is not None:
+                self.text = self.text[:cut]
+                self.tokens = [token for token in self.tokens if token.offset < cut]
+                return True
+        return False
+
+    def read(self, ids, last: bool) -> str:
+        text = self.reader.add(ids, last)
+        if self.trim and text:
+            self.trim, text = False, text.removeprefix(" ")
+        return text
+
+    def news(self) -> Delta | None:
+        """What may be sent: all but what could still become a stop string; everything once it is finished."""
+        end = len(self.text) if self.finish else len(self.text) - held_back(self.text, self.stops)
+        if not self.finish and (not self.stream or end <= self.sent):
+            return None
+        ready = [token for token in self.tokens if self.finish or token.offset < end]
+        self.tokens = self.tokens[len(ready) :]
+        text, self.sent = self.text[self.sent : end], max(end, self.sent)
+        return Delta(self, text, ready, self.finish)
+
+
+def find_stop(text: str, stops, start: int) -> int | None:
+    """Where the stop string begins that is complete first, in a text whose first `start` characters hold none."""
+    found = []
+    for stop in stops:
+        at = text.find(stop, max(0, start - len(stop) + 1))
+        if at >= 0:
+            found.append((at + len(stop), at))
+    return min(found)[1] if found else None
+
+
+def held_back(text: str, stops) -> int:
+    """How many last characters could be the beginning of a stop string."""
+    longest = max((len(stop) for stop in stops), default=1) - 1
+    for n in range(min(longest, len(text)), 0, -1):
+        if any(stop.startswith(text[-n:]) for stop in stops):
+            return n
+    return 0
+
+
+class Served:
+    """A model with its slots and its queue. Only the engine's thread touches what is on the device."""
+
+    def __init__(self, name: str, path: str, config: Config):
+        self.name, self.path, self.config = name, path, config
+        self.created = int(time.time())
+        self.waiting: collections.deque[Choice] = collections.deque()
+        self.running: dict[int, Choice] = {}
+        self.counts, self.finished = Counter(), Counter()
+        self.first_token, self.between_tokens, self.whole = (Histogram() for _ in range(3))
+
+    def load(self):
+        config = self.config
+        self.weights, self.tokenizer = load_weights(self.path, config)
+        self.model_config = self.weights.trunk.config
+        own = self.model_config.context
+        self.context = config.context or min(own, 2048)
+        if self.model_config.gpt2 and self.context > own:
+            raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
+        files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
+        self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
+        self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
+        # a window of attention and a width of prompts: four of each, the widest the whole context
+        self.buckets = [self.context >> 2 * i for i in range(4) if self.context >> 2 * i >= 16][::-1] or [self.context]
+        self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
+        self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
+        c, mesh = self.model_config, jax.sharding.get_mesh()
+        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, None, None))
+        place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.weights.trunk.wte.dtype)
+        self.caches = tuple((jax.device_put(place(), rows), jax.device_put(place(), rows)) for _ in range(c.layers))
+
+    def warm_up(self):
+        """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
+        for width in self.buckets:
+            for rows in {1, self.prefill_rows(width)}:
+                nowhere = np.full(rows, self.slots, np.int32)
+                blank = np.zeros((rows, width), np.int32)
+                self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
+            jax.block_until_ready(self.decode(0, width))
+        trial, self.state = (
+            self.state,
+            self.state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool)),
+        )
+        seconds = []
+        for _ in range(5):
+            start = time.perf_counter()
+            np.asarray(self.decode(1, self.buckets[-1])[0])
+            seconds.append(time.perf_counter() - start)
+        self.steps = int(np.clip(0.02 / np.median(seconds), 1, MOST_STEPS))
+        self.state = trial
+
+    def decode(self, steps: int, window: int):
+        self.caches, *drawn = decode(
+            self.weights, self.caches, self.state, steps, window=window, eos=self.tokenizer.eos_id
+        )
+        return drawn
+
+    def prefill_rows(self, width: int) -> int:
+        return max(1, min(self.slots, PREFILL_TOKENS // width))
+
+    def bucket(self, n: int) -> int:
+        return next(width for width in self.buckets if width >= n)
+
+    @property
+    def busy(self) -> bool:
+        return bool(self.running or self.waiting)
+
+    def step(self, post):
+        """One turn: drop who has gone, let in who waits, draw some tokens for all. `post` takes deltas."""
+        self.reap(post)
+        self.admit(post)
+        if self.running:
+            self.advance(post)
+
+    def reap(self, post):
+        now = time.monotonic()
+        for slot, choice in list(self.running.items()):
+            if choice.cancelled or now > choice.deadline:
+                self.end(choice, "abort", post, slot)
+        late = [choice for choice in list(self.waiting) if choice.cancelled or now > choice.deadline]
+        for choice in late:
+            self.waiting.remove(choice)
+            post(
+                Delta(choice, "", [], error=None if choice.cancelled else "the request waited too long for a free slot")
+            )
+
+    def admit(self, post):
+        """Give waiting requests the free slots, prompts of like length in one call."""
+        groups = collections.defaultdict(list)
+        while self.waiting and self.free:
+            choice = self.waiting.popleft()
+            slot = self.free.pop() if choice.limit else self.slots  # an echo that draws nothing needs no slot
+            if choice.limit:
+                self.running[slot] = choice
+            self.counts["prompt"] += len(choice.ids)
+            choice.reader = TextStream(self.tokenizer)
+            values = dict(
+                token=choice.ids[-1], position=len(choice.ids) - 1, remaining=choice.limit, drawn=0, seed=choice.seed,
+                choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
+                min_p=choice.min_p, endless=choice.endless, scored=bool(choice.top),
+            )  # fmt: skip
+            for name, value in values.items() if choice.limit else ():
+                getattr(self.state, name)[slot] = value
+            if len(choice.ids) > 1:  # the last token is fed by the first step of decoding
+                groups[self.bucket(len(choice.ids) - 1)].append((slot, choice))
+            else:
+                self.scored(choice, [], [], [], slot, post)
+        for width, group in groups.items():
+            rows = self.prefill_rows(width)
+            for i in range(0, len(group), rows):
+                self.fill(group[i : i + rows], width, rows, post)
+
+    def fill(self, group, width: int, rows: int, post):
+        rows = 1 if len(group) == 1 else rows
+        tokens, slots = np.zeros((rows, width + 1), np.int32), np.full(rows, self.slots, np.int32)
+        for row, (slot, choice) in enumerate(group):
+            tokens[row, : len(choice.ids)], slots[row] = choice.ids, slot
+        wanted = any(choice.echo for _, choice in group)
+        self.caches, scores = prefill(self.weights, self.caches, tokens[:, :-1], tokens[:, 1:], slots, wanted)
+        if not wanted:
+            return
+        scores = jax.tree.map(np.asarray, scores)
+        for row, (slot, choice) in enumerate(group):
+            if choice.echo:
+                n = len(choice.ids) - 1
+                self.scored(choice, *(x[row, :n].tolist() for x in scores), slot, post)
+
+    def scored(self, choice: Choice, chosen, top, top_ids, slot: int, post):
+        """Keep the log-probs of an echoed prompt: the first token has none."""
+        if choice.echo:
+            reader, at, k = TextStream(self.tokenizer), 0, choice.top or 0
+            for i, token in enumerate(choice.ids):
+                pairs = list(zip(top_ids[i - 1][:k], top[i - 1][:k])) if i else []
+                choice.prompt_tokens.append(Token(token, at, chosen[i - 1] if i else None, pairs))
+                at += len(reader.add([token]))
+        if not choice.limit:
+            self.end(choice, "length", post)
+
+    def advance(self, post):
+        state = self.state
+        most = min(self.steps, int(state.remaining.max()))
+        ends = state.position + np.minimum(state.remaining, most)
+        window = self.bucket(int(ends[state.remaining > 0].max()))
+        tokens, logprobs = self.decode(most, window)
+        tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
+        counts = (tokens >= 0).sum(0)
+        state.token[:] = np.where(counts > 0, tokens[np.maximum(counts - 1, 0), np.arange(self.slots)], state.token)
+        for array, change in ((state.position, counts), (state.drawn, counts), (state.remaining, -counts)):
+            array += change.astype(array.dtype)
+        alternatives = [np.asarray(x) for x in logprobs[1:]] if state.scored.any() else None
+        columns, chosen = tokens.T.tolist(), chosen.T.tolist()
+        now = time.monotonic()
+        for slot, choice in list(self.running.items()):
+            n = int(counts[slot])
+            ids = columns[slot][:n]
+            self.observe(choice, n, now)
+
+            def tops(i, slot=slot):
+                return list(zip(*(x[i, slot].tolist() for x in alternatives[::-1]))) if alternatives else []
+
+            ended = ids[-1] == self.tokenizer.eos_id and not choice.endless
+            last = ended or state.remaining[slot] == 0
+            try:
+                stopped = choice.add(ids, chosen[slot][:n], tops, last)
+            except Exception:  # of this request alone
+                LOG.exception("a request failed")
+                self.end(choice, "error", post, slot)
+                continue
+            if stopped or last:
+                self.end(choice, "stop" if stopped or ended else "length", post, slot)
+            elif delta := choice.news():
+                post(delta)
+
+    def observe(self, choice: Choice, n: int, now: float):
+        self.counts["generation"] += n
+        if choice.started:
+            self.between_tokens.add((now - choice.latest) / n, n)
+        else:
+            choice.started = now
+            self.first_token.add(now - choice.born)
+        choice.latest = now
+
+    def end(self, choice: Choice, finish: str, post, slot: int | None = None):
+        choice.finish = finish
+        self.finished[finish] += 1
+        self.whole.add(time.monotonic() - choice.born)
+        if slot is not None:
+            del self.running[slot]
+            self.free.append(slot)
+            self.state.remaining[slot] = 0
+            self.state.scored[slot] = False
+        delta = choice.news()
+        post(delta._replace(error="the server failed at this request") if finish == "error" else delta)
+
+
+class Histogram:
+    """Counts under each of a few bounds, as Prometheus wants them."""
+
+    BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+
+    def __init__(self):
+        self.counts, self.total = [0] * (len(self.BOUNDS) + 1), 0.0
+
+    def add(self, value: float, times: int = 1):
+        self.counts[int(np.searchsorted(self.BOUNDS, value))] += times
+        self.total += value * times
+
+    def lines(self, name: str, labels: str):
+        running = 0
+        for bound, count in zip((*self.BOUNDS, "+Inf"), self.counts):
+            running += count
+            yield f'{name}_bucket{{{labels},le="{bound}"}} {running}'
+        yield f"{name}_sum{{{labels}}} {self.total}"
+        yield f"{name}_count{{{labels}}} {running}"
+
+
+class Full(Exception):
+    """The queue has no room."""
+
+
+class Engine:
+    """The one thread that uses JAX: it loads the models and steps those that have work, in turn."""
+
+    def __init__(self, models: list[Served], config: Config):
+        self.models, self.config = models, config
+        self.ready, self.stopping, self.failure = False, False, None
+        self.wake = threading.Condition()
+        self.outbox: list[Delta] = []
+        self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
+
+    def start(self, loop: asyncio.AbstractEventLoop, on_failure):
+        self.loop, self.on_failure = loop, on_failure
+        self.thread.start()
+
+    def run(self):
+        try:
+            gpt.start()
+            for model in self.models:
+                model.load()
+            for model in self.models:
+                model.warm_up()
+            self.ready = True
+            while self.wait_for_work():
+                for model in self.models:
+                    if model.busy:
+                        model.step(self.outbox.append)
+                self.flush()
+        except BaseException as error:
+            self.failure = error
+            loading, self.ready = not self.ready, False
+            LOG.error("the engine stopped: %s", error, exc_info=not loading or bool(os.environ.get("DEBUG")))
+            self.fail_all("the engine stopped")
+            with contextlib.suppress(RuntimeError):  # the loop is closed already
+                self.loop.call_soon_threadsafe(self.on_failure, loading)
+
+    def wait_for_work(self) -> bool:
+        with self.wake:
+            while not self.stopping and not any(model.busy for model in self.models):
+                self.wake.wait()
+        return not self.stopping
+
+    def submit(self, model: Served, choices: list[Choice]):
+        """All of a request's choices, or none (Full). Called by the event loop."""
+        with self.wake:
+            if len(model.waiting) + len(choices) > self.config.max_queue + len(model.free) * (not model.waiting):
+                raise Full
+            model.waiting.extend(choices)
+            self.wake.notify()
+
+    def flush(self):
+        """Hand the deltas of a turn to the event loop in one go."""
+        if self.outbox:
+            deltas, self.outbox = self.outbox, []
+            self.loop.call_soon_threadsafe(deliver, deltas)
+
+    def fail_all(self, reason: str):
+        for model in self.models:
+            for choice in [*model.running.values(), *model.waiting]:
+                self.outbox.append(Delta(choice, "", [], error=reason))
+            model.running.clear()
+            model.waiting.clear()
+        with contextlib.suppress(RuntimeError):
+            self.flush()
+
+    def cancel_all(self):
+        for model in self.models:
+            for choice in [*model.running.values(), *model.waiting]:
+                choice.deadline = 0.0
+
+    def stop(self):
+        with self.wake:
+            self.stopping = True
+            self.wake.notify()
+        self.thread.join(10)
+
+
+def deliver(deltas: list[Delta]):
+    for delta in deltas:
+        delta.choice.events.put_nowait(delta)
+
+
+# ------------------------------------------------------------------------------------------------ what clients send
+
+MAX_BODY = 2**20  # bytes
+MAX_CHOICES = 64  # answers to one request: prompts x n
+CHARS_A_TOKEN = 64  # a text with more of them is too long for the context, whatever its tokens are
+BODY_SECONDS = 20.0  # that a client may take to send a body
+
+Id = Annotated[str, Meta(min_length=1, max_length=128)]
+TokenId = Annotated[int, Meta(ge=0)]
+Stop = Annotated[str, Meta(min_length=1, max_length=64)]
+
+
+class StreamOptions(Struct):
+    include_usage: bool | None = None
+
+
+class Sampling(Struct, kw_only=True):
+    """What both kinds of completion have in common. Unknown keys are ignored: clients send many."""
+
+    model: str | None = None
+    max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
+    min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    n: Annotated[int, Meta(ge=1, le=8)] | None = None
+    seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
+    stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    ignore_eos: bool | None = None
+    return_token_ids: bool | None = None
+    store: bool | None = None  # log the answers, so that they can be voted on
+    metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
+
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: Any = None
+    best_of: Any = None
+    suffix: Any = None
+    tools: Any = None
+    functions: Any = None
+    response_format: Any = None
+
+
+class CompletionRequest(Sampling, kw_only=True):
+    prompt: str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
+    echo: bool | None = None
+    logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
+
+
+class TextPart(Struct):
+    type: Literal["text"]
+    text: str
+
+
+class Message(Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[TextPart] | None = None
+
+
+class ChatRequest(Sampling, kw_only=True):
+    messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
+
+
+class TokenizeRequest(Struct):
+    prompt: str | None = None
+    messages: list[Message] | None = None
+    add_special_tokens: bool = True
+    model: str | None = None
+
+
+class DetokenizeRequest(Struct):
+    tokens: list[TokenId]
+    model: str | None = None
+
+
+class FeedbackRequest(Struct):
+    kind: Literal["thumb", "pair", "edit"]
+    generation_a: Id
+    value: Literal["up", "down", "a", "b", "tie", "both_bad", "edited"]
+    annotator_id: Id
+    consent: bool
+    generation_b: Id | None = None
+    shown_left: Literal["a", "b"] | None = None
+    reasons: Annotated[list[Annotated[str, Meta(max_length=64)]], Meta(max_length=16)] = []
+    comment: Annotated[str, Meta(max_length=4096)] = ""
+    edited_text: Annotated[str, Meta(max_length=32768)] | None = None
+    latency_ms: Annotated[int, Meta(ge=0, le=2**53)] | None = None
+    ui_version: Annotated[str, Meta(max_length=64)] | None = None
+
+
+class ApiError(Exception):
+    """What a client is told: a status and OpenAI's error body."""
+
+    KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
+
+    def __init__(self, status: int, message: str, param: str | None = None, code: str | None = None, **headers):
+        self.status, self.headers = status, {name.replace("_", "-"): value for name, value in headers.items()}
+        kind = self.KINDS.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> Response:
+        return reply(self.body, self.status, self.headers)
+
+
+def reply(body, status: int = 200, headers=None) -> Response:
+    return Response(msgspec.json.encode(body), status, headers, "application/json")
+
+
+async def read_body(request: Request, kind):
+    """The request's JSON as a checked Struct. A body has a size, a type and a time to arrive in."""
+    media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media != "application/json":  # any web page may send others across sites without asking
+        raise ApiError(415, "send JSON, with the header content-type: application/json")
+    body = b""
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY:
+                    raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes", connection="close")
+    except TimeoutError:
+        raise ApiError(408, "the body did not arrive in time", connection="close") from None
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except msgspec.ValidationError as error:
+        message, _, path = str(error).partition(" - at `$")
+        param = re.split(r"[.\[`]", path.lstrip("."))[0] or None
+        missing = re.search(r"missing required field `(\w+)`", message)
+        param = missing[1] if missing and not param else param
+        raise ApiError(400, f"{message} ({param})" if param else message, param) from None
+    except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
+        raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
+
+
+def refuse_unsupported(request: Sampling):
+    """Options that would change the answer must not be ignored."""
+    harmless = dict(
+        frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), best_of=(request.n or 1,), suffix=("",),
+        tools=([],), functions=([],), response_format=({"type": "text"},),
+    )  # fmt: skip
+    for name, values in harmless.items():
+        value = getattr(request, name)
+        if value is not None and value not in values:
+            raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_value")
+
+
+def chat_messages(messages: list[Message]) -> list[dict]:
+    """Plain messages: parts joined, null content empty, developers called system."""
+    text = lambda content: "".join(p.text for p in content) if isinstance(content, list) else content or ""
+    role = lambda name: "system" if name == "developer" else name
+    return [{"role": role(m.role), "content": text(m.content)} for m in messages]
+
+
+def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
+    """The prompt of a chat. An assistant's message at the end is the beginning of the answer."""
+    opened = messages[-1]["role"] == "assistant"
+    if opened and len(messages) == 1:
+        raise ApiError(400, "messages hold an assistant's turn alone: nothing is asked", "messages")
+    try:
+        ids = gpt.encode_prompt(messages[: len(messages) - opened], tokenizer)
+        return ids + gpt.encode_completion(messages[-1:], tokenizer)[:-1] if opened else ids
+    except ValueError as error:  # what the model's template says about it
+        raise ApiError(400, str(error), "messages") from None
+    except Exception as error:  # a template is somebody's code
+        raise ApiError(
+            400, f"the chat template cannot render these messages ({type(error).__name__})", "messages"
+        ) from None
+
+
+def text_ids(text: str, tokenizer: gpt.Tokenizer, bos: bool = True) -> list[int]:
+    """A raw prompt: the names of special tokens are read as those, as evaluation harnesses expect."""
+    ids = tokenizer.encode(text, special=True)
+    return [tokenizer.bos_id, *ids] if bos and tokenizer.bos_id not in (None, *ids[:1]) else ids
+
+
+def check_prompt(ids: list[int], model: Served, room: int) -> list[int]:
+    if not ids:
+        raise ApiError(400, "the prompt is empty", "prompt")
+    if max(ids) >= model.tokenizer.vocab_size:
+        raise ApiError(
+            400, f"token {max(ids)} is not within the {model.tokenizer.vocab_size} of the vocabulary", "prompt"
+        )
+    if len(ids) + room > model.context:
+        refuse_length(model, f"{len(ids)} tokens")
+    return ids
+
+
+def refuse_length(model: Served, found: str):
+    message = (
+        f"the prompt has {found}, and the context of {model.name} is {model.context} tokens, the answer's included"
+    )
+    raise ApiError(400, message, "messages", "context_length_exceeded")
+
+
+@dataclass
+class Job:
+    """A checked request: its prompts as clients and votes know them, and its choices."""
+
+    request: Sampling
+    model: Served
+    chat: bool
+    id: str
+    created: int
+    prompts: list  # texts or lists of messages
+    choices: list[Choice]
+    events: asyncio.Queue
+
+    def cancel(self):
+        for choice in self.choices:
+            choice.cancelled = True
+
+    def usage(self) -> dict:
+        n = self.request.n or 1
+        prompt = sum(len(choice.ids) for choice in self.choices[::n])
+        completion = sum(len(choice.ids_drawn) for choice in self.choices)
+        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+
+
+def make_job(request: Sampling, model: Served, config: Config) -> Job:
+    """The choices that a request asks for; ApiError for what it must not."""
+    refuse_unsupported(request)
+    chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
+    prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
+    n = request.n or 1
+    if len(prompts) * n > MAX_CHOICES:
+        raise ApiError(400, f"{len(prompts)} prompts x n {n} are more than {MAX_CHOICES} answers", "n")
+    for prompt in prompts:
+        chars = sum(len(m["content"]) for m in prompt) if chat else len(prompt)
+        if chars > CHARS_A_TOKEN * model.context:
+            refuse_length(model, f"{chars:,} characters")
+    limit = request.max_tokens
+    if chat:
+        limit = request.max_completion_tokens or limit or model.context
+    limit = 16 if limit is None else limit
+    echo = not chat and bool(request.echo)
+    if limit == 0 and not echo:
+        raise ApiError(400, "max_tokens 0 asks for nothing (without echo)", "max_tokens")
+    if chat:
+        top = (request.top_logprobs or 0) if request.logprobs or request.top_logprobs else None
+    else:
+        top = request.logprobs
+    seed = secrets.randbits(32) if request.seed is None else (request.seed ^ request.seed >> 32) & 0xFFFFFFFF
+    stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
+    default = lambda value, other: other if value is None else value
+    options = dict(
+        seed=seed, temperature=default(request.temperature, 1.0), top_k=max(request.top_k or 0, 0),
+        top_p=default(request.top_p, 1.0), min_p=request.min_p or 0.0, stops=stops, endless=bool(request.ignore_eos),
+        top=top, echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
+        trim=chat and request.messages[-1].role != "assistant" and gpt.answer_gap(tokenizer) == " ",
+        deadline=time.monotonic() + config.timeout,
+    )  # fmt: skip
+    events, choices = asyncio.Queue(), []
+    for prompt in prompts:
+        ids = (
+            chat_ids(prompt, tokenizer) if chat else prompt if isinstance(prompt, list) else text_ids(prompt, tokenizer)
+        )
+        check_prompt(ids, model, room=limit > 0)
+        for number in range(n):
+            stored = uuid.uuid4().hex if request.store else None
+            room = min(limit, model.context - len(ids))
+            choice = Choice(len(choices), ids, room, events, number=number, generation_id=stored, **options)
+            choices.append(choice)
+    name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
+    return Job(request, model, chat, name, int(time.time()), prompts, choices, events)
+
+
+def prompt_list(prompt) -> list:
+    """One prompt or several, each a text or a list of ids."""
+    kinds = {type(item) for item in prompt} if isinstance(prompt, list) else set()
+    if len(kinds) > 1:
+        raise ApiError(400, "prompt mixes texts, tokens and lists of tokens", "prompt")
+    return prompt if kinds & {str, list} else [prompt]
+
+
+# --------------------------------------------------------------------------------------------------- what they get
+
+
+def token_text(tokenizer: gpt.Tokenizer, token: int) -> str:
+    """A token as the key of a table: a special one by its name, a part of a character by its bytes."""
+    if token in tokenizer.special_ids:
+        return next(text for text, i in tokenizer.specials.items() if i == token)
+    raw = tokenizer.token_bytes(token)
+    text = raw.decode("utf-8", "replace")
+    return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw) if "\ufffd" in text else text
+
+
+def chat_logprobs(job: Job, tokens: list[Token]):
+    if job.choices[0].top is None:
+        return None
+    tokenizer = job.model.tokenizer
+
+    def entry(token, logprob):
+        raw = b"" if token in tokenizer.special_ids else tokenizer.token_bytes(token)
+        return {"token": token_text(tokenizer, token), "logprob": logprob, "bytes": list(raw)}
+
+    return {
+        "content": [
+            entry(token.id, token.logprob) | {"top_logprobs": [entry(*other) for other in token.top]}
+            for token in tokens
+        ],
+        "refusal": None,
+    }  # fmt: skip
+
+
+def text_logprobs(job: Job, tokens: list[Token], start: int = 0):
+    """The four parallel lists of OpenAI's first interface; `start` is where the answer begins in the text."""
+    if job.choices[0].top is None:
+        return None
+    text = partial(token_text, job.model.tokenizer)
+    tops = [{text(i): logprob for i, logprob in reversed([*token.top, (token.id, token.logprob)])} for token in tokens]
+    return {
+        "tokens": [text(token.id) for token in tokens],
+        "token_logprobs": [token.logprob for token in tokens],
+        "top_logprobs": [None if token.logprob is None else top for token, top in zip(tokens, tops)],
+        "text_offset": [start + token.offset for token in tokens],
+    }
+
+
+def echoed(job: Job, choice: Choice) -> str:
+    if job.chat or not job.request.echo:
+        return ""
+    prompt = job.prompts[choice.index // (job.request.n or 1)]
+    return prompt if isinstance(prompt, str) else job.model.tokenizer.decode(prompt)
+
+
+def whole_choice(job: Job, delta: Delta) -> dict:
+    """The last delta of a choice that was not streamed holds all of it."""
+    choice = delta.choice
+    body = {"index": choice.index, "finish_reason": delta.finish}
+    if job.chat:
+        message = {"role": "assistant", "content": choice.text, "refusal": None}
+        body |= {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
+    else:
+        before = echoed(job, choice)
+        answer = text_logprobs(job, delta.tokens, len(before))
+        if before and answer:
+            prompt = text_logprobs(job, choice.prompt_tokens)
+            answer = {name: prompt[name] + answer[name] for name in answer}
+        body |= {"text": before + choice.text, "logprobs": answer}
+    return body | extras(job, choice)
+
+
+def extras(job: Job, choice: Choice) -> dict:
+    ids = {"prompt_token_ids": choice.ids, "token_ids": choice.ids_drawn} if job.request.return_token_ids else {}
+    return ids | ({"generation_id": choice.generation_id} if choice.generation_id else {})
+
+
+def envelope(job: Job, choices: list, chunk: bool = False) -> dict:
+    kind = "chat.completion" + ".chunk" * chunk if job.chat else "text_completion"
+    return {"id": job.id, "object": kind, "created": job.created, "model": job.model.name, "choices": choices}
+
+
+def chunk_choice(job: Job, delta: Delta, first: bool) -> dict:
+    """A piece of a choice: its text, without a finish."""
+    choice = delta.choice
+    if job.chat:
+        logprobs, body = chat_logprobs(job, delta.tokens), {"delta": {"content": delta.text}}
+    else:
+        before = echoed(job, choice)
+        logprobs = text_logprobs(job, delta.tokens, len(before))
+        if first and before and logprobs:
+            prompt = text_logprobs(job, choice.prompt_tokens)
+            logprobs = {name: prompt[name] + logprobs[name] for name in logprobs}
+        body = {"text": before * first + delta.text}
+    return {"index": choice.index} | body | {"logprobs": logprobs, "finish_reason": None}
+
+
+def frame(body) -> bytes:
+    return b"data: " + msgspec.json.encode(body) + b"\n\n"
+
+
+async def stream_job(job: Job, server: "Server"):
+    """The frames of server-sent events. Leaving this generator early, as a disconnect does, frees the slots."""
+    usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
+    chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
+    begun, open_choices = set(), len(job.choices)
+    try:
+        for choice in job.choices if job.chat else ():
+            role = {"role": "assistant", "content": ""}
+            yield chunk({"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None})
+        while open_choices:
+            try:
+                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
+            except TimeoutError:
+                yield b": ping\n\n"  # keeps proxies from giving up
+                continue
+            if delta.error:
+                yield frame(ApiError(500, delta.error).body)
+                break
+            first = delta.choice.index not in begun
+            begun.add(delta.choice.index)
+            if delta.text or delta.tokens or (first and not job.chat and job.request.echo):
+                yield chunk(chunk_choice(job, delta, first))
+            if delta.finish:
+                open_choices -= 1
+                await server.log_generation(job, delta.choice)
+                end = {"delta": {}} if job.chat else {"text": ""}
+                end |= {"logprobs": None, "finish_reason": delta.finish} | extras(job, delta.choice)
+                yield chunk({"index": delta.choice.index} | end)
+        else:
+            if usage:
+                yield frame(envelope(job, [], True) | {"usage": job.usage()})
+        yield b"data: [DONE]\n\n"
+    finally:
+        job.cancel()
+
+
+PING_SECONDS = 10.0
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+
+
+async def collect(job: Job) -> list[Delta]:
+    """The last deltas of all choices, in their order."""
+    ends = []
+    while len(ends) < len(job.choices):
+        delta = await job.events.get()
+        if delta.error:
+            raise ApiError(503 if "waited" in delta.error else 500, delta.error, Retry_After="5")
+        ends.append(delta)
+    return sorted(ends, key=lambda delta: delta.choice.index)
+
+
+async def gone(request: Request):
+    """Returns when the client has hung up."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+# ------------------------------------------------------------------------------------------------------------ votes
+
+
+class Store:
+    """feedback.db behind a thread of its own. Whatever waits is done in one transaction, each piece of work at its own
+    savepoint, and answered once that is on disk: many votes a second at one flush each round."""
+
+    def __init__(self, path: Path):
+        self.path, self.work = path, queue.SimpleQueue()
+        gpt.open_votes(path, create=True).close()  # an unusable file is found before anything else starts
+        self.thread = threading.Thread(target=self.run, name="votes", daemon=True)
+        self.thread.start()
+
+    async def do(self, function, *args):
+        """function(connection, *args) in the thread; its result, or its exception."""
+        future = asyncio.get_running_loop().create_future()
+        self.work.put((function, args, future))
+        return await future
+
+    def run(self):
+        connection = gpt.open_votes(self.path, create=True)
+        while batch := [self.work.get()]:
+            with contextlib.suppress(queue.Empty):
+                while len(batch) < 128 and batch[-1]:
+                    batch.append(self.work.get_nowait())
+            results = self.transact(connection, [item for item in batch if item])
+            for (_, _, future), result in zip(batch, results):
+                with contextlib.suppress(RuntimeError):  # the loop is closed already
+                    future.get_loop().call_soon_threadsafe(settle, future, result)
+            if batch[-1] is None:
+                connection.close()
+                return
+
+    def transact(self, connection, items) -> list:
+        results = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            for function, args, _ in items:
+                connection.execute("SAVEPOINT one")
+                try:
+                    results.append(function(connection, *args))
+                except Exception as error:
+                    connection.execute("ROLLBACK TO one")
+                    results.append(error)
+                connection.execute("RELEASE one")
+            connection.execute("COMMIT")
+        except sqlite3.Error as error:  # the disk is full, say: nothing of this is kept
+            LOG.exception("votes could not be written")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            return [error] * len(items)
+        return results
+
+    def close(self):
+        self.work.put(None)
+        self.thread.join(10)
+
+
+def settle(future: asyncio.Future, result):
+    if future.cancelled():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)
+
+
+def now() -> str:
+    return datetime.datetime.now(datetime.UTC).isoformat(timespec="microseconds")
+
+
+def insert(connection, table: str, values: dict):
+    """Table and columns are this file's own words; values only ever travel beside the statement."""
+    places = ", ".join(f":{name}" for name in values)
+    connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({places})", values)
+
+
+def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
+    model, metadata = job.model, job.request.metadata or {}
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "number", "limit", "stops", "endless")
+    usage = {"prompt_tokens": len(choice.ids), "completion_tokens": len(choice.ids_drawn)}
+    return dict(
+        id=choice.generation_id,
+        created_at=now(),
+        request_id=request_id,
+        session_id=metadata.get("session_id"),
+        parent_id=metadata.get("parent_id"),
+        prompt_messages=json.dumps(job.prompts[choice.index // (job.request.n or 1)]),
+        completion=choice.text,
+        completion_token_ids=json.dumps(choice.ids_drawn),
+        logprob_sum=choice.logprob_sum,
+        finish_reason=choice.finish,
+        model_id=model.name,
+        checkpoint_sha256=model.checkpoint,
+        code_version=model.code,
+        chat_template_sha256=hashlib.sha256(model.tokenizer.template.encode()).hexdigest(),
+        tokenizer_sha256=model.tokenizer.fingerprint,
+        sampling=json.dumps({name: getattr(choice, name) for name in names}),
+        usage=json.dumps(usage),
+    )
+
+
+def add_vote(connection, vote: FeedbackRequest) -> dict:
+    """Keep a vote; an earlier one of the same person on the same thing stays, as superseded."""
+    found = {}
+    for name in ("generation_a", "generation_b"):
+        wanted = getattr(vote, name)
+        row = connection.execute("SELECT prompt_messages FROM generation WHERE id = ?", (wanted,)).fetchone()
+        if wanted and row is None:
+            raise ApiError(404, f"there is no generation {wanted!r}", name, "generation_not_found")
+        found[name] = row and row["prompt_messages"]
+    if vote.kind == "pair" and found["generation_a"] != found["generation_b"]:
+        raise ApiError(400, "the two generations answer different prompts", "generation_b")
+    live = connection.execute(
+        "SELECT id FROM feedback WHERE kind = ? AND generation_a = ? AND COALESCE(generation_b, '') = ? "
+        "AND annotator_id = ? AND superseded_by IS NULL",
+        (vote.kind, vote.generation_a, vote.generation_b or "", vote.annotator_id),
+    ).fetchone()
+    row = msgspec.structs.asdict(vote) | dict(id=uuid.uuid4().hex, created_at=now(), schema_version=1)
+    row |= dict(reasons=json.dumps(vote.reasons), consent=int(vote.consent))
+    connection.execute("PRAGMA defer_foreign_keys = on")  # the old vote names the new one before it is there
+    if live:
+        connection.execute("UPDATE feedback SET superseded_by = ? WHERE id = ?", (row["id"], live["id"]))
+    insert(connection, "feedback", row)
+    return {"id": row["id"], "superseded": live and live["id"]}
+
+
+def check_vote(vote: FeedbackRequest):
+    allowed = dict(thumb=("up", "down"), pair=("a", "b", "tie", "both_bad"), edit=("edited",))[vote.kind]
+    if vote.value not in allowed:
+        raise ApiError(400, f"the value of a {vote.kind} is one of {', '.join(allowed)}", "value")
+    if (vote.kind == "pair") != (vote.generation_b is not None):
+        raise ApiError(400, "a pair, and nothing else, has a generation_b", "generation_b")
+    if vote.generation_a == vote.generation_b:
+        raise ApiError(400, "a pair needs two generations", "generation_b")
+    if (vote.kind == "edit") != bool(vote.edited_text and vote.edited_text.strip()):
+        raise ApiError(400, "an edit, and nothing else, has an edited_text", "edited_text")
+
+
+def remove_vote(connection, vote_id: str) -> dict:
+    """Undo: the vote and those that it had replaced are gone."""
+    ids, chain = [], [vote_id]
+    while chain:
+        chain = [row["id"] for row in connection.execute(
+            f"SELECT id FROM feedback WHERE {'superseded_by' if ids else 'id'} = ?", (chain[0],)
+        )]  # fmt: skip
+        ids += chain
+    if not ids:
+        raise ApiError(404, "there is no such vote", "id", "feedback_not_found")
+    connection.execute("PRAGMA defer_foreign_keys = on")
+    # a vote that replaced this one stays, and what this one had replaced goes with it
+    connection.executemany("DELETE FROM feedback WHERE id = ?", [(i,) for i in ids])
+    return {"id": vote_id, "deleted": True}
+
+
+def purge_session(connection, session_id: str) -> dict:
+    """Erase what a session said and was answered, and every vote about it."""
+    mine = "(SELECT id FROM generation WHERE session_id = ?)"
+    connection.execute("PRAGMA defer_foreign_keys = on")
+    votes = connection.execute(
+        f"DELETE FROM feedback WHERE generation_a IN {mine} OR generation_b IN {mine}", (session_id, session_id)
+    )
+    generations = connection.execute("DELETE FROM generation WHERE session_id = ?", (session_id,))
+    return {"session_id": session_id, "generations": generations.rowcount, "feedback": votes.rowcount}
+
+
+def rows_of_kind(vote: dict, kind: str) -> list[dict]:
+    """What a vote teaches, by the rules that prepare.py follows too."""
+    try:
+        found, rows = gpt.vote_rows(vote)
+    except gpt.BadRow:
+        return []
+    return rows if found == kind else []
+
+
+def count_votes(connection) -> dict:
+    query = "SELECT kind, count(*) FROM feedback WHERE superseded_by IS NULL AND consent = 1 GROUP BY kind"
+    counts = dict(tuple(row) for row in connection.execute(query))
+    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}
+
+
+# ------------------------------------------------------------------------------------------------------ the server
+
+
+class Server:
+    """The routes. What they need of each other: the engine, its models by name, the votes."""
+
+    def __init__(self, config: Config, store: Store):
+        self.config, self.store = config, store
+        names = zip(model_names(config.folders), config.folders)
+        self.models = {name: Served(name, folder, config) for name, folder in names}
+        self.engine = Engine(list(self.models.values()), config)
+        self.draining = False
+        self.on_failure = lambda loading: None  # of the engine
+
+    def app(self) -> Starlette:
+        both = lambda path, *args, **kwargs: [Route(prefix + path, *args, **kwargs) for prefix in ("", "/v1")]
+        routes = [
+            Route("/", self.page),
+            *both("/health", self.health),
+            *both("/models", self.list_models),
+            Route("/v1/models/{model:path}", self.show_model),
+            Route("/metrics", self.metrics),
+            Route("/v1/completions", partial(self.complete, kind=CompletionRequest), methods=["POST"]),
+            Route("/v1/chat/completions", partial(self.complete, kind=ChatRequest), methods=["POST"]),
+            *both("/tokenizer_info", self.tokenizer_info),
+            *both("/tokenize", self.tokenize, methods=["POST"]),
+            *both("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/v1/feedback", self.vote, methods=["POST"]),
+            Route("/v1/feedback/counts", self.counts),
+            Route("/v1/feedback/export", self.export),
+            Route("/v1/feedback/{vote}", self.undo, methods=["DELETE"]),
+            Route("/v1/sessions/{session}", self.purge, methods=["DELETE"]),
+        ]
+        handlers = {
+            ApiError: lambda request, error: error.response(),
+            HTTPException: lambda request, error: ApiError(error.status_code, error.detail).response(),
+        }
+        middleware = [Middleware(Guard, config=self.config)]
+        if self.config.cors_origin:
+            cors = dict(allow_origins=self.config.cors_origin, allow_methods=["*"], allow_headers=["*"])
+            middleware.insert(0, Middleware(CORSMiddleware, **cors))
+        return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=self.lifespan)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app):
+        self.engine.start(asyncio.get_running_loop(), self.on_failure)
+        yield
+        self.engine.stop()
+        self.store.close()
+
+    # models ----------------------------------------------------------------------------------------------------------
+
+    def need_engine(self):
+        if self.engine.failure:
+            raise ApiError(503, "the engine has stopped", code="engine_dead")
+        if self.draining:
+            raise ApiError(503, "the server is shutting down", code="shutting_down", Retry_After="10")
+        if not self.engine.ready:
+            raise ApiError(503, "Loading model", code="loading", Retry_After="2")
+
+    def find_model(self, name: str | None) -> Served:
+        self.need_engine()
+        if name in (None, "", "default"):
+            return next(iter(self.models.values()))
+        if name not in self.models:
+            raise ApiError(404, f"no model {name!r} here, but: {', '.join(self.models)}", "model", "model_not_found")
+        return self.models[name]
+
+    async def health(self, request):
+        self.need_engine()
+        return reply({"status": "ok"})
+
+    async def list_models(self, request):
+        self.need_engine()
+        return reply({"object": "list", "data": [describe(model) for model in self.models.values()]})
+
+    async def show_model(self, request):
+        return reply(describe(self.find_model(request.path_params["model"])))
+
+    async def metrics(self, request):
+        lines = [line for model in self.models.values() for line in metric_lines(model)]
+        return Response("\n".join(lines) + "\n", media_type="text/plain; version=0.0.4")
+
+    # completions -----------------------------------------------------------------------------------------------------
+
+    async def complete(self, request: Request, kind):
+        self.need_engine()
+        body = await read_body(request, kind)
+        model = self.find_model(body.model)
+        job = make_job(body, model, self.config)
+        job.request_id = request.state.request_id
+        try:
+            self.engine.submit(model, job.choices)
+        except Full:
+            raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1") from None
+        if body.stream:
+            return StreamingResponse(
+                stream_job(job, self), media_type="text/event-stream", headers=STREAM_HEADERS
+            )  # fmt: skip
+        return await self.answer(request, job)
+
+    async def answer(self, request: Request, job: Job) -> Response:
+        """All choices at once, unless the client hangs up first."""
+        work, hangup = asyncio.ensure_future(collect(job)), asyncio.ensure_future(gone(request))
+        try:
+            await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done():
+                return Response(status_code=499)
+            deltas = work.result()
+            for delta in deltas:
+                await self.log_generation(job, delta.choice)
+        finally:
+            job.cancel()
+            work.cancel()
+            hangup.cancel()
+        return reply(envelope(job, [whole_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+
+    async def log_generation(self, job: Job, choice: Choice):
+        """Before the client learns the id: what it votes on is there."""
+        if choice.generation_id:
+            await self.store.do(insert, "generation", generation_row(job, choice, job.request_id))
+
+    # tokens ----------------------------------------------------------------------------------------------------------
+
+    async def tokenizer_info(self, request):
+        tokenizer = self.find_model(request.query_params.get("model")).tokenizer
+        name = lambda i: next((text for text, j in tokenizer.specials.items() if j == i), None)
+        names = dict(
+            eos_token=name(tokenizer.eos_id), bos_token=name(tokenizer.bos_id), pad_token=name(tokenizer.pad_id)
+        )
+        return reply(names | {"chat_template": tokenizer.template})
+
+    async def tokenize(self, request):
+        body = await read_body(request, TokenizeRequest)
+        model = self.find_model(body.model)
+        if body.messages:
+            ids = chat_ids(chat_messages(body.messages), model.tokenizer)
+        elif body.prompt is not None:
+            ids = text_ids(body.prompt, model.tokenizer, bos=body.add_special_tokens)
+        else:
+            raise ApiError(400, "give a prompt or messages", "prompt")
+        return reply({"tokens": ids, "count": len(ids), "max_model_len": model.context})
+
+    async def detokenize(self, request):
+        body = await read_body(request, DetokenizeRequest)
+        model = self.find_model(body.model)
+        if max(body.tokens, default=0) >= model.tokenizer.vocab_size:
+            raise ApiError(400, "a token is not within the vocabulary", "tokens")
+        return reply({"prompt": model.tokenizer.decode(body.tokens)})
+
+    # votes -----------------------------------------------------------------------------------------------------------
+
+    async def vote(self, request):
+        vote = await read_body(request, FeedbackRequest)
+        check_vote(vote)
+        return reply(await self.store.do(add_vote, vote), 201)
+
+    async def undo(self, request):
+        return reply(await self.store.do(remove_vote, request.path_params["vote"]))
+
+    async def purge(self, request):
+        return reply(await self.store.do(purge_session, request.path_params["session"]))
+
+    async def counts(self, request):
+        counts = await self.store.do(count_votes)
+        data, init = "data/votes", next(iter(self.models.values())).path
+        train = (
+            f"dpo.py --init {shlex.quote(init)} --data {data}/pairs.jsonl --out out/dpo-votes"
+            if counts["pairs"] + counts["edits"]
+            else f"ipo_kto.py --loss kto --init {shlex.quote(init)} --data {data}/thumbs.jsonl --out out/kto-votes"
+        )
+        prepare = f"prepare.py --data {shlex.quote(str(self.config.feedback))} --out {data} --overwrite"
+        return reply(counts | {"command": f"python {prepare} && python {train}"})
+
+    async def export(self, request):
+        query = request.query_params
+        kinds = {"trl-preference": "pairs", "trl-unpaired": "thumbs", "raw": None}
+        if query.get("format", "raw") not in kinds:
+            raise ApiError(400, f"format is one of {', '.join(kinds)}", "format")
+        wanted = (query.get(name, "") for name in ("since", "model", "checkpoint"))
+        rows = await self.store.do(gpt.votes, *wanted)
+        if kind := kinds[query.get("format", "raw")]:
+            rows = [row for vote in rows for row in rows_of_kind(vote, kind)]
+        lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
+        digest = hashlib.sha256(lines).hexdigest()
+        LOG.info("exported %d rows, sha256 %s", len(rows), digest)
+        return Response(lines, 200, {"X-Rows": str(len(rows)), "X-SHA256": digest}, "application/jsonl")
+
+    # page ------------------------------------------------------------------------------------------------------------
+
+    async def page(self, request):
+        """The chat page: only its own script and style run, and it talks to this server alone."""
+        path = HERE / "ui.html"
+        if not self.config.ui or not path.is_file():
+            hint = "--no-ui" if path.is_file() else "ui.html is not beside serve.py"
+            return Response(f"no page here ({hint}); the API is under /v1", 404, media_type="text/plain")
+        nonce = secrets.token_urlsafe(16)
+        policy = (
+            f"default-src 'none'; script-src 'nonce-{nonce}'; style-src 'nonce-{nonce}'; connect-src 'self'; "
+            "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+        )
+        html = path.read_text(encoding="utf-8").replace('nonce="NONCE"', f'nonce="{nonce}"')
+        headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
+        return Response(html, 200, headers, "text/html")
+
+
+def model_names(folders: list[str]) -> list[str]:
+    """The folders' names, with their parents' where two are alike."""
+    parts = [Path(folder).absolute().parts for folder in folders]
+    for depth in (1, 2, 3):
+        names = ["/".join(part[-depth:]) for part in parts]
+        if len(set(names)) == len(names):
+            return names
+    raise ValueError(f"--model {' '.join(folders)}: two of these are the same")
+
+
+def describe(model: Served) -> dict:
+    about = {"id": model.name, "object": "model", "created": model.created, "owned_by": "local"}
+    return about | {"max_model_len": model.context, "checkpoint_sha256": model.checkpoint}
+
+
+def metric_lines(model: Served):
+    """Prometheus's text under vLLM's names, so that its dashboards read them."""
+    labels = f'model_name="{model.name}"'
+    for name, value in (("running", len(model.running)), ("waiting", len(model.waiting))):
+        yield f"vllm:num_requests_{name}{{{labels}}} {value}"
+    for name in ("prompt", "generation"):
+        yield f"vllm:{name}_tokens_total{{{labels}}} {model.counts[name]}"
+    for reason, count in model.finished.items():
+        yield f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}'
+    yield from model.first_token.lines("vllm:time_to_first_token_seconds", labels)
+    yield from model.between_tokens.lines("vllm:inter_token_latency_seconds", labels)
+    yield from model.whole.lines("vllm:e2e_request_latency_seconds", labels)
+
+
+class Guard:
+    """What every request passes, before any route: who calls, by which name, from which page; and what becomes of an
+    exception. A plain ASGI wrapper: Starlette's BaseHTTPMiddleware buffers, and hides disconnects."""
+
+    OPEN = {"/", "/health", "/v1/health"}  # without a key: a browser has to get the page before it can send one
+    LOCAL = {"localhost", "127.0.0.1", "::1"}
+
+    def __init__(self, app, config: Config):
+        self.app, self.config = app, config
+        self.hosts = self.LOCAL | {config.host.lower()} | {host.lower() for host in config.allowed_host}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] != "http":
+            return await self.app(scope, receive, send)
+        headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        request_id = re.sub(r"[^\w.-]", "", headers.get("x-request-id", ""), flags=re.ASCII)[:64] or uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        start, status = time.monotonic(), 0
+
+        async def answer(message):
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                more = {
+                    "x-request-id": request_id,
+                    "x-content-type-options": "nosniff",
+                    "referrer-policy": "no-referrer",
+                }
+                pairs = [(name.encode(), value.encode()) for name, value in more.items()]
+                message = message | {"headers": [*message["headers"], *pairs]}
+            await send(message)
+
+        try:
+            self.check(scope, headers)
+            await self.app(scope, receive, answer)
+        except ApiError as error:
+            await error.response()(scope, receive, answer)
+        except Exception:
+            LOG.exception("request %s failed", request_id)
+            if status:  # the answer has begun: cut it off
+                raise
+            error = ApiError(500, f"the server failed at this request; its log knows more about {request_id}")
+            await error.response()(scope, receive, answer)
+        finally:
+            # what a client wrote into its path must not begin a line of its own
+            path = scope["path"].encode("unicode_escape").decode()[:200]
+            LOG.info("%s %s %d %.0f ms %s", scope["method"], path, status, 1e3 * (time.monotonic() - start), request_id)
+
+    def check(self, scope, headers: dict):
+        host = headers.get("host", "")
+        if (urlsplit(f"//{host}").hostname or "") not in self.hosts:  # a page whose name was rebound to this address
+            raise ApiError(400, "this server is not called so: --allowed-host adds names", code="host_not_allowed")
+        if self.config.api_key and scope["path"] not in self.OPEN:
+            given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+            if not hmac.compare_digest(given.encode(), self.config.api_key.encode()):
+                raise ApiError(401, "a valid API key is needed: Authorization: Bearer ...", code="invalid_api_key")
+        if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
+            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
+            own = origin is None and site != "cross-site" or origin is not None and urlsplit(origin).netloc == host
+            if not own and origin not in self.config.cors_origin:
+                raise ApiError(
+                    403, "this page may not write here: --cors-origin allows pages", code="origin_not_allowed"
+                )
+
+
+# ------------------------------------------------------------------------------------------------------ the process
+
+
+class Process(uvicorn.Server):
+    """Uvicorn, which on a signal first lets running requests end: new ones are turned away meanwhile."""
+
+    def __init__(self, server: Server):
+        config = server.config
+        super().__init__(
+            uvicorn.Config(
+                server.app(), log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
+                timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
+            )
+        )  # fmt: skip
+        self.server, self.failed = server, False
+        server.on_failure = self.fail
+
+    def handle_exit(self, number, frame):
+        self.drain()
+        super().handle_exit(number, frame)
+
+    def drain(self):
+        self.server.draining = True
+        threading.Timer(self.server.config.drain, self.server.engine.cancel_all).start()
+
+    def fail(self, loading: bool):
+        """A model that cannot be loaded ends the process. An engine that stops later does not: /health tells."""
+        if loading:
+            self.failed = self.should_exit = True
+
+
+def check_config(config: Config):
+    local = config.host in Guard.LOCAL or config.host.startswith("127.")
+    if not local and not config.api_key and not config.insecure:
+        raise ValueError(f"--host {config.host} lets other machines in: give an --api-key, or say --insecure")
+    if config.slots < 1 or config.max_queue < 0 or config.context < 0:
+        raise ValueError("--slots is 1 at least, --max-queue and --context are not negative")
+    if "*" in config.cors_origin:
+        raise ValueError("--cors-origin *: name the pages that may ask")
+    for folder in config.folders:
+        gpt.find_folder(folder)
+
+
+def main(config: Config):
+    check_config(config)
+    logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    if config.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+    sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms
+    listener = socket.create_server(
+        (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
+    )
+    server = Server(config, Store(config.feedback))
+    url = f"http://{'localhost' if config.host in Guard.LOCAL else config.host}:{listener.getsockname()[1]}"
+    print(f"{', '.join(server.models)} on {url} (chat page: {url}/, votes: {config.feedback}). Try:")
+    message = '{"messages": [{"role": "user", "content": "hello"}]}'
+    key = " -H 'authorization: Bearer KEY'" if config.api_key else ""
+    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{message}'", flush=True)
+    process = Process(server)
+    process.run(sockets=[listener])
+    if process.failed:
+        raise ValueError(server.engine.failure)
+
+
+if __name__ == "__main__":
+    gpt.cli(main, Config, __doc__)
