@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CHROMIUM = os.environ.get("CHROMIUM") or next(
     filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None
 )
-QUIET = "gpu quic background-networking component-update sync".split()  # what the browser would do beside the page
+QUIET = ("gpu", "quic", "background-networking", "component-update", "sync")  # nothing beside the page
 
 
 @contextlib.contextmanager
@@ -80,6 +80,16 @@ def open_page(browser, url, consent=True, watch=lambda page: None, **options):
     return page
 
 
+def set_up(page, seed=4):
+    """The toy world's models know no conversations; the seed makes the same pictures of the same models."""
+    page.get_by_label("Message").fill(f"/seed {seed}")
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="Settings").click()
+    page.get_by_label("Ask each question alone").check()
+    page.keyboard.press("Escape")
+    page.get_by_label("Message").focus()
+
+
 def shoot(page, path):
     page.mouse.move(0, 0)
     page.locator("#note").evaluate("note => note.textContent = ''")
@@ -89,6 +99,7 @@ def shoot(page, path):
 
 def chat(browser, url, path, questions, **options):
     page = open_page(browser, url, **options)
+    set_up(page)
     for question in questions:
         ask(page, question)
     page.get_by_role("button", name="Good answer").last.click()
@@ -99,6 +110,7 @@ def chat(browser, url, path, questions, **options):
 
 def compare(browser, url, path, questions, **options):
     page = open_page(browser, url, **options)
+    set_up(page)
     page.get_by_role("button", name="Compare").click()
     for i, question in enumerate(questions):
         ask(page, question)
@@ -111,7 +123,7 @@ def compare(browser, url, path, questions, **options):
 
 def main(folders, out=ROOT / "docs"):
     questions = ["what colour is the fox ?", "what does a swan eat ?"]
-    wide, narrow = {"width": 1100, "height": 640}, {"width": 390, "height": 780}
+    wide, narrow = {"width": 1100, "height": 720}, {"width": 390, "height": 780}
     with tempfile.TemporaryDirectory() as tmp, serving(folders, Path(tmp, "feedback.db")) as url, browsing() as browser:
         for scheme in ("light", "dark"):
             chat(browser, url, out / f"chat-{scheme}.png", questions, viewport=wide, color_scheme=scheme)
