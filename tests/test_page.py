@@ -234,10 +234,12 @@ def test_thumbs_reasons_corrections_and_undo(visit, url, tmp_path):
 
 
 @needs_browser
-def test_a_blind_vote_by_keyboard_is_revealed_stored_and_undone(visit, url, tmp_path):
+@pytest.mark.parametrize("by", ["keyboard", "button"])
+def test_a_blind_vote_is_revealed_stored_and_undone(by, visit, url, tmp_path):
     page, (pairs, thumbs, edits) = visit(), counts(url)
     bodies, votes = sent(page), []
     page.on("request", lambda r: votes.append(r.post_data_json) if r.url.endswith("/v1/feedback") else None)
+    page.evaluate("Math.random = () => 0.9")  # a stands on the right, where a mistaken side would show
     press(page, "Compare two answers")
     held = []
     page.route("**/completions", lambda route: held.append(route))  # until both are let go, there is nothing to vote on
@@ -256,11 +258,10 @@ def test_a_blind_vote_by_keyboard_is_revealed_stored_and_undone(visit, url, tmp_
 
     side = lambda name: page.get_by_role("region", name=f"Answer {name}").inner_text().split()
     winner = next(name for name, says in LETTERS.items() if set(side("B")[1:]) <= says)
-    page.get_by_label("Message").press("2")
+    page.get_by_label("Message").press("2") if by == "keyboard" else press(page, "B is better")
     page.get_by_text("B is better. Stored.").wait_for()
     assert side("B")[1] == winner and {side("A")[1], winner} == set(LETTERS)
-    left = votes[0]["shown_left"]
-    assert votes[0]["value"] == {"a": "b", "b": "a"}[left]  # B is on the right
+    assert (votes[0]["value"], votes[0]["shown_left"]) == ("a", "b")
     assert votes[0]["consent"] and votes[0]["latency_ms"] >= 0 and counts(url) == (pairs + 1, thumbs, edits)
 
     rows = [row for _, row in gpt.read_rows(export(page, "Preferences", tmp_path / "pairs.jsonl"), "pairs")]
