@@ -6,8 +6,8 @@
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
 Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
-1 configuration, 2 model, 3 log-probabilities, 4 generation, 5 tokenizers and chat, 6 weights in and out,
-7 rows, 8 token cache and batches, 9 devices, 10 optimiser, 11 the run folder, 12 votes.
+1 configuration, 2 model, 3 log-probabilities, 4 generation, 5 quantisation, 6 tokenizers and chat, 7 weights in and
+out, 8 rows, 9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder, 13 votes.
 
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
@@ -223,7 +223,7 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D)
+    wte: Array  # (V, D); `quantize` puts a Quantised in its place, and in the head's
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
@@ -270,7 +270,7 @@ class GPT(eqx.Module):
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
-        x = self.wte[tokens]
+        x = self.wte.rows(tokens) if isinstance(self.wte, Quantised) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
@@ -278,8 +278,7 @@ class GPT(eqx.Module):
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
         head = self.wte if self.head is None else self.head
-        contract = (((hidden.ndim - 1,), (1,)), ((), ()))
-        return lax.dot_general(hidden, head, contract, preferred_element_type=jnp.float32)
+        return head(hidden, jnp.float32) if isinstance(head, Quantised) else dot_rows(hidden, head, jnp.float32)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -633,7 +632,176 @@ def nucleus_threshold(logp: Float[Array, "B V"], top_p: float) -> Float[Array, "
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Tokenizers and chat
+# 5. Quantisation: small integers for the weights of a model that only answers
+
+
+PIECE = 256  # rows that become floats at a time, on a CPU: they stay in its cache
+
+
+class Quantised(eqx.Module):
+    """A matrix (O, I) held as small integers and their scales: what a `Linear` multiplies by, or an embedding table,
+    whose rows are the output channels of the head. Leaves may have a layer axis before these.
+
+    (O, I), the inputs last, and not `Linear`'s (I, O): XLA:CPU's int8 product reads such rows as they lie; with (I, O)
+    the product with GPT-2's head takes 2 to 8 times as long.
+    """
+
+    values: Array  # whole numbers
+    scale: Array  # what 1 stands for, in the precision of the weights that were there
+
+    def dense(self) -> Float[Array, "*O I"]:
+        raise NotImplementedError
+
+    def product(self, x: Float[Array, "*N I"], dtype) -> Float[Array, "*N O"]:
+        """x times the transposed matrix."""
+        raise NotImplementedError
+
+    def rows(self, index) -> Float[Array, "*N I"]:
+        """Rows of the table, as floats."""
+        return jax.tree.map(lambda x: x[index], self).dense()
+
+    def __call__(self, x: Float[Array, "*N I"], dtype=None) -> Float[Array, "*N O"]:
+        """The product in x's precision or in `dtype`. The matrix never lies whole in memory as floats: neither made
+        before a token loop, which the barrier is against, nor at each token, since a CPU would write and read it back.
+        """
+        dtype = dtype or x.dtype
+        if jax.default_backend() != "cpu":
+            x, held = lax.optimization_barrier((x, self))
+            return held.product(x, dtype)
+        return jnp.moveaxis(lax.map(lambda row: row.product(x, dtype), self, batch_size=PIECE), 0, -1)
+
+
+class Int8(Quantised):
+    """Weights in int8, one scale for each output channel; activations stay floats. Half the bytes of bf16, for
+    memory's sake: on a CPU about 0.7 times the speed of fp32."""
+
+    def dense(self):
+        return self.values.astype(self.scale.dtype) * self.scale[..., None]
+
+    def product(self, x, dtype):
+        return dot_rows(x, self.values.astype(x.dtype), dtype) * self.scale.astype(dtype)
+
+
+class W8A8(Int8):
+    """Weights in int8 as above, and activations too, scaled a token at a time as they come: one integer product with
+    32-bit sums, then both scales. The fast one on a CPU (LLM.int8(), arXiv:2208.07339, without its outlier columns)."""
+
+    def __call__(self, x, dtype=None):
+        # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
+        single = x.size == x.shape[-1]
+        values, scale = to_int8(jnp.concatenate([x, x]) if single else x)
+        y = dot_rows(values, self.values, jnp.int32).astype(jnp.float32)
+        y = y * scale[..., None].astype(jnp.float32) * self.scale.astype(jnp.float32)
+        return (y[:1] if single else y).astype(dtype or x.dtype)
+
+
+class Int4(Quantised):
+    """Weights in 4 bits, -7 to 7: values (O, I/2), where one byte's low bits hold input i and its high bits input
+    I/2 + i; scale (O, 2, G), one for each of the G groups of inputs in either half."""
+
+    def halves(self):
+        """The weights of the first half of the inputs and of the second one, (O, I/2) each."""
+        pairs = self.values.astype(jnp.int32)
+        for half, whole in enumerate([(pairs << 28) >> 28, (pairs << 24) >> 28]):  # arithmetic: they extend the sign
+            scale = self.scale[..., half, :, None]
+            yield (whole.reshape(*scale.shape[:-1], -1) * scale).reshape(whole.shape)
+
+    def dense(self):
+        return jnp.concatenate(list(self.halves()), -1)
+
+    def product(self, x, dtype):  # two products: to join the halves would take longer than to multiply by them
+        return sum(dot_rows(a, b.astype(x.dtype), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
+
+
+class QuantisedLinear(eqx.Module):
+    """Stands in for `Linear`."""
+
+    weight: Quantised
+    bias: Array | None
+
+    def __call__(self, x):
+        y = self.weight(x)
+        return y if self.bias is None else y + self.bias
+
+
+def dot_rows(x, weight, dtype):
+    """x (..., I) times weight (O, I), or one row (I,) of it, transposed: -> (..., O), or (...)."""
+    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
+    return lax.dot_general(x, weight, contract, preferred_element_type=dtype)
+
+
+def to_integers(x, most: int):
+    """x (..., N) as whole numbers within +-most, to nearest, and what 1 stands for (...): the largest maps to most."""
+    scale = jnp.abs(x).max(-1) / most
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.clip(jnp.round(x / scale[..., None]), -most, most).astype(jnp.int8), scale
+
+
+to_int8 = partial(to_integers, most=127)
+
+
+def to_int4(x, size: int = 64):
+    """x (..., I) as `Int4` holds it, in the largest groups of at most `size` inputs that divide each half."""
+    half, odd = divmod(x.shape[-1], 2)
+    if odd:
+        raise ValueError(f"int4 packs two weights in a byte: a width of {x.shape[-1]} is odd")
+    size = max(n for n in range(1, size + 1) if half % n == 0)
+    values, scale = to_integers(x.reshape(*x.shape[:-1], 2, -1, size), 7)
+    low, high = (values[..., i, :, :].reshape(*x.shape[:-1], half) for i in range(2))
+    return ((high << 4) | (low & 15)).astype(jnp.uint8), scale
+
+
+@partial(jax.jit, static_argnames="how")
+def quantize(model: GPT, how: str) -> GPT:
+    """The model with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above). Norms, biases and
+    learned positions stay; a tied embedding is one table, read both ways. For forward passes and `generate`, not for
+    training: rounding has no gradient.
+
+    Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
+    again, or twice as large.
+    """
+    kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_int8)}
+    if how not in kinds:
+        raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
+    pack = lambda how, matrix: kinds[how][0](*kinds[how][1](matrix))
+
+    def linear(layer):
+        if not isinstance(layer, Linear):
+            return layer
+        return QuantisedLinear(pack(how, layer.weight.swapaxes(-1, -2)), layer.bias)
+
+    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, Linear))
+    table = partial(pack, "int8" if how == "int4" else how)
+    head = None if model.head is None else table(model.head)
+    return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
+
+
+def size_in_bytes(model) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(model))
+
+
+def quality(model: GPT, quantised: GPT, batches) -> dict[str, float]:
+    """What quantising costs on batches of tokens, segments and mask (B, T), over the tokens in the mask: "kl"(model ||
+    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity."""
+    parts = [_quality(model, quantised, *(b[name] for name in ("tokens", "segments", "mask"))) for b in batches]
+    kl, top1, nll, nll_quantised, tokens = np.sum(to_numpy(parts), axis=0, dtype=float).tolist()
+    means = dict(kl=kl / tokens, top1=top1 / tokens)
+    return means | dict(perplexity=math.exp(nll / tokens), perplexity_quantised=math.exp(nll_quantised / tokens))
+
+
+@jax.jit
+def _quality(model, quantised, tokens, segments, mask):
+    """Sums over the scored tokens of KL, agreement and both negative log-likelihoods, and the tokens' number."""
+    hidden, other = model(tokens, segments)[:, :-1], quantised(tokens, segments)[:, :-1]
+    best = lambda model, hidden: map_columns(lambda h: model.logits(h).argmax(-1), model.config.vocab_size, hidden)
+    nll = lambda model, hidden: -head_logprobs(model, hidden, tokens[:, 1:])[0]
+    same = best(model, hidden) == best(quantised, other)
+    each = head_kl(model, hidden, quantised, other), same, nll(model, hidden), nll(quantised, other), 1.0
+    return [jnp.where(mask[:, 1:] > 0, x, 0.0).sum() for x in each]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. Tokenizers and chat
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
@@ -830,7 +998,7 @@ def _huggingface_tokenizer(spec, raw):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Weights in and out: the Hugging Face layout
+# 7. Weights in and out: the Hugging Face layout
 
 
 def layout(config: Config) -> list[tuple[str, str, bool]]:
@@ -1177,7 +1345,7 @@ def write_json(path: Path, value):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Rows: one JSON object a line, in the formats that TRL documents
+# 8. Rows: one JSON object a line, in the formats that TRL documents
 
 KINDS = {
     "text": "{text}",
@@ -1320,7 +1488,7 @@ def split_implicit(row: dict) -> dict:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Token cache and batches
+# 9. Token cache and batches
 
 EXTRAS = ("margin", "weight", "label_p", "label")  # numbers that may ride on a row; absent: 0, 1, 1, 1
 
@@ -1781,7 +1949,7 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Devices: one mesh, one rule, the same code on one CPU and on many hosts
+# 10. Devices: one mesh, one rule, the same code on one CPU and on many hosts
 
 
 def start(seed: int = 0):
@@ -1869,7 +2037,7 @@ def check_batch_size(batch_size: int, name="--batch-size"):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Optimiser
+# 11. Optimiser
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
@@ -1938,7 +2106,7 @@ def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. The run folder
+# 12. The run folder
 
 CACHE_NOTE = "compiling the first step"
 
@@ -2249,7 +2417,7 @@ def start_tracker(config, info):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12. Votes: what a server was asked, what it said, and what people thought of it
+# 13. Votes: what a server was asked, what it said, and what people thought of it
 
 VOTES = """
 CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,

@@ -19,6 +19,10 @@ Choices where code bases disagree:
 4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
 5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
    advantages come from rewards alone), frozen reward model.
+6. --rollout-weights int8 or w8a8 samples from a quantised copy of the policy. Old log-probs are still the policy's own,
+   so that the first ratio stays 1 and the clip means what it says; but the samples come from a slightly different
+   policy, and the gradient is an average over its responses: a bias of the order of val/decode_drift_avg, with no
+   correction (truncated importance weights would be one, arXiv:1802.01561).
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
     python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
@@ -54,6 +58,7 @@ class Config:
     response_length: int = 24  # tokens a response may have
     buckets: int = 1  # widths that prompts are padded to; more save work when prompt lengths differ widely
     temperature: float = 1.0  # of rollouts and of every log-prob
+    rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 6 above)
 
     lr: float = 3e-4  # policy's learning rate
     critic_lr: float = 3e-4
@@ -256,6 +261,7 @@ def make_rollout(state: State, ref, batch, generation, scores, config: Config):
     per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
     exact_kl = gpt.head_kl(state.policy, hidden, ref, ref_hidden, config.temperature)
     log_ratio = ref_logprobs - logprobs
+    drift = jnp.where(mask > 0, logprobs - generation.logprobs, 0.0)  # of the sampler from the policy
     kl = per_sequence(-log_ratio)
     metrics = {
         "objective/kl": kl,
@@ -266,7 +272,9 @@ def make_rollout(state: State, ref, batch, generation, scores, config: Config):
         "objective/rlhf_reward": scores.mean() - state.beta * kl,
         "policy/entropy_avg": gpt.masked_mean(entropy, mask),
         "val/explained_variance": explained_variance(values, returns, mask),
-        "val/decode_drift": jnp.max(jnp.abs(jnp.where(mask > 0, logprobs - generation.logprobs, 0.0))),
+        "val/decode_drift": jnp.max(jnp.abs(drift)),
+        "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
+        "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
         "response_length": mask.sum(1).mean(),
         "beta": state.beta,
     }
@@ -450,7 +458,9 @@ def main(config: Config):
         host_batch = next(stream)
         batch = gpt.put_batch(host_batch)
         # 1 sample responses and score them
-        generation = sample(state.policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
+        full = config.rollout_weights == "full"
+        sampler = state.policy if full else gpt.quantize(state.policy, config.rollout_weights)
+        generation = sample(sampler, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
         questions = tokenizer.decode_rows(host_batch["tokens"], host_batch["segments"])
         texts, rows = (questions, tokenizer.decode_rows(generation.tokens, generation.mask)), prompts.rows(host_batch)
         scores, metrics = score_responses(models, function, batch, generation, texts, rows, tokenizer.eos_id, config)
