@@ -325,10 +325,10 @@ def measure_generate(table: Table, config: Config, limits: dict):
 def measure_ppo(table: Table, config: Config, limits: dict):
     shape = shapes(config.quick)["toy GPT-2"]
     rows, prompt, new = (8, 8, 8) if config.quick else (64, 16, 32)
-    settings = ppo.Config(
+    settings = ppo.resolve(ppo.Config(
         batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
         missing_eos="keep", dtype=config.dtype, seed=config.seed,
-    )  # fmt: skip
+    ))  # fmt: skip
     keys = jax.random.split(jax.random.key(config.seed), 5)
     policy, ref = make_model(shape, keys[0]), make_model(shape, keys[0])
     reward, critic = (gpt.init_score_model(make_model(shape, k), k, zero=zero) for k, zero in zip(keys[1:], (0, 1)))
@@ -351,7 +351,7 @@ def measure_ppo(table: Table, config: Config, limits: dict):
         scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
         rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
         times.append(finished(rollout))
-        state, losses = ppo.update_epochs(update, state, rollout, step, settings)
+        state, losses = ppo.update_epochs(update, state, ref, rollout, step, settings)
         times.append(finished((state, losses)))
         return np.diff(times)
 

@@ -1048,9 +1048,14 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
-def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder."""
-    model, theirs = load(path)
+def load_reward_model(path, tokenizer, ours, dtype: str, base=None) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `base`, (model, its folder): the
+    adapter and head alone, if PATH has them for this base."""
+    model = load_adapter(path, *base) if base else None
+    if base and model is None:
+        command = f"reward.py --init {base[1]} --lora-rank 8"
+        print(f"{path} has no adapter on {base[1]} and stays a model of its own ({command} makes one that shares it)")
+    model, theirs = load(path) if model is None else (model, load_tokenizer(path))
     if not isinstance(model, ScoreModel):
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
     check_same_tokenizer(tokenizer, theirs, ours, path)

@@ -46,6 +46,10 @@ class Config:
     warmup: int = 10  # steps of linear warm-up; then linear to 0
     weight_decay: float = 0.0
 
+    lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
     margin_scale: float = 1.0  # factor on the rows' margins (rating gaps); 0 ignores them
@@ -71,7 +75,7 @@ class Config:
 
 
 class State(NamedTuple):
-    model: gpt.ScoreModel
+    model: gpt.ScoreModel  # its trunk may be an adapter
     opt_state: tuple
 
 
@@ -130,8 +134,8 @@ def with_token_count(batch):
 
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch):
-        loss_fn = partial(forward, config=config)
+    def train_step(state: State, batch, base=None):
+        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
         count = lambda batch: batch["weight"].sum()
         batch = with_token_count(batch)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
@@ -341,7 +345,7 @@ def print_report(result: dict):
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
-def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
+def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
@@ -349,14 +353,14 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
-    scores = []
+    scores, scorer = [], gpt.whole(model, base)
     for i in range(config.normalize_samples // size):
         batch = prompts(i)
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
             eos=tokenizer.eos_id, pad=tokenizer.pad_id,
         )  # fmt: skip
-        scores.append(gpt.score(model, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
+        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
     scores = np.concatenate(gpt.to_numpy(scores))
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
@@ -371,21 +375,23 @@ def train_member(member: int, config: Config, optimizer, train_step, steps: int)
     key = jax.random.fold_in(jax.random.key(config.seed), member)
     trunk, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
-    model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer)))
+    model = gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer))
+    trunk, base = gpt.trainable(trunk, config, jax.random.fold_in(key, 2))
+    model = gpt.shard(replace(model, trunk=trunk))
     state = State(model, gpt.shard(optimizer.init(model)))
 
     run = gpt.Run(config, steps, batches.hashes, member=member)
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)))
+        state, metrics = train_step(state, gpt.put_batch(next(stream)), base)
         run.log(step, metrics)
         run.checkpoint(step, state)
     model = state.model
     if config.normalize_with and config.normalize_with != "none":
-        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1))
-    run.finish(model, tokenizer)
-    return model
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
+    run.finish(model, tokenizer, config.init)
+    return gpt.whole(model, base)
 
 
 def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
