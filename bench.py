@@ -425,7 +425,9 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     policy, rows = gpt.whole(ppo.actor(state.policy), ref), ints(settings.minibatch_size)
     programs = dict(
         rollout=gpt.generate.lower(policy, *batch.values(), key, T, eos=0),
-        scores=gpt.score.lower(gpt.whole(reward, ref), *batch.values(), generation.tokens, generation.mask, 0),
+        scores=gpt.score.lower(
+            gpt.whole(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
+        ),
         estimates=ppo.make_rollout.lower(state, ref, batch, generation, floats(B), settings),
     )
     rollout, _ = programs["estimates"].out_info

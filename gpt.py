@@ -447,11 +447,12 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
-@partial(jax.jit, static_argnames="eos")
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks."""
+@partial(jax.jit, static_argnames=("eos", "parts"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, parts: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `parts`: as for
+    `map_parts`."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return model(tokens, real.astype(jnp.int32))
+    return map_parts(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), parts)
 
 
 def count_parameters(model) -> int:
@@ -2066,6 +2067,15 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     first = jax.tree.map(lambda x: x[0], parts)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
     return lax.scan(add, zeros, (parts, weights))[0]
+
+
+def map_parts(f, batch, parts: int = 1):
+    """f(batch), computed in so many parts of its rows, one after the other: less memory at a time, and in each part
+    the shapes that `gradients` gives to a micro-batch."""
+    if parts == 1:
+        return f(batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
 
 
 def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):

@@ -48,7 +48,7 @@ class Config:
     steps: int = 90  # iterations of rollout and update
     batch_size: int = 128  # prompts an iteration
     minibatch_size: int = 64  # prompts an optimiser step
-    micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in
+    micro_batches: int = 1  # parts that a minibatch is computed in, to save memory; the rollout is scored in like parts
     epochs: int = 2  # passes over each rollout
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a response may have
@@ -99,7 +99,13 @@ class Config:
 
     @property
     def samples(self) -> int:
+        """Answers a prompt."""
         return 1 if self.advantage == "gae" else self.group_size
+
+    @property
+    def parts(self) -> int:
+        """In how many a rollout is scored: with micro-batches, parts of as many rows as one of them."""
+        return self.batch_size * self.micro_batches // self.minibatch_size if self.micro_batches > 1 else 1
 
 
 class State(NamedTuple):
@@ -276,24 +282,31 @@ def critic_forward(critic, rollout, config: Config):
     return critic.values(critic.trunk(tokens, segments, config.remat)[:, Q - 1 : -1])
 
 
-@partial(jax.jit, static_argnames="config")
-def make_rollout(state: State, ref, batch, generation, scores, config: Config):
-    """Steps 2 and 3 of the box: log-probs, reference log-probs, values -> rewards -> advantages, returns."""
-    blank = (None,) * 5
-    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, *blank)
-    mask, policy, critic = rollout.mask, gpt.whole(state.policy, ref), gpt.whole(state.critic, ref)
+def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
+    """What the models say of the response's tokens, (B, T) each: log-probs, the reference's, values (None without a
+    critic), the policy's entropy, its KL to the reference over the whole vocabulary."""
     logprobs, entropy, hidden = policy_forward(policy, rollout, config)
     ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
     values = None
     if config.advantage == "gae":
         values = policy.values(hidden) if config.share == "trunk" else critic_forward(critic, rollout, config)
+    exact_kl = gpt.head_kl(actor(policy), hidden, ref, ref_hidden, config.temperature)
+    return logprobs, ref_logprobs, values, entropy, exact_kl
 
-    rollout = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values)
+
+@partial(jax.jit, static_argnames="config")
+def make_rollout(state: State, ref, batch, generation, scores, config: Config):
+    """Steps 2 and 3 of the box: log-probs, reference log-probs, values -> rewards -> advantages, returns."""
+    blank = (None,) * 5
+    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, *blank)
+    ask = partial(ask_models, gpt.whole(state.policy, ref), ref, gpt.whole(state.critic, ref), config=config)
+    logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_parts(ask, rollout, config.parts)
+
+    rollout, mask = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), rollout.mask
     advantages, returns = estimate_advantages(rollout, scores, state.beta, config)
     rollout = rollout._replace(advantages=advantages, returns=returns)
 
     per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
-    exact_kl = gpt.head_kl(actor(policy), hidden, ref, ref_hidden, config.temperature)
     log_ratio = ref_logprobs - logprobs
     kl = per_sequence(-log_ratio)
     metrics = {
@@ -465,7 +478,7 @@ def score_responses(models, function, batch, generation, texts, rows, eos: int, 
     if function:
         scores = jnp.asarray(gpt.check_scores(function(*texts, rows), len(rows)), jnp.float32)
     else:
-        args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos
+        args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, config.parts
         scores = combine_scores(jnp.stack([gpt.score(m, *args) for m in models]), config.combine, config.uwo_coef)
     if config.reward_clip:
         scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)

@@ -834,6 +834,17 @@ def test_micro_batches_of_unequal_lengths_equal_one_big_batch():
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
 
 
+def test_a_rollout_scored_in_parts_is_the_same():
+    state, ref, batch, generation, config = world()
+    parts = replace(config, micro_batches=2)
+    assert parts.parts == 4  # of 8 rows, in minibatches of 4
+    one, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    two, more = ppo.make_rollout(state, ref, batch, generation, SCORES, parts)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (one, metrics), (two, more))
+    args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, EOS
+    np.testing.assert_allclose(gpt.score(state.critic, *args, 4), gpt.score(state.critic, *args), atol=1e-5)
+
+
 def test_target_kl_takes_no_step_from_too_far_away():
     state, ref, batch, generation, config = world()
     config = replace(config, target_kl=1e-9, epochs=3)
