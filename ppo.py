@@ -18,9 +18,16 @@ Choices where code bases disagree:
    temperature: the ratio of the first minibatch is 1.
 4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
 5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
-   advantages come from rewards alone), frozen reward model.
+   advantages come from rewards alone), frozen reward model. --share lora puts policy, critic and reward as low-rank
+   adapters on one frozen base, which itself is the reference (Hydra-PPO, arXiv:2309.00754); --share trunk gives the
+   policy a value head. What learns then is a part of a model, and `gpt.whole(part, ref)` is the model.
+6. --advantage grpo | rloo has no critic: A is an answer's score against those of --group-size answers to one prompt.
+   GRPO (arXiv:2402.03300) divides by their standard deviation and puts beta k3 into the loss; RLOO (arXiv:2402.14740)
+   takes the mean of the others as baseline and keeps -beta k1, summed, in the score. Token means and a token's ratio in
+   both, where TRL's RLOO has one ratio an answer, which is clipped far more often.
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
+    python ppo.py --share lora --reward out/reward-lora --out out/ppo-lora     # after reward.py --lora-rank (see there)
     python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
     python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor none
 """
@@ -467,7 +474,7 @@ def make_critic(policy, ref, models, config: Config, key):
     trunks = [trunk for trunk in trunks if type(trunk) is type(policy)]  # a whole model is no start for an adapter
     start, name = (trunks[0], "reward trunk") if trunks else (policy, "policy trunk")
     trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
-    return gpt.shard(replace(gpt.init_score_model(ref, key, zero=True), trunk=trunk)), name
+    return gpt.shard(replace(gpt.init_score_model(gpt.whole(start, ref), key, zero=True), trunk=trunk)), name
 
 
 # ---------------------------------------------------------------------------------------------------- scores

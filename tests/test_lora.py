@@ -13,6 +13,8 @@ from safetensors.numpy import load_file
 import dpo
 import gpt
 import ipo_kto
+import ppo
+import reward
 import sft
 
 
@@ -108,7 +110,7 @@ def policy(adapter, base):
     return adapter
 
 
-def reward(adapter, base):
+def scorer(adapter, base):
     return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), trunk=adapter)
 
 
@@ -149,13 +151,13 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama3"])
-@pytest.mark.parametrize("part_of", [policy, reward])
+@pytest.mark.parametrize("part_of", [policy, scorer])
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, part_of):
     part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down"))
     back = gpt.load_adapter(tmp_path, base, golden / name)
     assert jax.tree.structure(back) == jax.tree.structure(part)
     jax.tree.map(np.testing.assert_array_equal, back, part)
-    if part_of is reward:
+    if part_of is scorer:
         assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
         assert tensors["base_model.model.score.weight"].shape == (1, base.config.dim)
     assert gpt.load_adapter(tmp_path, base, golden / "qwen2") is None
@@ -176,7 +178,7 @@ def world(tmp_path_factory, words):
     text = lambda n: " ".join(rng.choice(list("abcdefgh"), n))
     rows = [{"prompt": text(3), "completion": text(4) + " yes"} for _ in range(64)]
     pairs = [{"prompt": text(3), "chosen": text(3) + " yes", "rejected": text(3) + " no"} for _ in range(64)]
-    for name, data in dict(demos=rows, pairs=pairs).items():
+    for name, data in dict(demos=rows, pairs=pairs, prompts=[{"prompt": text(3)} for _ in range(64)]).items():
         (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
     return root
 
@@ -198,19 +200,23 @@ def folder_tensors(folder):
     return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def stop_in_the_third_step(monkeypatch):
+    write_log = gpt.Run.log
+
+    def write_and_stop(run, step, metrics):
+        write_log(run, step, metrics)
+        if step == 2 and not run.config.resume:
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(gpt.Run, "log", write_and_stop)
+
+
 def test_sft_with_adapters_learns_and_resumes_bit_for_bit(world, monkeypatch):
     sft.main(sft.Config(**options(world, "sft", "demos")))
     steps = log(world / "sft")
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
 
-    write_log = gpt.Run.log
-
-    def stop_after_3(run, step, metrics):
-        write_log(run, step, metrics)
-        if step == 2 and not run.config.resume:
-            signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(gpt.Run, "log", stop_after_3)
+    stop_in_the_third_step(monkeypatch)
     with pytest.raises(SystemExit):
         sft.main(sft.Config(**options(world, "resumed", "demos")))
     assert len(log(world / "resumed")) == 3
@@ -247,3 +253,143 @@ def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, scri
 def test_adapters_need_a_model_to_be_on(world):
     with pytest.raises(ValueError, match="--lora-rank trains an adapter on a finished model: name one with --init"):
         sft.main(sft.Config(**options(world, "none", "demos", init="none")))
+
+
+# PPO ------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def judge(world):
+    """A reward model as an adapter with a head on the same base, and its folder's merged model beside it."""
+    before = jax.sharding.get_mesh()
+    plan = options(world, "judge", "pairs", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
+    reward.main(reward.Config(**plan))
+    jax.set_mesh(before)
+    return world / "judge"
+
+
+def ppo_options(world, name, **more):
+    plan = dict(
+        init=str(world / "base"), data=(str(world / "prompts.jsonl"),), out=world / name, steps=5, batch_size=16,
+        minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos="keep", monitor="none",
+        reward=(str(world / "judge"),), lora_rank=2, dtype="float32",
+    )  # fmt: skip
+    return ppo.Config(**plan | more)
+
+
+def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
+    base, tokenizer = gpt.load(world / "base")
+    adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", (base, world / "base"))
+    merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
+    assert isinstance(adapter.trunk, gpt.Adapter) and isinstance(merged.trunk, gpt.GPT)
+    score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
+    ours = score(gpt.whole(adapter, base))
+    np.testing.assert_allclose(ours, score(merged), rtol=1e-4, atol=1e-5)
+    assert np.ptp(ours) > 0.1
+
+
+def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, judge, monkeypatch, capsys):
+    ppo.main(ppo_options(world, "ppo", share="lora"))
+    steps = log(world / "ppo")
+    assert "a model of its own" not in capsys.readouterr().out
+    assert json.loads((world / "ppo" / "config.json").read_text())["run"]["critic"] == "reward trunk"
+    assert abs(steps[0]["objective/kl"]) < 1e-6 < steps[-1]["objective/kl_exact"]
+    assert all(row["val/ratio_first"] == 1 and row["val/decode_drift"] < 1e-4 for row in steps)
+
+    stop_in_the_third_step(monkeypatch)
+    with pytest.raises(SystemExit):
+        ppo.main(ppo_options(world, "ppo-resumed", share="lora"))
+    ppo.main(ppo_options(world, "ppo-resumed", share="lora", resume=True))
+    assert log(world / "ppo-resumed") == steps
+    ours, resumed = folder_tensors(world / "ppo"), folder_tensors(world / "ppo-resumed")
+    jax.tree.map(np.testing.assert_array_equal, ours, resumed)
+    before = load_file(world / "base" / "model.safetensors")
+    assert {name for name, x in before.items() if not np.array_equal(x, ours[name])} == {
+        n for n in before if "_proj" in n
+    }
+
+
+def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, judge, capsys):
+    (world / "judge" / "adapter").rename(world / "judge" / "elsewhere")
+    ppo.main(ppo_options(world, "whole", share="lora", steps=1))
+    (world / "judge" / "elsewhere").rename(world / "judge" / "adapter")
+    assert "judge has no adapter on" in capsys.readouterr().out
+    assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy trunk"
+
+
+@pytest.mark.parametrize("how", [dict(share="trunk"), dict(advantage="grpo", group_size=4)])
+def test_ppo_without_a_critic_of_its_own(world, judge, how, monkeypatch):
+    asked, score = [], ppo.score_responses
+    monkeypatch.setattr(ppo, "score_responses", lambda *args: asked.append(args[4]) or score(*args))
+    name = "-".join(map(str, how.values()))
+    ppo.main(ppo_options(world, name, steps=2, **how))
+    steps = log(world / name)
+    assert all(row["val/ratio_first"] == 1 for row in steps) and steps[-1]["objective/kl_exact"] > 1e-7
+    assert ("loss/value_avg" in steps[0]) == ("share" in how)
+    prompts, answers = asked[0]
+    if "advantage" in how:  # four answers to each prompt, side by side, and not the same one
+        assert all(len(set(prompts[i : i + 4])) == 1 < len(set(answers[i : i + 4])) for i in range(0, 16, 4))
+    model, _ = gpt.load(world / name)
+    assert isinstance(model, gpt.GPT)
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        (dict(advantage="grpo", group_size=1), "--group-size is 2 or more"),
+        (dict(advantage="rloo", group_size=3), "--batch-size a multiple of it"),
+        (dict(share="trunk", advantage="rloo"), "--share trunk puts values on the policy's trunk"),
+        (dict(share="trunk", critic_warmup=1), "--critic-warmup is for a critic of its own"),
+    ],
+)
+def test_what_does_not_go_together_is_named(world, how, message):
+    with pytest.raises(ValueError, match=message):
+        ppo.main(ppo_options(world, "wrong", **how))
+
+
+# a student of a reward model ------------------------------------------------------------------------------------------
+
+
+def test_distillation_loss_by_hand():
+    scores, teacher = jnp.array([[1.0, 0.0], [2.0, 3.0]]), jnp.array([[2.0, 0.0], [2.0, 1.0]])
+    loss, metrics = reward.distillation_loss(scores, teacher)
+    np.testing.assert_allclose(loss, ((1 + 0) / 2 + (0 + 4) / 2) / 2)
+    assert metrics["agreement"] == 0.5
+    np.testing.assert_allclose(reward.distillation_loss(scores, teacher, jnp.array([3.0, 1.0]))[0], (3 * 0.5 + 2) / 4)
+
+
+def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, judge, tmp_path):
+    rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
+    swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
+    for name, data in (("pairs", rows), ("pairs-heldout", rows), ("swapped", swapped)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
+    plan = options(world, "student", "pairs", init="none", teacher=str(judge), suffix="", layers=1, heads=1, dim=8,
+                   steps=24, lr=2e-2, head_lr=2e-2, normalize_with=None, gold=None, lora_rank=0)  # fmt: skip
+    for name in ("pairs", "swapped"):
+        reward.main(reward.Config(**plan | dict(data=(str(tmp_path / f"{name}.jsonl"),), out=tmp_path / name)))
+    steps, turned = log(tmp_path / "pairs"), log(tmp_path / "swapped")
+    losses = [row["loss"] for row in steps]
+    assert np.mean(losses[-5:]) < 0.6 * losses[0]
+    report = json.loads((tmp_path / "pairs" / "report.json").read_text())["teacher"]
+    assert report["correlation"] > 0.2 and 0.4 < report["agreement"] <= 1 and 0 <= report["accuracy"] <= 1
+    # the labels turned round, only what is measured against them changes
+    np.testing.assert_allclose([row["loss"] for row in turned], losses, rtol=1e-2)
+    np.testing.assert_allclose([row["margin"] for row in turned], [-row["margin"] for row in steps], atol=1e-2)
+    np.testing.assert_allclose([row["agreement"] for row in turned], [row["agreement"] for row in steps], atol=0.1)
+
+
+def test_a_student_needs_its_teacher_and_reads_the_score_where_it_does(world, judge):
+    with pytest.raises(ValueError, match="--init none is for a small student of --teacher"):
+        reward.main(reward.Config(**options(world, "x", "pairs", init="none", lora_rank=0)))
+    plan = options(world, "x", "pairs", init="none", lora_rank=0, teacher=str(judge), suffix=" Judge:")
+    with pytest.raises(ValueError, match="reads its score after ''"):
+        reward.main(reward.Config(**plan))
+
+
+def test_a_critic_has_the_width_of_the_reward_model_that_it_starts_from():
+    model = lambda dim: gpt.init(gpt.make_config(16, 8, 1, 2, dim), jax.random.key(0))
+    policy, student = model(16), gpt.init_score_model(model(8), jax.random.key(1))
+    critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(), jax.random.key(2))
+    assert critic.head.shape == (8,) and critic.trunk.config.dim == 8 and name == "reward trunk"
+    critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(critic_init="policy"), jax.random.key(2))
+    assert critic.head.shape == (16,) and name == "policy trunk"
