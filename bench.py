@@ -10,6 +10,9 @@ Every row of the table is the median of --repeats timings with their minimum and
                the copy rate on N weights a token. Reads alone can be faster than a copy: above 100% is no error
     ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
                advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
+    memory     what PPO holds at its peak under each --share, beside SFT on the rows of one PPO step: by the compiler's
+               analysis of every program of an iteration, nothing is allocated. Whatever stays between the programs
+               (weights, optimisers, frozen models) is there during each of them
     dpo        one optimiser step of dpo.py, `as TRL does it` (two rows a pair, the head on every position, the frozen
                reference asked in the step) and as dpo.py can (the prompt once for both, reference from disk)
     data       rows a second from JSONL (parse, check, tokenise) and from the token cache (finished batches); and the
@@ -55,8 +58,8 @@ PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[Literal["train", "generate", "ppo", "dpo", "data"], ...] = (
-        "train", "generate", "ppo", "dpo", "data",
+    only: tuple[Literal["train", "generate", "ppo", "memory", "dpo", "data"], ...] = (
+        "train", "generate", "ppo", "memory", "dpo", "data",
     )  # sections  # fmt: skip
     repeats: int = 5  # timings of each row
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
@@ -325,10 +328,10 @@ def measure_generate(table: Table, config: Config, limits: dict):
 def measure_ppo(table: Table, config: Config, limits: dict):
     shape = shapes(config.quick)["toy GPT-2"]
     rows, prompt, new = (8, 8, 8) if config.quick else (64, 16, 32)
-    settings = ppo.Config(
+    settings = ppo.resolve(ppo.Config(
         batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
         missing_eos="keep", dtype=config.dtype, seed=config.seed,
-    )  # fmt: skip
+    ))  # fmt: skip
     keys = jax.random.split(jax.random.key(config.seed), 5)
     policy, ref = make_model(shape, keys[0]), make_model(shape, keys[0])
     reward, critic = (gpt.init_score_model(make_model(shape, k), k, zero=zero) for k, zero in zip(keys[1:], (0, 1)))
@@ -351,7 +354,7 @@ def measure_ppo(table: Table, config: Config, limits: dict):
         scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
         rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
         times.append(finished(rollout))
-        state, losses = ppo.update_epochs(update, state, rollout, step, settings)
+        state, losses = ppo.update_epochs(update, state, ref, rollout, step, settings)
         times.append(finished((state, losses)))
         return np.diff(times)
 
@@ -364,6 +367,102 @@ def measure_ppo(table: Table, config: Config, limits: dict):
             table.add(f"PPO {name}", part, rows * new, "response tokens/s")
         name = f"PPO iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
         table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
+
+
+def measure_memory(table: Table, config: Config, limits: dict):
+    sizes = {"toy GPT-2": (64, 16, 32, (1, 4)), "GPT-2 124M": (16, 64, 64, (1, 4))}
+    for name, (rows, prompt, new, parts) in sizes.items():
+        if config.quick:
+            rows, prompt, new, parts = 8, 8, 8, (1,)
+        for micro_batches in parts:
+            settings = partial(
+                ppo.Config, batch_size=rows, minibatch_size=rows // 4, prompt_length=prompt, response_length=new,
+                micro_batches=micro_batches, dtype=config.dtype,
+            )  # fmt: skip
+            options = dict(micro_batches=micro_batches, dtype=config.dtype)
+            shape, at = shapes(config.quick)[name], f"{name}, {rows // 4} x {prompt + new} tokens in {micro_batches}"
+            for title, rank in (("SFT", 0), ("SFT, adapters", 8)):
+                sizes_of = sft_memory(shape, rows // 4, prompt + new, sft.Config(lora_rank=rank, **options))
+                table.add(f"memory {title}, {at}", memory=sizes_of["peak"], programs=sizes_of)
+            for share, advantage in (("none", "gae"), ("trunk", "gae"), ("none", "rloo"), ("lora", "gae")):
+                sizes_of = ppo_memory(shape, settings(share=share, advantage=advantage))
+                title = f"memory PPO --share {share} --advantage {advantage}, {at}"
+                table.add(title, memory=sizes_of["peak"], programs=sizes_of)
+
+
+def bytes_of(tree) -> int:
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
+    """Bytes: "resident" between the programs of an iteration, what each program adds while it runs, and their "peak".
+    From shapes alone. The reward model comes as --share has it: under lora an adapter on the base."""
+    settings = ppo.resolve(settings)
+    dtype = gpt.compute_dtype(settings.dtype)
+    optimizers = [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
+
+    def start(key):
+        model, policy, ref = gpt.init(shape, key), gpt.init(shape, key), gpt.cast(gpt.init(shape, key), dtype)
+        if settings.share == "lora":
+            policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+        scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), trunk=policy)
+        if settings.share == "trunk":
+            policy = scores
+        critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None
+        opt_states = [optimizer.init(part) for optimizer, part in zip(optimizers, (policy, critic))]
+        state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.zeros(()))
+        reward = dataclasses.replace(scores, trunk=model) if settings.share != "lora" else scores
+        return state, ref, gpt.cast(reward, dtype), key
+
+    state, ref, reward, key = jax.eval_shape(lambda: start(jax.random.key(0)))
+    B, Q, T = settings.batch_size, settings.prompt_length, settings.response_length
+    ints = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
+    floats = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)
+    batch, generation = (
+        dict(tokens=ints(B, Q), segments=ints(B, Q)),
+        gpt.Generation(ints(B, T), ints(B, T), floats(B, T)),
+    )
+    policy, rows = gpt.whole(ppo.actor(state.policy), ref), ints(settings.minibatch_size)
+    programs = dict(
+        rollout=gpt.generate.lower(policy, *batch.values(), key, T, eos=0),
+        scores=gpt.score.lower(
+            gpt.whole(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
+        ),
+        estimates=ppo.make_rollout.lower(state, ref, batch, generation, floats(B), settings),
+    )
+    rollout, _ = programs["estimates"].out_info
+    update_policy, update_critic = ppo.make_steps(*optimizers, settings)
+    programs["policy step"] = update_policy.lower(state.policy, state.policy_opt, ref, state.beta, rollout, rows)
+    if state.critic is not None:
+        programs["critic step"] = update_critic.lower(state.critic, state.critic_opt, ref, rollout, rows)
+    resident = bytes_of((state, ref, reward))
+    more = {name: added_memory(program.compile()) for name, program in programs.items()}
+    return {"resident": resident} | more | {"peak": resident + max(more.values())}
+
+
+def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) -> dict[str, int]:
+    """The same of one SFT step."""
+    optimizer = gpt.adamw(settings.lr, settings.weight_decay, b2=settings.b2)
+
+    def start(key):
+        model, base = gpt.init(shape, key), None
+        if settings.lora_rank:
+            base = gpt.cast(model, gpt.compute_dtype(settings.dtype))
+            model = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+        return sft.State(model, optimizer.init(model)), base
+
+    state, base = jax.eval_shape(lambda: start(jax.random.key(0)))
+    batch = dict.fromkeys(("tokens", "mask", "segments"), jax.ShapeDtypeStruct((rows, tokens), jnp.int32))
+    step = sft.make_train_step(optimizer, settings).lower(state, batch, None, base).compile()
+    resident, more = bytes_of((state, base)), added_memory(step)
+    return {"resident": resident, "step": more, "peak": resident + more}
+
+
+def added_memory(compiled) -> int:
+    """Bytes that a compiled function takes beyond its arguments: scratch, and results that have no donated argument's
+    place."""
+    m = compiled.memory_analysis()
+    return int(m.temp_size_in_bytes + m.output_size_in_bytes - m.alias_size_in_bytes)
 
 
 def measure_dpo(table: Table, config: Config, limits: dict):
@@ -424,10 +523,8 @@ def pair_flops(model: gpt.GPT, batch: dict, shared: bool) -> float:
 
 
 def peak_memory(compiled) -> int:
-    """Bytes that a compiled function holds: arguments, scratch, and results that took no donated argument's place."""
-    m = compiled.memory_analysis()
-    sizes = m.argument_size_in_bytes, m.temp_size_in_bytes, m.output_size_in_bytes, -m.alias_size_in_bytes
-    return int(sum(sizes))
+    """Bytes that a compiled function holds, its arguments included."""
+    return int(compiled.memory_analysis().argument_size_in_bytes) + added_memory(compiled)
 
 
 def finished(tree) -> float:
@@ -479,7 +576,8 @@ def main(config: Config):
     table = Table(config)
     limits = measure_machine(table, config)
     sections = dict(
-        train=measure_train, generate=measure_generate, ppo=measure_ppo, dpo=measure_dpo, data=measure_data
+        train=measure_train, generate=measure_generate, ppo=measure_ppo, memory=measure_memory, dpo=measure_dpo,
+        data=measure_data,
     )  # fmt: skip
     for name in config.only:
         sections[name](table, config, limits)

@@ -27,7 +27,6 @@ Details that matter:
     python dpo.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-dpo --length 512 --lr 1e-6 --beta 0.1
 """
 
-import hashlib
 import json
 from dataclasses import dataclass
 from functools import partial
@@ -61,6 +60,10 @@ class Config:
     label_smoothing: float = 0.0  # share of labels taken to be wrong (e above)
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
 
+    lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+
     rounds: int = 1  # 1: --data alone. More: each further round on fresh pairs of the current policy
     reward: str = "out/reward"  # who labels them: a reward-model folder, or module:function
     prompts: str = "data/toy/prompts.jsonl"  # what the candidates answer
@@ -84,7 +87,7 @@ class Config:
 
 
 class State(NamedTuple):
-    policy: gpt.GPT
+    policy: gpt.GPT | gpt.Adapter
     opt_state: tuple
 
 
@@ -147,10 +150,10 @@ def forward(policy, batch, config: Config):
 
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, ref, batch):
+    def train_step(state: State, ref, batch, base=None):
         batch = add_ref(ref, batch, config)
         count = lambda batch: batch["weight"].sum()
-        loss_fn = partial(forward, config=config)
+        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
 
@@ -160,7 +163,10 @@ def make_train_step(optimizer, config: Config):
 # ---------------------------------------------------------------------------------------------------- reference
 
 
-def load_ref(config: Config):
+def load_ref(config: Config, base=None):
+    """The frozen reference: the model of --ref, else that of --init, which adapters hold already."""
+    if base is not None and not config.ref:
+        return base
     return gpt.load_frozen(config.ref or config.init, config.dtype)
 
 
@@ -170,8 +176,7 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
     The cache has a folder for each file, tokenizer and length; the name below says which weights and which precision.
     """
     folder = gpt.find_folder(config.ref or config.init)
-    parts = [gpt.file_hash(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
-    weights = hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
+    weights = gpt.weights_hash(folder)
     files = [data.folder / f"ref-{weights}-{gpt.compute_dtype(config.dtype).__name__}.npy" for data in batches.sets]
     if not all(file.exists() for file in files):
         ref, step = load_ref(config), jax.jit(partial(pair_logprobs, config=config))
@@ -325,7 +330,6 @@ def main(config: Config):
     check(config)
     policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
-    policy = gpt.shard(jax.tree.map(jnp.array, policy))
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
         seed=config.seed, skip_bad=config.skip_bad_rows, shared=config.share_prefix,
@@ -341,6 +345,7 @@ def main(config: Config):
     steps = first_round + (config.rounds - 1) * config.round_steps
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
     state = State(policy, gpt.shard(optimizer.init(policy)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])
@@ -350,7 +355,7 @@ def main(config: Config):
     if first == 0:
         for file in config.out.glob("pairs-round-*.jsonl"):  # of the run before
             file.unlink()
-    ref = None if config.precompute_ref else load_ref(config)
+    ref = None if config.precompute_ref else load_ref(config, base)
     tables_of = lambda batches: precompute(batches, config) if config.precompute_ref and batches else None
     tables, heldout_tables = tables_of(batches), tables_of(heldout)
     for step in run.steps(first):
@@ -359,17 +364,17 @@ def main(config: Config):
             if round:
                 pairs = config.out / f"pairs-round-{round}.jsonl"
                 if at == 0:  # a run resumed within a round goes on with the pairs it has
-                    sample_pairs(state.policy, tokenizer, labeller, round, pairs, config)
+                    sample_pairs(gpt.whole(state.policy, base), tokenizer, labeller, round, pairs, config)
                 batches = load_pairs(pairs)
                 tables = tables_of(batches)
             stream = batches.stream(at, config.round_steps if round else first_round)
-        state, metrics = train_step(state, ref, place(next(stream), tables))
+        state, metrics = train_step(state, ref, place(next(stream), tables), base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(state.policy, ref, heldout, heldout_tables, eval_step)
+            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, heldout_tables, eval_step)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    run.finish(state.policy, tokenizer)
+    run.finish(state.policy, tokenizer, config.init)
 
 
 if __name__ == "__main__":

@@ -108,18 +108,21 @@ def matmul(x, weight):
 
 
 def _matmul_forward(x, weight):
-    return x @ weight, (x, weight)
+    # where nobody asks for the gradient of a (frozen) weight, its input is not kept and its product not formed
+    return x.value @ weight.value, (x.value if weight.perturbed else None, weight.value)
 
 
 def _matmul_backward(saved, g):
     x, weight = saved
+    if x is None:
+        return g @ weight.T, None
     if jax.default_backend() == "cpu":
         x, g = lax.optimization_barrier((x, g))
     flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
     return g @ weight.T, lax.dot_general(flat_x, flat_g, (((0,), (0,)), ((), ())))
 
 
-matmul.defvjp(_matmul_forward, _matmul_backward)
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 class Linear(eqx.Module):
@@ -129,6 +132,19 @@ class Linear(eqx.Module):
     def __call__(self, x):
         y = matmul(x, self.weight)
         return y if self.bias is None else y + self.bias
+
+
+class LoraLinear(eqx.Module):
+    """A frozen linear layer and a low-rank correction that learns: y = base(x) + alpha / r (x A) B, B zero at first
+    (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
+
+    base: Linear | None  # None within an `Adapter`, which is kept apart from its base
+    a: Array  # (I, r)
+    b: Array  # (r, O)
+    scale: float = eqx.field(static=True)  # alpha / r
+
+    def __call__(self, x):
+        return self.base(x) + self.scale * matmul(matmul(x, self.a), self.b)
 
 
 class Norm(eqx.Module):
@@ -362,6 +378,66 @@ def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> Sco
     return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
 
 
+class Adapter(eqx.Module):
+    """What a fine-tuned GPT adds to the frozen one that it came from, and all that learns of it. Several adapters share
+    one base: `whole` makes the model of a base and one of them, and the base itself is the model with none."""
+
+    blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
+
+
+LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of a `Block` that may have an adapter
+
+
+def init_adapter(base: GPT, rank: int, alpha: float, targets, key) -> Adapter:
+    """A fresh adapter on the layers named in `targets`: A uniform in +- 1/sqrt(I), B zero, so that nothing changes."""
+    unknown = set(targets) - set(LINEARS)
+    if unknown or rank < 1:
+        raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
+                         f"or more, layers are {', '.join(LINEARS)}")  # fmt: skip
+    blocks = {}
+    for i, name in enumerate(LINEARS):
+        linear = getattr(base.blocks, name)
+        if name not in targets or linear is None:  # GPT-2 has no gate
+            continue
+        L, I, O = linear.weight.shape
+        a = jax.random.uniform(jax.random.fold_in(key, i), (L, I, rank), minval=-1, maxval=1) / np.sqrt(I)
+        blocks[name] = LoraLinear(None, a, jnp.zeros((L, rank, O)), alpha / rank)
+    return Adapter(blocks)
+
+
+def whole(part, base: GPT | None):
+    """The model that a part of one stands for: an adapter becomes its base with the adapter on, a score model gets its
+    trunk that way, and what is a whole model already stays as it is."""
+    if isinstance(part, ScoreModel):
+        return dataclasses.replace(part, trunk=whole(part.trunk, base))
+    if not isinstance(part, Adapter):
+        return part
+    on = {name: dataclasses.replace(x, base=getattr(base.blocks, name)) for name, x in part.blocks.items()}
+    return dataclasses.replace(base, blocks=dataclasses.replace(base.blocks, **on))
+
+
+def merge(tree):
+    """The same model with plain linear layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
+
+    def plain(layer):
+        if not isinstance(layer, LoraLinear):
+            return layer
+        weight = layer.base.weight
+        change = layer.scale * (layer.a.astype(jnp.float32) @ layer.b.astype(jnp.float32))
+        return dataclasses.replace(layer.base, weight=(weight.astype(jnp.float32) + change).astype(weight.dtype))
+
+    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, LoraLinear))
+
+
+def trainable(model: GPT, config, key):
+    """(what learns, the frozen base): all of the model and None, or by --lora-rank an adapter on it. `config` is the
+    script's dataclass: its lora_rank, lora_alpha, lora_targets and dtype are read."""
+    if not config.lora_rank:
+        return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
+    adapter = init_adapter(model, config.lora_rank, config.lora_alpha, config.lora_targets, key)
+    return shard(adapter), shard(cast(model, compute_dtype(config.dtype)))
+
+
 def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
 
@@ -380,11 +456,12 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
-@partial(jax.jit, static_argnames="eos")
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks."""
+@partial(jax.jit, static_argnames=("eos", "parts"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, parts: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `parts`: as for
+    `map_parts`."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return model(tokens, real.astype(jnp.int32))
+    return map_parts(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), parts)
 
 
 def count_parameters(model) -> int:
@@ -533,7 +610,7 @@ def generate(
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
     lengths = prompt_mask.sum(1)
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
-    layers = [jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers)]
+    layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
     pick = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def draw(logits, t, done):
@@ -1154,9 +1231,14 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
-def load_reward_model(path, tokenizer, ours, dtype: str) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder."""
-    model, theirs = load(path)
+def load_reward_model(path, tokenizer, ours, dtype: str, base=None) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `base`, (model, its folder): the
+    adapter and head alone, if PATH has them for this base."""
+    model = load_adapter(path, *base) if base else None
+    if base and model is None:
+        command = f"reward.py --init {base[1]} --lora-rank 8"
+        print(f"{path} has no adapter on {base[1]} and stays a model of its own ({command} makes one that shares it)")
+    model, theirs = load(path) if model is None else (model, load_tokenizer(path))
     if not isinstance(model, ScoreModel):
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
     check_same_tokenizer(tokenizer, theirs, ours, path)
@@ -1317,6 +1399,95 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         for name, content in (tokenizer.files if tokenizer else {}).items():
             write_atomic(path / name, lambda file, content=content: Path(file).write_bytes(content))
         write_json(path / "config.json", hf | (extra or {}))
+
+
+def save_adapter(path, part: Adapter | ScoreModel, base):
+    """Write an adapter (of a score model: and its head) in the layout of PEFT, whose `PeftModel.from_pretrained` puts
+    it on `base`, a model folder. The base is named by the hash of its weights as well as by its place."""
+    from safetensors.numpy import save_file
+
+    path, folder, scores = Path(path), find_folder(base), isinstance(part, ScoreModel)
+    config = config_from_hf(json.loads((folder / "config.json").read_text()))
+    blocks = (part.trunk if scores else part).blocks
+    layers = to_numpy({name: (x.a, x.b) for name, x in blocks.items()})
+    (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in blocks.values())
+    places = peft_places(config, layers, rank)
+    tensors, ranks = {}, {}
+    for module in dict.fromkeys(module for module, _, _ in places.values()):
+        names = [name for name in layers if places[name][0] == module]
+        a, b = (np.concatenate([layers[name][i] for name in names], 2 - i) for i in (0, 1))
+        if module.endswith("c_attn"):
+            b, stacked = np.zeros((*b.shape[:2], 3 * b.shape[2]), b.dtype), b
+            for name in names:
+                _, rows, columns = places[name]
+                b[:, rows, columns] = stacked[:, rows]
+        ranks[module.split("{i}.")[1]] = a.shape[-1]
+        for i in range(config.layers):  # torch keeps the transpose
+            name = f"base_model.model.{module.format(i=i)}"
+            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
+            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
+    if scores:
+        tensors["base_model.model.score.weight"] = np.asarray(_to_host(part.head), np.float32)[None]
+        if part.query is not None:
+            tensors["base_model.model.score.query"] = np.asarray(_to_host(part.query), np.float32)
+    wide = {module: r for module, r in ranks.items() if r != rank}
+    settings = dict(
+        peft_type="LORA", task_type="SEQ_CLS" if scores else "CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
+        lora_alpha=rank * scale, lora_dropout=0.0, bias="none", fan_in_fan_out=config.gpt2, inference_mode=True,
+        target_modules=list(ranks), modules_to_save=["score"] if scores else None,
+        rank_pattern=wide, alpha_pattern={module: r * scale for module, r in wide.items()},
+    )  # fmt: skip
+    notes = {"format": "pt", "base": weights_hash(folder), "targets": " ".join(layers)}
+    if jax.process_index() == 0:
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomic(path / "adapter_model.safetensors", lambda file: save_file(tensors, file, metadata=notes))
+        write_json(path / "adapter_config.json", settings)
+
+
+def peft_places(config: Config, targets, rank: int) -> dict[str, tuple[str, slice, slice]]:
+    """layer -> (module, rows, columns): where PEFT keeps its B (r, O), whose rows are A's columns. GPT-2's q, k and v
+    are one module there, of two or three times the rank: their A side by side, their B as blocks on a diagonal."""
+    theirs = {ours: name.removesuffix(".weight") for ours, name, _ in layout(config)}
+    fused, width = [name for name in targets if config.gpt2 and name in "qkv"], config.heads * config.head_dim
+    places = {name: (theirs[f"blocks.{name}.weight"], slice(rank), slice(None)) for name in targets}
+    for i, name in enumerate(fused):
+        column = "qkv".index(name) * width
+        rows, columns = slice(i * rank, (i + 1) * rank), slice(column, column + width)
+        places[name] = (places[name][0].removesuffix(name) + "c_attn", rows, columns)
+    return places
+
+
+def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
+    """The adapter that a training script left in PATH/adapter, to be put on `base`, the model of `base_folder`; None
+    where there is none, or none for these weights."""
+    from safetensors import safe_open
+
+    path, config = Path(path), base.config
+    if not (path / "adapter" / "adapter_config.json").is_file():
+        return None
+    settings = json.loads((path / "adapter" / "adapter_config.json").read_text())
+    with safe_open(path / "adapter" / "adapter_model.safetensors", "numpy") as file:
+        notes = file.metadata()
+        tensors = {name.removeprefix("base_model.model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    if notes["base"] != weights_hash(find_folder(base_folder)):
+        return None
+    stacked = lambda module, x: jnp.stack(
+        [tensors[f"{module.format(i=i)}.lora_{x}.weight"].T for i in range(config.layers)]
+    )
+    blocks, rank = {}, settings["r"]
+    for name, (module, rows, columns) in peft_places(config, notes["targets"].split(), rank).items():
+        a, b = stacked(module, "A")[..., rows], stacked(module, "B")[:, rows, columns]
+        blocks[name] = LoraLinear(None, a, b, settings["lora_alpha"] / rank)
+    if settings["task_type"] == "CAUSAL_LM":
+        return Adapter(blocks)
+    score = json.loads((path / "config.json").read_text())["score"]
+    return dataclasses.replace(_fill_score(base, tensors, path, score), trunk=Adapter(blocks))
+
+
+def weights_hash(folder: Path) -> str:
+    """Of a model folder's configuration and weights."""
+    parts = [file_hash(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
+    return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
 def _to_host(array):
@@ -2087,6 +2258,15 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     return lax.scan(add, zeros, (parts, weights))[0]
 
 
+def map_parts(f, batch, parts: int = 1):
+    """f(batch), computed in so many parts of its rows, one after the other: less memory at a time, and in each part
+    the shapes that `gradients` gives to a micro-batch."""
+    if parts == 1:
+        return f(batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
+
+
 def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
     """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
     (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
@@ -2169,7 +2349,7 @@ def empty_out(config, *more: str):
         return
     if not config.overwrite:
         raise FileExistsError(f"{out} is not empty: --resume continues it, --overwrite starts it anew")
-    names = ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json", *more)
+    names = ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json", "adapter", *more)
     for path in [path for name in names for path in out.glob(name)] if jax.process_index() == 0 else ():
         remove(path)
 
@@ -2350,10 +2530,14 @@ class Run:
         if self.main:
             self._bar.write(f"warning: {text}", file=sys.stderr)
 
-    def finish(self, model, tokenizer):
-        """Wait for the last checkpoint and write the model folder."""
+    def finish(self, model, tokenizer, base=None):
+        """Wait for the last checkpoint and write the model folder. Where an adapter is what learned: merged with
+        `base`, the folder that it was trained on, in fp32, and by itself in adapter/."""
         if self._manager is not None:
             self._manager.wait_until_finished()
+        if isinstance(getattr(model, "trunk", model), Adapter):
+            save_adapter(self.out / "adapter", model, base)
+            model = merge(whole(model, load(base)[0]))
         save(self.out, model, tokenizer, {"run": self.info})
         if self.main:
             print(f"wrote {self.out}")

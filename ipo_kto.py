@@ -61,6 +61,10 @@ class Config:
     desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
+    lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+
     share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
@@ -74,7 +78,7 @@ class Config:
 
 
 class State(NamedTuple):
-    policy: gpt.GPT
+    policy: gpt.GPT | gpt.Adapter
     opt_state: tuple
 
 
@@ -183,10 +187,10 @@ def class_means(metrics):
 
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, ref, batch, z0):
+    def train_step(state: State, ref, batch, z0, base=None):
         batch = with_ref(ref, batch, z0, config)
         count = lambda batch: batch["weight"].sum()
-        loss_fn = partial(forward, config=config)
+        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
 
@@ -273,8 +277,6 @@ def main(config: Config):
     kto = config.loss == "kto"
     policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
-    policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: its arrays are donated
-    ref = gpt.load_frozen(config.ref or config.init, config.dtype)
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
@@ -290,6 +292,9 @@ def main(config: Config):
     steps = config.steps or batches.steps_per_epoch
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
+    share = base is not None and not config.ref  # with adapters the reference is their base
+    ref = base if share else gpt.load_frozen(config.ref or config.init, config.dtype)
     state = State(policy, gpt.shard(optimizer.init(policy)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch, z0: forward(policy, with_ref(ref, batch, z0, config), config)[1])
@@ -304,14 +309,14 @@ def main(config: Config):
     stream = batches.stream(first, steps)
     for step in run.steps(first):
         batch = next(stream)
-        z0 = z0_of(state.policy, ref, batch)
-        state, metrics = train_step(state, ref, gpt.put_batch(batch), z0)
+        z0 = z0_of(gpt.whole(state.policy, base), ref, batch)
+        state, metrics = train_step(state, ref, gpt.put_batch(batch), z0, base)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(state.policy, ref, heldout, z0_of, eval_step, config)
+            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, z0_of, eval_step, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    run.finish(state.policy, tokenizer)
+    run.finish(state.policy, tokenizer, config.init)
 
 
 if __name__ == "__main__":

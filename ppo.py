@@ -18,18 +18,25 @@ Choices where code bases disagree:
    temperature: the ratio of the first minibatch is 1.
 4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
 5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
-   advantages come from rewards alone), frozen reward model.
-6. --rollout-weights int8 or w8a8 samples from a quantised copy of the policy. Old log-probs are still the policy's own,
+   advantages come from rewards alone), frozen reward model. --share lora puts policy, critic and reward as low-rank
+   adapters on one frozen base, which itself is the reference (Hydra-PPO, arXiv:2309.00754); --share trunk gives the
+   policy a value head. What learns then is a part of a model, and `gpt.whole(part, ref)` is the model.
+6. --advantage grpo | rloo has no critic: A is an answer's score against those of --group-size answers to one prompt.
+   GRPO (arXiv:2402.03300) divides by their standard deviation and puts beta k3 into the loss; RLOO (arXiv:2402.14740)
+   takes the mean of the others as baseline and keeps -beta k1, summed, in the score. Token means and a token's ratio in
+   both, where TRL's RLOO has one ratio an answer, which is clipped far more often.
+7. --rollout-weights int8 or w8a8 samples from a quantised copy of the policy. Old log-probs are still the policy's own,
    so that the first ratio stays 1 and the clip means what it says; but the samples come from a slightly different
    policy, and the gradient is an average over its responses: a bias of the order of val/decode_drift_avg, with no
    correction (truncated importance weights would be one, arXiv:1802.01561).
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
+    python ppo.py --share lora --reward out/reward-lora --out out/ppo-lora     # after reward.py --lora-rank (see there)
     python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
     python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor none
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -52,21 +59,29 @@ class Config:
     steps: int = 90  # iterations of rollout and update
     batch_size: int = 128  # prompts an iteration
     minibatch_size: int = 64  # prompts an optimiser step
-    micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in
+    micro_batches: int = 1  # parts that a minibatch is computed in, to save memory; the rollout is scored in like parts
     epochs: int = 2  # passes over each rollout
     prompt_length: int = 16  # longer prompts are left out, and counted
     response_length: int = 24  # tokens a response may have
     buckets: int = 1  # widths that prompts are padded to; more save work when prompt lengths differ widely
     temperature: float = 1.0  # of rollouts and of every log-prob
-    rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 6 above)
+    rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 7 above)
 
-    lr: float = 3e-4  # policy's learning rate
-    critic_lr: float = 3e-4
+    lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 2e-3)
+    critic_lr: float | None = None  # (default: the same)
     final_lr: float = 0.1  # share of both left at the last step (linear)
     warmup: int = 0  # optimiser steps of linear warm-up
     clip_norm: float = 1.0  # of the global gradient
     critic_init: Literal["reward", "policy"] = "reward"  # trunk the critic starts from (the policy's, if no model)
     critic_warmup: int = 0  # first iterations in which only the critic learns
+
+    share: Literal["none", "trunk", "lora"] = "none"  # four models; policy with a value head; adapters on one base
+    vf_coef: float = 0.1  # trunk: weight of the value loss beside the policy's
+    lora_rank: int = 8  # lora: rank of the adapters
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+    advantage: Literal["gae", "grpo", "rloo"] = "gae"  # by a critic; by comparison within groups, without one
+    group_size: int = 4  # grpo, rloo: answers a prompt, of which --batch-size and --minibatch-size count each
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     kl_target: float | None = None  # adapt beta to hold this KL (nats a sequence)
@@ -94,13 +109,23 @@ class Config:
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
     track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
+    @property
+    def samples(self) -> int:
+        """Answers a prompt."""
+        return 1 if self.advantage == "gae" else self.group_size
+
+    @property
+    def parts(self) -> int:
+        """In how many a rollout is scored: with micro-batches, parts of as many rows as one of them."""
+        return self.batch_size * self.micro_batches // self.minibatch_size if self.micro_batches > 1 else 1
+
 
 class State(NamedTuple):
-    """All that learns."""
+    """All that learns: with --share lora adapters, of which `gpt.whole` makes models."""
 
-    policy: gpt.GPT
+    policy: gpt.GPT | gpt.Adapter | gpt.ScoreModel  # with --share trunk it has the value head
     policy_opt: tuple
-    critic: gpt.ScoreModel
+    critic: gpt.ScoreModel | None
     critic_opt: tuple
     beta: jax.Array
 
@@ -114,9 +139,9 @@ class Rollout(NamedTuple):
     mask: jax.Array  # (B, T) 1 on response tokens including EOS
     logprobs: jax.Array  # (B, T) of the policy that sampled
     ref_logprobs: jax.Array  # (B, T)
-    values: jax.Array  # (B, T)
+    values: jax.Array | None  # (B, T), none without a critic
     advantages: jax.Array  # (B, T)
-    returns: jax.Array  # (B, T)
+    returns: jax.Array | None  # (B, T)
 
 
 # ---------------------------------------------------------------------------------------------------- estimators
@@ -152,6 +177,25 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     return advantages, advantages + values
 
 
+def grpo_advantages(scores, group_size: int):
+    """(r - mean) / std among the answers to one prompt, which stand together: (B,) -> (B,), 0 where all are equal.
+
+    DeepSeekMath (arXiv:2402.03300, section 4.1.2). std by n - 1, plus 1e-4, as in TRL and OpenRLHF.
+    """
+    groups = scores.reshape(-1, group_size)
+    centred = groups - groups.mean(1, keepdims=True)
+    return (centred / (groups.std(1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
+
+
+def rloo_advantages(rewards, group_size: int):
+    """r_i - mean of the others' r among the answers to one prompt, which stand together: (B,) -> (B,).
+
+    REINFORCE leave-one-out (arXiv:2402.14740, eq. 9): the baseline does not depend on the answer, hence no bias.
+    """
+    groups = rewards.reshape(-1, group_size)
+    return (group_size / (group_size - 1) * (groups - groups.mean(1, keepdims=True))).reshape(-1)
+
+
 def whiten(x, mask, shift_mean=True):
     """x (B, T) scaled to variance 1 over the masked tokens (population variance), and to mean 0 if shift_mean."""
     mean = gpt.masked_mean(x, mask)
@@ -179,6 +223,15 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
         "val/ratio_var": gpt.masked_mean((ratio - mean_ratio) ** 2, mask),
     }
     return loss, metrics
+
+
+def kl_loss(logprobs, ref_logprobs, mask):
+    """GRPO's penalty (arXiv:2402.03300, eq. 4), token mean: exp(lr) - 1 - lr, lr = ref - policy, (B, T) x 3 -> scalar.
+
+    Differentiated, unlike the k1 in the reward: on average its gradient is that of KL(ref || policy).
+    """
+    log_ratio = jnp.where(mask > 0, ref_logprobs - logprobs, 0.0)
+    return gpt.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask)
 
 
 def value_loss(values, old_values, returns, mask, clip=0.2):
@@ -221,9 +274,14 @@ def join(rollout):
     return tokens, segments, rollout.queries.shape[1]
 
 
+def actor(policy):
+    """A policy as a language model, without the value head that --share trunk puts on it."""
+    return policy.trunk if isinstance(policy, gpt.ScoreModel) else policy
+
+
 def policy_forward(model, rollout, config: Config):
     """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    model = gpt.cast(actor(model), gpt.compute_dtype(config.dtype))
     tokens, segments, Q = join(rollout)
     hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
     return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
@@ -236,30 +294,37 @@ def critic_forward(critic, rollout, config: Config):
     return critic.values(critic.trunk(tokens, segments, config.remat)[:, Q - 1 : -1])
 
 
+def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
+    """What the models say of the response's tokens, (B, T) each: log-probs, the reference's, values (None without a
+    critic), the policy's entropy, its KL to the reference over the whole vocabulary."""
+    logprobs, entropy, hidden = policy_forward(policy, rollout, config)
+    ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
+    values = None
+    if config.advantage == "gae":
+        values = policy.values(hidden) if config.share == "trunk" else critic_forward(critic, rollout, config)
+    exact_kl = gpt.head_kl(actor(policy), hidden, ref, ref_hidden, config.temperature)
+    return logprobs, ref_logprobs, values, entropy, exact_kl
+
+
+def sampler(state: State, ref, config: Config) -> gpt.GPT:
+    """The policy as rollouts are drawn from it."""
+    policy = gpt.whole(actor(state.policy), ref)
+    return policy if config.rollout_weights == "full" else gpt.quantize(policy, config.rollout_weights)
+
+
 @partial(jax.jit, static_argnames="config")
 def make_rollout(state: State, ref, batch, generation, scores, config: Config):
     """Steps 2 and 3 of the box: log-probs, reference log-probs, values -> rewards -> advantages, returns."""
     blank = (None,) * 5
     rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, *blank)
-    mask = rollout.mask
-    logprobs, entropy, hidden = policy_forward(state.policy, rollout, config)
-    ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-    values = critic_forward(state.critic, rollout, config)
+    ask = partial(ask_models, gpt.whole(state.policy, ref), ref, gpt.whole(state.critic, ref), config=config)
+    logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_parts(ask, rollout, config.parts)
 
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, state.beta)
-    if config.whiten_rewards:
-        rewards = whiten(rewards, mask, shift_mean=False)
-    advantages, returns = gae(rewards, values, mask, config.gamma, config.lam)
-    rollout = rollout._replace(
-        logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
-        values=values,
-        advantages=whiten(advantages, mask),
-        returns=returns,
-    )
+    rollout, mask = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), rollout.mask
+    advantages, returns = estimate_advantages(rollout, scores, state.beta, config)
+    rollout = rollout._replace(advantages=advantages, returns=returns)
 
     per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
-    exact_kl = gpt.head_kl(state.policy, hidden, ref, ref_hidden, config.temperature)
     log_ratio = ref_logprobs - logprobs
     drift = jnp.where(mask > 0, logprobs - generation.logprobs, 0.0)  # of the sampler from the policy
     kl = per_sequence(-log_ratio)
@@ -271,32 +336,58 @@ def make_rollout(state: State, ref, batch, generation, scores, config: Config):
         "objective/non_score_reward": -state.beta * kl,
         "objective/rlhf_reward": scores.mean() - state.beta * kl,
         "policy/entropy_avg": gpt.masked_mean(entropy, mask),
-        "val/explained_variance": explained_variance(values, returns, mask),
         "val/decode_drift": jnp.max(jnp.abs(drift)),
         "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
         "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
         "response_length": mask.sum(1).mean(),
         "beta": state.beta,
     }
+    if values is not None:
+        metrics["val/explained_variance"] = explained_variance(values, returns, mask)
     return rollout, metrics
+
+
+def estimate_advantages(rollout: Rollout, scores, beta, config: Config):
+    """(advantages, returns), (B, T) each, from scores (B,) and the rest of the rollout. A group's advantages are those
+    of whole answers: every token of an answer has its answer's, and there are no returns to fit."""
+    mask, log_ratio = rollout.mask, rollout.logprobs - rollout.ref_logprobs
+    if config.advantage == "gae":
+        rewards = token_rewards(scores, rollout.logprobs, rollout.ref_logprobs, mask, beta)
+        if config.whiten_rewards:
+            rewards = whiten(rewards, mask, shift_mean=False)
+        advantages, returns = gae(rewards, rollout.values, mask, config.gamma, config.lam)
+        return whiten(advantages, mask), returns
+    if config.advantage == "grpo":  # KL is in the loss
+        advantages = grpo_advantages(scores, config.group_size)
+    else:
+        rewards = scores - beta * jnp.where(mask > 0, log_ratio, 0.0).sum(1)
+        advantages = rloo_advantages(rewards, config.group_size)
+    return jnp.where(mask > 0, advantages[:, None], 0.0), None
 
 
 # ---------------------------------------------------------------------------------------------------- update
 
 
-def make_update(policy_optimizer, critic_optimizer, config: Config):
-    """update(state, rollout, rows) -> (state, metrics): one optimiser step of policy and critic on these rows.
+def make_steps(policy_optimizer, critic_optimizer, config: Config):
+    """(update_policy, update_critic): one optimiser step each, on the given rows of a rollout.
 
     Two programs and not one: XLA:CPU works on what is independent side by side, and a policy's and a critic's gradients
     in one program took 1.7 times as long as one after the other.
     """
 
-    def policy_objective(policy, part: Rollout):
-        logprobs, _, _ = policy_forward(policy, part, config)
-        return policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
+    def policy_objective(policy, ref, beta, part: Rollout):
+        policy = gpt.whole(policy, ref)
+        logprobs, _, hidden = policy_forward(policy, part, config)
+        loss, metrics = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
+        if config.advantage == "grpo":
+            loss += beta * kl_loss(logprobs, part.ref_logprobs, part.mask)
+        if config.share == "trunk":  # one loss, L_pg + c_v L_vf
+            value, more = value_loss(policy.values(hidden), part.values, part.returns, part.mask, config.clip_value)
+            loss, metrics = loss + config.vf_coef * value, metrics | more
+        return loss, metrics
 
-    def critic_objective(critic, part: Rollout):
-        values = critic_forward(critic, part, config)
+    def critic_objective(critic, ref, part: Rollout):
+        values = critic_forward(gpt.whole(critic, ref), part, config)
         return value_loss(values, part.values, part.returns, part.mask, config.clip_value)
 
     def descend(optimizer, objective, model, opt_state, rollout, rows):
@@ -305,20 +396,34 @@ def make_update(policy_optimizer, critic_optimizer, config: Config):
         return gpt.descend(optimizer, objective, model, opt_state, part, config.micro_batches, count)
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def update_policy(policy, opt_state, rollout, rows):
-        *new, metrics = descend(policy_optimizer, policy_objective, policy, opt_state, rollout, rows)
+    def update_policy(policy, opt_state, ref, beta, rollout, rows):
+        objective = lambda policy, part: policy_objective(policy, ref, beta, part)
+        *new, metrics = descend(policy_optimizer, objective, policy, opt_state, rollout, rows)
         if config.target_kl:  # too far from the sampler already: no step from here
             near = metrics["policy/approxkl_k3"] <= config.target_kl
             new = jax.tree.map(partial(jnp.where, near), new, [policy, opt_state])
         return *new, metrics
 
-    update_critic = jax.jit(partial(descend, critic_optimizer, critic_objective), donate_argnums=(0, 1))
+    @partial(jax.jit, donate_argnums=(0, 1))
+    def update_critic(critic, opt_state, ref, rollout, rows):
+        objective = lambda critic, part: critic_objective(critic, ref, part)
+        return descend(critic_optimizer, objective, critic, opt_state, rollout, rows)
 
-    def update(state: State, rollout: Rollout, rows, train_policy=True):
-        critic, critic_opt, metrics = update_critic(state.critic, state.critic_opt, rollout, rows)
-        state = state._replace(critic=critic, critic_opt=critic_opt)
+    return update_policy, update_critic
+
+
+def make_update(policy_optimizer, critic_optimizer, config: Config):
+    """update(state, ref, rollout, rows) -> (state, metrics): one optimiser step of policy and critic on these rows."""
+    update_policy, update_critic = make_steps(policy_optimizer, critic_optimizer, config)
+
+    def update(state: State, ref, rollout: Rollout, rows, train_policy=True):
+        metrics = {}
+        if state.critic is not None:
+            critic, critic_opt, metrics = update_critic(state.critic, state.critic_opt, ref, rollout, rows)
+            state = state._replace(critic=critic, critic_opt=critic_opt)
         if train_policy:
-            policy, policy_opt, more = update_policy(state.policy, state.policy_opt, rollout, rows)
+            args = state.policy, state.policy_opt, ref, state.beta
+            policy, policy_opt, more = update_policy(*args, rollout, rows)
             state, metrics = state._replace(policy=policy, policy_opt=policy_opt), metrics | more
         return state, metrics
 
@@ -331,13 +436,13 @@ def policy_steps(state: State):
     return optax.tree_utils.tree_get_all_with_path(state.policy_opt, "count")[0][1]
 
 
-def update_epochs(update, state, rollout, step: int, config: Config):
+def update_epochs(update, state, ref, rollout, step: int, config: Config):
     """Step 4 of the box: a few shuffled passes over the rollout, cut short when the policy has moved enough."""
     history, stopped = [], False
     rng = np.random.default_rng((config.seed, step))
     for _ in range(config.epochs):
         for rows in rng.permutation(config.batch_size).reshape(-1, config.minibatch_size):
-            state, metrics = update(state, rollout, rows, train_policy=step >= config.critic_warmup)
+            state, metrics = update(state, ref, rollout, rows, train_policy=step >= config.critic_warmup)
             history.append(metrics)
             if config.target_kl and metrics.get("policy/approxkl_k3", 0.0) > config.target_kl:
                 stopped = True
@@ -346,19 +451,47 @@ def update_epochs(update, state, rollout, step: int, config: Config):
             break
     mean = {name: sum(m[name] for m in history) / len(history) for name in history[0]}
     first = {"val/ratio_first": history[0].get("val/ratio", 1.0)}
-    loss = mean["loss/value_avg"] + mean.get("loss/policy_avg", 0.0)
+    loss = mean.get("loss/value_avg", 0.0) + mean.get("loss/policy_avg", 0.0)
     return state, mean | first | {"loss": loss, "updates": len(history) - stopped, "stopped_early": float(stopped)}
 
 
-# ---------------------------------------------------------------------------------------------------- scores
+# ---------------------------------------------------------------------------------------------------- models
 
 
-def load_rewards(config: Config, tokenizer):
+def load_policy(config: Config, key):
+    """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
+    policy, tokenizer = gpt.load_policy(config.init)
+    if config.share == "lora":
+        return *gpt.trainable(policy, config, key), tokenizer
+    ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))
+    policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: the policy's arrays are donated
+    if config.share == "trunk":
+        policy = replace(gpt.init_score_model(policy, key, zero=True), trunk=policy)
+    return policy, ref, tokenizer
+
+
+def load_rewards(config: Config, tokenizer, ref):
     """(reward models, reward function): one of the two."""
     if len(config.reward) == 1 and ":" in config.reward[0]:
         return [], gpt.load_function(config.reward[0])
     folders = [folder for name in config.reward for folder in gpt.ensemble_folders(name)]
-    return [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype) for folder in folders], None
+    base = (ref, config.init) if config.share == "lora" else None
+    return [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype, base) for folder in folders], None
+
+
+def make_critic(policy, ref, models, config: Config, key):
+    """(critic, what it starts from): the trunk (or adapter) of the first reward model or of the policy, and a head of
+    zeros. None where the policy has the value head, or groups take a critic's place."""
+    if config.advantage != "gae" or config.share == "trunk":
+        return None, "none" if config.advantage != "gae" else "a head on the policy"
+    trunks = [model.trunk for model in models] if config.critic_init == "reward" else []
+    trunks = [trunk for trunk in trunks if type(trunk) is type(policy)]  # a whole model is no start for an adapter
+    start, name = (trunks[0], "reward trunk") if trunks else (policy, "policy trunk")
+    trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
+    return gpt.shard(replace(gpt.init_score_model(gpt.whole(start, ref), key, zero=True), trunk=trunk)), name
+
+
+# ---------------------------------------------------------------------------------------------------- scores
 
 
 def score_responses(models, function, batch, generation, texts, rows, eos: int, config: Config):
@@ -366,7 +499,7 @@ def score_responses(models, function, batch, generation, texts, rows, eos: int, 
     if function:
         scores = jnp.asarray(gpt.check_scores(function(*texts, rows), len(rows)), jnp.float32)
     else:
-        args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos
+        args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, config.parts
         scores = combine_scores(jnp.stack([gpt.score(m, *args) for m in models]), config.combine, config.uwo_coef)
     if config.reward_clip:
         scores = jnp.clip(scores, -config.reward_clip, config.reward_clip)
@@ -420,22 +553,35 @@ class Watch:
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def main(config: Config):
-    key = gpt.start(config.seed)
+def resolve(config: Config) -> Config:
+    """The defaults that depend on others, and complaints about what does not go together."""
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
-    policy, tokenizer = gpt.load_policy(config.init)
-    ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))  # a copy: the policy's arrays are donated
-    policy = gpt.shard(jax.tree.map(jnp.array, policy))
-    models, function = load_rewards(config, tokenizer)
-    critic_from = "reward" if models and config.critic_init == "reward" else "policy"
-    trunk = models[0].trunk if critic_from == "reward" else policy
-    trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), trunk)
-    critic = gpt.shard(gpt.init_score_model(trunk, key, zero=True))
+    if config.advantage != "gae" and (config.group_size < 2 or config.batch_size % config.group_size):
+        raise ValueError(
+            "--group-size is 2 or more, and --batch-size a multiple of it: an answer is compared with others"
+        )
+    if config.share == "trunk" and config.advantage != "gae":
+        raise ValueError(
+            f"--share trunk puts values on the policy's trunk, and --advantage {config.advantage} has none"
+        )
+    if config.critic_warmup and (config.share == "trunk" or config.advantage != "gae"):
+        raise ValueError("--critic-warmup is for a critic of its own: --advantage gae with --share none or lora")
+    lr = config.lr or (2e-3 if config.share == "lora" else 3e-4)
+    return replace(config, lr=lr, critic_lr=config.critic_lr or lr)
+
+
+def main(config: Config):
+    key = gpt.start(config.seed)
+    config = resolve(config)
+    policy, ref, tokenizer = load_policy(config, key)
+    models, function = load_rewards(config, tokenizer, ref)
+    critic, critic_from = make_critic(policy, ref, models, config, key)
+    models = [gpt.whole(model, ref) for model in models]
     monitor = gpt.load_function(config.monitor) if config.monitor != "none" else None
     prompts = gpt.Batches(
-        config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
+        config.data, "prompts", tokenizer, config.batch_size // config.samples, config.prompt_length, config.seed,
         skip_bad=config.skip_bad_rows, buckets=config.buckets,
     )  # fmt: skip
 
@@ -451,16 +597,16 @@ def main(config: Config):
     sample = partial(gpt.generate, max_new_tokens=config.response_length, temperature=config.temperature,
                      eos=tokenizer.eos_id, pad=tokenizer.pad_id)  # fmt: skip
 
-    run = gpt.Run(config, config.steps, prompts.hashes, critic=f"{critic_from} trunk")
+    run = gpt.Run(config, config.steps, prompts.hashes, critic=critic_from)
     state, first = run.restore(state)
     watch, stream = Watch(run.warn), prompts.stream(first, config.steps)
     for step in run.steps(first):
-        host_batch = next(stream)
+        host_batch = {name: np.repeat(x, config.samples, axis=0) for name, x in next(stream).items()}
         batch = gpt.put_batch(host_batch)
         # 1 sample responses and score them
-        full = config.rollout_weights == "full"
-        sampler = state.policy if full else gpt.quantize(state.policy, config.rollout_weights)
-        generation = sample(sampler, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
+        generation = sample(
+            sampler(state, ref, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step)
+        )
         questions = tokenizer.decode_rows(host_batch["tokens"], host_batch["segments"])
         texts, rows = (questions, tokenizer.decode_rows(generation.tokens, generation.mask)), prompts.rows(host_batch)
         scores, metrics = score_responses(models, function, batch, generation, texts, rows, tokenizer.eos_id, config)
@@ -468,7 +614,7 @@ def main(config: Config):
         rollout, more = make_rollout(state, ref, batch, generation, scores, config)
         # 4 update
         rate_now = lr(policy_steps(state))  # of the first policy step below
-        state, losses = update_epochs(update, state, rollout, step, config)
+        state, losses = update_epochs(update, state, ref, rollout, step, config)
         if config.kl_target:
             beta = adaptive_beta(
                 state.beta, more["objective/kl"], config.batch_size, config.kl_target, config.kl_horizon
@@ -484,7 +630,7 @@ def main(config: Config):
         watch(metrics, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    run.finish(state.policy, tokenizer)
+    run.finish(actor(state.policy), tokenizer, config.init)
 
 
 if __name__ == "__main__":

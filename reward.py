@@ -12,10 +12,16 @@ The model is an SFT model whose scalar head is read at the last real token (--po
 2. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
 3. Ties count as errors in the accuracy; scores are compared in fp32.
 4. One epoch: a reward model that sees its labels twice learns their noise.
+5. With --teacher a small model learns the scores of a large one, or the mean of an ensemble's, and no label: the loss
+   is the mean squared error of both answers' scores (regression on a teacher's logits: Ba and Caruana 2014,
+   arXiv:1312.6184). The alternative, Bradley-Terry with soft labels sigmoid(teacher's difference), tells less where the
+   teacher is sure, and nothing of one prompt's answers against another's.
 
     python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
     python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold none
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
+    python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --share lora
+    python reward.py --init none --teacher out/reward --lr 2e-3 --head-lr 2e-3 --steps 2000 --out out/reward-small
 """
 
 from dataclasses import dataclass, replace
@@ -33,7 +39,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    init: str = "out/base"  # model folder to start from: an SFT model, or its base
+    init: str = "out/base"  # model folder to start from: an SFT model, or its base; none: a fresh student of --teacher
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
     heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
     out: Path = Path("out/reward")  # run folder; with --members K, member-0 .. member-(K-1) are inside
@@ -46,6 +52,10 @@ class Config:
     warmup: int = 10  # steps of linear warm-up; then linear to 0
     weight_decay: float = 0.0
 
+    lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
     margin_scale: float = 1.0  # factor on the rows' margins (rating gaps); 0 ignores them
@@ -53,6 +63,12 @@ class Config:
     center: float = 0.0  # weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (0.01 is usual)
     lm_coef: float = 0.0  # weight of a language-model loss on the chosen side
     members: int = 1  # ensemble: members differ in head init and data order
+
+    teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
+    family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh student's family, layers, heads, width
+    layers: int = 2
+    heads: int = 2
+    dim: int = 64
 
     normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; none: leave scores as they are
     normalize_data: str = "data/toy/prompts.jsonl"  # its prompts
@@ -71,7 +87,7 @@ class Config:
 
 
 class State(NamedTuple):
-    model: gpt.ScoreModel
+    model: gpt.ScoreModel  # its trunk may be an adapter
     opt_state: tuple
 
 
@@ -103,19 +119,38 @@ def bradley_terry_loss(chosen, rejected, margin=0.0, label_smoothing=0.0, center
     return loss, metrics
 
 
+def distillation_loss(scores, teacher, weight=None):
+    """Mean squared difference of scores, student's and teacher's, (B, 2) each: -> (scalar, metrics).
+
+    weight (B,) weighs pairs. `agreement`: in how many pairs both like the same answer better.
+    """
+    weight = jnp.ones(len(scores)) if weight is None else weight
+    loss = gpt.weighted_mean(((scores - teacher) ** 2).mean(1), weight)
+    prefers = lambda s: s[:, 0] > s[:, 1]
+    return loss, {"loss": loss, "agreement": jnp.mean(prefers(scores) == prefers(teacher))}
+
+
+def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
+    """(scores (B, 2), hidden states (2 B, T, D)) of a batch of pairs."""
+    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments")}
+    hidden = model.trunk(flat["tokens"], flat["segments"], remat)
+    return model.pooled(hidden, flat["segments"]).reshape(-1, 2), hidden
+
+
 def forward(model: gpt.ScoreModel, batch, config: Config):
     """(loss, metrics) of a batch of pairs: tokens, segments and mask (B, 2, T), chosen first."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-    hidden = model.trunk(flat["tokens"], flat["segments"], config.remat)
-    scores = model.pooled(hidden, flat["segments"]).reshape(-1, 2)
+    scores, hidden = pair_scores(model, batch, config.remat)
     p, e = batch["label_p"], config.label_smoothing
     smoothing = (1 - p) * (1 - e) + p * e
     margin = config.margin_scale * batch["margin"]  # ratings have a scale of their own, logits another
     loss, metrics = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, smoothing, config.center, batch["weight"])
+    if config.teacher:
+        loss, more = distillation_loss(scores, batch["teacher"], batch["weight"])
+        metrics |= more
     if config.lm_coef:
-        logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], flat["tokens"][::2, 1:])
-        total = jnp.where(flat["mask"][::2, 1:] > 0, logprobs, 0).sum()
+        logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], batch["tokens"][:, 0, 1:])
+        total = jnp.where(batch["mask"][:, 0, 1:] > 0, logprobs, 0).sum()
         lm_loss = -total / jnp.maximum((batch["weight"] * batch["tokens_a_pair"]).sum(), 1e-9)
         loss, metrics = loss + config.lm_coef * lm_loss, metrics | {"lm_loss": lm_loss}
     return loss, metrics | {"loss": loss}
@@ -130,10 +165,12 @@ def with_token_count(batch):
 
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch):
-        loss_fn = partial(forward, config=config)
+    def train_step(state: State, batch, base=None, teachers=()):
+        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
         count = lambda batch: batch["weight"].sum()
         batch = with_token_count(batch)
+        if teachers:
+            batch |= {"teacher": jnp.mean(jnp.stack([pair_scores(teacher, batch)[0] for teacher in teachers]), 0)}
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         if config.micro_batches > 1:  # means of the parts' extremes are nothing
             metrics = {name: value for name, value in metrics.items() if name not in ("min_reward", "max_reward")}
@@ -215,14 +252,15 @@ def interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> dict:
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
     """What held-out pairs say about the reward model (the mean of an ensemble): see the keys."""
     score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
-    scores, lengths, texts = [], [], []
+    scores, taught, lengths, texts = [], [], [], []
     for batch, new in batches.once():
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-        each = [gpt.to_numpy(score(model, gpt.put_batch(flat))) for model in members]
-        scores.append(np.mean(each, 0).reshape(-1, 2)[:new])
+        for models, kept in ((members, scores), (teachers, taught)):
+            each = [gpt.to_numpy(score(model, gpt.put_batch(flat))) for model in models]
+            kept.append(np.mean(each, 0).reshape(-1, 2)[:new] if each else np.zeros((0, 2)))
         lengths.append(flat["mask"].sum(1).reshape(-1, 2)[:new])
         texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * new]
     scores, lengths = np.concatenate(scores), np.concatenate(lengths)
@@ -248,6 +286,11 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> di
         "score_std": float(scores.std()),
         "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
     }
+    if teachers:
+        taught = np.concatenate(taught)
+        gaps = taught[:, 0] - taught[:, 1]
+        agreement, correlated = float(np.mean((gaps > 0) == (d > 0))), correlation(scores.ravel(), taught.ravel())
+        result["teacher"] = {"accuracy": float(np.mean(gaps > 0)), "agreement": agreement, "correlation": correlated}
     if config.gold and config.gold != "none":
         prompts, responses = zip(*texts)
         judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
@@ -334,14 +377,14 @@ def print_report(result: dict):
         )
     if result["temperature"] >= MAX_TEMPERATURE or low <= 0.5:
         print("  NO BETTER THAN A COIN on held-out pairs: there is nothing in these scores for a policy to learn")
-    if "gold" in result:
-        print("  gold: " + "  ".join(f"{k} {v:.3f}" for k, v in result["gold"].items()))
+    for name in [name for name in ("teacher", "gold") if name in result]:
+        print(f"  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items()))
 
 
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
-def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
+def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
@@ -349,14 +392,14 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
-    scores = []
+    scores, scorer = [], gpt.whole(model, base)
     for i in range(config.normalize_samples // size):
         batch = prompts(i)
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
             eos=tokenizer.eos_id, pad=tokenizer.pad_id,
         )  # fmt: skip
-        scores.append(gpt.score(model, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
+        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
     scores = np.concatenate(gpt.to_numpy(scores))
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
@@ -366,26 +409,54 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def train_member(member: int, config: Config, optimizer, train_step, steps: int):
+def load_trunk(config: Config, key):
+    """The model to start from, and its tokenizer: with --init none a fresh one with the teacher's tokenizer."""
+    if config.init != "none":
+        return gpt.load_policy(config.init)
+    if not config.teacher or config.lora_rank:
+        raise ValueError(
+            "--init none is for a small student of --teacher: labels and adapters start from a trained model"
+        )
+    tokenizer = gpt.need_tokenizer(gpt.ensemble_folders(config.teacher)[0])
+    size = config.layers, config.heads, config.dim, config.family
+    return jax.jit(partial(gpt.init, gpt.make_config(tokenizer.vocab_size, config.length, *size)))(key), tokenizer
+
+
+def load_teachers(config: Config, tokenizer) -> list[gpt.ScoreModel]:
+    """The frozen teachers: none, one, or the members of an ensemble, whose mean counts."""
+    folders = gpt.ensemble_folders(config.teacher) if config.teacher else []
+    teachers = [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype) for folder in folders]
+    for teacher in teachers:
+        if teacher.suffix != suffix_ids(config, tokenizer):
+            suffix = tokenizer.decode(teacher.suffix)
+            raise ValueError(
+                f"--teacher {config.teacher} reads its score after {suffix!r}: give --suffix the same text"
+            )
+    return teachers
+
+
+def train_member(member: int, config: Config, optimizer, train_step, steps: int, teachers=()):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = gpt.load_policy(config.init)
+    trunk, tokenizer = load_trunk(config, jax.random.fold_in(key, 3))
     batches = load_pairs(config, tokenizer, member)
-    model = gpt.shard(gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer)))
+    model = gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer))
+    trunk, base = gpt.trainable(trunk, config, jax.random.fold_in(key, 2))
+    model = gpt.shard(replace(model, trunk=trunk))
     state = State(model, gpt.shard(optimizer.init(model)))
 
     run = gpt.Run(config, steps, batches.hashes, member=member)
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)))
+        state, metrics = train_step(state, gpt.put_batch(next(stream)), base, teachers)
         run.log(step, metrics)
         run.checkpoint(step, state)
     model = state.model
     if config.normalize_with and config.normalize_with != "none":
-        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1))
-    run.finish(model, tokenizer)
-    return model
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
+    run.finish(model, tokenizer, config.init)
+    return gpt.whole(model, base)
 
 
 def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
@@ -421,7 +492,8 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    _, tokenizer = gpt.load_policy(config.init)
+    _, tokenizer = load_trunk(config, jax.random.key(0))
+    teachers = load_teachers(config, tokenizer)
     check_inputs(config, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)
@@ -430,12 +502,12 @@ def main(config: Config):
     members = []
     for member in range(config.members):
         out = config.out if config.members == 1 else config.out / f"member-{member}"
-        members.append(train_member(member, replace(config, out=out), optimizer, train_step, steps))
+        members.append(train_member(member, replace(config, out=out), optimizer, train_step, steps, teachers))
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
-    result = report(members, pairs, tokenizer, config)
+    result = report(members, pairs, tokenizer, config, teachers)
     gpt.write_json(config.out / "report.json", result)
     print_report(result)
     try:

@@ -50,6 +50,10 @@ class Config:
     teacher: str | None = None  # distil this model folder: same tokenizer, any size
     temperature: float = 1.0  # of teacher and student in distillation
 
+    lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
+    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
     family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
     layers: int = 4
@@ -68,7 +72,7 @@ class Config:
 
 
 class State(NamedTuple):
-    model: gpt.GPT
+    model: gpt.GPT | gpt.Adapter
     opt_state: tuple
 
 
@@ -107,8 +111,8 @@ def count_items(batch, config: Config):
 
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch, teacher=None):
-        loss_fn = partial(forward, config=config, teacher=teacher)
+    def train_step(state: State, batch, teacher=None, base=None):
+        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config, teacher)
         count = partial(count_items, config=config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
@@ -129,18 +133,19 @@ def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
 def make_model(config: Config, key):
     """The model to start from and its tokenizer."""
     if config.init != "none":
-        model, tokenizer = gpt.load_policy(config.init, config.tokenizer)
-        return gpt.shard(model), tokenizer
+        return gpt.load_policy(config.init, config.tokenizer)
+    if config.lora_rank:
+        raise ValueError("--lora-rank trains an adapter on a finished model: name one with --init")
     if not config.tokenizer:
         raise ValueError("--init none needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
     tokenizer = gpt.need_tokenizer(config.tokenizer)
     shape = gpt.make_config(
         tokenizer.vocab_size, config.length, config.layers, config.heads, config.dim, config.family
     )  # fmt: skip
-    return gpt.shard(jax.jit(partial(gpt.init, shape))(key)), tokenizer
+    return jax.jit(partial(gpt.init, shape))(key), tokenizer
 
 
-def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: int = 2):
+def show_samples(run, step, model, batch, tokenizer, key, config: Config, rows: int = 2):
     """Continue the first rows of a held-out batch: demonstrations from their prompt, text from its first words."""
     rows = min(rows, len(batch["mask"]))
     scored = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
@@ -150,7 +155,7 @@ def show_samples(run, step, state, batch, tokenizer, key, config: Config, rows: 
     for i in range(rows):
         prompts[i, width - scored[i] :], mask[i, width - scored[i] :] = batch["tokens"][i, : scored[i]], 1
     new = max(config.length - width, 1)
-    out = gpt.to_numpy(gpt.generate(state.model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id))
+    out = gpt.to_numpy(gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id))
     for i in range(rows):
         prompt, text = tokenizer.decode(prompts[i][mask[i] > 0]), tokenizer.decode(out.tokens[i][out.mask[i] > 0])
         run.sample(step, prompt=prompt, sample=text)
@@ -177,6 +182,7 @@ def main(config: Config):
 
     lr = gpt.schedule(config.lr, config.steps, config.warmup, config.schedule, config.final_lr)
     optimizer = gpt.adamw(lr, config.weight_decay, b2=config.b2)
+    model, base = gpt.trainable(model, config, jax.random.fold_in(key, 1))
     state = State(model, gpt.shard(optimizer.init(model)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda model, batch: (forward(model, batch, config)[0], count_items(batch, config)))
@@ -185,14 +191,15 @@ def main(config: Config):
     state, first = run.restore(state)
     stream = batches.stream(first, config.steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)), teacher)
+        state, metrics = train_step(state, gpt.put_batch(next(stream)), teacher, base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
-            metrics |= evaluate(state.model, heldout, eval_step)
-            show_samples(run, step, state, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
+            model = gpt.whole(state.model, base)
+            metrics |= evaluate(model, heldout, eval_step)
+            show_samples(run, step, model, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    run.finish(state.model, tokenizer)
+    run.finish(state.model, tokenizer, config.init)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,23 @@ def test_advantages_at_the_optimum_show_every_bug(bug):
         assert np.abs(advantages_at_the_optimum(lam, bug)).max() > BUGS[bug]
 
 
+def test_at_the_optimum_no_answer_is_better_than_the_others_of_its_group():
+    """r - beta log(pi* / ref) is J* for every response: leave-one-out advantages vanish, and so do GRPO's of it."""
+    best, config = optimum(), ppo.Config(advantage="rloo", group_size=5)
+    with jax.enable_x64(True):
+        for x in range(2):
+            log_pi, scores = jnp.asarray(token_logprobs(best.logits)[x]), jnp.asarray(REWARDS[x])
+            rollout = ppo.Rollout(None, None, TOKENS, jnp.asarray(MASK), log_pi, jnp.asarray(REF[x]), *[None] * 3)
+            ours = lambda rollout, scores=scores: ppo.estimate_advantages(rollout, scores, BETA, config)[0]
+            assert np.abs(ours(rollout)).max() < 1e-9
+            flipped = rollout._replace(logprobs=rollout.ref_logprobs, ref_logprobs=rollout.logprobs)
+            halved = rollout._replace(mask=jnp.asarray(MASK * (TOKENS != EOS)))
+            assert np.abs(ours(flipped)).max() > 1 and np.abs(ours(halved)).max() > 0.3
+            whole = scores - BETA * (log_pi - REF[x]).sum(1)
+            assert np.abs(ppo.grpo_advantages(whole, 5)).max() < 1e-9
+            assert np.abs(ppo.grpo_advantages(scores, 5)).max() > 1
+
+
 # ---------------------------------------------------------------------------------------------------- PPO finds it
 
 UPDATES, EPOCHS, MINIBATCHES, SAMPLES = 300, 2, 2, 1024

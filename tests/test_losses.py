@@ -556,6 +556,47 @@ def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution()
         np.testing.assert_allclose(value, entropy if "entropy" in name else kl, rtol=1e-4)
 
 
+def test_grpo_compares_within_a_group_by_the_sample_standard_deviation():
+    scores = jnp.array([1.0, 3.0, 8.0, 5.0, 5.0, 5.0])
+    ours = ppo.grpo_advantages(scores, 3)  # mean 4, squares 9 + 1 + 16 = 26 over n - 1 = 2
+    np.testing.assert_allclose(ours[:3], np.array([-3, -1, 4]) / (np.sqrt(13) + 1e-4), rtol=1e-6)
+    assert (ours[3:] == 0).all()  # all alike: nothing to learn, and no division by 0
+
+
+def test_rloo_leaves_the_answer_itself_out_of_its_baseline():
+    ours = ppo.rloo_advantages(jnp.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]), 3)
+    by_hand = [1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2, -1.5, -1.5, 3.0]
+    np.testing.assert_allclose(ours, by_hand, rtol=1e-6)
+
+
+def test_the_expected_rloo_gradient_is_that_of_the_expected_reward():
+    """All pairs of answers out of three, weighed by their probability."""
+    logits, rewards = jnp.array([0.3, -0.2, 1.0]), jnp.array([1.0, -2.0, 0.5])
+    p = np.asarray(jax.nn.softmax(logits))
+    score = np.eye(3) - p  # row y: gradient of log p(y)
+    total = 0.0
+    for pair in itertools.product(range(3), repeat=2):
+        advantages = np.asarray(ppo.rloo_advantages(rewards[jnp.array(pair)], 2))
+        total = total + p[list(pair)].prod() * np.mean([a * score[y] for a, y in zip(advantages, pair)], axis=0)
+    exact = jax.grad(lambda z: jax.nn.softmax(z) @ rewards)(logits)
+    np.testing.assert_allclose(total, exact, atol=1e-6)
+
+
+def test_grpos_penalty_by_hand_and_its_gradient():
+    p, q = np.array([0.2, 0.5, 0.3]), np.array([0.4, 0.4, 0.2])
+    lr = np.log(q / p)
+    one = ppo.kl_loss(jnp.log(jnp.array([[0.2, 0.5]])), jnp.log(jnp.array([[0.4, 0.1]])), jnp.array([[1, 0]]))
+    np.testing.assert_allclose(one, 2 - 1 - np.log(2), rtol=1e-5)  # the second token is masked
+    z = jnp.log(jnp.asarray(p))
+
+    def expected(z):  # over samples of the policy, whose probabilities are not differentiated
+        k3 = jax.vmap(lambda x, r: ppo.kl_loss(x[None, None], r[None, None], jnp.ones((1, 1))))
+        return p @ k3(jax.nn.log_softmax(z), jnp.log(jnp.asarray(q)))
+
+    np.testing.assert_allclose(expected(z), (p * (np.exp(lr) - 1 - lr)).sum(), rtol=1e-5)
+    np.testing.assert_allclose(jax.grad(expected)(z), p - q, atol=1e-6)  # of KL(ref || policy)
+
+
 # ------------------------------------------------------------------------------------------------- ppo.py, on a model
 
 
@@ -594,7 +635,7 @@ FOUR = np.array([6, 1, 3, 4])
 def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     state, ref, batch, generation, config = world()
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
-    after, metrics = updater(config)(copy(state), rollout, FOUR, train_policy=True)
+    after, metrics = updater(config)(copy(state), ref, rollout, FOUR, train_policy=True)
     assert metrics["val/ratio"] == 1 and metrics["policy/clipfrac_avg"] == 0
     assert metrics["policy/approxkl_avg"] < 1e-12 and metrics["val/ratio_var"] < 1e-12
 
@@ -615,6 +656,85 @@ def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     wanted = expected(state.policy, state.critic)
     assert all(max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree)) > 0.1 for tree in wanted)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), gradient, wanted)
+
+
+def expected_update(objective, *models):
+    """What one step of plain gradient descent with rate 1 makes of the models."""
+    return jax.tree.map(jnp.subtract, models, jax.jit(jax.grad(objective, argnums=range(len(models))))(*models))
+
+
+def test_on_one_trunk_the_loss_is_the_policys_and_vf_coef_times_the_critics():
+    state, ref, batch, generation, config = world()
+    config = replace(config, share="trunk", vf_coef=0.3, clip_value=np.inf)
+    policy = replace(state.critic, trunk=state.policy)
+    state = ppo.State(policy, SGD.init(policy), None, (), jnp.asarray(0.1))
+    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    after, metrics = updater(config)(copy(state), ref, rollout, FOUR)
+    assert metrics["val/ratio"] == 1 and {"loss/policy_avg", "loss/value_avg"} <= metrics.keys()
+    part = jax.tree.map(lambda x: x[FOUR], rollout)
+    tokens, segments, Q = ppo.join(part)
+
+    def objective(policy):
+        hidden = policy.trunk(tokens, segments)[:, Q - 1 : -1]
+        logprobs = gpt.token_logprobs(policy.trunk, tokens, segments)[:, Q - 1 :]
+        errors = 0.5 * (policy.values(hidden) - part.returns) ** 2
+        return ((-logprobs * part.advantages + 0.3 * errors) * part.mask).sum() / part.mask.sum()
+
+    (wanted,) = expected_update(objective, state.policy)
+    assert not np.allclose(wanted.head, state.policy.head, atol=1e-3)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), after.policy, wanted)
+
+
+@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
+def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advantage):
+    state, ref, batch, generation, config = world()
+    config = replace(config, advantage=advantage, group_size=4)
+    state = ppo.State(state.policy, SGD.init(state.policy), None, (), jnp.asarray(0.1))
+    rollout, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    assert rollout.values is None and "val/explained_variance" not in metrics
+    kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
+    groups = (SCORES - (0.1 * kl if advantage == "rloo" else 0.0)).reshape(2, 4)
+    if advantage == "rloo":
+        rows = np.concatenate([[g[i] - np.delete(g, i).mean() for i in range(4)] for g in np.asarray(groups)])
+    else:
+        rows = np.concatenate([(g - g.mean()) / (g.std(ddof=1) + 1e-4) for g in np.asarray(groups)])
+    np.testing.assert_allclose(rollout.advantages, rows[:, None] * rollout.mask, atol=1e-4)
+
+    after, _ = updater(config)(copy(state), ref, rollout, FOUR)
+    part = jax.tree.map(lambda x: x[FOUR], rollout)
+    tokens, segments, Q = ppo.join(part)
+
+    def objective(policy):
+        logprobs = gpt.token_logprobs(policy, tokens, segments)[:, Q - 1 :]
+        ratio = jnp.exp(jnp.where(part.mask, part.ref_logprobs - logprobs, 0.0))
+        price = 0.1 if advantage == "grpo" else 0.0
+        losses = -logprobs * part.advantages + price * (ratio - 1 - jnp.log(ratio))
+        return (losses * part.mask).sum() / part.mask.sum()
+
+    (wanted,) = expected_update(objective, state.policy)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), after.policy, wanted)
+
+
+def test_adapters_on_one_base_learn_and_leave_it_alone():
+    state, ref, batch, _, config = world()
+    config = replace(config, share="lora", lora_rank=2)
+    adapter, base = gpt.trainable(state.policy, config, jax.random.key(6))
+    critic = replace(state.critic, trunk=adapter)
+    lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic), state.beta)
+    policy = gpt.whole(adapter, base)
+    generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
+    rollout, metrics = ppo.make_rollout(lora, base, batch, generation, SCORES, config)
+    assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
+    after, metrics = updater(config)(copy(lora), base, rollout, FOUR)
+    assert metrics["val/ratio"] == 1 and same(base, state.policy)
+    # B is 0 at first: A has no gradient, and B that of A's place in the whole model
+    whole, _ = updater(replace(config, share="none"))(copy(state), ref, rollout, FOUR)
+    for name, layer in after.policy.blocks.items():
+        step = np.asarray(getattr(whole.policy.blocks, name).weight - getattr(state.policy.blocks, name).weight)
+        a = np.asarray(adapter.blocks[name].a)
+        assert same(layer.a, adapter.blocks[name].a)
+        np.testing.assert_allclose(layer.b, layer.scale * a.swapaxes(1, 2) @ step, atol=2e-5)
+    assert not same(after.critic.trunk, adapter)
 
 
 def test_advantages_of_a_rollout_have_mean_zero_so_the_first_loss_is_zero():
@@ -687,7 +807,7 @@ def test_updates_leave_reference_and_rewards_alone_and_move_the_rest():
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     frozen, after = copy((ref, rollout)), copy(state)
     for rows in (FOUR, FOUR[::-1]):
-        after, _ = updater(config)(after, rollout, rows, train_policy=True)
+        after, _ = updater(config)(after, ref, rollout, rows, train_policy=True)
     assert same(frozen, (ref, rollout))
     assert not same(state.policy, after.policy) and not same(state.critic, after.critic)
 
@@ -696,9 +816,9 @@ def test_critic_warmup_trains_the_critic_alone():
     state, ref, batch, generation, config = world()
     config = replace(config, critic_warmup=2)
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, world()[-1])
-    warm, metrics = ppo.update_epochs(updater(world()[-1]), copy(state), rollout, 1, config)
+    warm, metrics = ppo.update_epochs(updater(world()[-1]), copy(state), ref, rollout, 1, config)
     assert same(state.policy, warm.policy) and not same(state.critic, warm.critic)
-    done, metrics = ppo.update_epochs(updater(world()[-1]), warm, rollout, 2, config)
+    done, metrics = ppo.update_epochs(updater(world()[-1]), warm, ref, rollout, 2, config)
     assert not same(state.policy, done.policy) and metrics["updates"] == 4
 
 
@@ -707,11 +827,22 @@ def test_micro_batches_of_unequal_lengths_equal_one_big_batch():
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     lengths = np.asarray(rollout.mask)[FOUR].sum(1)
     assert lengths[::2].sum() != lengths[1::2].sum()
-    whole, ours = updater(config)(copy(state), rollout, FOUR, train_policy=True)
-    parts, theirs = updater(replace(config, micro_batches=2))(copy(state), rollout, FOUR, train_policy=True)
+    whole, ours = updater(config)(copy(state), ref, rollout, FOUR, train_policy=True)
+    parts, theirs = updater(replace(config, micro_batches=2))(copy(state), ref, rollout, FOUR, train_policy=True)
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), whole, parts)
     for name in ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "grad_norm"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
+
+
+def test_a_rollout_scored_in_parts_is_the_same():
+    state, ref, batch, generation, config = world()
+    parts = replace(config, micro_batches=2)
+    assert parts.parts == 4  # of 8 rows, in minibatches of 4
+    one, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    two, more = ppo.make_rollout(state, ref, batch, generation, SCORES, parts)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (one, metrics), (two, more))
+    args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, EOS
+    np.testing.assert_allclose(gpt.score(state.critic, *args, 4), gpt.score(state.critic, *args), atol=1e-5)
 
 
 def test_target_kl_takes_no_step_from_too_far_away():
@@ -719,8 +850,8 @@ def test_target_kl_takes_no_step_from_too_far_away():
     config = replace(config, target_kl=1e-9, epochs=3)
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, world()[-1])
     rows = np.random.default_rng((config.seed, 0)).permutation(8).reshape(-1, 4)[0]
-    once, _ = updater(world()[-1])(copy(state), rollout, rows, train_policy=True)
-    stopped, metrics = ppo.update_epochs(updater(config), copy(state), rollout, 0, config)
+    once, _ = updater(world()[-1])(copy(state), ref, rollout, rows, train_policy=True)
+    stopped, metrics = ppo.update_epochs(updater(config), copy(state), ref, rollout, 0, config)
     assert metrics["updates"] == 1 and metrics["stopped_early"] == 1 and metrics["val/ratio_first"] == 1
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6), stopped.policy, once.policy)
     assert not same(once.critic, stopped.critic)  # the critic is not bound by it
