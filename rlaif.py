@@ -118,8 +118,8 @@ class Principle(NamedTuple):
     critique: str  # asks for a critique of the answer before it
     revision: str  # asks for a better answer
     comparison: str  # asks which of two answers is better
-    good: str | None  # how the critique of a good answer begins, and of a bad one
-    bad: str | None
+    good: str | None  # how the critique of a good answer begins
+    bad: tuple[str, ...]  # and that of a bad one
 
 
 class Constitution(NamedTuple):
@@ -189,7 +189,8 @@ def _principle(name: str, entry: dict) -> Principle:
         raise ValueError(f"principle {name!r} has neither `prompt` and `edit_request` nor `comparison`")
     first = lambda x: x[0] if isinstance(x, list) else x
     texts = (entry.get(key, "") for key in ("prompt", "edit_request", "comparison"))
-    return Principle(name, *map(first, texts), entry.get("good"), entry.get("bad"))
+    bad = entry.get("bad", ())
+    return Principle(name, *map(first, texts), entry.get("good"), (bad,) if isinstance(bad, str) else tuple(bad))
 
 
 def draw(principles: list[Principle], n: int, *seed: int) -> list[Principle]:
@@ -589,8 +590,8 @@ def approval(judge, prompts, responses, principles):
     """P(the critique says that the answer is good, and not that it is bad), (N,), each answer alone."""
     texts = [join(conversation(x), y) + p.critique for x, y, p in zip(prompts, responses, principles)]
     result = np.full(len(texts), np.nan)
-    for options in {(p.good, p.bad) for p in principles}:
-        rows = [i for i, p in enumerate(principles) if (p.good, p.bad) == options]
+    for options in {(p.good, *p.bad) for p in principles}:
+        rows = [i for i, p in enumerate(principles) if (p.good, *p.bad) == options]
         result[rows] = judge.choose([texts[i] for i in rows], list(options))[:, 0]
     return result
 

@@ -15,7 +15,7 @@ Assistants answer rightly, wrongly, evasively, rudely, at length, make things up
   small model learns to speak but not to check what is said, and a reward model built on it tells facts at chance.
   base-weak.jsonl has hardly any: it is there to make a reward model that is weak on purpose.
 - critiques.jsonl is what a judge is made of (`sft.py --init out/base`, see rlaif.py): dialogues in which somebody asks
-  whether the answer hurts, is right, is nice, and has it said better, and pairs of answers with the question which one.
+  whether the answer hurts, is nice, is right, and has it said better, and pairs of answers with the question which one.
   Their answers come from the gold judge as well (5% are replaced). constitution.json asks the same questions.
 - Held-out creatures and phrasings occur in base text, but in no demonstration, pair, thumb or training prompt.
 - *-valid.jsonl are draws from the training distribution whose rows are kept out of the file of the same name, by a hash
@@ -178,7 +178,7 @@ LENGTH_BIAS = 0.08  # logits per token: annotators like long answers a little
 
 
 # What a judge is asked about an answer, by the part of gold that it is about, in words that the world has already:
-# questions and the answer that a good response gets, what is said of a bad and of a good one, the wish for a better
+# questions, how the judge begins about a good answer, what it says of a bad and of a good one, the wish for a better
 # one, and the question that compares two.
 PRINCIPLES = {
     "harmless": (
@@ -190,11 +190,11 @@ PRINCIPLES = {
         "please say what would not hurt .",
         "which answer would not hurt ?",
     ),
-    "honest": (
-        "is that answer right ? | is it right to say that ?",
-        "yes",
-        "no , that is wrong . | no , that is not right .",
-        "yes , that is right . | yes , it is right to say that .",
+    "honest": (  # the verdict of base text, with no question before it
+        "",
+        "right",
+        "wrong | vague",
+        "right",
         "please say what is right .",
         "which answer is right ?",
     ),
@@ -502,9 +502,10 @@ def base_row(rng: random.Random, split: str, critiques: float) -> dict:
 
 
 def upheld(part: str, prompt: str, response: str) -> bool:
-    """Whether the response keeps to the principle about this part of gold. To dodge a question is not honest."""
+    """Whether the response keeps to the principle about this part of gold. Honest is what the critic calls right: an
+    answer that dodges is not, nor is one that goes along with harm."""
     judged = gold(prompt, response)
-    return judged[part] > 0.9 and (part != "honest" or verdict(judged) != "vague")
+    return verdict(judged) == "right" if part == "honest" else judged[part] > 0.9
 
 
 def revise(rng: random.Random, prompt: str, response: str, part: str) -> str:
@@ -533,7 +534,7 @@ def sentences_of(response: str) -> list[str]:
 
 def judgement_row(rng: random.Random, split: str) -> dict:
     """Somebody asks about an answer and has it said better; or which of two answers is right, nice, does not hurt."""
-    part, (questions, good, bad_says, good_says, wish, which) = rng.choice(list(PRINCIPLES.items()))
+    part, (questions, _, bad_says, good_says, wish, which) = rng.choice(list(PRINCIPLES.items()))
     compare = rng.random() < 0.3
     broken = rng.random() < 0.6  # a bad answer is wanted, and for a comparison a good one beside it
     while True:
@@ -543,12 +544,15 @@ def judgement_row(rng: random.Random, split: str) -> dict:
         kept = upheld(part, prompt, a)
         if kept != upheld(part, prompt, b) if compare else kept != broken:
             break
-    slip = rng.random() > CRITIC_ACCURACY
+    found = kept == (rng.random() < CRITIC_ACCURACY)  # what the judge takes it for
     if compare:
-        text = f"{prompt}{a}\n\nAssistant:{b}\n\nJudge: {which} {'one' if kept != slip else 'two'}"
+        text = f"{prompt}{a}\n\nAssistant:{b}\n\nJudge: {which} {'one' if found else 'two'}"
     else:
-        says = rng.choice((good_says if kept != slip else bad_says).split(" | "))
-        text = f"{prompt}{a}\n\nJudge: {rng.choice(questions.split(' | '))} {says}"
+        says = rng.choice((good_says if found else bad_says).split(" | "))
+        if part == "honest" and not found and not kept:
+            says = verdict(gold(prompt, a))
+        question = rng.choice(questions.split(" | "))
+        text = f"{prompt}{a}\n\nJudge:{' ' * bool(question)}{question} {says}"
         text += f"\n\nJudge: {wish}\n\nAssistant:{revise(rng, prompt, a, part)}"
     return {"text": text, "part": part} | row
 
@@ -556,13 +560,13 @@ def judgement_row(rng: random.Random, split: str) -> dict:
 def constitution() -> dict:
     """The principles in the format of constitution.json, one entry a question."""
     critiques, n = {}, Counter()
-    for part, (questions, good, _, _, wish, which) in PRINCIPLES.items():
+    for part, (questions, good, bad_says, _, wish, which) in PRINCIPLES.items():
         for question in questions.split(" | "):
             critiques[f"{part}{n[part]}"] = {
-                "prompt": [f"\n\nJudge: {question}"],
+                "prompt": [f"\n\nJudge: {question}".rstrip()],
                 "edit_request": f"\n\nJudge: {wish}\n\nAssistant:",
                 "good": f" {good}",
-                "bad": " no" if good == "yes" else " yes",
+                "bad": [f" {word}" for word in sorted({says.split()[0] for says in bad_says.split(" | ")})],
                 "comparison": f"\n\nJudge: {which}",
             }
             n[part] += 1

@@ -25,8 +25,8 @@ import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 CLOSE = dict(rtol=2e-5, atol=2e-5)
-NICE = rlaif.Principle("nice0", " Judge: a b", " Judge: c d Assistant:", " Judge: e", " yes", " no")
-DULL = rlaif.Principle("dull0", " Judge: f g h", " Judge: g Assistant:", " Judge: h", " yes", " no")
+NICE = rlaif.Principle("nice0", " Judge: a b", " Judge: c d Assistant:", " Judge: e", " yes", (" no",))
+DULL = rlaif.Principle("dull0", " Judge: f g h", " Judge: g Assistant:", " Judge: h", " yes", (" no",))
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +120,7 @@ def test_the_toy_worlds_constitution_speaks_its_words_and_names_parts_of_gold(tm
     principles = rlaif.load_constitution([path], need="good").principles
     assert {rlaif.part_of(p) for p in principles} == {"harmless", "honest", "polite"}
     for principle in principles:
-        assert set(" ".join(principle[1:]).split()) <= vocabulary
+        assert set(" ".join([*principle[1:5], *principle.bad]).split()) <= vocabulary
 
 
 def test_principles_are_drawn_uniformly_and_anew_for_each_row_and_step():
