@@ -631,6 +631,9 @@ def reward(prompts, responses, rows):
 # ---------------------------------------------------------------------------------------------------- rows, in parts
 
 
+RESULTS = {"revise": "revisions", "label": "pairs"}
+
+
 class Parts:
     """Work in batches that survives a kill: each batch's rows are a file of their own, written whole or not at all, and
     joined at the end. --resume goes on after the last one; a batch is a pure function of (seed, its number)."""
@@ -640,9 +643,11 @@ class Parts:
         settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
         changes = ("resume", "overwrite", "concurrency", "timeout", "retries", "price", "show")
         settings = {name: value for name, value in settings.items() if name not in changes}
-        kept = self.folder / "settings.json"
+        kept, done = self.folder / "settings.json", config.out / f"{RESULTS[config.stage]}.jsonl"
         if config.overwrite:
             gpt.remove(self.folder)
+        elif done.exists() and not kept.exists():
+            raise FileExistsError(f"{done} is there and finished: --overwrite makes it anew")
         if kept.exists():
             before = json.loads(kept.read_text())
             other = [f"--{n.replace('_', '-')} {before.get(n)}" for n in settings if before.get(n) != settings[n]]

@@ -492,6 +492,8 @@ def test_a_cache_line_cut_short_is_forgotten_and_the_next_one_is_whole(config):
 def test_labels_are_soft_and_read_by_the_trainers(config):
     rlaif.main(replace(config, stage="label", judge="test_rlaif:favour"))
     rows = [row for _, row in gpt.read_rows(config.out / "pairs.jsonl", "pairs")]
+    with pytest.raises(FileExistsError, match="--overwrite makes it anew"):
+        rlaif.main(replace(config, stage="label", judge="test_rlaif:favour", resume=True))
     assert rows and all(0.5 <= row["label_p"] <= 1 for row in rows) and any(row["label_p"] > 0.5 for row in rows)
     for row in rows:
         gap = (row["chosen"].count("c") - row["rejected"].count("c")) / 20
