@@ -61,7 +61,7 @@ class Config:
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
     lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
 
     rounds: int = 1  # 1: --data alone. More: each further round on fresh pairs of the current policy

@@ -388,8 +388,9 @@ class Adapter(eqx.Module):
 LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of a `Block` that may have an adapter
 
 
-def init_adapter(base: GPT, rank: int, alpha: float, targets, key) -> Adapter:
-    """A fresh adapter on the layers named in `targets`: A uniform in +- 1/sqrt(I), B zero, so that nothing changes."""
+def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Adapter:
+    """A fresh adapter on the layers named in `targets`: A uniform in +- 1/sqrt(I), B zero, so that nothing changes.
+    Without an `alpha` it is twice the rank."""
     unknown = set(targets) - set(LINEARS)
     if unknown or rank < 1:
         raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
@@ -401,7 +402,7 @@ def init_adapter(base: GPT, rank: int, alpha: float, targets, key) -> Adapter:
             continue
         L, I, O = linear.weight.shape
         a = jax.random.uniform(jax.random.fold_in(key, i), (L, I, rank), minval=-1, maxval=1) / np.sqrt(I)
-        blocks[name] = LoraLinear(None, a, jnp.zeros((L, rank, O)), alpha / rank)
+        blocks[name] = LoraLinear(None, a, jnp.zeros((L, rank, O)), (alpha or 2 * rank) / rank)
     return Adapter(blocks)
 
 

@@ -62,7 +62,7 @@ class Config:
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
     lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
 
     share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers

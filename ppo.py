@@ -67,7 +67,7 @@ class Config:
     temperature: float = 1.0  # of rollouts and of every log-prob
     rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 7 above)
 
-    lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 2e-3)
+    lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 1e-3)
     critic_lr: float | None = None  # (default: the same)
     final_lr: float = 0.1  # share of both left at the last step (linear)
     warmup: int = 0  # optimiser steps of linear warm-up
@@ -77,8 +77,8 @@ class Config:
 
     share: Literal["none", "trunk", "lora"] = "none"  # four models; policy with a value head; adapters on one base
     vf_coef: float = 0.1  # trunk: weight of the value loss beside the policy's
-    lora_rank: int = 8  # lora: rank of the adapters
-    lora_alpha: float = 16.0  # an adapter changes a weight by alpha / rank A B
+    lora_rank: int = 16  # lora: rank of the adapters
+    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
     lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
     advantage: Literal["gae", "grpo", "rloo"] = "gae"  # by a critic; by comparison within groups, without one
     group_size: int = 4  # grpo, rloo: answers a prompt, of which --batch-size and --minibatch-size count each
@@ -568,7 +568,7 @@ def resolve(config: Config) -> Config:
         )
     if config.critic_warmup and (config.share == "trunk" or config.advantage != "gae"):
         raise ValueError("--critic-warmup is for a critic of its own: --advantage gae with --share none or lora")
-    lr = config.lr or (2e-3 if config.share == "lora" else 3e-4)
+    lr = config.lr or (1e-3 if config.share == "lora" else 3e-4)
     return replace(config, lr=lr, critic_lr=config.critic_lr or lr)
 
 

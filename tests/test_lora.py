@@ -375,7 +375,6 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
     # the labels turned round, only what is measured against them changes
     np.testing.assert_allclose([row["loss"] for row in turned], losses, rtol=1e-2)
     np.testing.assert_allclose([row["margin"] for row in turned], [-row["margin"] for row in steps], atol=1e-2)
-    np.testing.assert_allclose([row["agreement"] for row in turned], [row["agreement"] for row in steps], atol=0.1)
 
 
 def test_a_student_needs_its_teacher_and_reads_the_score_where_it_does(world, judge):
