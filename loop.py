@@ -151,11 +151,10 @@ def summary(config: Config) -> str:
         row = [folder.name.split("-")[1], str(count), f"{accuracy:.3f}", f"{report['served']['gold']:.3f}"]
         for name in ("ppo", "dpo"):
             won = report[name]["win"]["gold"]
-            row += [
-                f"{report[name]['gold']:.3f}",
-                f"{won['rate']:.1%} [{won['interval'][0]:.1%}, {won['interval'][1]:.1%}]",
-            ]
-        rows.append(row)
+            low, high = won["interval"]
+            row += [f"{report[name]['gold']:.3f}", f"{won['rate']:.1%} [{low:.1%}, {high:.1%}]"]
+        gate = json.loads((folder / "report" / "gate.json").read_text())
+        rows.append([*row, gate["winner"] or "the same"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
