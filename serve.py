@@ -22,6 +22,7 @@ import dataclasses
 import datetime
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -81,11 +82,15 @@ class Config:
     max_queue: int = 256  # requests a model lets wait; more are answered 429
     context: int = 0  # longest prompt + answer in tokens (0: the model's, at most 2,048)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
+    quantize: Literal["none", "int8", "int4", "w8a8", "auto"] = "none"  # auto: the fastest within --max-kl
+    quality: str = ""  # held-out rows (text or demonstrations) to measure each quantisation on: a table at the start
+    max_kl: float = 0.01  # nats a token that quantised weights may be away from the full ones on --quality
     timeout: float = 300.0  # seconds from a request's arrival to its last token
     drain: float = 10.0  # seconds that running requests get to end after Ctrl-C or SIGTERM
 
     feedback: Path = Path("feedback.db")  # where votes, and the generations they are about, are kept
     ui: bool = True  # serve the chat page at /
+    examples: str = ""  # rows of prompts, the first few of which the page offers to a newcomer
     compile_cache: Path | None = Path("~/.cache/rlhf-jax")  # compiled programs, for a quicker next start
 
     @property
@@ -96,6 +101,7 @@ class Config:
 # ------------------------------------------------------------------------------------------ what the device computes
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
+QUANTISATIONS = ("none", "int8", "int4", "w8a8")  # of the weights: see gpt.quantize
 MOST_STEPS = 8  # tokens that one call decodes at most
 PREFILL_TOKENS = 256  # of several prompts together in one call
 
@@ -107,13 +113,64 @@ class Weights(NamedTuple):
     layers: tuple
 
 
-def load_weights(path: str, config: Config) -> tuple[Weights, gpt.Tokenizer]:
-    """The model as it is served: on the mesh, in the precision of the forward pass. (Compression would be applied here,
-    to `model`: whatever its linear layers are, the rest only calls them.)"""
-    model, tokenizer = gpt.load_policy(path)
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+def unstack(model: gpt.GPT) -> Weights:
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
-    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers)), tokenizer
+    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
+
+
+QUALITY_ROWS = 64  # of --quality, at most: a start should not take long
+
+
+def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[dict]:
+    """The first rows of a file of held-out text or demonstrations, padded to one width: tokens, segments, mask."""
+    kind, rows = gpt.find_kind([path], ("demos", "text")), []
+    for _, row in itertools.islice(gpt.read_rows(path, kind), QUALITY_ROWS):
+        with contextlib.suppress(gpt.BadRow):  # too long for this model
+            rows += [(ids[:length], mask[:length]) for ids, mask in gpt.encode_row(row, kind, tokenizer, length)]
+    if not rows:
+        raise ValueError(f"--quality {path}: none of its first {QUALITY_ROWS} rows fits {length} tokens")
+    tokens, segments, mask = np.zeros((3, len(rows) + -len(rows) % 16, max(len(ids) for ids, _ in rows)), np.int32)
+    for i, (ids, scored) in enumerate(rows):
+        tokens[i, : len(ids)], segments[i, : len(ids)], mask[i, : len(ids)] = ids, 1, scored
+    pieces = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
+    return [dict(tokens=tokens[piece], segments=segments[piece], mask=mask[piece]) for piece in pieces]
+
+
+class Candidate(NamedTuple):
+    """A model's weights in one of their forms, and what it costs."""
+
+    how: str
+    megabytes: float
+    kl: float  # nats a token, of the unquantised model's next words to this one's
+    top1: float  # how often both think the same token likeliest
+    perplexity: float
+    speed: float  # tokens a second, all slots busy
+
+
+def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
+    """The form to serve: the fastest that is near enough for "auto"; another one if it is near enough."""
+    near = [c for c in candidates if c.kl <= max_kl]
+    if how == "auto":
+        return max(near, key=lambda c: c.speed).how
+    for c in candidates:
+        if c.how == how and c not in near:
+            raise ValueError(
+                f"--quantize {how} is {c.kl:.4f} nats a token away from the unquantised model, more than --max-kl "
+                f"{max_kl} (top-1 agreement {c.top1:.1%}, perplexity {c.perplexity:.3f} after "
+                f"{candidates[0].perplexity:.3f}): try another, or auto"
+            )
+    return how
+
+
+def quality_table(models: list, max_kl: float) -> str:
+    lines = ["model            weights      MB  KL/token   top-1  perplexity  tokens/s  accepted"]
+    for model in models:
+        for c in model.candidates:
+            lines.append(
+                f"{model.name:16} {c.how:7} {c.megabytes:7.2f} {c.kl:9.5f} {c.top1:7.1%} {c.perplexity:11.3f} "
+                f"{c.speed:9,.0f}  {'yes' if c.kl <= max_kl else 'no'}"
+            )
+    return "\n".join(lines)
 
 
 class Alternatives(NamedTuple):
@@ -260,8 +317,9 @@ class TextStream:
     """Text from tokens as they come: only whole characters, and each token beside the one before it, since decoders
     put blanks between words."""
 
-    def __init__(self, tokenizer: gpt.Tokenizer):
-        self.tokenizer, self.ids, self.start, self.read = tokenizer, [], 0, 0
+    def __init__(self, tokenizer: gpt.Tokenizer, before=()):
+        """`before`: the end of a text that is gone on with."""
+        self.tokenizer, self.ids, self.start, self.read = tokenizer, list(before), 0, len(before)
 
     def add(self, ids, last: bool = False) -> str:
         self.ids += ids
@@ -313,6 +371,7 @@ class Choice:
     top: int | None = None  # alternatives a token; None: no log-probs
     echo: bool = False  # log-probs of the prompt, too
     stream: bool = False
+    goes_on: bool = False  # with a text of the prompt's; otherwise in a turn that the prompt opens
     trim: bool = False  # leave out the blank between an opened turn and its words
     generation_id: str | None = None
 
@@ -395,14 +454,16 @@ class Served:
 
     def load(self):
         config = self.config
-        self.weights, self.tokenizer = load_weights(self.path, config)
-        self.model_config = self.weights.trunk.config
-        own = self.model_config.context
+        model, self.tokenizer = gpt.load_policy(self.path)
+        self.model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+        self.model_config = c = model.config
+        own = c.context
         self.context = config.context or min(own, 2048)
-        if self.model_config.gpt2 and self.context > own:
+        if c.gpt2 and self.context > own:
             raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
+        self.examples = example_questions(config.examples) if config.examples else []
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
         # windows of attention and widths of prompts: up to four shapes, the widest the whole context
         doublings = max(int(np.log2(self.context / 16) + 0.5), 0)
@@ -410,10 +471,26 @@ class Served:
         self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
-        c, mesh = self.model_config, jax.sharding.get_mesh()
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, None, None))
-        place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.weights.trunk.wte.dtype)
+        rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
+        place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.model.norm.scale.dtype)
         self.caches = tuple((jax.device_put(place(), rows), jax.device_put(place(), rows)) for _ in range(c.layers))
+        self.candidates = list(self.measure()) if config.quality else []
+
+    def measure(self):
+        """The model in every form, on the rows of --quality and in the decoding of all slots."""
+        batches = quality_batches(self.config.quality, self.tokenizer, self.context)
+        for how in QUANTISATIONS:
+            model = self.model if how == "none" else gpt.quantize(self.model, how)
+            found = gpt.quality(self.model, model, batches)
+            self.weights = unstack(model)
+            size, speed = gpt.size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
+
+    def compress(self):
+        """Settle on a form of the weights; the others go."""
+        self.quantization = choose(self.candidates, self.config.quantize, self.config.max_kl)
+        model, self.model = self.model, None
+        self.weights = unstack(model if self.quantization == "none" else gpt.quantize(model, self.quantization))
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
@@ -423,17 +500,18 @@ class Served:
                 blank = np.zeros((rows, width), np.int32)
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
             jax.block_until_ready(self.decode(0, width))
-        trial, self.state = (
-            self.state,
-            self.state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool)),
-        )
-        seconds = []
+        self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
+
+    def step_seconds(self) -> float:
+        """What it takes to draw one token in every slot at the longest window."""
+        state, seconds = self.state, []
+        self.state = state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool))
         for _ in range(5):
             start = time.perf_counter()
-            np.asarray(self.decode(1, self.buckets[-1])[0])
-            seconds.append(time.perf_counter() - start)
-        self.steps = int(np.clip(0.02 / min(seconds), 1, MOST_STEPS))
-        self.state = trial
+            np.asarray(self.decode(MOST_STEPS, self.buckets[-1])[0])
+            seconds.append((time.perf_counter() - start) / MOST_STEPS)
+        self.state = state
+        return min(seconds)
 
     def decode(self, steps: int, window: int):
         self.caches, *drawn = decode(
@@ -477,7 +555,7 @@ class Served:
             if choice.limit:
                 self.running[slot] = choice
             self.counts["prompt"] += len(choice.ids)
-            choice.reader = TextStream(self.tokenizer)
+            choice.reader = TextStream(self.tokenizer, choice.ids[-4:] if choice.goes_on else ())
             values = dict(
                 token=choice.ids[-1], position=len(choice.ids) - 1, remaining=choice.limit, drawn=0, seed=choice.seed,
                 choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
@@ -621,7 +699,10 @@ class Engine:
             gpt.start()
             for model in self.models:
                 model.load()
+            if self.config.quality:
+                print(quality_table(self.models, self.config.max_kl), flush=True)
             for model in self.models:
+                model.compress()
                 model.warm_up()
             self.ready = True
             while self.wait_for_work():
@@ -910,6 +991,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """The choices that a request asks for; ApiError for what it must not."""
     refuse_unsupported(request)
     chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
+    goes_on = not chat or request.messages[-1].role == "assistant"
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
     n = request.n or 1
     if len(prompts) * n > MAX_CHOICES:
@@ -936,7 +1018,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
         seed=seed, temperature=default(request.temperature, 1.0), top_k=max(request.top_k or 0, 0),
         top_p=default(request.top_p, 1.0), min_p=request.min_p or 0.0, stops=stops, endless=bool(request.ignore_eos),
         top=top, echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
-        trim=chat and request.messages[-1].role != "assistant" and gpt.answer_gap(tokenizer) == " ",
+        goes_on=goes_on, trim=not goes_on and gpt.answer_gap(tokenizer) == " ",
         deadline=time.monotonic() + config.timeout,
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
@@ -1211,6 +1293,7 @@ def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
         model_id=model.name,
         checkpoint_sha256=model.checkpoint,
         code_version=model.code,
+        quantization=model.quantization,
         chat_template_sha256=hashlib.sha256(model.tokenizer.template.encode()).hexdigest(),
         tokenizer_sha256=model.tokenizer.fingerprint,
         sampling=json.dumps({name: getattr(choice, name) for name in names}),
@@ -1513,9 +1596,26 @@ def model_names(folders: list[str]) -> list[str]:
     raise ValueError(f"--model {' '.join(folders)}: two of these are the same")
 
 
+def example_questions(path: str, most: int = 6) -> list[str]:
+    """The first different questions of a file of prompts; of a prompt in text, what its last human said."""
+    found = {}
+    for _, row in gpt.read_rows(path, "prompts"):
+        prompt = row["prompt"]
+        text = prompt.rpartition("Human:")[2] if isinstance(prompt, str) else prompt[-1]["content"]
+        found[text.strip().removesuffix("Assistant:").strip()] = None
+        if len(found) == most:
+            break
+    return list(found)
+
+
 def describe(model: Served) -> dict:
     about = {"id": model.name, "object": "model", "created": model.created, "owned_by": "local"}
-    return about | {"max_model_len": model.context, "checkpoint_sha256": model.checkpoint}
+    return about | {
+        "max_model_len": model.context,
+        "checkpoint_sha256": model.checkpoint,
+        "quantization": model.quantization,
+        "examples": model.examples,
+    }
 
 
 def metric_lines(model: Served):
@@ -1636,6 +1736,10 @@ def check_config(config: Config):
         raise ValueError(f"--host {config.host} lets other machines in: give an --api-key, or say --insecure")
     if config.slots < 1 or config.max_queue < 0 or config.context < 0:
         raise ValueError("--slots is 1 at least, --max-queue and --context are not negative")
+    if config.quantize == "auto" and not config.quality:
+        raise ValueError("--quantize auto needs --quality FILE: held-out rows on which to measure what it costs")
+    if config.quality:
+        gpt.find_kind([config.quality], ("demos", "text"))
     if "*" in config.cors_origin:
         raise ValueError("--cors-origin *: name the pages that may ask")
     for folder in config.folders:
