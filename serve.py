@@ -16,6 +16,7 @@ get; votes; who may ask; the process.
 """
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import dataclasses
@@ -382,6 +383,7 @@ class Choice:
     prompt_tokens: list = field(default_factory=list)  # of an echo: Token
     ids_drawn: list = field(default_factory=list)
     logprob_sum: float = 0.0
+    unread: list = field(default_factory=list)  # drawn, but not in `text` yet
     reader: TextStream | None = None
     text: str = ""
     sent: int = 0  # characters
@@ -389,7 +391,13 @@ class Choice:
     finish: str | None = None
 
     def add(self, ids, logprobs, tops, last: bool):
-        """Take in drawn tokens, one by one where their places in the text matter. True: a stop string ended it."""
+        """Take in drawn tokens, one by one where their places in the text matter, and without a look at the text where
+        nobody waits for it. True: a stop string ended it."""
+        if not (self.stream or self.stops or self.top is not None or last):
+            self.ids_drawn += ids
+            self.unread += ids
+            self.logprob_sum += sum(logprobs)
+            return False
         step = 1 if self.stops or self.top is not None else max(len(ids), 1)
         for i in range(0, len(ids), step):
             before = len(self.text)
@@ -406,7 +414,8 @@ class Choice:
         return False
 
     def read(self, ids, last: bool) -> str:
-        text = self.reader.add(ids, last)
+        text = self.reader.add(self.unread + ids, last)
+        self.unread = []
         if self.trim and text:
             self.trim, text = False, text.removeprefix(" ")
         return text
@@ -644,6 +653,8 @@ class Served:
 
     def end(self, choice: Choice, finish: str, post, slot: int | None = None):
         choice.finish = finish
+        if choice.unread and finish != "error":
+            choice.text += choice.read([], True)
         self.finished[finish] += 1
         self.whole.add(time.monotonic() - choice.born)
         if slot is not None:
@@ -664,7 +675,7 @@ class Histogram:
         self.counts, self.total = [0] * (len(self.BOUNDS) + 1), 0.0
 
     def add(self, value: float, times: int = 1):
-        self.counts[int(np.searchsorted(self.BOUNDS, value))] += times
+        self.counts[bisect.bisect_left(self.BOUNDS, value)] += times
         self.total += value * times
 
     def lines(self, name: str, labels: str):
