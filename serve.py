@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import hmac
 import itertools
@@ -510,6 +511,11 @@ class Served:
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
             jax.block_until_ready(self.decode(0, width))
         self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
+        # the first request must not wait for what is made once: a template's engine, a fingerprint of the vocabulary
+        with contextlib.suppress(ApiError):
+            make_job(ChatRequest(messages=[Message("user", "hello")]), self, self.config)
+        self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
+        self.tokenizer_hash = self.tokenizer.fingerprint
 
     def step_seconds(self) -> float:
         """What it takes to draw one token in every slot at the longest window."""
@@ -687,10 +693,6 @@ class Histogram:
         yield f"{name}_count{{{labels}}} {running}"
 
 
-class Full(Exception):
-    """The queue has no room."""
-
-
 class Engine:
     """The one thread that uses JAX: it loads the models and steps those that have work, in turn."""
 
@@ -715,6 +717,8 @@ class Engine:
             for model in self.models:
                 model.compress()
                 model.warm_up()
+            gc.collect()
+            gc.freeze()  # a collection that looks at all that was compiled would stop every thread for a while
             self.ready = True
             while self.wait_for_work():
                 for model in self.models:
@@ -735,13 +739,14 @@ class Engine:
                 self.wake.wait()
         return not self.stopping
 
-    def submit(self, model: Served, choices: list[Choice]):
-        """All of a request's choices, or none (Full). Called by the event loop."""
+    def submit(self, model: Served, choices: list[Choice]) -> bool:
+        """All of a request's choices, or none where the queue has no room for them. Called by the event loop."""
         with self.wake:
             if len(model.waiting) + len(choices) > self.config.max_queue + len(model.free) * (not model.waiting):
-                raise Full
+                return False
             model.waiting.extend(choices)
             self.wake.notify()
+        return True
 
     def flush(self):
         """Hand the deltas of a turn to the event loop in one go."""
@@ -749,19 +754,20 @@ class Engine:
             deltas, self.outbox = self.outbox, []
             self.loop.call_soon_threadsafe(deliver, deltas)
 
+    def choices(self) -> list[Choice]:
+        return [choice for model in self.models for choice in (*model.running.values(), *model.waiting)]
+
     def fail_all(self, reason: str):
+        self.outbox += [Delta(choice, "", [], error=reason) for choice in self.choices()]
         for model in self.models:
-            for choice in [*model.running.values(), *model.waiting]:
-                self.outbox.append(Delta(choice, "", [], error=reason))
             model.running.clear()
             model.waiting.clear()
         with contextlib.suppress(RuntimeError):
             self.flush()
 
     def cancel_all(self):
-        for model in self.models:
-            for choice in [*model.running.values(), *model.waiting]:
-                choice.deadline = 0.0
+        for choice in self.choices():
+            choice.deadline = 0.0
 
     def stop(self):
         with self.wake:
@@ -941,12 +947,9 @@ def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
     try:
         ids = gpt.encode_prompt(messages[: len(messages) - opened], tokenizer)
         return ids + gpt.encode_completion(messages[-1:], tokenizer)[:-1] if opened else ids
-    except ValueError as error:  # what the model's template says about it
-        raise ApiError(400, str(error), "messages") from None
-    except Exception as error:  # a template is somebody's code
-        raise ApiError(
-            400, f"the chat template cannot render these messages ({type(error).__name__})", "messages"
-        ) from None
+    except Exception as error:  # a template is somebody's code; what it says itself is a ValueError
+        reason = f"the chat template cannot render these messages ({type(error).__name__})"
+        raise ApiError(400, str(error) if isinstance(error, ValueError) else reason, "messages") from None
 
 
 def text_ids(text: str, tokenizer: gpt.Tokenizer, bos: bool = True) -> list[int]:
@@ -959,18 +962,14 @@ def check_prompt(ids: list[int], model: Served, room: int) -> list[int]:
     if not ids:
         raise ApiError(400, "the prompt is empty", "prompt")
     if max(ids) >= model.tokenizer.vocab_size:
-        raise ApiError(
-            400, f"token {max(ids)} is not within the {model.tokenizer.vocab_size} of the vocabulary", "prompt"
-        )
+        raise ApiError(400, f"token {max(ids)} is not within the vocabulary", "prompt")
     if len(ids) + room > model.context:
         refuse_length(model, f"{len(ids)} tokens")
     return ids
 
 
 def refuse_length(model: Served, found: str):
-    message = (
-        f"the prompt has {found}, and the context of {model.name} is {model.context} tokens, the answer's included"
-    )
+    message = f"the prompt has {found}; the context of {model.name} is {model.context} tokens, the answer's included"
     raise ApiError(400, message, "messages", "context_length_exceeded")
 
 
@@ -1106,21 +1105,24 @@ def echoed(job: Job, choice: Choice) -> str:
     return prompt if isinstance(prompt, str) else job.model.tokenizer.decode(prompt)
 
 
+def text_piece(job: Job, delta: Delta, first: bool) -> dict:
+    """A delta of a completion; before the first one stands the prompt that is to be echoed."""
+    before = echoed(job, delta.choice)
+    logprobs = text_logprobs(job, delta.tokens, len(before))
+    if first and before and logprobs:
+        prompt = text_logprobs(job, delta.choice.prompt_tokens)
+        logprobs = {name: prompt[name] + logprobs[name] for name in logprobs}
+    return {"text": before * first + delta.text, "logprobs": logprobs}
+
+
 def whole_choice(job: Job, delta: Delta) -> dict:
     """The last delta of a choice that was not streamed holds all of it."""
-    choice = delta.choice
-    body = {"index": choice.index, "finish_reason": delta.finish}
     if job.chat:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        body |= {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        body = {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
     else:
-        before = echoed(job, choice)
-        answer = text_logprobs(job, delta.tokens, len(before))
-        if before and answer:
-            prompt = text_logprobs(job, choice.prompt_tokens)
-            answer = {name: prompt[name] + answer[name] for name in answer}
-        body |= {"text": before + choice.text, "logprobs": answer}
-    return body | extras(job, choice)
+        body = text_piece(job, delta, True)
+    return {"index": delta.choice.index, "finish_reason": delta.finish} | body | extras(job, delta.choice)
 
 
 def extras(job: Job, choice: Choice) -> dict:
@@ -1135,17 +1137,11 @@ def envelope(job: Job, choices: list, chunk: bool = False) -> dict:
 
 def chunk_choice(job: Job, delta: Delta, first: bool) -> dict:
     """A piece of a choice: its text, without a finish."""
-    choice = delta.choice
     if job.chat:
-        logprobs, body = chat_logprobs(job, delta.tokens), {"delta": {"content": delta.text}}
+        body = {"delta": {"content": delta.text}, "logprobs": chat_logprobs(job, delta.tokens)}
     else:
-        before = echoed(job, choice)
-        logprobs = text_logprobs(job, delta.tokens, len(before))
-        if first and before and logprobs:
-            prompt = text_logprobs(job, choice.prompt_tokens)
-            logprobs = {name: prompt[name] + logprobs[name] for name in logprobs}
-        body = {"text": before * first + delta.text}
-    return {"index": choice.index} | body | {"logprobs": logprobs, "finish_reason": None}
+        body = text_piece(job, delta, first)
+    return {"index": delta.choice.index} | body | {"finish_reason": None}
 
 
 def frame(body) -> bytes:
@@ -1291,25 +1287,16 @@ def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "number", "limit", "stops", "endless")
     usage = {"prompt_tokens": len(choice.ids), "completion_tokens": len(choice.ids_drawn)}
     return dict(
-        id=choice.generation_id,
-        created_at=now(),
-        request_id=request_id,
-        session_id=metadata.get("session_id"),
-        parent_id=metadata.get("parent_id"),
+        id=choice.generation_id, created_at=now(), request_id=request_id,
+        session_id=metadata.get("session_id"), parent_id=metadata.get("parent_id"),
         prompt_messages=json.dumps(job.prompts[choice.index // (job.request.n or 1)]),
-        completion=choice.text,
-        completion_token_ids=json.dumps(choice.ids_drawn),
-        logprob_sum=choice.logprob_sum,
-        finish_reason=choice.finish,
-        model_id=model.name,
-        checkpoint_sha256=model.checkpoint,
-        code_version=model.code,
-        quantization=model.quantization,
-        chat_template_sha256=hashlib.sha256(model.tokenizer.template.encode()).hexdigest(),
-        tokenizer_sha256=model.tokenizer.fingerprint,
-        sampling=json.dumps({name: getattr(choice, name) for name in names}),
-        usage=json.dumps(usage),
-    )
+        completion=choice.text, completion_token_ids=json.dumps(choice.ids_drawn),
+        logprob_sum=choice.logprob_sum, finish_reason=choice.finish,
+        model_id=model.name, checkpoint_sha256=model.checkpoint, code_version=model.code,
+        quantization=model.quantization, chat_template_sha256=model.template_hash,
+        tokenizer_sha256=model.tokenizer_hash,
+        sampling=json.dumps({name: getattr(choice, name) for name in names}), usage=json.dumps(usage),
+    )  # fmt: skip
 
 
 def add_vote(connection, vote: FeedbackRequest) -> dict:
@@ -1482,14 +1469,10 @@ class Server:
         model = self.find_model(body.model)
         job = make_job(body, model, self.config)
         job.request_id = request.state.request_id
-        try:
-            self.engine.submit(model, job.choices)
-        except Full:
-            raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1") from None
+        if not self.engine.submit(model, job.choices):
+            raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1")
         if body.stream:
-            return StreamingResponse(
-                stream_job(job, self), media_type="text/event-stream", headers=STREAM_HEADERS
-            )  # fmt: skip
+            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
         return await self.answer(request, job)
 
     async def answer(self, request: Request, job: Job) -> Response:
@@ -1649,6 +1632,7 @@ class Guard:
 
     OPEN = {"/", "/health", "/v1/health"}  # without a key: a browser has to get the page before it can send one
     LOCAL = {"localhost", "127.0.0.1", "::1"}
+    HEADERS = (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")
 
     def __init__(self, app, config: Config):
         self.app, self.config = app, config
@@ -1666,13 +1650,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = {
-                    "x-request-id": request_id,
-                    "x-content-type-options": "nosniff",
-                    "referrer-policy": "no-referrer",
-                }
-                pairs = [(name.encode(), value.encode()) for name, value in more.items()]
-                message = message | {"headers": [*message["headers"], *pairs]}
+                more = [(b"x-request-id", request_id.encode()), *self.HEADERS]
+                message = message | {"headers": [*message["headers"], *more]}
             await send(message)
 
         try:
