@@ -1152,34 +1152,37 @@ async def stream_job(job: Job, server: "Server"):
     """The frames of server-sent events. Leaving this generator early, as a disconnect does, frees the slots."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
     chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
-    begun, open_choices = set(), len(job.choices)
+    begun, open_choices, done = set(), len(job.choices), b"data: [DONE]\n\n"
     try:
         for choice in job.choices if job.chat else ():
             role = {"role": "assistant", "content": ""}
             yield chunk({"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None})
         while open_choices:
             try:
-                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
+                deltas = [await asyncio.wait_for(job.events.get(), PING_SECONDS)]
             except TimeoutError:
                 yield b": ping\n\n"  # keeps proxies from giving up
                 continue
-            if delta.error:
-                yield frame(ApiError(500, delta.error).body)
-                break
-            first = delta.choice.index not in begun
-            begun.add(delta.choice.index)
-            if delta.text or delta.tokens or (first and not job.chat and job.request.echo):
-                yield chunk(chunk_choice(job, delta, first))
-            if delta.finish:
-                open_choices -= 1
-                await server.log_generation(job, delta.choice)
-                end = {"delta": {}} if job.chat else {"text": ""}
-                end |= {"logprobs": None, "finish_reason": delta.finish} | extras(job, delta.choice)
-                yield chunk({"index": delta.choice.index} | end)
-        else:
-            if usage:
-                yield frame(envelope(job, [], True) | {"usage": job.usage()})
-        yield b"data: [DONE]\n\n"
+            while not job.events.empty():  # under load: several in one piece, since each piece costs a write
+                deltas.append(job.events.get_nowait())
+            out = b""
+            for delta in deltas:
+                if delta.error:
+                    yield out + frame(ApiError(500, delta.error).body) + done
+                    return
+                first = delta.choice.index not in begun
+                begun.add(delta.choice.index)
+                if delta.text or delta.tokens or (first and not job.chat and job.request.echo):
+                    out += chunk(chunk_choice(job, delta, first))
+                if delta.finish:
+                    open_choices -= 1
+                    await server.log_generation(job, delta.choice)
+                    end = {"delta": {}} if job.chat else {"text": ""}
+                    end |= {"logprobs": None, "finish_reason": delta.finish} | extras(job, delta.choice)
+                    out += chunk({"index": delta.choice.index} | end)
+            if out:
+                yield out
+        yield (frame(envelope(job, [], True) | {"usage": job.usage()}) if usage else b"") + done
     finally:
         job.cancel()
 
@@ -1411,10 +1414,12 @@ class Server:
             Route("/v1/feedback/{vote}", self.undo, methods=["DELETE"]),
             Route("/v1/sessions/{session}", self.purge, methods=["DELETE"]),
         ]
-        handlers = {
-            ApiError: lambda request, error: error.response(),
-            HTTPException: lambda request, error: ApiError(error.status_code, error.detail).response(),
-        }
+
+        async def refuse(request, error):  # async: what is not is called in a thread
+            error = error if isinstance(error, ApiError) else ApiError(error.status_code, error.detail)
+            return error.response()
+
+        handlers = dict.fromkeys((ApiError, HTTPException), refuse)
         middleware = [Middleware(Guard, config=self.config)]
         if self.config.cors_origin:
             cors = dict(allow_origins=self.config.cors_origin, allow_methods=["*"], allow_headers=["*"])
@@ -1699,8 +1704,8 @@ class Process(uvicorn.Server):
         config = server.config
         super().__init__(
             uvicorn.Config(
-                server.app(), log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
-                timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
+                server.app(), log_config=None, access_log=False, server_header=False, proxy_headers=False,
+                timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
             )
         )  # fmt: skip
         self.server, self.failed = server, False
