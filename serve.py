@@ -1,6 +1,7 @@
 """An OpenAI-compatible server for model folders, and a chat page whose votes become the next round's training data.
 
     python serve.py --model out/ppo out/dpo                          # on http://127.0.0.1:8000, as "ppo" and "dpo"
+    python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl      # the fastest weights that are near enough
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
@@ -490,7 +491,11 @@ class Served:
         """The model in every form, on the rows of --quality and in the decoding of all slots."""
         batches = quality_batches(self.config.quality, self.tokenizer, self.context)
         for how in QUANTISATIONS:
-            model = self.model if how == "none" else gpt.quantize(self.model, how)
+            try:
+                model = self.model if how == "none" else gpt.quantize(self.model, how)
+            except ValueError as error:  # of a width that does not pack
+                LOG.info("%s: %s", self.name, error)
+                continue
             found = gpt.quality(self.model, model, batches)
             self.weights = unstack(model)
             size, speed = gpt.size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
