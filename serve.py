@@ -1,7 +1,7 @@
 """An OpenAI-compatible server for model folders, and a chat page whose votes become the next round's training data.
 
     python serve.py --model out/ppo out/dpo                          # on http://127.0.0.1:8000, as "ppo" and "dpo"
-    python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl      # the fastest weights that are near enough
+    python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl   # the fastest weights that are near enough
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
