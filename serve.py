@@ -1,6 +1,7 @@
 """An OpenAI-compatible server for model folders, and a chat page whose votes become the next round's training data.
 
     python serve.py --model out/ppo out/dpo                          # on http://127.0.0.1:8000, as "ppo" and "dpo"
+    python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl   # the fastest weights that are near enough
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
@@ -16,12 +17,15 @@ get; votes; who may ask; the process.
 """
 
 import asyncio
+import bisect
 import collections
 import contextlib
 import dataclasses
 import datetime
+import gc
 import hashlib
 import hmac
+import itertools
 import json
 import logging
 import os
@@ -81,11 +85,15 @@ class Config:
     max_queue: int = 256  # requests a model lets wait; more are answered 429
     context: int = 0  # longest prompt + answer in tokens (0: the model's, at most 2,048)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
+    quantize: Literal["none", "int8", "int4", "w8a8", "auto"] = "none"  # auto: the fastest within --max-kl
+    quality: str = ""  # held-out rows (text or demonstrations) to measure each quantisation on: a table at the start
+    max_kl: float = 0.01  # nats a token that quantised weights may be away from the full ones on --quality
     timeout: float = 300.0  # seconds from a request's arrival to its last token
     drain: float = 10.0  # seconds that running requests get to end after Ctrl-C or SIGTERM
 
     feedback: Path = Path("feedback.db")  # where votes, and the generations they are about, are kept
     ui: bool = True  # serve the chat page at /
+    examples: str = ""  # rows of prompts, the first few of which the page offers to a newcomer
     compile_cache: Path | None = Path("~/.cache/rlhf-jax")  # compiled programs, for a quicker next start
 
     @property
@@ -96,6 +104,7 @@ class Config:
 # ------------------------------------------------------------------------------------------ what the device computes
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
+QUANTISATIONS = ("none", "int8", "int4", "w8a8")  # of the weights: see gpt.quantize
 MOST_STEPS = 8  # tokens that one call decodes at most
 PREFILL_TOKENS = 256  # of several prompts together in one call
 
@@ -107,13 +116,64 @@ class Weights(NamedTuple):
     layers: tuple
 
 
-def load_weights(path: str, config: Config) -> tuple[Weights, gpt.Tokenizer]:
-    """The model as it is served: on the mesh, in the precision of the forward pass. (Compression would be applied here,
-    to `model`: whatever its linear layers are, the rest only calls them.)"""
-    model, tokenizer = gpt.load_policy(path)
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+def unstack(model: gpt.GPT) -> Weights:
     layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
-    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers)), tokenizer
+    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
+
+
+QUALITY_ROWS = 64  # of --quality, at most: a start should not take long
+
+
+def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[dict]:
+    """The first rows of a file of held-out text or demonstrations, padded to one width: tokens, segments, mask."""
+    kind, rows = gpt.find_kind([path], ("demos", "text")), []
+    for _, row in itertools.islice(gpt.read_rows(path, kind), QUALITY_ROWS):
+        with contextlib.suppress(gpt.BadRow):  # too long for this model
+            rows += [(ids[:length], mask[:length]) for ids, mask in gpt.encode_row(row, kind, tokenizer, length)]
+    if not rows:
+        raise ValueError(f"--quality {path}: none of its first {QUALITY_ROWS} rows fits {length} tokens")
+    tokens, segments, mask = np.zeros((3, len(rows) + -len(rows) % 16, max(len(ids) for ids, _ in rows)), np.int32)
+    for i, (ids, scored) in enumerate(rows):
+        tokens[i, : len(ids)], segments[i, : len(ids)], mask[i, : len(ids)] = ids, 1, scored
+    pieces = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
+    return [dict(tokens=tokens[piece], segments=segments[piece], mask=mask[piece]) for piece in pieces]
+
+
+class Candidate(NamedTuple):
+    """A model's weights in one of their forms, and what it costs."""
+
+    how: str
+    megabytes: float
+    kl: float  # nats a token, of the unquantised model's next words to this one's
+    top1: float  # how often both think the same token likeliest
+    perplexity: float
+    speed: float  # tokens a second, all slots busy
+
+
+def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
+    """The form to serve: the fastest that is near enough for "auto"; another one if it is near enough."""
+    near = [c for c in candidates if c.kl <= max_kl]
+    if how == "auto":
+        return max(near, key=lambda c: c.speed).how
+    for c in candidates:
+        if c.how == how and c not in near:
+            raise ValueError(
+                f"--quantize {how} is {c.kl:.4f} nats a token away from the unquantised model, more than --max-kl "
+                f"{max_kl} (top-1 agreement {c.top1:.1%}, perplexity {c.perplexity:.3f} after "
+                f"{candidates[0].perplexity:.3f}): try another, or auto"
+            )
+    return how
+
+
+def quality_table(models: list, max_kl: float) -> str:
+    lines = ["model            weights      MB  KL/token   top-1  perplexity  tokens/s  accepted"]
+    for model in models:
+        for c in model.candidates:
+            lines.append(
+                f"{model.name:16} {c.how:7} {c.megabytes:7.2f} {c.kl:9.5f} {c.top1:7.1%} {c.perplexity:11.3f} "
+                f"{c.speed:9,.0f}  {'yes' if c.kl <= max_kl else 'no'}"
+            )
+    return "\n".join(lines)
 
 
 class Alternatives(NamedTuple):
@@ -260,8 +320,9 @@ class TextStream:
     """Text from tokens as they come: only whole characters, and each token beside the one before it, since decoders
     put blanks between words."""
 
-    def __init__(self, tokenizer: gpt.Tokenizer):
-        self.tokenizer, self.ids, self.start, self.read = tokenizer, [], 0, 0
+    def __init__(self, tokenizer: gpt.Tokenizer, before=()):
+        """`before`: the end of a text that is gone on with."""
+        self.tokenizer, self.ids, self.start, self.read = tokenizer, list(before), 0, len(before)
 
     def add(self, ids, last: bool = False) -> str:
         self.ids += ids
@@ -313,6 +374,7 @@ class Choice:
     top: int | None = None  # alternatives a token; None: no log-probs
     echo: bool = False  # log-probs of the prompt, too
     stream: bool = False
+    goes_on: bool = False  # with a text of the prompt's; otherwise in a turn that the prompt opens
     trim: bool = False  # leave out the blank between an opened turn and its words
     generation_id: str | None = None
 
@@ -323,6 +385,7 @@ class Choice:
     prompt_tokens: list = field(default_factory=list)  # of an echo: Token
     ids_drawn: list = field(default_factory=list)
     logprob_sum: float = 0.0
+    unread: list = field(default_factory=list)  # drawn, but not in `text` yet
     reader: TextStream | None = None
     text: str = ""
     sent: int = 0  # characters
@@ -330,7 +393,13 @@ class Choice:
     finish: str | None = None
 
     def add(self, ids, logprobs, tops, last: bool):
-        """Take in drawn tokens, one by one where their places in the text matter. True: a stop string ended it."""
+        """Take in drawn tokens, one by one where their places in the text matter, and without a look at the text where
+        nobody waits for it. True: a stop string ended it."""
+        if not (self.stream or self.stops or self.top is not None or last):
+            self.ids_drawn += ids
+            self.unread += ids
+            self.logprob_sum += sum(logprobs)
+            return False
         step = 1 if self.stops or self.top is not None else max(len(ids), 1)
         for i in range(0, len(ids), step):
             before = len(self.text)
@@ -347,7 +416,8 @@ class Choice:
         return False
 
     def read(self, ids, last: bool) -> str:
-        text = self.reader.add(ids, last)
+        text = self.reader.add(self.unread + ids, last)
+        self.unread = []
         if self.trim and text:
             self.trim, text = False, text.removeprefix(" ")
         return text
@@ -395,14 +465,16 @@ class Served:
 
     def load(self):
         config = self.config
-        self.weights, self.tokenizer = load_weights(self.path, config)
-        self.model_config = self.weights.trunk.config
-        own = self.model_config.context
+        model, self.tokenizer = gpt.load_policy(self.path)
+        self.model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+        self.model_config = c = model.config
+        own = c.context
         self.context = config.context or min(own, 2048)
-        if self.model_config.gpt2 and self.context > own:
+        if c.gpt2 and self.context > own:
             raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
+        self.examples = example_questions(config.examples) if config.examples else []
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
         # windows of attention and widths of prompts: up to four shapes, the widest the whole context
         doublings = max(int(np.log2(self.context / 16) + 0.5), 0)
@@ -410,10 +482,30 @@ class Served:
         self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
-        c, mesh = self.model_config, jax.sharding.get_mesh()
-        rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data", None, None, None))
-        place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.weights.trunk.wte.dtype)
+        rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
+        place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.model.norm.scale.dtype)
         self.caches = tuple((jax.device_put(place(), rows), jax.device_put(place(), rows)) for _ in range(c.layers))
+        self.candidates = list(self.measure()) if config.quality else []
+
+    def measure(self):
+        """The model in every form, on the rows of --quality and in the decoding of all slots."""
+        batches = quality_batches(self.config.quality, self.tokenizer, self.context)
+        for how in QUANTISATIONS:
+            try:
+                model = self.model if how == "none" else gpt.quantize(self.model, how)
+            except ValueError as error:  # of a width that does not pack
+                LOG.info("%s: %s", self.name, error)
+                continue
+            found = gpt.quality(self.model, model, batches)
+            self.weights = unstack(model)
+            size, speed = gpt.size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
+
+    def compress(self):
+        """Settle on a form of the weights; the others go."""
+        self.quantization = choose(self.candidates, self.config.quantize, self.config.max_kl)
+        model, self.model = self.model, None
+        self.weights = unstack(model if self.quantization == "none" else gpt.quantize(model, self.quantization))
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
@@ -423,17 +515,24 @@ class Served:
                 blank = np.zeros((rows, width), np.int32)
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
             jax.block_until_ready(self.decode(0, width))
-        trial, self.state = (
-            self.state,
-            self.state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool)),
-        )
-        seconds = []
-        for _ in range(5):
+        self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
+        # the first request must not wait for what is made once: a template's engine, a fingerprint of the vocabulary
+        with contextlib.suppress(ApiError):
+            make_job(ChatRequest(messages=[Message("user", "hello")]), self, self.config)
+        self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
+        self.tokenizer_hash = self.tokenizer.fingerprint
+
+    def step_seconds(self) -> float:
+        """What it takes to draw one token in every slot at the longest window."""
+        state, seconds = self.state, []
+        self.state = state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool))
+        until = time.perf_counter() + 0.2  # of a small model many calls: other programs disturb each in its own way
+        while len(seconds) < 5 or time.perf_counter() < until:
             start = time.perf_counter()
-            np.asarray(self.decode(1, self.buckets[-1])[0])
-            seconds.append(time.perf_counter() - start)
-        self.steps = int(np.clip(0.02 / min(seconds), 1, MOST_STEPS))
-        self.state = trial
+            np.asarray(self.decode(MOST_STEPS, self.buckets[-1])[0])
+            seconds.append((time.perf_counter() - start) / MOST_STEPS)
+        self.state = state
+        return min(seconds)
 
     def decode(self, steps: int, window: int):
         self.caches, *drawn = decode(
@@ -477,7 +576,7 @@ class Served:
             if choice.limit:
                 self.running[slot] = choice
             self.counts["prompt"] += len(choice.ids)
-            choice.reader = TextStream(self.tokenizer)
+            choice.reader = TextStream(self.tokenizer, choice.ids[-4:] if choice.goes_on else ())
             values = dict(
                 token=choice.ids[-1], position=len(choice.ids) - 1, remaining=choice.limit, drawn=0, seed=choice.seed,
                 choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
@@ -566,6 +665,8 @@ class Served:
 
     def end(self, choice: Choice, finish: str, post, slot: int | None = None):
         choice.finish = finish
+        if choice.unread and finish != "error":
+            choice.text += choice.read([], True)
         self.finished[finish] += 1
         self.whole.add(time.monotonic() - choice.born)
         if slot is not None:
@@ -586,7 +687,7 @@ class Histogram:
         self.counts, self.total = [0] * (len(self.BOUNDS) + 1), 0.0
 
     def add(self, value: float, times: int = 1):
-        self.counts[int(np.searchsorted(self.BOUNDS, value))] += times
+        self.counts[bisect.bisect_left(self.BOUNDS, value)] += times
         self.total += value * times
 
     def lines(self, name: str, labels: str):
@@ -596,10 +697,6 @@ class Histogram:
             yield f'{name}_bucket{{{labels},le="{bound}"}} {running}'
         yield f"{name}_sum{{{labels}}} {self.total}"
         yield f"{name}_count{{{labels}}} {running}"
-
-
-class Full(Exception):
-    """The queue has no room."""
 
 
 class Engine:
@@ -621,8 +718,13 @@ class Engine:
             gpt.start()
             for model in self.models:
                 model.load()
+            if self.config.quality:
+                print(quality_table(self.models, self.config.max_kl), flush=True)
             for model in self.models:
+                model.compress()
                 model.warm_up()
+            gc.collect()
+            gc.freeze()  # a collection that looks at all that was compiled would stop every thread for a while
             self.ready = True
             while self.wait_for_work():
                 for model in self.models:
@@ -643,13 +745,14 @@ class Engine:
                 self.wake.wait()
         return not self.stopping
 
-    def submit(self, model: Served, choices: list[Choice]):
-        """All of a request's choices, or none (Full). Called by the event loop."""
+    def submit(self, model: Served, choices: list[Choice]) -> bool:
+        """All of a request's choices, or none where the queue has no room for them. Called by the event loop."""
         with self.wake:
             if len(model.waiting) + len(choices) > self.config.max_queue + len(model.free) * (not model.waiting):
-                raise Full
+                return False
             model.waiting.extend(choices)
             self.wake.notify()
+        return True
 
     def flush(self):
         """Hand the deltas of a turn to the event loop in one go."""
@@ -657,19 +760,20 @@ class Engine:
             deltas, self.outbox = self.outbox, []
             self.loop.call_soon_threadsafe(deliver, deltas)
 
+    def choices(self) -> list[Choice]:
+        return [choice for model in self.models for choice in (*model.running.values(), *model.waiting)]
+
     def fail_all(self, reason: str):
+        self.outbox += [Delta(choice, "", [], error=reason) for choice in self.choices()]
         for model in self.models:
-            for choice in [*model.running.values(), *model.waiting]:
-                self.outbox.append(Delta(choice, "", [], error=reason))
             model.running.clear()
             model.waiting.clear()
         with contextlib.suppress(RuntimeError):
             self.flush()
 
     def cancel_all(self):
-        for model in self.models:
-            for choice in [*model.running.values(), *model.waiting]:
-                choice.deadline = 0.0
+        for choice in self.choices():
+            choice.deadline = 0.0
 
     def stop(self):
         with self.wake:
@@ -849,12 +953,9 @@ def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
     try:
         ids = gpt.encode_prompt(messages[: len(messages) - opened], tokenizer)
         return ids + gpt.encode_completion(messages[-1:], tokenizer)[:-1] if opened else ids
-    except ValueError as error:  # what the model's template says about it
-        raise ApiError(400, str(error), "messages") from None
-    except Exception as error:  # a template is somebody's code
-        raise ApiError(
-            400, f"the chat template cannot render these messages ({type(error).__name__})", "messages"
-        ) from None
+    except Exception as error:  # a template is somebody's code; what it says itself is a ValueError
+        reason = f"the chat template cannot render these messages ({type(error).__name__})"
+        raise ApiError(400, str(error) if isinstance(error, ValueError) else reason, "messages") from None
 
 
 def text_ids(text: str, tokenizer: gpt.Tokenizer, bos: bool = True) -> list[int]:
@@ -867,18 +968,14 @@ def check_prompt(ids: list[int], model: Served, room: int) -> list[int]:
     if not ids:
         raise ApiError(400, "the prompt is empty", "prompt")
     if max(ids) >= model.tokenizer.vocab_size:
-        raise ApiError(
-            400, f"token {max(ids)} is not within the {model.tokenizer.vocab_size} of the vocabulary", "prompt"
-        )
+        raise ApiError(400, f"token {max(ids)} is not within the vocabulary", "prompt")
     if len(ids) + room > model.context:
         refuse_length(model, f"{len(ids)} tokens")
     return ids
 
 
 def refuse_length(model: Served, found: str):
-    message = (
-        f"the prompt has {found}, and the context of {model.name} is {model.context} tokens, the answer's included"
-    )
+    message = f"the prompt has {found}; the context of {model.name} is {model.context} tokens, the answer's included"
     raise ApiError(400, message, "messages", "context_length_exceeded")
 
 
@@ -910,6 +1007,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """The choices that a request asks for; ApiError for what it must not."""
     refuse_unsupported(request)
     chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
+    goes_on = not chat or request.messages[-1].role == "assistant"
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
     n = request.n or 1
     if len(prompts) * n > MAX_CHOICES:
@@ -936,7 +1034,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
         seed=seed, temperature=default(request.temperature, 1.0), top_k=max(request.top_k or 0, 0),
         top_p=default(request.top_p, 1.0), min_p=request.min_p or 0.0, stops=stops, endless=bool(request.ignore_eos),
         top=top, echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
-        trim=chat and request.messages[-1].role != "assistant" and gpt.answer_gap(tokenizer) == " ",
+        goes_on=goes_on, trim=not goes_on and gpt.answer_gap(tokenizer) == " ",
         deadline=time.monotonic() + config.timeout,
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
@@ -1013,21 +1111,24 @@ def echoed(job: Job, choice: Choice) -> str:
     return prompt if isinstance(prompt, str) else job.model.tokenizer.decode(prompt)
 
 
+def text_piece(job: Job, delta: Delta, first: bool) -> dict:
+    """A delta of a completion; before the first one stands the prompt that is to be echoed."""
+    before = echoed(job, delta.choice)
+    logprobs = text_logprobs(job, delta.tokens, len(before))
+    if first and before and logprobs:
+        prompt = text_logprobs(job, delta.choice.prompt_tokens)
+        logprobs = {name: prompt[name] + logprobs[name] for name in logprobs}
+    return {"text": before * first + delta.text, "logprobs": logprobs}
+
+
 def whole_choice(job: Job, delta: Delta) -> dict:
     """The last delta of a choice that was not streamed holds all of it."""
-    choice = delta.choice
-    body = {"index": choice.index, "finish_reason": delta.finish}
     if job.chat:
-        message = {"role": "assistant", "content": choice.text, "refusal": None}
-        body |= {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
+        message = {"role": "assistant", "content": delta.text, "refusal": None}
+        body = {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
     else:
-        before = echoed(job, choice)
-        answer = text_logprobs(job, delta.tokens, len(before))
-        if before and answer:
-            prompt = text_logprobs(job, choice.prompt_tokens)
-            answer = {name: prompt[name] + answer[name] for name in answer}
-        body |= {"text": before + choice.text, "logprobs": answer}
-    return body | extras(job, choice)
+        body = text_piece(job, delta, True)
+    return {"index": delta.choice.index, "finish_reason": delta.finish} | body | extras(job, delta.choice)
 
 
 def extras(job: Job, choice: Choice) -> dict:
@@ -1042,17 +1143,11 @@ def envelope(job: Job, choices: list, chunk: bool = False) -> dict:
 
 def chunk_choice(job: Job, delta: Delta, first: bool) -> dict:
     """A piece of a choice: its text, without a finish."""
-    choice = delta.choice
     if job.chat:
-        logprobs, body = chat_logprobs(job, delta.tokens), {"delta": {"content": delta.text}}
+        body = {"delta": {"content": delta.text}, "logprobs": chat_logprobs(job, delta.tokens)}
     else:
-        before = echoed(job, choice)
-        logprobs = text_logprobs(job, delta.tokens, len(before))
-        if first and before and logprobs:
-            prompt = text_logprobs(job, choice.prompt_tokens)
-            logprobs = {name: prompt[name] + logprobs[name] for name in logprobs}
-        body = {"text": before * first + delta.text}
-    return {"index": choice.index} | body | {"logprobs": logprobs, "finish_reason": None}
+        body = text_piece(job, delta, first)
+    return {"index": delta.choice.index} | body | {"finish_reason": None}
 
 
 def frame(body) -> bytes:
@@ -1063,34 +1158,37 @@ async def stream_job(job: Job, server: "Server"):
     """The frames of server-sent events. Leaving this generator early, as a disconnect does, frees the slots."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
     chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
-    begun, open_choices = set(), len(job.choices)
+    begun, open_choices, done = set(), len(job.choices), b"data: [DONE]\n\n"
     try:
         for choice in job.choices if job.chat else ():
             role = {"role": "assistant", "content": ""}
             yield chunk({"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None})
         while open_choices:
             try:
-                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
+                deltas = [await asyncio.wait_for(job.events.get(), PING_SECONDS)]
             except TimeoutError:
                 yield b": ping\n\n"  # keeps proxies from giving up
                 continue
-            if delta.error:
-                yield frame(ApiError(500, delta.error).body)
-                break
-            first = delta.choice.index not in begun
-            begun.add(delta.choice.index)
-            if delta.text or delta.tokens or (first and not job.chat and job.request.echo):
-                yield chunk(chunk_choice(job, delta, first))
-            if delta.finish:
-                open_choices -= 1
-                await server.log_generation(job, delta.choice)
-                end = {"delta": {}} if job.chat else {"text": ""}
-                end |= {"logprobs": None, "finish_reason": delta.finish} | extras(job, delta.choice)
-                yield chunk({"index": delta.choice.index} | end)
-        else:
-            if usage:
-                yield frame(envelope(job, [], True) | {"usage": job.usage()})
-        yield b"data: [DONE]\n\n"
+            while not job.events.empty():  # under load: several in one piece, since each piece costs a write
+                deltas.append(job.events.get_nowait())
+            out = b""
+            for delta in deltas:
+                if delta.error:
+                    yield out + frame(ApiError(500, delta.error).body) + done
+                    return
+                first = delta.choice.index not in begun
+                begun.add(delta.choice.index)
+                if delta.text or delta.tokens or (first and not job.chat and job.request.echo):
+                    out += chunk(chunk_choice(job, delta, first))
+                if delta.finish:
+                    open_choices -= 1
+                    await server.log_generation(job, delta.choice)
+                    end = {"delta": {}} if job.chat else {"text": ""}
+                    end |= {"logprobs": None, "finish_reason": delta.finish} | extras(job, delta.choice)
+                    out += chunk({"index": delta.choice.index} | end)
+            if out:
+                yield out
+        yield (frame(envelope(job, [], True) | {"usage": job.usage()}) if usage else b"") + done
     finally:
         job.cancel()
 
@@ -1198,24 +1296,16 @@ def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
     names = ("temperature", "top_k", "top_p", "min_p", "seed", "number", "limit", "stops", "endless")
     usage = {"prompt_tokens": len(choice.ids), "completion_tokens": len(choice.ids_drawn)}
     return dict(
-        id=choice.generation_id,
-        created_at=now(),
-        request_id=request_id,
-        session_id=metadata.get("session_id"),
-        parent_id=metadata.get("parent_id"),
+        id=choice.generation_id, created_at=now(), request_id=request_id,
+        session_id=metadata.get("session_id"), parent_id=metadata.get("parent_id"),
         prompt_messages=json.dumps(job.prompts[choice.index // (job.request.n or 1)]),
-        completion=choice.text,
-        completion_token_ids=json.dumps(choice.ids_drawn),
-        logprob_sum=choice.logprob_sum,
-        finish_reason=choice.finish,
-        model_id=model.name,
-        checkpoint_sha256=model.checkpoint,
-        code_version=model.code,
-        chat_template_sha256=hashlib.sha256(model.tokenizer.template.encode()).hexdigest(),
-        tokenizer_sha256=model.tokenizer.fingerprint,
-        sampling=json.dumps({name: getattr(choice, name) for name in names}),
-        usage=json.dumps(usage),
-    )
+        completion=choice.text, completion_token_ids=json.dumps(choice.ids_drawn),
+        logprob_sum=choice.logprob_sum, finish_reason=choice.finish,
+        model_id=model.name, checkpoint_sha256=model.checkpoint, code_version=model.code,
+        quantization=model.quantization, chat_template_sha256=model.template_hash,
+        tokenizer_sha256=model.tokenizer_hash,
+        sampling=json.dumps({name: getattr(choice, name) for name in names}), usage=json.dumps(usage),
+    )  # fmt: skip
 
 
 def add_vote(connection, vote: FeedbackRequest) -> dict:
@@ -1330,10 +1420,12 @@ class Server:
             Route("/v1/feedback/{vote}", self.undo, methods=["DELETE"]),
             Route("/v1/sessions/{session}", self.purge, methods=["DELETE"]),
         ]
-        handlers = {
-            ApiError: lambda request, error: error.response(),
-            HTTPException: lambda request, error: ApiError(error.status_code, error.detail).response(),
-        }
+
+        async def refuse(request, error):  # async: what is not is called in a thread
+            error = error if isinstance(error, ApiError) else ApiError(error.status_code, error.detail)
+            return error.response()
+
+        handlers = dict.fromkeys((ApiError, HTTPException), refuse)
         middleware = [Middleware(Guard, config=self.config)]
         if self.config.cors_origin:
             cors = dict(allow_origins=self.config.cors_origin, allow_methods=["*"], allow_headers=["*"])
@@ -1388,14 +1480,10 @@ class Server:
         model = self.find_model(body.model)
         job = make_job(body, model, self.config)
         job.request_id = request.state.request_id
-        try:
-            self.engine.submit(model, job.choices)
-        except Full:
-            raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1") from None
+        if not self.engine.submit(model, job.choices):
+            raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1")
         if body.stream:
-            return StreamingResponse(
-                stream_job(job, self), media_type="text/event-stream", headers=STREAM_HEADERS
-            )  # fmt: skip
+            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
         return await self.answer(request, job)
 
     async def answer(self, request: Request, job: Job) -> Response:
@@ -1513,9 +1601,26 @@ def model_names(folders: list[str]) -> list[str]:
     raise ValueError(f"--model {' '.join(folders)}: two of these are the same")
 
 
+def example_questions(path: str, most: int = 6) -> list[str]:
+    """The first different questions of a file of prompts; of a prompt in text, what its last human said."""
+    found = {}
+    for _, row in gpt.read_rows(path, "prompts"):
+        prompt = row["prompt"]
+        text = prompt.rpartition("Human:")[2] if isinstance(prompt, str) else prompt[-1]["content"]
+        found[text.strip().removesuffix("Assistant:").strip()] = None
+        if len(found) == most:
+            break
+    return list(found)
+
+
 def describe(model: Served) -> dict:
     about = {"id": model.name, "object": "model", "created": model.created, "owned_by": "local"}
-    return about | {"max_model_len": model.context, "checkpoint_sha256": model.checkpoint}
+    return about | {
+        "max_model_len": model.context,
+        "checkpoint_sha256": model.checkpoint,
+        "quantization": model.quantization,
+        "examples": model.examples,
+    }
 
 
 def metric_lines(model: Served):
@@ -1538,6 +1643,7 @@ class Guard:
 
     OPEN = {"/", "/health", "/v1/health"}  # without a key: a browser has to get the page before it can send one
     LOCAL = {"localhost", "127.0.0.1", "::1"}
+    HEADERS = (b"x-content-type-options", b"nosniff"), (b"referrer-policy", b"no-referrer")
 
     def __init__(self, app, config: Config):
         self.app, self.config = app, config
@@ -1555,13 +1661,8 @@ class Guard:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                more = {
-                    "x-request-id": request_id,
-                    "x-content-type-options": "nosniff",
-                    "referrer-policy": "no-referrer",
-                }
-                pairs = [(name.encode(), value.encode()) for name, value in more.items()]
-                message = message | {"headers": [*message["headers"], *pairs]}
+                more = [(b"x-request-id", request_id.encode()), *self.HEADERS]
+                message = message | {"headers": [*message["headers"], *more]}
             await send(message)
 
         try:
@@ -1609,8 +1710,8 @@ class Process(uvicorn.Server):
         config = server.config
         super().__init__(
             uvicorn.Config(
-                server.app(), log_config=None, access_log=False, server_header=False, timeout_keep_alive=30,
-                timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
+                server.app(), log_config=None, access_log=False, server_header=False, proxy_headers=False,
+                timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
             )
         )  # fmt: skip
         self.server, self.failed = server, False
@@ -1636,6 +1737,10 @@ def check_config(config: Config):
         raise ValueError(f"--host {config.host} lets other machines in: give an --api-key, or say --insecure")
     if config.slots < 1 or config.max_queue < 0 or config.context < 0:
         raise ValueError("--slots is 1 at least, --max-queue and --context are not negative")
+    if config.quantize == "auto" and not config.quality:
+        raise ValueError("--quantize auto needs --quality FILE: held-out rows on which to measure what it costs")
+    if config.quality:
+        gpt.find_kind([config.quality], ("demos", "text"))
     if "*" in config.cors_origin:
         raise ValueError("--cors-origin *: name the pages that may ask")
     for folder in config.folders:

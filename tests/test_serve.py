@@ -13,8 +13,10 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import httpx2
 import jax
 import jax.numpy as jnp
@@ -347,6 +349,7 @@ def test_chats_in_every_spelling(http, folder):
     body = dict(seed=1, max_tokens=9)
     chat = http.post("/v1/chat/completions", json=body | {"messages": start}).json()["choices"][0]["message"]["content"]
     assert chat == http.post("/v1/completions", json=body | {"prompt": prompt}).json()["choices"][0]["text"]
+    assert chat == " " + " ".join(chat.split())  # words of their own, not the end of the last one
 
 
 def test_special_tokens_come_from_prompts_but_never_from_chats(http, folder):
@@ -599,7 +602,7 @@ def test_the_page_runs_only_its_own_script(tmp_path, monkeypatch, http):
     assert nonces[0][0] == nonces[0][1] != nonces[1][0] and "NONCE" not in pages[0].text
     policy = pages[0].headers["content-security-policy"]
     assert policy.startswith("default-src 'none'") and f"script-src 'nonce-{nonces[0][0]}'" in policy
-    assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
+    assert "unsafe" not in policy and {"frame-ancestors 'none'", "form-action 'none'"} <= set(policy.split("; "))
     assert pages[0].headers["x-content-type-options"] == "nosniff"
     assert pages[0].headers["referrer-policy"] == "no-referrer"
     assert ask_app(serve.dataclasses.replace(config, ui=False), "GET", "/").status_code == 404
@@ -730,6 +733,7 @@ def test_answers_are_stored_only_on_request_and_exactly(votes, http, live):
     sampling = json.loads(row["sampling"])
     assert (sampling["seed"], sampling["temperature"], sampling["top_k"], sampling["limit"]) == (7, 0.5, 9, 6)
     assert row["logprob_sum"] == pytest.approx(sum(entry["logprob"] for entry in choice["logprobs"]["content"]))
+    assert row["quantization"] == http.get("/v1/models").json()["data"][0]["quantization"] == "none"
     assert row["checkpoint_sha256"] == live.server.models["one"].checkpoint and row["tokenizer_sha256"]
     last = frames(say(http, stream=True, **options).text)[-1]["choices"][0]
     assert last["finish_reason"] and last["generation_id"] in {
@@ -917,3 +921,107 @@ def test_a_model_that_cannot_be_loaded_ends_the_command(folder, tmp_path):
         (broken / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
     with pytest.raises(ValueError, match="truncated"):
         serve.main(serve.Config(model=((str(broken),),), port=0, feedback=tmp_path / "f.db", compile_cache=None))
+
+
+# ---- quantised models
+
+
+@pytest.fixture(scope="module")
+def heldout(words, tmp_path_factory):
+    """Demonstrations of random words, one of them too long for the models."""
+    rng, path = np.random.default_rng(0), tmp_path_factory.mktemp("heldout") / "demos.jsonl"
+    texts = [" ".join(rng.choice(list("abcdefgh"), 9)) for _ in range(20)] + ["a " * 90]
+    path.write_text("".join(json.dumps({"prompt": text, "completion": text[::-1]}) + "\n" for text in texts))
+    return str(path)
+
+
+def loaded(folder, **options):
+    """A served model as the engine's thread loads it, its weights not chosen yet."""
+    model = serve.Served("one", str(folder / "one"), serve.Config(slots=4, context=16, **options))
+    gpt.start()
+    model.load()
+    return model
+
+
+@pytest.fixture(scope="module")
+def measured(folder, heldout):
+    return loaded(folder, quality=heldout)
+
+
+@contextlib.contextmanager
+def compressed(model, how):
+    """The model with its weights in this form, steps being taken by the test."""
+    before = model.config, model.model
+    model.config, model.steps = serve.dataclasses.replace(model.config, quantize=how, max_kl=9.0), 8
+    model.compress()
+    yield model
+    model.config, model.model = before
+
+
+@pytest.mark.parametrize("how", ["int8", "int4", "w8a8"])
+def test_what_is_measured_is_what_generate_would_be(measured, folder, heldout, how):
+    dense, tokenizer = gpt.load(folder / "one")
+    rows = [gpt.encode_row(row, "demos", tokenizer, 16)[0] for _, row in gpt.read_rows(heldout, "demos")
+            if len(row["prompt"]) < 90]  # fmt: skip
+    tokens, mask = (np.array(x, np.int32) for x in zip(*rows))
+    wanted = gpt.quality(
+        dense, gpt.quantize(dense, how), [dict(tokens=tokens, segments=np.ones_like(tokens), mask=mask)]
+    )
+    first, *others = measured.candidates
+    found = next(c for c in others if c.how == how)
+    assert found[2:5] == pytest.approx((wanted["kl"], wanted["top1"], wanted["perplexity_quantised"]), rel=0.02)
+    assert first[:2] == ("none", gpt.size_in_bytes(dense) / 1e6) and found.megabytes < first.megabytes
+    assert first[2:5] == pytest.approx((0, 1, wanted["perplexity"]), rel=1e-4, abs=1e-6) and found.speed > 0
+    lines = serve.quality_table([measured], max_kl=found.kl * 0.99).splitlines()
+    accepted = {line.split()[1]: line.split()[-1] for line in lines[1:]}
+    assert accepted["none"] == "yes" and accepted[how] == "no" and len(lines) == 5
+
+
+@pytest.mark.parametrize("how", ["int8", "int4", "w8a8"])
+def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, folder, how):
+    dense, tokenizer = gpt.load(folder / "one")
+    prompts = np.array([tokenizer.encode(text) for text in ("a b c", "d e f", "h g b", "yes no a")])
+    greedy = partial(gpt.generate, eos=tokenizer.eos_id, temperature=0)
+    out = greedy(gpt.quantize(dense, how), prompts, np.ones_like(prompts), jax.random.key(0), 12)
+    choices = [serve.Choice(i, ids.tolist(), 12, None, np.inf, temperature=0.0) for i, ids in enumerate(prompts)]
+    with compressed(measured, how) as model:
+        model.waiting.extend(choices)
+        while model.busy:
+            model.step(lambda delta: None)
+        assert serve.describe(model)["quantization"] == how
+    for choice, tokens, mask in zip(choices, out.tokens, out.mask):
+        assert choice.ids_drawn == tokens[mask > 0].tolist()
+
+
+def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch):
+    seconds, real = iter([1.0, 0.3, 0.2, 0.1]), gpt.quantize  # none, int8, int4, w8a8
+
+    def spoiled(model, how):
+        """The fastest one has lost the scales of its embedding."""
+        small = real(model, how)
+        return eqx.tree_at(lambda m: m.wte.scale, small, 0 * small.wte.scale) if how == "w8a8" else small
+
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self: next(seconds))
+    monkeypatch.setattr(gpt, "quantize", spoiled)
+    model = loaded(folder, quantize="auto", quality=heldout)
+    _, int8, int4, w8a8 = model.candidates
+    assert int8.kl < int4.kl < w8a8.kl / 2
+    model.config = serve.dataclasses.replace(model.config, max_kl=w8a8.kl / 2)
+    model.compress()
+    assert model.quantization == "int4"
+    assert serve.choose(model.candidates, "auto", int4.kl * 0.99) == "int8"
+    assert serve.choose(model.candidates, "auto", int8.kl * 0.99) == "none"
+    with pytest.raises(ValueError, match="w8a8 is .* nats a token away .* --max-kl"):
+        serve.choose(model.candidates, "w8a8", w8a8.kl / 2)
+
+
+def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self: 0.1)
+    options = dict(port=0, feedback=tmp_path / "f.db", compile_cache=None, model=((str(folder / "one"),),), slots=2)
+    with pytest.raises(ValueError, match=r"--quantize int4 is [\d.]+ nats .* perplexity"):
+        serve.main(serve.Config(quantize="int4", quality=heldout, max_kl=1e-6, **options))
+    assert "KL/token" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="auto needs --quality FILE"):
+        serve.main(serve.Config(quantize="auto", **options))
+    with pytest.raises(FileNotFoundError, match="no data file"):
+        serve.main(serve.Config(quality=str(tmp_path / "none.jsonl"), **options))
