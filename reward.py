@@ -345,13 +345,14 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.Scor
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
+    policy = gpt.shard(policy)
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
     scores = []
     for i in range(config.normalize_samples // size):
-        batch = prompts(i)
+        batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
             eos=tokenizer.eos_id, pad=tokenizer.pad_id,
