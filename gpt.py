@@ -2063,12 +2063,12 @@ def place(x, where: NamedSharding):
 
 
 def put_batch(batch: dict, mesh=None) -> dict:
-    """Host arrays -> device arrays, rows spread over the data axis."""
+    """Host arrays -> device arrays, rows spread over the data axis, if they divide; otherwise each device has all."""
     batch = {name: x for name, x in batch.items() if name != "index"}
     mesh = mesh or jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-    rows = lambda x: NamedSharding(mesh, P("data", *[None] * (np.ndim(x) - 1)))
+    rows = lambda x: NamedSharding(mesh, P() if len(x) % mesh.shape["data"] else P("data"))
     return jax.tree.map(lambda x: place(x, rows(x)), batch)
 
 
@@ -2207,7 +2207,8 @@ def progress(total=None, **options):
     """A progress bar on a terminal and silence in a log file."""
     from tqdm import tqdm
 
-    return tqdm(total=total, disable=True if jax.process_index() else None, dynamic_ncols=True, **options)
+    silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
+    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
 
 
 def cli(main, config_class, description: str):

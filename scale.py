@@ -55,9 +55,9 @@ class Work(NamedTuple):
     """One PPO iteration: answers to `rows` prompts and `epochs` passes over them in optimiser steps of `step_rows`,
     each computed in parts of `part_rows`."""
 
-    rows: int = 512
-    step_rows: int = 256
-    part_rows: int = 64
+    rows: int = 256
+    step_rows: int = 128
+    part_rows: int = 32
     prompt: int = 512
     response: int = 512
     epochs: int = 1
@@ -68,7 +68,7 @@ class Work(NamedTuple):
 
 
 def parameters(c: gpt.Config) -> int:
-    """Weights of a Llama: embedding and head, and for each layer q, k, v, o, three matrices of the MLP and two norms."""
+    """Weights of a Llama: embedding and head; a layer's q, k, v, o, three matrices of its MLP and two norms; a norm."""
     attention = c.dim * c.head_dim * (2 * c.heads + 2 * c.kv_heads)
     return c.vocab_size * c.dim * (1 if c.tied else 2) + c.layers * (attention + 3 * c.dim * c.ffn + 2 * c.dim) + c.dim
 
@@ -120,11 +120,16 @@ def activation_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float
     return inputs + inside + gathered + head
 
 
-def rollout_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float:
-    """Bytes a device of a rollout's keys and values (bf16), and of the fp32 weights gathered over the data axis before
-    its token loop: gathered in it, they would cross the links for every token."""
+def rollout_bytes(c: gpt.Config, work: Work, data: int, tensor: int, share: str) -> float:
+    """Bytes a device of a rollout's keys and values (bf16), and of its copy of the weights, gathered over the data axis
+    before the token loop: gathered in it, they would cross the links for every token."""
     caches = 2 * 2 * c.layers * c.kv_heads * c.head_dim * work.rows / data * (work.prompt + work.response)
-    return caches / min(tensor, c.kv_heads) + 4 * parameters(c) / tensor
+    return caches / min(tensor, c.kv_heads) + sampler_bytes(c, share) / tensor
+
+
+def sampler_bytes(c: gpt.Config, share: str) -> int:
+    """ppo.py samples with the fp32 weights that learn, or with the bf16 base and its adapter."""
+    return (2 if share == "lora" else 4) * parameters(c)
 
 
 def parameters_a_layer(c: gpt.Config) -> int:
@@ -155,8 +160,8 @@ def traffic(c: gpt.Config, work: Work, data: int, tensor: int, share: str) -> di
 
 
 def iteration_seconds(c: gpt.Config, work: Work, hosts: int, data: int, tensor: int, share: str) -> dict[str, float]:
-    """Seconds of one PPO iteration by the slower of arithmetic and links in the update, of arithmetic in scoring, and of
-    memory and arithmetic in the rollout; nothing is hidden behind anything else but traffic behind arithmetic."""
+    """Seconds of one PPO iteration: arithmetic or links, whichever is slower, in the update; arithmetic in scoring; the
+    prompt's arithmetic, the gathering of weights, and memory or arithmetic for each token in the rollout."""
     n, tokens = data * tensor, work.prompt + work.response
     flops, memory = n * GPU["flops"] * MATRIX_SHARE, GPU["bandwidth"] * MEMORY_SHARE
     link = (GPU["network"] if hosts > 1 else GPU["nvlink"]) * LINK_SHARE
@@ -170,8 +175,10 @@ def iteration_seconds(c: gpt.Config, work: Work, hosts: int, data: int, tensor: 
     sums = sent.pop("all-reduce") / (GPU["nvlink"] * LINK_SHARE)  # a tensor group is on one host
     links = steps * (sum(sent.values()) / link + sums)
     cache = 2 * 2 * c.layers * c.kv_heads * c.head_dim * work.rows / data * (work.prompt + work.response / 2)
-    token = max((4 * N / tensor + cache / min(tensor, c.kv_heads)) / memory, 2 * N * work.rows / flops)
-    rollout = 2 * N * work.rows * work.prompt / flops + work.response * token + 4 * N / tensor * (data > 1) / link
+    weights = sampler_bytes(c, share) / tensor
+    token = max((weights + cache / min(tensor, c.kv_heads)) / memory, 2 * N * work.rows / flops)
+    gathering = weights * (data - 1) / data / link
+    rollout = 2 * N * work.rows * work.prompt / flops + work.response * token + gathering
     return dict(rollout=rollout, scoring=scoring, arithmetic=arithmetic, links=links, update=max(arithmetic, links))
 
 
@@ -180,7 +187,7 @@ def plan(name: str, devices: int, tensor: int, share: str, work: Work) -> dict:
     c, data = MODELS[name], devices // tensor
     mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
     state = state_bytes(c, mesh, share, work.lora_rank)
-    activations, rollout = activation_bytes(c, work, data, tensor), rollout_bytes(c, work, data, tensor)
+    activations, rollout = activation_bytes(c, work, data, tensor), rollout_bytes(c, work, data, tensor, share)
     peak = state["learning"] + state["frozen"] + max(state["step"] + activations, rollout)
     time = iteration_seconds(c, work, -(-devices // 8), data, tensor, share)
     row = dict(model=name, devices=devices, mesh=f"{data}x{tensor}", share=share, activations=activations)
@@ -207,8 +214,8 @@ def measure(n: int, config: Config) -> dict[str, int]:
         def loss_fn(model, batch):
             return -gpt.token_logprobs(model, batch["tokens"], remat=True).mean(), {}
 
-        step = jax.jit(lambda model, state, batch: gpt.descend(optimizer, loss_fn, model, state, batch),
-                       donate_argnums=(0, 1), out_shardings=(*jax.tree.map(lambda x: x.sharding, state), None))  # fmt: skip
+        kept = (*jax.tree.map(lambda x: x.sharding, state), None)
+        step = jax.jit(partial(gpt.descend, optimizer, loss_fn), donate_argnums=(0, 1), out_shardings=kept)
         account = step.lower(*state, batch).compile().memory_analysis()
     weights, moments = (device_bytes(tree, mesh) for tree in state)
     held = account.argument_size_in_bytes - 4 * config.rows * config.tokens // n
@@ -248,7 +255,9 @@ def main(config: Config):
         print_measured(figures["measured"])
     if "planned" in config.only:
         meshes = [("7B", 8, 1), ("7B", 64, 1), ("70B", 8, 8), ("70B", 64, 8)]
-        figures["planned"] = [plan(*mesh, share, Work()) for mesh in meshes for share in ("none", "trunk", "lora")]
+        work = lambda n: Work(rows=32 * n, step_rows=16 * n, part_rows=4 * n)  # as many a GPU, however many there are
+        cases = [(*mesh, share) for mesh in meshes for share in ("none", "trunk", "lora")]
+        figures["planned"] = [plan(*case, work(case[1])) for case in cases]
         print_planned(figures["planned"])
     config.out.parent.mkdir(parents=True, exist_ok=True)
     gpt.write_json(config.out, figures)
