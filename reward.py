@@ -248,7 +248,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config) -> di
         "score_std": float(scores.std()),
         "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
     }
-    if config.gold and config.gold != "none":
+    if config.gold and config.gold != "none" and jax.process_index() == 0:  # who writes the report asks
         prompts, responses = zip(*texts)
         judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
         gold = np.asarray([j["gold"] if isinstance(j, dict) else j for j in judged]).reshape(-1, 2)
@@ -437,6 +437,8 @@ def main(config: Config):
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
     result = report(members, pairs, tokenizer, config)
+    if jax.process_index() > 0:
+        return
     gpt.write_json(config.out / "report.json", result)
     print_report(result)
     try:

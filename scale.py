@@ -115,7 +115,7 @@ def activation_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float
     inputs = c.layers * rows * tokens * c.dim * 2
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + rows * tokens**2 * 6 * c.heads / tensor
-    gathered = 2 * 2 * layer_parameters(c) / tensor
+    gathered = 2 * 2 * parameters_a_layer(c) / tensor
     head = 3 * 4 * min(gpt.HEAD_BUDGET, work.part_rows * tokens * c.vocab_size) / data
     return inputs + inside + gathered + head
 
