@@ -188,8 +188,9 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
                 tables[source][row] = pair
             bar.update(new)
         bar.close()
-        for file, table in zip(files, tables):
+        for file, table in zip(files, tables) if jax.process_index() == 0 else ():
             gpt.write_atomic(file, partial(write_array, table=table))
+        gpt.barrier("reference")
     return [np.load(file, mmap_mode="r") for file in files]
 
 
@@ -212,7 +213,9 @@ def load_labeller(config: Config, tokenizer):
     """(batch, generation, texts, rows) -> scores (B,): a reward-model folder or module:function."""
     if ":" in config.reward:
         function = gpt.load_function(config.reward)
-        return lambda batch, generation, texts, rows: gpt.check_scores(function(*texts, rows), len(rows))
+        own = gpt.own_rows
+        ask = lambda texts, rows: gpt.check_scores(function(*map(own, texts), own(rows)), len(own(rows)))
+        return lambda batch, generation, texts, rows: gpt.gather_rows(ask(texts, rows))
     model = gpt.load_reward_model(config.reward, tokenizer, config.init, config.dtype)
     return lambda batch, generation, texts, rows: gpt.to_numpy(
         gpt.score(model, batch["tokens"], batch["segments"], generation.tokens, generation.mask, tokenizer.eos_id)
@@ -283,7 +286,9 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
             f"fewer than --batch-size {config.batch_size}: raise --candidates, --round-prompts or --response-length, "
             "or --keep-truncated where the model rarely ends"
         )
-    gpt.write_atomic(path, lambda f: Path(f).write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    if jax.process_index() == 0:
+        gpt.write_atomic(path, lambda f: Path(f).write_text("".join(json.dumps(row) + "\n" for row in rows)))
+    gpt.barrier("pairs")
     print(f"round {round}: {len(rows):,} pairs from {config.round_prompts:,} prompts -> {path}")
 
 
@@ -308,8 +313,6 @@ def check(config: Config):
     gpt.check_batch_size(config.batch_size)
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
-    if jax.process_count() > 1 and (config.precompute_ref or config.rounds > 1):
-        raise ValueError("--precompute-ref and --rounds work in one process: run them on one host first")
     if config.rounds > 1:
         gpt.open_text(config.prompts).close()  # missed now, and not after the first round
     if config.data == ("none",):
@@ -354,7 +357,7 @@ def main(config: Config):
     state, first = run.restore(state)
     if first == 0:
         for file in config.out.glob("pairs-round-*.jsonl"):  # of the run before
-            file.unlink()
+            file.unlink(missing_ok=True)
     ref = None if config.precompute_ref else load_ref(config, base)
     tables_of = lambda batches: precompute(batches, config) if config.precompute_ref and batches else None
     tables, heldout_tables = tables_of(batches), tables_of(heldout)

@@ -31,7 +31,7 @@ import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
@@ -1493,7 +1493,7 @@ def weights_hash(folder: Path) -> str:
 
 def _to_host(array):
     """The whole array on this machine, also when other processes hold parts of it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         from jax.experimental.multihost_utils import process_allgather
 
         return process_allgather(array, tiled=True)
@@ -1786,15 +1786,16 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not os.access(path.parent, os.W_OK):
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "rlhf-tokens"
     folder = cache / f"{path.name.split('.')[0]}-{name}"
-    if not (folder / "info.json").is_file():
-        temporary = folder.with_name(f"{folder.name}.{os.getpid()}")
-        temporary.mkdir(parents=True, exist_ok=True)
-        try:
-            _write_token_data(temporary, path, kind, tokenizer, max_length, suffix, skip_bad)
-            if not folder.exists():
-                os.replace(temporary, folder)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+    with first_process_first("tokens"):
+        if not (folder / "info.json").is_file():
+            temporary = folder.with_name(f"{folder.name}.{jax.process_index()}.{os.getpid()}")
+            temporary.mkdir(parents=True, exist_ok=True)
+            try:
+                _write_token_data(temporary, path, kind, tokenizer, max_length, suffix, skip_bad)
+                if not folder.exists():
+                    os.replace(temporary, folder)
+            finally:
+                shutil.rmtree(temporary, ignore_errors=True)
     data = TokenData(folder)
     for reason, count in data.info["dropped"].items():
         print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
@@ -1947,9 +1948,6 @@ class Batches:
         self.widths = [self._widths(data) for data in self.sets]
         self.longest = np.max([widths.max(1) for widths in self.widths] + [[1, 1]], axis=0)
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
-        processes = jax.process_count()
-        if batch_size % processes:
-            raise ValueError(f"--batch-size {batch_size} is not divisible by {processes} processes")
         self.packs = [pack(data.lengths[:, 0], length, seed) for data in self.sets] if packed else None
         sizes = [len(rows) for rows in (self.packs or self.sets)]
         counts = sizes
@@ -1988,8 +1986,9 @@ class Batches:
         return self._epochs(epoch)[at]
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """This process's share of the batch: tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for
-        pairs (chosen, rejected); the rows' extras, (B,) each; `index` (B, 2), which source and row."""
+        """tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the rows'
+        extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is decided
+        on the host is decided alike, and `put_batch` gives each device its rows."""
         return self._assemble(self.picks(step))
 
     def once(self):
@@ -2003,19 +2002,16 @@ class Batches:
             yield self._assemble(batch), min(self.batch_size, len(picks) - start)
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
-        share = self.batch_size // jax.process_count()
-        mine = picks[jax.process_index() * share :][:share]
         if self.packs is not None:
-            return self._packed(mine)
+            return self._packed(picks)
         if self.buckets == 1:
-            return self._padded(mine, *self.longest)
-        # of all processes: one shape everywhere
+            return self._padded(picks, *self.longest)
         width, prefix = np.max([self.widths[source][:, row] for source, row in picks], axis=0)
         if not self.shared:
-            return self._padded(mine, bucket(width, self.length, self.buckets), 0)
+            return self._padded(picks, bucket(width, self.length, self.buckets), 0)
         # coarser steps, since widths of rows and of prefixes multiply
         sizes = zip((width, prefix), self.longest)
-        return self._padded(mine, *(bucket(n, most, self.buckets, 16) for n, most in sizes))
+        return self._padded(picks, *(bucket(n, most, self.buckets, 16) for n, most in sizes))
 
     def _widths(self, data: TokenData) -> np.ndarray:
         """(2, rows): the columns that a row needs, and those of its prefix."""
@@ -2125,14 +2121,44 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 def start(seed: int = 0):
-    """Join the other hosts where a cluster is detected (SLURM, Open MPI, Cloud TPU, Kubernetes, or JAX's own
-    variables), set the mesh, and return the run's random key."""
-    clustered = {"SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "JAX_COORDINATOR_ADDRESS", "CLOUD_TPU_TASK_ID"}
-    if any(os.environ.get(name, "1") != "1" for name in clustered) and not jax.distributed.is_initialized():
-        jax.distributed.initialize()
+    """Join the other processes, if there are any (`cluster`), set the mesh, and return the run's random key."""
+    if not jax.distributed.is_initialized() and (others := cluster(os.environ)) is not None:
+        jax.distributed.initialize(**others)
     keep_freed_memory()
     jax.set_mesh(make_mesh())
+    if jax.process_index() > 0:
+        sys.stdout = open(os.devnull, "w")  # the first process speaks for all; errors are everyone's own
     return jax.random.key(seed)
+
+
+def cluster(env) -> dict | None:
+    """What `jax.distributed.initialize` has to be told, by the environment; None for a process that is alone.
+
+    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright, under any launcher. Without them, a
+    step of several tasks that srun started, several ranks under mpirun and several hosts of a TPU slice on Kubernetes
+    are certain, and JAX finds the address. DISTRIBUTED=1 leaves all to JAX (Cloud TPU); 0 stays alone.
+    """
+    if env.get("DISTRIBUTED") == "0":
+        return None
+    sizes = (  # inside salloc and sbatch, but outside srun, SLURM_NTASKS is there and the other tasks are not
+        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
+        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+    )
+    number, which = next((names for names in sizes if names[0] in env and names[1] in env), (None, None))
+    known = dict(num_processes=int(env[number]), process_id=int(env[which])) if number else {}
+    address = env.get("JAX_COORDINATOR_ADDRESS")
+    if address and not number:
+        raise ValueError(
+            "JAX_COORDINATOR_ADDRESS wants JAX_NUM_PROCESSES and JAX_PROCESS_ID (0 at that address) with it"
+        )
+    if address:
+        return dict(coordinator_address=address) | known
+    if known.get("num_processes", 1) > 1:
+        if number == "JAX_NUM_PROCESSES" or (number[0] == "O" and "OMPI_MCA_orte_hnp_uri" not in env):
+            raise ValueError(f"{number} is {env[number]}: set JAX_COORDINATOR_ADDRESS to the first one's host:port")
+        return known
+    return {} if env.get("DISTRIBUTED") == "1" or "," in env.get("TPU_WORKER_HOSTNAMES", "") else None
 
 
 def keep_freed_memory():
@@ -2149,9 +2175,15 @@ def keep_freed_memory():
         mallopt(top_pad, 2**26)  # bytes
 
 
-def make_mesh(devices=None) -> jax.sharding.Mesh:
-    devices = jax.devices() if devices is None else devices
-    return jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+def make_mesh(devices=None, tensor: int | None = None) -> jax.sharding.Mesh:
+    """Rows of a batch go over the axis "data". TENSOR_PARALLEL=N in the environment also splits each layer's work over
+    N devices, neighbours, along the axis "tensor"; it has 1 otherwise and may be forgotten."""
+    tensor = tensor or int(os.environ.get("TENSOR_PARALLEL", 1))
+    devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
+    if tensor < 1 or len(devices) % tensor:
+        raise ValueError(f"TENSOR_PARALLEL={tensor} does not divide {len(devices)} devices")
+    grid = np.array(devices).reshape(-1, tensor)
+    return jax.sharding.Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
 def shard_batch(x):
@@ -2162,16 +2194,28 @@ def shard_batch(x):
     return lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
 
 
+TENSOR_SPLITS = {  # the axis of a weight that goes over "tensor": what comes out of the first half of a pair of layers
+    "q.weight": -1, "k.weight": -1, "v.weight": -1, "o.weight": -2,  # (heads) goes into the second half, and only its
+    "gate.weight": -1, "up.weight": -1, "down.weight": -2,  # sum is exchanged (Megatron, arXiv:1909.08053)
+    "wte": -2, "head": -2,
+}  # fmt: skip
+
+
 def sharding(path, leaf, mesh) -> NamedSharding:
-    """FSDP in one rule: split a leaf's longest axis over the data axis, if it divides; small leaves stay whole. The
-    layer axis of stacked blocks is never split: the scan walks along it."""
-    n = mesh.shape["data"]
-    axes = range(1 if "blocks" in _path(path) else 0, leaf.ndim)
-    fits = [a for a in axes if leaf.shape[a] % n == 0]
-    if n == 1 or leaf.size < 2**14 or not fits:
+    """FSDP in one rule: split a leaf's longest axis over the devices, if it divides; small leaves stay whole. The layer
+    axis of stacked blocks is never split: the scan walks along it. With a tensor axis, `TENSOR_SPLITS` come first."""
+    name, spec = _path(path), [None] * leaf.ndim
+    if mesh.size == 1 or leaf.size < 2**14:
         return NamedSharding(mesh, P())
-    longest = max(fits, key=lambda a: leaf.shape[a])
-    return NamedSharding(mesh, P(*["data" if a == longest else None for a in range(leaf.ndim)]))
+    tensor = next((axis for end, axis in TENSOR_SPLITS.items() if name.endswith(end) and leaf.ndim > 1), None)
+    if tensor is not None and mesh.shape["tensor"] > 1 and leaf.shape[tensor] % mesh.shape["tensor"] == 0:
+        spec[tensor] = "tensor"
+    rest = tuple(axis for axis in mesh.axis_names if mesh.shape[axis] > 1 and axis not in spec)
+    n = math.prod(mesh.shape[axis] for axis in rest)
+    fits = [a for a in range("blocks" in name, leaf.ndim) if spec[a] is None and leaf.shape[a] % n == 0]
+    if fits and rest:
+        spec[max(fits, key=lambda a: leaf.shape[a])] = rest if len(rest) > 1 else rest[0]
+    return NamedSharding(mesh, P(*spec) if any(spec) else P())
 
 
 def shard(tree, mesh=None):
@@ -2179,21 +2223,25 @@ def shard(tree, mesh=None):
     mesh = mesh or jax.sharding.get_mesh()
     if mesh.empty:
         return tree
-    return jax.tree_util.tree_map_with_path(lambda p, x: jax.device_put(x, sharding(p, x, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(lambda p, x: place(x, sharding(p, x, mesh)), tree)
+
+
+def place(x, where: NamedSharding):
+    """An array onto the devices. Of a host array each process has the whole, and places its devices' parts."""
+    if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
+        return jax.device_put(x, where)
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
 def put_batch(batch: dict, mesh=None) -> dict:
-    """Host arrays -> device arrays, rows spread over the data axis; each process brings its own rows."""
+    """Host arrays -> device arrays, rows spread over the data axis, if they divide; otherwise each device has all."""
     batch = {name: x for name, x in batch.items() if name != "index"}
     mesh = mesh or jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-
-    def place(x):
-        rows = NamedSharding(mesh, P("data", *[None] * (np.ndim(x) - 1)))
-        return jax.make_array_from_process_local_data(rows, np.asarray(x))
-
-    return jax.tree.map(place, batch)
+    rows = lambda x: NamedSharding(mesh, P() if len(x) % mesh.shape["data"] else P("data"))
+    return jax.tree.map(lambda x: place(x, rows(x)), batch)
 
 
 def to_numpy(tree):
@@ -2201,11 +2249,55 @@ def to_numpy(tree):
     return jax.tree.map(lambda x: np.asarray(_to_host(x)), tree)
 
 
+def own_rows(rows):
+    """This process's share of a batch's rows: those that it writes out as text and asks functions about, so that a
+    judge reads each answer once. All rows where there is one process."""
+    share = len(rows) // jax.process_count()
+    return rows[jax.process_index() * share :][:share]
+
+
+def gather_rows(own) -> np.ndarray:
+    """Every process's `own_rows`, one after the other."""
+    if jax.process_count() == 1:
+        return np.asarray(own)
+    from jax.experimental.multihost_utils import process_allgather
+
+    return np.asarray(process_allgather(np.asarray(own), tiled=True))
+
+
+def barrier(name: str):
+    """Wait here for all processes."""
+    if jax.process_count() > 1:
+        from jax.experimental.multihost_utils import sync_global_devices
+
+        sync_global_devices(name)
+
+
+@contextmanager
+def first_process_first(name: str):
+    """The first process does what is inside, then all others do: what it left on a shared disk, they find."""
+    if jax.process_index() > 0:
+        barrier(name)
+    yield
+    if jax.process_index() == 0:
+        barrier(name)
+
+
+def any_process(flag: bool):
+    """Whether the flag is set in any process, as an array that need not be waited for."""
+    mesh = jax.sharding.get_mesh()
+    own = np.full(jax.local_device_count(), flag)
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
+
+
 def check_batch_size(batch_size: int, name="--batch-size"):
     if batch_size < 1:
         raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
-    if batch_size % jax.device_count():
-        raise ValueError(f"{name} {batch_size} is not divisible by the {jax.device_count()} devices")
+    mesh = jax.sharding.get_mesh()
+    devices = jax.device_count() if mesh.empty else mesh.shape["data"]
+    for n, what in ((devices, "devices that share its rows"), (jax.process_count(), "processes")):
+        if batch_size % n:
+            raise ValueError(f"{name} {batch_size} is not divisible by the {n} {what}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2296,7 +2388,8 @@ def progress(total=None, **options):
     """A progress bar on a terminal and silence in a log file."""
     from tqdm import tqdm
 
-    return tqdm(total=total, disable=None, dynamic_ncols=True, **options)
+    silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
+    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
 
 
 def cli(main, config_class, description: str):
@@ -2324,9 +2417,9 @@ def check_scores(scores, n: int) -> np.ndarray:
 
 
 def mean_parts(values, prefix: str) -> dict[str, float]:
-    """Means of what a judge returned: floats (as "gold") or dicts of named parts."""
+    """Means of what a judge returned, in all processes: floats (as "gold") or dicts of named parts."""
     rows = [value if isinstance(value, dict) else {"gold": value} for value in values]
-    return {prefix + name: float(np.mean([row[name] for row in rows])) for name in rows[0]}
+    return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
 
 
 def load_function(name: str):
@@ -2346,13 +2439,14 @@ def load_function(name: str):
 def empty_out(config, *more: str):
     """Refuse a run folder in use, or with --overwrite empty it of what runs write and of `more` (patterns of names)."""
     out = Path(config.out)
-    if config.resume or not out.exists() or not any(out.iterdir()):
-        return
-    if not config.overwrite:
+    in_use = not config.resume and out.exists() and any(out.iterdir())
+    if in_use and not config.overwrite:
         raise FileExistsError(f"{out} is not empty: --resume continues it, --overwrite starts it anew")
+    barrier("empty")  # all have looked
     names = ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json", "adapter", *more)
-    for path in [path for name in names for path in out.glob(name)] if jax.process_index() == 0 else ():
+    for path in [path for name in names for path in out.glob(name)] if in_use and jax.process_index() == 0 else ():
         remove(path)
+    barrier("emptied")
 
 
 class Run:
@@ -2375,7 +2469,7 @@ class Run:
         self.config, self.total, self.out = config, steps, Path(config.out)
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
-        self._saved = 0
+        self._saved, self._agreed = 0, False
         empty_out(config)
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
@@ -2384,13 +2478,18 @@ class Run:
             config={f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
             seed=config.seed,
             versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, eqx, optax, np)},
-            devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+            devices=device_note(),
             data=data_hashes or {},
             **notes,
         )
         if self.main and not (self.out / "config.json").exists():
             write_json(self.out / "config.json", {"run": self.info})
         self._print_header()
+
+    @property
+    def must_stop(self) -> bool:
+        """Several processes have to stop after the same step: the one in which all know of the signal that one got."""
+        return self._agreed if jax.process_count() > 1 else bool(self.stopping)
 
     def _print_header(self):
         defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
@@ -2435,7 +2534,7 @@ class Run:
     def checkpoint(self, step: int, state):
         """Save when it is time, or when a signal asks to stop; then the process ends here."""
         done = step + 1
-        if not (self.stopping or done % self.config.save_every == 0 or done == self.total):
+        if not (self.must_stop or done % self.config.save_every == 0 or done == self.total):
             return
         import orbax.checkpoint as ocp
 
@@ -2444,10 +2543,11 @@ class Run:
         if done != self._saved:
             self.manager.save(done, args=ocp.args.StandardSave(leaves))
             self._saved = done
-        if self.stopping:
+        if self.must_stop:
             self.manager.wait_until_finished()
             self.close()
-            print(f"\nstopped by {self.stopping} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            why = self.stopping or "another process"
+            print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
             raise SystemExit(1)
 
     def _cut_logs(self, step: int):
@@ -2476,7 +2576,7 @@ class Run:
             self.flush()
         finally:
             for number, handler in before.items():
-                signal.signal(number, handler)
+                signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
             self.close()
 
     def _ask_to_stop(self, number, frame):
@@ -2488,13 +2588,15 @@ class Run:
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
         now = time.perf_counter()
-        self._pending = (step, metrics | {"seconds": now - self._clock})
+        stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
+        self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
         self._clock = now
 
     def flush(self):
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, stop), self._pending = self._pending, None
+        self._agreed |= bool(stop)
         metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
@@ -2556,6 +2658,12 @@ SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
+
+
+def device_note() -> str:
+    mesh, count = jax.sharding.get_mesh(), jax.device_count()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
 
 
 def _flag(name: str, value) -> str:

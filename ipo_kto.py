@@ -244,10 +244,10 @@ def resolve(config: Config) -> Config:
     out = config.out or Path("out") / config.loss
     config = replace(config, data=config.data or (f"data/toy/{kind}.jsonl",), out=out)
     gpt.check_batch_size(config.batch_size)
-    if config.loss == "kto" and config.batch_size // jax.process_count() < 2:
+    if config.loss == "kto" and config.batch_size < 2:
         raise ValueError(
             f"--batch-size {config.batch_size}: KTO's z0 comes from prompts with other rows' answers, so a batch needs "
-            "2 rows at least (in each process); 32 and more are usual"
+            "2 rows at least; 32 and more are usual"
         )
     try:
         config.skip_bad_rows or gpt.find_kind(config.data, (kind,))

@@ -497,7 +497,8 @@ def make_critic(policy, ref, models, config: Config, key):
 def score_responses(models, function, batch, generation, texts, rows, eos: int, config: Config):
     """(scores (B,) with the missing-EOS rule applied, metrics)."""
     if function:
-        scores = jnp.asarray(gpt.check_scores(function(*texts, rows), len(rows)), jnp.float32)
+        scores = gpt.gather_rows(gpt.check_scores(function(*texts, rows), len(rows)))
+        scores = gpt.put_batch({"scores": scores})["scores"]
     else:
         args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, config.parts
         scores = combine_scores(jnp.stack([gpt.score(m, *args) for m in models]), config.combine, config.uwo_coef)
@@ -591,7 +592,7 @@ def main(config: Config):
     policy_optimizer, critic_optimizer, lr = make(config.lr), make(config.critic_lr), rate(config.lr)
     state = State(
         policy, gpt.shard(policy_optimizer.init(policy)),
-        critic, gpt.shard(critic_optimizer.init(critic)), jnp.asarray(config.beta),
+        critic, gpt.shard(critic_optimizer.init(critic)), gpt.shard(jnp.asarray(config.beta)),
     )  # fmt: skip
     update = make_update(policy_optimizer, critic_optimizer, config)
     sample = partial(gpt.generate, max_new_tokens=config.response_length, temperature=config.temperature,
@@ -607,8 +608,9 @@ def main(config: Config):
         generation = sample(
             sampler(state, ref, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step)
         )
-        questions = tokenizer.decode_rows(host_batch["tokens"], host_batch["segments"])
-        texts, rows = (questions, tokenizer.decode_rows(generation.tokens, generation.mask)), prompts.rows(host_batch)
+        both = (host_batch["tokens"], host_batch["segments"]), gpt.to_numpy((generation.tokens, generation.mask))
+        texts = [tokenizer.decode_rows(*map(gpt.own_rows, part)) for part in both]
+        rows = gpt.own_rows(prompts.rows(host_batch))
         scores, metrics = score_responses(models, function, batch, generation, texts, rows, tokenizer.eos_id, config)
         # 2, 3 rewards and advantages
         rollout, more = make_rollout(state, ref, batch, generation, scores, config)
@@ -625,8 +627,9 @@ def main(config: Config):
         if monitor:
             metrics |= gpt.mean_parts(monitor(*texts, rows), "eval/")
         if step % config.sample_every == 0 or step == config.steps - 1:
-            for i in range(2):
-                run.sample(step, prompt=texts[0][i], response=texts[1][i], score=float(scores[i]))
+            shown = gpt.to_numpy(scores)
+            for i in range(min(2, len(rows))):
+                run.sample(step, prompt=texts[0][i], response=texts[1][i], score=float(shown[i]))
         watch(metrics, config)
         run.log(step, metrics)
         run.checkpoint(step, state)

@@ -291,7 +291,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         gaps = taught[:, 0] - taught[:, 1]
         agreement, correlated = float(np.mean((gaps > 0) == (d > 0))), correlation(scores.ravel(), taught.ravel())
         result["teacher"] = {"accuracy": float(np.mean(gaps > 0)), "agreement": agreement, "correlation": correlated}
-    if config.gold and config.gold != "none":
+    if config.gold and config.gold != "none" and jax.process_index() == 0:  # who writes the report asks
         prompts, responses = zip(*texts)
         judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
         gold = np.asarray([j["gold"] if isinstance(j, dict) else j for j in judged]).reshape(-1, 2)
@@ -388,13 +388,14 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
+    policy = gpt.shard(policy)
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
     scores, scorer = [], gpt.whole(model, base)
     for i in range(config.normalize_samples // size):
-        batch = prompts(i)
+        batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
             eos=tokenizer.eos_id, pad=tokenizer.pad_id,
@@ -508,6 +509,8 @@ def main(config: Config):
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
     result = report(members, pairs, tokenizer, config, teachers)
+    if jax.process_index() > 0:
+        return
     gpt.write_json(config.out / "report.json", result)
     print_report(result)
     try:

@@ -332,7 +332,7 @@ def test_large_arrays_are_spread_over_the_devices(eight):
 
 
 def test_a_leaf_is_split_along_its_longest_axis_but_never_along_its_layers():
-    mesh = jax.sharding.AbstractMesh((8,), ("data",))
+    mesh = jax.sharding.AbstractMesh((8, 1), ("data", "tensor"))
     blocks, leaf = (jax.tree_util.GetAttrKey("blocks"),), jax.ShapeDtypeStruct
     spec = lambda path, *shape: tuple(gpt.sharding(path, leaf(shape, jnp.float32), mesh).spec)
     assert spec(blocks, 512, 64, 128) == (None, None, "data")

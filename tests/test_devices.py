@@ -1,0 +1,189 @@
+"""Several devices and several processes: every training script does what it does on one device."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import gpt
+import toy
+
+ROOT = Path(__file__).resolve().parent.parent
+RATE = 0.1  # as in every_script.py: what a weight moves is so many times its gradient
+SCRIPTS = ("sft", "reward", "ppo", "dpo", "ipo", "kto")
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory) -> Path:
+    """Toy data, and a fresh model with matrices large enough to be split and opinions strong enough to differ."""
+    world = tmp_path_factory.mktemp("world")
+    toy.main(toy.Config(out=world / "data", base=10, demos=64, pairs=64, thumbs=64, prompts=64, heldout=24))
+    tokenizer = gpt.load_tokenizer(world / "data")
+    shape = gpt.make_config(tokenizer.vocab_size, 64, layers=1, heads=4, dim=128)
+    model = jax.jit(partial(gpt.init, shape))(jax.random.key(0))
+    gpt.save(world / "sft", jax.tree.map(lambda x: 4 * x if x.ndim > 2 else x, model), tokenizer)
+    return world
+
+
+def begin(world, out, *names, devices=1, **env):
+    flags = f"--xla_force_host_platform_device_count={devices}"
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "tests" / "every_script.py"), str(world), str(out), *names],
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "DEBUG": "1"} | env,
+        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def end(*processes, code=0):
+    for process in processes:
+        _, errors = process.communicate(timeout=400)
+        assert process.returncode == code, errors[-3000:]
+
+
+def begin_pair(world, out, *names):
+    """Two processes with two devices each; the operating system names a free port."""
+    with socket.socket() as listener:
+        listener.bind(("localhost", 0))
+        address = f"localhost:{listener.getsockname()[1]}"
+    env = dict(JAX_COORDINATOR_ADDRESS=address, JAX_NUM_PROCESSES="2")
+    return [begin(world, out, *names, devices=2, JAX_PROCESS_ID=str(i), **env) for i in range(2)]
+
+
+@pytest.fixture(scope="module")
+def one(world, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("one")
+    end(begin(world, out))
+    return out
+
+
+def rows(file) -> list[dict]:
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def moved(world, folder) -> dict[str, np.ndarray]:
+    """Two steps' gradients, by the way that the weights went."""
+    before, after = (load_file(f / "model.safetensors") for f in (world / "sft", folder))
+    return {name: (x - before[name]) / RATE for name, x in after.items() if name in before}
+
+
+def check_same(world, one, other, *names):
+    """Metrics to 1e-5, gradients to 1e-5, text to the letter."""
+    for name in names:
+        ours, theirs = rows(one / name / "metrics.jsonl"), rows(other / name / "metrics.jsonl")
+        assert len(ours) == len(theirs) > 0
+        for a, b in zip(ours, theirs):
+            a.pop("seconds"), b.pop("seconds")
+            assert b == pytest.approx(a, rel=1e-5, abs=1e-5), name
+        ours, theirs = moved(world, one / name), moved(world, other / name)
+        assert max(np.abs(x).max() for x in ours.values()) > 1e-3
+        for weight, x in ours.items():
+            np.testing.assert_allclose(theirs[weight], x, atol=1e-5, err_msg=f"{name} {weight}")
+    for file in ("sft/samples.jsonl", "ppo/samples.jsonl", "dpo/pairs-round-1.jsonl"):
+        if file.split("/")[0] in names:
+            ours, theirs = rows(one / file), rows(other / file)
+            texts = [[{k: v for k, v in row.items() if isinstance(v, str)} for row in side] for side in (ours, theirs)]
+            assert texts[0] == texts[1] and texts[0]
+    if "reward" in names:
+        ours, theirs = (json.loads((out / "reward" / "report.json").read_text()) for out in (one, other))
+        for key in ("pairs", "accuracy", "longer_wins", "margin", "score_mean", "score_std"):
+            assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), key
+
+
+def test_eight_devices_do_in_every_script_what_one_does(world, one, tmp_path):
+    end(begin(world, tmp_path, devices=8))
+    check_same(world, one, tmp_path, *SCRIPTS)
+
+
+def test_two_processes_do_what_one_does_and_stop_together(world, one, tmp_path):
+    pair = begin_pair(world, tmp_path, *SCRIPTS, "sft-endless")
+    log = tmp_path / "endless" / "metrics.jsonl"
+    while all(process.poll() is None for process in pair) and not (log.exists() and log.read_text().count("\n") > 2):
+        time.sleep(0.05)
+    pair[1].send_signal(signal.SIGTERM)  # one of the two: both save the same step and stop
+    end(*pair, code=1)
+    assert len(os.listdir(tmp_path / "endless" / "checkpoint")) == 1
+    check_same(world, one, tmp_path, *SCRIPTS)
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_a_tensor_axis_changes_nothing(world, one, tmp_path, tensor):
+    end(begin(world, tmp_path, "sft", "ppo", devices=8, TENSOR_PARALLEL=str(tensor)))
+    check_same(world, one, tmp_path, "sft", "ppo")
+    assert f"{8 // tensor} x {tensor} tensor" in (tmp_path / "ppo" / "config.json").read_text()
+
+
+def test_a_run_resumes_on_another_number_of_devices(world, one, tmp_path):
+    end(begin(world, tmp_path, "sft-first-half", devices=4))
+    end(begin(world, tmp_path, "sft-second-half", devices=2))
+    losses = [[row["loss"] for row in rows(out / "sft" / "metrics.jsonl")] for out in (one, tmp_path)]
+    assert len(losses[0]) == 2 and losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for weight, x in moved(world, one / "sft").items():
+        np.testing.assert_allclose(moved(world, tmp_path / "sft")[weight], x, atol=1e-5, err_msg=weight)
+
+
+def test_weights_go_over_the_tensor_axis_in_pairs_and_all_else_over_all_devices():
+    mesh = jax.sharding.AbstractMesh((4, 2), ("data", "tensor"))
+    key = jax.tree_util.GetAttrKey
+
+    def spec(path, *shape):
+        path = tuple(map(key, path.split(".")))
+        return tuple(gpt.sharding(path, jax.ShapeDtypeStruct(shape, jnp.float32), mesh).spec)
+
+    assert spec("blocks.q.weight", 6, 64, 128) == (None, "data", "tensor")
+    assert spec("mu.blocks.down.weight", 6, 128, 64) == (None, "tensor", "data")
+    assert spec("wte", 512, 64) == ("tensor", "data")
+    assert spec("wpe", 512, 64) == (("data", "tensor"), None)
+    assert spec("wte", 509, 64) == (None, ("data", "tensor"))  # a vocabulary that does not divide
+    assert spec("blocks.norm1.scale", 6, 64) == ()
+
+
+SLURM = dict(SLURM_JOB_ID="7", SLURM_PROCID="1", SLURM_LOCALID="0")
+ALONE = [
+    {},
+    {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # the shell of salloc
+    SLURM | {"SLURM_NTASKS": "8"},  # the script of sbatch
+    SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},
+    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
+    {"CLOUD_TPU_TASK_ID": "3"},  # an index: it does not say of how many
+    {"TPU_WORKER_HOSTNAMES": "localhost"},
+    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod has it
+    SLURM | {"SLURM_STEP_NUM_TASKS": "8", "DISTRIBUTED": "0"},
+]
+
+
+@pytest.mark.parametrize("env", ALONE)
+def test_a_process_is_alone_unless_the_launcher_says_otherwise(env):
+    assert gpt.cluster(env) is None
+
+
+def test_launchers_that_are_recognised():
+    said = dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
+    assert gpt.cluster(said) == dict(coordinator_address="a:1", num_processes=2, process_id=0)
+    step = SLURM | {"SLURM_NTASKS": "99", "SLURM_STEP_NUM_TASKS": "8"}
+    assert gpt.cluster(step) == dict(num_processes=8, process_id=1)
+    assert gpt.cluster(said | step) == gpt.cluster(said)
+    ranks = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
+    assert gpt.cluster(ranks | {"OMPI_MCA_orte_hnp_uri": "x"}) == dict(num_processes=4, process_id=3)
+    at = {"JAX_COORDINATOR_ADDRESS": "a:1"}
+    assert gpt.cluster(ranks | at) == dict(coordinator_address="a:1", num_processes=4, process_id=3)
+    assert gpt.cluster({"TPU_WORKER_HOSTNAMES": "a,b"}) == {} == gpt.cluster({"DISTRIBUTED": "1"})
+
+
+def test_half_a_description_of_a_cluster_is_an_error():
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
+        gpt.cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
+    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 2: set JAX_COORDINATOR_ADDRESS"):
+        gpt.cluster({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
+    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE is 4: set JAX_COORDINATOR_ADDRESS"):
+        gpt.cluster({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"})  # Open MPI 5 names no address
