@@ -1951,6 +1951,7 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 def start(seed: int = 0):
     """Join the other processes, if there are any (`cluster`), set the mesh, and return the run's random key."""
     if not jax.distributed.is_initialized() and (others := cluster(os.environ)) is not None:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # CPU collectives of two programs must not overlap
         jax.distributed.initialize(**others)
     keep_freed_memory()
     jax.set_mesh(make_mesh())
