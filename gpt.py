@@ -2123,6 +2123,7 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 def start(seed: int = 0):
     """Join the other processes, if there are any (`cluster`), set the mesh, and return the run's random key."""
     if not jax.distributed.is_initialized() and (others := cluster(os.environ)) is not None:
+        jax.config.update("jax_cpu_enable_async_dispatch", False)  # CPU collectives of two programs must not overlap
         jax.distributed.initialize(**others)
     keep_freed_memory()
     jax.set_mesh(make_mesh())
@@ -2588,6 +2589,8 @@ class Run:
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
         now = time.perf_counter()
+        if jax.process_count() > 1:
+            jax.block_until_ready(metrics)  # one collective at a time: two programs' must not cross
         stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
         self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
         self._clock = now

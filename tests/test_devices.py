@@ -83,13 +83,14 @@ def check_same(world, one, other, *names):
         ours, theirs = rows(one / name / "metrics.jsonl"), rows(other / name / "metrics.jsonl")
         assert len(ours) == len(theirs) > 0
         for a, b in zip(ours, theirs):
-            for name_of in ("seconds", "rewards/accuracies"):  # margins are 0 at first, up to rounding: above 0 or not
-                a.pop(name_of, 0), b.pop(name_of, 0)
-            assert b == pytest.approx(a, rel=1e-5, abs=1e-5), name
+            for noise in ("seconds", "rewards/accuracies"):  # at the first step all margins are 0, to a rounding error
+                a.pop(noise, 0), b.pop(noise, 0)
+            assert b == pytest.approx(a, rel=3e-5, abs=1e-5), name
         ours, theirs = moved(world, one / name), moved(world, other / name)
         assert max(np.abs(x).max() for x in ours.values()) > 1e-3
         for weight, x in ours.items():
-            np.testing.assert_allclose(theirs[weight], x, atol=1e-5, err_msg=f"{name} {weight}")
+            gap = 1e-5 * max(1, np.abs(x).max())  # IPO's gradient is in the hundreds
+            np.testing.assert_allclose(theirs[weight], x, atol=gap, err_msg=f"{name} {weight}")
     for file in ("sft/samples.jsonl", "ppo/samples.jsonl", "dpo/pairs-round-1.jsonl"):
         if file.split("/")[0] in names:
             ours, theirs = rows(one / file), rows(other / file)
