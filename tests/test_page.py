@@ -339,7 +339,7 @@ def test_deleting_a_chat_erases_it_on_the_server(visit, url, tmp_path):
     page.get_by_text("None yet.").wait_for()
     assert counts(url) == before
     page.locator("#file").set_input_files(tmp_path / "chats.json")
-    press(page, "a b")
+    page.locator("#past").get_by_role("button", name="a b", exact=True).click()
     assert answers(page).count() == 1
     circle = [{"id": "x", "leaf": 1, "nodes": [{"parent": 1, "text": ""}, {"parent": 0, "text": ""}]}]
     (tmp_path / "chats.json").write_text(json.dumps(circle))
