@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
 import re
@@ -28,6 +29,7 @@ import tokenizers
 
 import gpt
 import prepare
+import rlaif
 import serve
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -1025,3 +1027,15 @@ def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, 
         serve.main(serve.Config(quantize="auto", **options))
     with pytest.raises(FileNotFoundError, match="no data file"):
         serve.main(serve.Config(quality=str(tmp_path / "none.jsonl"), **options))
+
+
+def test_the_server_judges_for_rlaif_as_the_model_itself_does(live, folder, tmp_path):
+    """P(option) through /v1/completions and its log-probs equal those of the same folder, read in process."""
+    config = rlaif.Config(judge=live.url + "/v1", judge_model="one", api="completions", out=tmp_path, batch_size=8)
+    texts = [f"Human: {x} {y} Assistant:" for x in "abcdefgh" for y in "abcd"]
+    options = [" a", " b", " c", " d"]
+    found = rlaif.open_judge(dataclasses.replace(config, retries=0)).choose(texts, options)
+    expected = rlaif.open_judge(dataclasses.replace(config, judge=str(folder / "one"))).choose(texts, options)
+    told = np.isfinite(found).all(1) & (found.max(1) < 1)  # certain: it chose later than with its first word
+    assert told.sum() >= 8
+    np.testing.assert_allclose(found[told], expected[told], atol=2e-4)
