@@ -27,7 +27,6 @@ Details that matter:
     python dpo.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-dpo --length 512 --lr 1e-6 --beta 0.1
 """
 
-import json
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -287,7 +286,7 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
             "or --keep-truncated where the model rarely ends"
         )
     if jax.process_index() == 0:
-        gpt.write_atomic(path, lambda f: Path(f).write_text("".join(json.dumps(row) + "\n" for row in rows)))
+        gpt.write_rows(path, rows)
     gpt.barrier("pairs")
     print(f"round {round}: {len(rows):,} pairs from {config.round_prompts:,} prompts -> {path}")
 

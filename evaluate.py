@@ -163,12 +163,7 @@ def load_judge(name: str) -> Callable:
     if name == "none":
         return lambda prompts, responses, rows: [{} for _ in responses]
     function = gpt.load_function(name)
-
-    def judge(prompts, responses, rows):
-        rated = function(prompts, responses, rows)
-        return [r if isinstance(r, dict) else {"gold": float(r)} for r in rated]
-
-    return judge
+    return lambda prompts, responses, rows: gpt.parts_of(function(prompts, responses, rows))
 
 
 def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
@@ -1172,8 +1167,7 @@ def best_of(exam: Exam, theirs: Answers) -> tuple[dict, dict]:
 def write_winners(rounds: list[Answers], exam: Exam):
     rows, path = pick_winners(rounds, exam.tokenizer), exam.config.winners
     path.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    gpt.write_atomic(path, lambda file: Path(file).write_text(text))
+    gpt.write_rows(path, rows)
     missing = len(rounds[0].rows) - len(rows)
     print(f"wrote {path}: {len(rows)} winners" + f"; {missing} prompts had no usable answer" * (missing > 0))
 

@@ -1512,6 +1512,11 @@ def write_atomic(path: Path, write):
         temporary.unlink(missing_ok=True)
 
 
+def write_rows(path: Path, rows):
+    """JSONL: one object a line."""
+    write_atomic(Path(path), lambda file: Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows)))
+
+
 def write_json(path: Path, value):
     write_atomic(Path(path), lambda file: Path(file).write_text(json.dumps(value, indent=2, default=str) + "\n"))
 
@@ -2417,9 +2422,14 @@ def check_scores(scores, n: int) -> np.ndarray:
     return scores
 
 
+def parts_of(values) -> list[dict]:
+    """What a judge returned, floats or dicts of named parts, as dicts: a float is "gold"."""
+    return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
+
+
 def mean_parts(values, prefix: str) -> dict[str, float]:
-    """Means of what a judge returned, in all processes: floats (as "gold") or dicts of named parts."""
-    rows = [value if isinstance(value, dict) else {"gold": value} for value in values]
+    """Means of what a judge returned, in all processes, part by part."""
+    rows = parts_of(values)
     return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
 
 

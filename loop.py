@@ -163,11 +163,10 @@ def main(config: Config):
         gpt.remove(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
     if not (config.out / "served").exists():
-        gpt.save(config.out / "served", *gpt.load_policy(config.init))
-        old = [row for _, row in gpt.read_rows(config.labels, "pairs")][: config.old]
-        gpt.write_atomic(
-            config.out / "old.jsonl", lambda file: Path(file).write_text("".join(json.dumps(row) + "\n" for row in old))
+        gpt.write_rows(
+            config.out / "old.jsonl", [row for _, row in gpt.read_rows(config.labels, "pairs")][: config.old]
         )
+        gpt.save(config.out / "served", *gpt.load_policy(config.init))
     for number in range(1, config.rounds + 1):
         done = config.out / f"round-{number}" / "report" / "gate.json"
         if not done.exists():

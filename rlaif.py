@@ -198,9 +198,9 @@ def draw(principles: list[Principle], n: int, *seed: int) -> list[Principle]:
     return [principles[i] for i in np.random.default_rng(seed).integers(len(principles), size=n)]
 
 
-def part_of(principle: Principle) -> str:
+def part_of(name: str) -> str:
     """harmless0 -> harmless: what principles are grouped by in reports."""
-    return principle.name.rstrip("0123456789")
+    return name.rstrip("0123456789")
 
 
 # ---------------------------------------------------------------------------------------------------- texts
@@ -517,9 +517,8 @@ def read_choice(choice: dict, options) -> list[float]:
     for token, top in steps:
         mass = np.zeros(len(names))
         for candidate, logprob in (top or {}).items():
-            fits = [
-                i for i, name in enumerate(names) if _bare(said + candidate) and _begins(_bare(said + candidate), name)
-            ]
+            reads = _bare(said + candidate)
+            fits = [i for i, name in enumerate(names) if _begins(reads, name)]
             if len(fits) == 1:
                 mass[fits[0]] += math.exp(logprob)
         if mass.sum() > 0.05:
@@ -679,13 +678,9 @@ class Parts:
         counts = sum((Counter(part.pop("counts")) for part in parts), Counter())
         rows = {name: list(itertools.chain(*(part[name] for part in parts))) for name in parts[0]}
         for name, lines in rows.items():
-            write_rows(self.config.out / f"{name}.jsonl", lines)
+            gpt.write_rows(self.config.out / f"{name}.jsonl", lines)
         gpt.remove(self.folder)
         return rows | {"counts": counts}
-
-
-def write_rows(path: Path, rows):
-    gpt.write_atomic(path, lambda file: Path(file).write_text("".join(json.dumps(row) + "\n" for row in rows)))
 
 
 def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
@@ -847,7 +842,7 @@ def agreement(rows, gold) -> dict[str, tuple[int, int]]:
     asked = [row["prompt"] for row in rows]
     chosen, rejected = (gold(asked, [row[side] for row in rows], rows) for side in ("chosen", "rejected"))
     for row, better, worse in zip(rows, chosen, rejected):
-        named = row.get("principle", "").rstrip("0123456789")
+        named = part_of(row.get("principle", ""))
         for part in {named, "gold"} & better.keys():
             hits, n = found.get(part, (0, 0))
             if better[part] != worse[part]:
@@ -859,8 +854,7 @@ def print_agreement(rows, config: Config):
     if config.gold == "none" or not rows:
         return
     function = gpt.load_function(config.gold)
-    rated = lambda *args: [r if isinstance(r, dict) else {"gold": float(r)} for r in function(*args)]
-    for part, (hits, n) in agreement(rows, rated).items():
+    for part, (hits, n) in agreement(rows, lambda *args: gpt.parts_of(function(*args))).items():
         low, high = interval(hits, n)
         print(
             f"judge agrees with {config.gold} in {part:9} {hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs"

@@ -118,7 +118,7 @@ def test_the_toy_worlds_constitution_speaks_its_words_and_names_parts_of_gold(tm
     path.write_text(json.dumps(toy.constitution()))
     vocabulary = set(toy.tokenizer_files()["tokenizer.json"]["model"]["vocab"])
     principles = rlaif.load_constitution([path], need="good").principles
-    assert {rlaif.part_of(p) for p in principles} == {"harmless", "honest", "polite"}
+    assert {rlaif.part_of(p.name) for p in principles} == {"harmless", "honest", "polite"}
     for principle in principles:
         assert set(" ".join([*principle[1:5], *principle.bad]).split()) <= vocabulary
 
