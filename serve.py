@@ -514,7 +514,7 @@ class Served:
                 nowhere = np.full(rows, self.slots, np.int32)
                 blank = np.zeros((rows, width), np.int32)
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
-            jax.block_until_ready(self.decode(0, width))
+            jax.block_until_ready(self.decode(0, self.window(width)))
         self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
         # the first request must not wait for what is made once: a template's engine, a fingerprint of the vocabulary
         with contextlib.suppress(ApiError):
@@ -545,6 +545,12 @@ class Served:
 
     def bucket(self, n: int) -> int:
         return next(width for width in self.buckets if width >= n)
+
+    def window(self, n: int) -> int:
+        """Places of the cache to look at for `n` of them. What is cut out of the cache is copied, at each token: more
+        than half of it takes longer than to look at all."""
+        width = self.bucket(n)
+        return width if 2 * width <= self.context else self.buckets[-1]
 
     @property
     def busy(self) -> bool:
@@ -623,7 +629,7 @@ class Served:
         state = self.state
         most = min(self.steps, int(state.remaining.max()))
         ends = state.position + np.minimum(state.remaining, most)
-        window = self.bucket(int(ends[state.remaining > 0].max()))
+        window = self.window(int(ends[state.remaining > 0].max()))
         tokens, logprobs = self.decode(most, window)
         tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
         counts = (tokens >= 0).sum(0)
@@ -1711,7 +1717,7 @@ class Process(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 server.app(), log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                timeout_keep_alive=30, timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
+                timeout_keep_alive=30, http="httptools", timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
             )
         )  # fmt: skip
         self.server, self.failed = server, False
