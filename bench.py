@@ -6,8 +6,12 @@ Every row of the table is the median of --repeats timings with their minimum and
     train      one optimiser step of sft.py (`sft.make_train_step`: forward, backward, clipping, AdamW). Its bound is
                the matrix rate on 6 N + 12 L T D FLOPs a token: N weights that multiply each token (all but the
                position table; a tied embedding counts once, as the head), and scores over whole rows of T tokens
-    generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate. The bound of batch 1 is
-               the copy rate on N weights a token. Reads alone can be faster than a copy: above 100% is no error
+    generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate; from full weights and
+               from int8 ones with int8 activations (`gpt.quantize`, w8a8). Its bound is the copy rate on the weights
+               and the keys and values that a token reads. Reads alone can be faster than a copy: above 100% is no error
+    serve      serve.py: the toy over HTTP, one client and many, each asking again as soon as it is answered
+               (tests/load.py; they share the machine with the server): tokens/s of all together, ms until a whole
+               answer or until a stream's first text. And the engine alone with 124M, beside the peer's `generate`
     ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
                advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
     memory     what PPO holds at its peak under each --share, beside SFT on the rows of one PPO step: by the compiler's
@@ -22,7 +26,7 @@ With --peers (a Python that has torch and transformers), --trl-peers (one that h
 --dpo-peers (TRL 1.16) the same shapes run there too, in tests/peers.py. Ours and the peer take turns, repeat by repeat,
 so that both see the same machine. "times peer" is the peer's median time over ours: above 1 we are faster. MB is what
 the compiled step holds at its peak, weights and optimiser included; the peer's is by how much its process has grown
-since its libraries were loaded.
+since its libraries were loaded. "first s" is the first call, most of which is compilation.
 
     python bench.py                                              # the table, and out/bench/bench.json
     python bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
@@ -38,6 +42,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -52,15 +57,15 @@ import numpy as np
 import gpt
 
 # What is timed is what these scripts ship, and not a copy of it; loaded at run time, like every module:function.
-dpo, ppo, sft = (importlib.import_module(name) for name in ("dpo", "ppo", "sft"))
+dpo, ppo, serve, sft = (importlib.import_module(name) for name in ("dpo", "ppo", "serve", "sft"))
 
-PEERS = Path(__file__).resolve().parent / "tests" / "peers.py"
+PEERS, LOAD = (Path(__file__).resolve().parent / "tests" / name for name in ("peers.py", "load.py"))
 
 
 @dataclass(frozen=True)
 class Config:
-    only: tuple[Literal["train", "generate", "ppo", "memory", "dpo", "data"], ...] = (
-        "train", "generate", "ppo", "memory", "dpo", "data",
+    only: tuple[Literal["train", "generate", "serve", "ppo", "memory", "dpo", "data"], ...] = (
+        "train", "generate", "serve", "ppo", "memory", "dpo", "data",
     )  # sections  # fmt: skip
     repeats: int = 5  # timings of each row
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
@@ -68,7 +73,7 @@ class Config:
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
     dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside dpo
     data: tuple[str, ...] = ("data/toy/pairs.jsonl", "data/toy/base.jsonl")  # files of the data section
-    tokenizer: str = "data/toy"  # folder whose tokenizer reads them
+    tokenizer: str = "data/toy"  # folder whose tokenizer reads them, and is served
     length: int = 48  # tokens a row at most, there
     batch_size: int = 32  # rows a batch, there
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, and of weights that only generate
@@ -81,8 +86,10 @@ class Config:
 
 def timed(work, calls: int = 1):
     """A function that runs `work` a few times and returns the seconds of one; warmed up (compiled) beforehand."""
-    for _ in range(2):
-        jax.block_until_ready(work())
+    start = time.perf_counter()
+    jax.block_until_ready(work())
+    first = time.perf_counter() - start
+    jax.block_until_ready(work())
 
     def seconds():
         start = time.perf_counter()
@@ -91,6 +98,7 @@ def timed(work, calls: int = 1):
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / calls
 
+    seconds.first = first  # with compilation
     return seconds
 
 
@@ -149,6 +157,7 @@ class Table:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.with_name("peers.log").unlink(missing_ok=True)
         head = ("work", "ms", "min - max", "rate", "of bound", "peer ms", "min - max", "times peer", "MB", "peer MB")
+        head += ("first s",)
         print_row(head)
         print_row(["---"] + ["---:"] * (len(head) - 1))
 
@@ -157,7 +166,7 @@ class Table:
         give the share of the bound; `theirs` are the peer's seconds. What else is measured comes by keyword."""
         row = {"name": name} | more
         if len(seconds):
-            row |= {"seconds": spread(seconds), "rate": amount / np.median(seconds), "unit": unit}
+            row |= {"seconds": spread(seconds), "rate": more.get("rate", amount / np.median(seconds)), "unit": unit}
         if limit:
             row["share_of_bound"] = work / np.median(seconds) / limit
         if len(theirs):
@@ -173,7 +182,8 @@ class Table:
         share = f"{row['share_of_bound']:.0%}" if limit else ""
         times = f"{row['times_peer']:.2f}" if len(theirs) else ""
         memory = (f"{row[key] / 1e6:,.0f}" if key in row else "" for key in ("memory", "peer_memory"))
-        print_row([name, *milliseconds(seconds), rate, share, *milliseconds(theirs), times, *memory])
+        first = f"{row['first']:.1f}" if "first" in row else ""
+        print_row([name, *milliseconds(seconds), rate, share, *milliseconds(theirs), times, *memory, first])
         return row.get("rate")
 
 
@@ -291,9 +301,10 @@ def measure_train(table: Table, config: Config, limits: dict):
 
         work = dict(work="train", shape=dataclasses.asdict(shape), rows=rows, tokens=tokens, calls=calls, dtype=dtype)
         with start_peer(config.peers, config, **work) as peer:
-            ours, theirs = race(timed(step, calls), config.repeats, peer)
-            name = f"train {name}, {rows} x {tokens} tokens"
-            table.add(name, ours, rows * tokens, "tokens/s", flops, limits[dtype], theirs, peer)
+            clock = timed(step, calls)
+            ours, theirs = race(clock, config.repeats, peer)
+            name, bound = f"train {name}, {rows} x {tokens} tokens", (flops, limits[dtype])
+            table.add(name, ours, rows * tokens, "tokens/s", *bound, theirs, peer, first=clock.first)
 
 
 def repeated(train_step, state, batch):
@@ -310,20 +321,89 @@ def repeated(train_step, state, batch):
 def measure_generate(table: Table, config: Config, limits: dict):
     shape, prompt, new = shapes(config.quick)["GPT-2 124M"], 16, 8 if config.quick else 64
     dtype = gpt.compute_dtype(config.dtype)
-    model = gpt.cast(make_model(shape, jax.random.key(config.seed)), dtype)
-    weight_bytes = multiplied_weights(model) * jnp.dtype(dtype).itemsize
-    for rows, temperature in ((1, 0.0), (16, 1.0)):
+    full = gpt.cast(make_model(shape, jax.random.key(config.seed)), dtype)
+    for rows, how in itertools.product((1, 16, 64), ("full", "w8a8")):
+        temperature = float(rows > 1)
+        model = full if how == "full" else gpt.quantize(full, how)
         prompts = jnp.asarray(random_tokens(shape, rows, prompt))
         keys = map(partial(jax.random.fold_in, jax.random.key(config.seed)), itertools.count())
         sample = partial(gpt.generate, max_new_tokens=new, eos=-1, temperature=temperature)
-        ask = lambda p=prompts, k=keys, s=sample: s(model, p, jnp.ones_like(p), next(k)).tokens
+        ask = lambda m=model, p=prompts, k=keys, s=sample: s(m, p, jnp.ones_like(p), next(k)).tokens
         work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new,
                     temperature=temperature, dtype=dtype.__name__)  # fmt: skip
-        with start_peer(config.peers, config, **work) as peer:
-            ours, theirs = race(timed(ask), config.repeats, peer)
-            bound = dict(work=new * weight_bytes, limit=limits["copy"]) if rows == 1 else {}
-            name = f"generate GPT-2 124M, batch {rows}, {prompt} + {new} tokens"
-            table.add(name, ours, rows * new, "tokens/s", theirs=theirs, peer=peer, **bound)
+        with start_peer(config.peers if how == "full" else None, config, **work) as peer:
+            clock = timed(ask)
+            ours, theirs = race(clock, config.repeats, peer)
+            bound = dict(work=new * decoded_bytes(model, rows, prompt + new / 2), limit=limits["copy"])
+            name = f"generate GPT-2 124M{', w8a8' if how != 'full' else ''}, batch {rows}, {prompt} + {new} tokens"
+            table.add(name, ours, rows * new, "tokens/s", theirs=theirs, peer=peer, first=clock.first, **bound)
+
+
+def decoded_bytes(model: gpt.GPT, rows: int, seen: float) -> float:
+    """Bytes that one token of decoding reads: every weight that multiplies, and the keys and values of `seen` tokens a
+    row, on average."""
+    c = model.config
+    tables = [model.wpe] + [model.wte] * (model.head is not None)
+    weights = gpt.size_in_bytes(model) - gpt.size_in_bytes(tables)
+    cached = 2 * c.layers * c.kv_heads * c.head_dim * model.norm.scale.dtype.itemsize
+    return weights + rows * seen * cached
+
+
+def measure_serve(table: Table, config: Config, limits: dict):
+    tokenizer, tokens = gpt.load_tokenizer(config.tokenizer), 8 if config.quick else 32
+    toy, gpt2 = (shapes(config.quick)[name] for name in ("toy Llama", "GPT-2 124M"))
+    toy = dataclasses.replace(toy, vocab_size=tokenizer.vocab_size)
+    gpt2 = dataclasses.replace(gpt2, vocab_size=max(gpt2.vocab_size, tokenizer.vocab_size))
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save(folder, make_model(toy, jax.random.key(config.seed)), tokenizer)
+        for clients, slots in ((2, 2),) if config.quick else ((1, 16), (32, 1), (32, 16), (64, 32)):
+            who = f"serve toy Llama, {clients} clients, {slots} slots"
+            for only, kind, what in (("plain", "waits", "whole"), ("streams", "first", "first text")):
+                found = load_server(Path(folder), clients, 1.0 if config.quick else 6.0, only, tokens, slots)
+                table.add(f"{who}: {what}", found[kind], rate=found["tokens_per_second"], unit="tokens/s")
+    with tempfile.TemporaryDirectory() as folder:
+        gpt.save(folder, make_model(gpt2, jax.random.key(config.seed)), tokenizer)
+        for how in ("none", "w8a8"):
+            measure_engine(table, config, folder, gpt2, how)
+
+
+def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config, how: str):
+    """16 prompts at once and one alone, without HTTP."""
+    rows, prompt, new = 16, *((4, 4) if config.quick else (64, 32))
+    settings = serve.Config(slots=rows, context=prompt + new, quantize=how, dtype=config.dtype)
+    model = serve.Served("gpt2", folder, settings)
+    model.load()
+    model.compress()
+    model.warm_up()
+    work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new, temperature=1.0,
+                dtype=gpt.compute_dtype(config.dtype).__name__)  # fmt: skip
+    prompts = random_tokens(shape, rows, prompt).tolist()
+    with start_peer(config.peers if how == "none" else None, config, **work) as peer:
+        for n in (rows, 1):
+            ours, theirs = race(timed(partial(answer_all, model, prompts[:n], new)), config.repeats, peer)
+            name = f"serve GPT-2 124M{', w8a8' if how != 'none' else ''}, engine, {n} x ({prompt} + {new}) tokens"
+            table.add(name, ours, n * new, "tokens/s", theirs=theirs, peer=peer)
+            peer = None  # has done the whole batch
+
+
+def load_server(folder: Path, clients: int, seconds: float, only: str, tokens: int, slots: int) -> dict:
+    """The speed of serve.py under tests/load.py, a program of its own."""
+    figures = folder / "figures.json"
+    command = [sys.executable, LOAD, "--model", folder, "--clients", clients, "--seconds", seconds, "--only", only]
+    command += ["--tokens", tokens, "--figures", figures, f"--server=--slots {slots}"]
+    done = subprocess.run([*map(str, command)], capture_output=True, text=True)
+    found = json.loads(figures.read_text()) if figures.is_file() else {"wrong": [done.stderr[-500:]]}
+    if done.returncode or found["wrong"]:
+        raise ValueError(f"the server under load: {found['wrong'][:3]}")
+    return found
+
+
+def answer_all(model, prompts: list, new: int):
+    """Have an engine answer all prompts at once, with `new` tokens each."""
+    for i, ids in enumerate(prompts):
+        model.waiting.append(serve.Choice(i, ids, new, None, deadline=float("inf"), seed=i, endless=True))
+    while model.busy:
+        model.step(lambda delta: None)
 
 
 def measure_ppo(table: Table, config: Config, limits: dict):
@@ -361,11 +441,11 @@ def measure_ppo(table: Table, config: Config, limits: dict):
 
     work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
     with start_peer(config.trl_peers, config, **work) as peer:
-        for _ in range(2):
-            iteration()
+        first = iteration()
+        iteration()
         ours, theirs = race(iteration, config.repeats, peer)
-        for name, part in zip(("rollout", "scoring", "update"), np.transpose(ours)):
-            table.add(f"PPO {name}", part, rows * new, "response tokens/s")
+        for name, part, compiled in zip(("rollout", "scoring", "update"), np.transpose(ours), first):
+            table.add(f"PPO {name}", part, rows * new, "response tokens/s", first=compiled)
         name = f"PPO iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
         table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
 
@@ -485,7 +565,9 @@ def measure_dpo(table: Table, config: Config, limits: dict):
             flops = pair_flops(model, batch, shared)
             optimizer = gpt.adamw(settings.lr, clip=settings.clip_norm)
             state = dpo.State(model, gpt.shard(optimizer.init(model)))
+            start = time.perf_counter()
             compiled = dpo.make_train_step(optimizer, settings).lower(state, ref, batch).compile()
+            first = time.perf_counter() - start
             step = repeated(lambda state, batch, c=compiled, ref=ref: c(state, ref, batch), state, batch)
             memory = peak_memory(compiled)
             del model, state, ref
@@ -493,7 +575,7 @@ def measure_dpo(table: Table, config: Config, limits: dict):
                 ours, theirs = race(timed(step, calls), config.repeats, peer)
                 title = f"DPO step, {name}, {rows} pairs x ({prompt} + {new}) tokens, {how}"
                 bound = flops, limits[dtype.__name__]
-                table.add(title, ours, rows, "pairs/s", *bound, theirs, peer, memory=memory)
+                table.add(title, ours, rows, "pairs/s", *bound, theirs, peer, memory=memory, first=first)
 
 
 def random_pairs(shape: gpt.Config, rows: int, prompt: int, new: int, shared: bool) -> dict:
@@ -577,8 +659,8 @@ def main(config: Config):
     table = Table(config)
     limits = measure_machine(table, config)
     sections = dict(
-        train=measure_train, generate=measure_generate, ppo=measure_ppo, memory=measure_memory, dpo=measure_dpo,
-        data=measure_data,
+        train=measure_train, generate=measure_generate, serve=measure_serve, ppo=measure_ppo, memory=measure_memory,
+        dpo=measure_dpo, data=measure_data,
     )  # fmt: skip
     for name in config.only:
         sections[name](table, config, limits)

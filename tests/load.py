@@ -48,10 +48,11 @@ class Config:
     model: Path = Path("out/ppo")  # folder to serve
     clients: int = 64  # at once
     seconds: float = 60.0
-    only: Literal["all", "plain"] = "all"  # plain: no cancels, bad requests or votes, and answers of full length
+    only: Literal["all", "plain", "streams"] = "all"  # plain, streams: no cancels, bad requests or votes; full length
     tokens: int = 24  # of the longest answer asked for
     kill: bool = False  # kill -9 the server half-way, and start it again
     server: str = ""  # further options of serve.py
+    figures: Path | None = None  # write the speed there as JSON
     seed: int = 0
 
 
@@ -105,6 +106,7 @@ class Tally:
     health: list = field(default_factory=list)  # seconds
     late: list = field(default_factory=list)  # seconds that the process which asks for /health overslept
     waits: list = field(default_factory=list)  # seconds of whole answers
+    first: list = field(default_factory=list)  # seconds to the first text of a streamed one
     votes: dict = field(default_factory=dict)  # (kind, generation, person) -> value acknowledged last
     pending: dict = field(default_factory=dict)  # the same of votes under way: kept or not, both are right
     acknowledged: int = 0
@@ -124,7 +126,7 @@ class Client:
 
     async def live(self, until: float):
         kinds = [self.whole, self.stream, self.give_up, self.bad, self.vote]
-        weights = [5, 4, 1, 1, 3] if self.config.only == "all" else [1, 0, 0, 0, 0]
+        weights = dict(all=[5, 4, 1, 1, 3], plain=[1, 0, 0, 0, 0], streams=[0, 1, 0, 0, 0])[self.config.only]
         while time.monotonic() < until:
             begun = time.monotonic()
             try:
@@ -140,8 +142,8 @@ class Client:
         rng, tokens = self.random, self.config.tokens
         text = " ".join(rng.choices(WORDS, k=rng.randint(1, 12)))
         messages = dict(messages=[{"role": "user", "content": text}])
-        if self.config.only == "plain":
-            return messages | dict(max_tokens=tokens, ignore_eos=True)
+        if self.config.only != "all":
+            return messages | dict(max_tokens=tokens, ignore_eos=True) | more
         sampling = dict(temperature=rng.choice([0, 0.7, 1]), top_p=rng.choice([1, 0.9]), seed=rng.randint(0, 2**40))
         return messages | sampling | dict(max_tokens=rng.randint(1, tokens)) | more
 
@@ -165,10 +167,14 @@ class Client:
 
     async def stream(self, most: float = 1e9):
         """Read a streamed answer: it ends as promised, unless left after `most` frames."""
+        start, begun = time.monotonic(), False
         body = self.body(stream=True, stream_options={"include_usage": True})
         status, frames = await self.http.send("POST", "/v1/chat/completions", body), []
         async for piece in self.http.pieces():
             frames += [frame.removeprefix(b"data: ") for frame in piece.split(b"\n\n") if frame]
+            if not begun and b'"delta":{"content"' in piece:  # the first frame of all has a role and no text
+                begun = True
+                self.tally.first.append(time.monotonic() - start)
             if len(frames) >= most:
                 self.tally.statuses["given up"] += 1
                 return self.http.hang_up()
@@ -320,11 +326,16 @@ def report(config: Config, tally: Tally, memory: list, lost: int, doubled: int):
     print(f"{config.clients} clients, {config.seconds:.0f} s: {requests:,} requests, {tally.tokens:,} tokens")
     print(f"  {tally.tokens / config.seconds:,.0f} tokens/s, {requests / config.seconds:,.1f} requests/s")
     print(f"  by status: {dict(sorted(tally.statuses.items(), key=str))}")
-    print(f"  whole answers: {spread(tally.waits)}")
+    for name, seconds in (("whole answers", tally.waits), ("first text", tally.first)):
+        if seconds:
+            print(f"  {name}: {spread(seconds)}")
     print(f"  /health: {spread(tally.health)}; its watcher overslept {spread(tally.late)}")
     print(f"  memory: {memory[0]:.0f} MB after a tenth of the time, {memory[1]:.0f} MB at the end")
     print(f"  votes: {tally.acknowledged:,} acknowledged, {lost} lost, {doubled} doubled")
     print(f"  broken promises: {len(tally.wrong)} {tally.wrong[:3]}")
+    if config.figures:
+        speed = dict(tokens_per_second=tally.tokens / config.seconds, first=tally.first, waits=tally.waits)
+        config.figures.write_text(json.dumps(speed | dict(wrong=tally.wrong)))
 
 
 async def run(config: Config, folder: Path) -> int:

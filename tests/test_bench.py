@@ -72,6 +72,28 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     assert row["peer"] == {"fake": "1.0"}
 
 
+def test_the_server_under_load_and_its_engine_beside_a_peer(data, tmp_path, monkeypatch):
+    peer = tmp_path / "peer.py"
+    peer.write_text(PEER)
+    monkeypatch.setattr(bench, "PEERS", peer)
+    rows = measure(tmp_path, "serve", tokenizer=str(data), peers=Path(sys.executable))
+    served = {name: row for name, row in rows.items() if name.startswith("serve toy")}
+    assert len(served) == 2 and all(row["rate"] > 0 and row["seconds"]["min"] > 0 for row in served.values())
+    assert [name.split(": ")[1] for name in served] == ["whole", "first text"]
+    engine = rows["serve GPT-2 124M, engine, 16 x (4 + 4) tokens"]
+    assert engine["times_peer"] == pytest.approx(100 / engine["seconds"]["median"])
+    assert rows["serve GPT-2 124M, w8a8, engine, 1 x (4 + 4) tokens"]["rate"] > 0
+
+
+def test_a_decoded_token_reads_the_weights_and_the_cache():
+    shape = gpt.make_config(64, 32, 2, 2, 16, "gpt2")
+    model = gpt.init(shape, jax.random.key(0))
+    weights = 4 * (gpt.count_parameters(model) - model.wpe.size)
+    assert bench.decoded_bytes(model, 3, 10) == weights + 3 * 10 * (2 * 2 * 16 * 4)
+    small = gpt.quantize(model, "w8a8")
+    assert bench.decoded_bytes(small, 0, 0) == gpt.size_in_bytes(small) - 4 * model.wpe.size
+
+
 def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch):
     peer = tmp_path / "peer.py"
     peer.write_text(PEER)
