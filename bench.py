@@ -222,14 +222,15 @@ def machine_info() -> dict:
 
 
 def shapes(quick: bool) -> dict[str, gpt.Config]:
-    """Model configurations: two small ones of the toy's size, and GPT-2 124M."""
+    """Model configurations: two small ones of the toy's size, and the smallest and largest GPT-2."""
     if quick:
         llama, gpt2 = (gpt.make_config(64, 32, 1, 2, 16, family) for family in ("llama", "gpt2"))
-        return {"toy Llama": llama, "toy GPT-2": gpt2, "GPT-2 124M": gpt2}
+        return {"toy Llama": llama, "toy GPT-2": gpt2, "GPT-2 124M": gpt2, "GPT-2 1.5B": gpt2}
     return {
         "toy Llama": gpt.make_config(1024, 64, 4, 2, 128),
         "toy GPT-2": gpt.make_config(1024, 64, 4, 4, 128, "gpt2"),
         "GPT-2 124M": gpt.make_config(50257, 1024, 12, 12, 768, "gpt2"),
+        "GPT-2 1.5B": gpt.make_config(50257, 1024, 48, 25, 1600, "gpt2"),
     }
 
 
@@ -286,7 +287,9 @@ def measure_machine(table: Table, config: Config) -> dict:
 def measure_train(table: Table, config: Config, limits: dict):
     dtype = gpt.compute_dtype(config.dtype).__name__
     for name, shape in shapes(config.quick).items():
-        rows, tokens, calls = (4, 256, 1) if name == "GPT-2 124M" else (16, 48, 10)
+        if name == "GPT-2 1.5B" and jax.default_backend() == "cpu":
+            continue  # 28 GB in fp32, and minutes a step
+        rows, tokens, calls = (4, 256, 1) if name.startswith("GPT-2") else (16, 48, 10)
         if config.quick:
             rows, tokens, calls = 4, 16, 1
         settings = sft.Config(dtype=config.dtype)
@@ -469,6 +472,16 @@ def measure_memory(table: Table, config: Config, limits: dict):
                 sizes_of = ppo_memory(shape, settings(share=share, advantage=advantage))
                 title = f"memory PPO --share {share} --advantage {advantage}, {at}"
                 table.add(title, memory=sizes_of["peak"], programs=sizes_of)
+    # does the largest GPT-2 fit one GPU? In bf16, activations recomputed, 64 answers an iteration, 4 rows at a time
+    length, rows = (8, 8) if config.quick else (128, 64)
+    for share in ("none", "lora"):
+        settings = ppo.Config(
+            batch_size=rows, minibatch_size=rows // 4, micro_batches=rows // 16 or 1, prompt_length=length,
+            response_length=length, dtype="bfloat16", remat=True, share=share,
+        )  # fmt: skip
+        sizes_of = ppo_memory(shapes(config.quick)["GPT-2 1.5B"], settings)
+        title = f"memory PPO --share {share} --remat, GPT-2 1.5B, {rows} x 2 x {length} tokens, bf16"
+        table.add(title, memory=sizes_of["peak"], programs=sizes_of)
 
 
 def bytes_of(tree) -> int:
@@ -655,6 +668,7 @@ def main(config: Config):
         raise FileNotFoundError(f"no {missing[0]}: `python toy.py` makes the toy's files; or name others by --data")
     if jax.default_backend() != "cpu" and (config.peers or config.trl_peers or config.dpo_peers):
         raise ValueError("peers are timed on CPUs only")
+    jax.config.update("jax_enable_compilation_cache", False)  # first calls are to be first ones
     gpt.start(config.seed)
     table = Table(config)
     limits = measure_machine(table, config)

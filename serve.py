@@ -94,7 +94,6 @@ class Config:
     feedback: Path = Path("feedback.db")  # where votes, and the generations they are about, are kept
     ui: bool = True  # serve the chat page at /
     examples: str = ""  # rows of prompts, the first few of which the page offers to a newcomer
-    compile_cache: Path | None = Path("~/.cache/rlhf-jax")  # compiled programs, for a quicker next start
 
     @property
     def folders(self) -> list[str]:
@@ -1757,9 +1756,6 @@ def main(config: Config):
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY", ""))
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
-    if config.compile_cache:
-        jax.config.update("jax_compilation_cache_dir", str(config.compile_cache.expanduser()))
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
     sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms
     listener = socket.create_server(
         (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET

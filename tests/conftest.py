@@ -6,6 +6,7 @@ from pathlib import Path
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tests compile much and compute little
+os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nor do they leave files in the home folder
 
 import jax  # noqa: E402
 import pytest  # noqa: E402

@@ -43,7 +43,7 @@ def url(words, tmp_path_factory):
         gpt.save(folder / name, bigram_model(tokenizer, says), tokenizer)
     questions = [{"prompt": "\n\nHuman: a b\n\nAssistant:"}, {"prompt": [{"role": "user", "content": "c d"}]}]
     (folder / "prompts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in questions))
-    options = ["--slots", "4", "--compile-cache", "None", "--examples", str(folder / "prompts.jsonl")]
+    options = ["--slots", "4", "--examples", str(folder / "prompts.jsonl")]
     with serving([folder / name for name in LETTERS], folder / "feedback.db", *options) as url:
         yield url
 

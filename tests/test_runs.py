@@ -393,3 +393,24 @@ def test_a_missing_model_names_the_command_to_run(text, tmp_path):
     assert code == 1
     assert err.count("\n") == 1 and f"python sft.py --out {tmp_path / 'sft'}" in err
     assert not (tmp_path / "out").exists()
+
+
+COMPILE = """
+import jax, gpt
+gpt.start()
+model = jax.jit(lambda key: gpt.init(gpt.make_config(32, 32, 2, 2, 16), key))(jax.random.key(0))
+prompts = jax.numpy.ones((2, 4), int)
+gpt.generate(model, prompts, prompts, jax.random.key(0), 4, eos=0)
+"""
+
+
+def test_compiled_programs_are_kept_in_the_home_folder_or_where_the_environment_says(tmp_path):
+    def kept(**more):
+        env = {name: value for name, value in os.environ.items() if not name.startswith("JAX_ENABLE_COMP")}
+        subprocess.run([sys.executable, "-c", COMPILE], check=True, env=env | {"HOME": str(tmp_path)} | more, cwd=ROOT)
+        return {path.name for path in tmp_path.rglob("*-cache")}
+
+    assert not kept(JAX_ENABLE_COMPILATION_CACHE="false")
+    first = kept()
+    assert any(name.startswith("jit_generate") for name in first)
+    assert kept() == first  # found again, not compiled again

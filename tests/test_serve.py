@@ -898,7 +898,7 @@ def test_many_clients_at_once(folder, tmp_path):
 
 def test_the_command_serves_and_ends_when_told(folder, tmp_path):
     command = [sys.executable, ROOT / "serve.py", "--model", folder / "one", "--model", folder / "two", "--port", "0"]
-    command += ["--feedback", tmp_path / "f.db", "--slots", "2", "--compile-cache", "None"]
+    command += ["--feedback", tmp_path / "f.db", "--slots", "2"]
     log = open(tmp_path / "log", "w")
     with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         try:
@@ -922,7 +922,7 @@ def test_a_model_that_cannot_be_loaded_ends_the_command(folder, tmp_path):
     for file in (folder / "one").iterdir():
         (broken / file.name).write_bytes(file.read_bytes()[: 500 if file.suffix == ".safetensors" else None])
     with pytest.raises(ValueError, match="truncated"):
-        serve.main(serve.Config(model=((str(broken),),), port=0, feedback=tmp_path / "f.db", compile_cache=None))
+        serve.main(serve.Config(model=((str(broken),),), port=0, feedback=tmp_path / "f.db"))
 
 
 # ---- quantised models
@@ -1019,7 +1019,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
 
 def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(serve.Served, "step_seconds", lambda self: 0.1)
-    options = dict(port=0, feedback=tmp_path / "f.db", compile_cache=None, model=((str(folder / "one"),),), slots=2)
+    options = dict(port=0, feedback=tmp_path / "f.db", model=((str(folder / "one"),),), slots=2)
     with pytest.raises(ValueError, match=r"--quantize int4 is [\d.]+ nats .* perplexity"):
         serve.main(serve.Config(quantize="int4", quality=heldout, max_kl=1e-6, **options))
     assert "KL/token" in capsys.readouterr().out
