@@ -2549,7 +2549,22 @@ class Run:
         self._cut_logs(step)
         self._saved = step
         print(f"continuing {self.out} at step {step:,}")
+        if self.main and (changes := self._changes()):
+            print(f"warning: this run began with other settings: {'; '.join(changes)}", file=sys.stderr)
         return jax.tree_util.tree_unflatten(tree, [found[_path(p)] for p, _ in leaves]), step
+
+    def _changes(self) -> list[str]:
+        """What is not as config.json says that this run began, settings and files, where it matters for training."""
+        began = {"config": {}, "data": {}} | json.loads((self.out / "config.json").read_text()).get("run", {})
+        harmless = ("out", "resume", "overwrite", "save_every", "sample_every", "track")
+        news = []
+        for name, new in self.info["config"].items():
+            old = began["config"].get(name, new)
+            if old != new and name not in harmless:
+                news.append(f"--{name.replace('_', '-')} was {old}, is {new}")
+        return news + [
+            f"{path} has changed" for path, new in self.info["data"].items() if began["data"].get(path, new) != new
+        ]
 
     def checkpoint(self, step: int, state):
         """Save when it is time, or when a signal asks to stop; then the process ends here."""

@@ -71,6 +71,21 @@ def read_lines(path):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def test_a_run_that_goes_on_with_other_settings_or_data_says_so(tmp_path, capsys):
+    def go_on(seed, digest, **more):
+        run = gpt.Run(Config(tmp_path, seed=seed, save_every=2, **more), 6, {"a.jsonl": digest})
+        run.restore({"count": jnp.zeros(3)})
+        return capsys.readouterr().err
+
+    with pytest.raises(InterruptedError):
+        count_up(Config(tmp_path), stop=5)
+    info = json.loads((tmp_path / "config.json").read_text())
+    gpt.write_json(tmp_path / "config.json", info | {"run": info["run"] | {"data": {"a.jsonl": "1"}}})
+    assert go_on(0, "1", resume=True) == ""  # --resume itself is no news
+    assert "warning: this run began with other settings: --seed was 0, is 7" in go_on(7, "1", resume=True)
+    assert "a.jsonl has changed" in go_on(0, "2", resume=True)
+
+
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
     with pytest.raises(InterruptedError):
         count_up(Config(tmp_path), stop=5)
