@@ -240,8 +240,12 @@ def make_model(shape: gpt.Config, key):
 
 def multiplied_weights(model: gpt.GPT) -> int:
     """How many weights multiply each token: not the position table, and the embedding only where it is the head."""
-    tables = [model.wpe] + [model.wte] * (model.head is not None)
-    return gpt.count_parameters(model) - sum(x.size for x in tables if x is not None)
+    return gpt.count_parameters(model) - gpt.count_parameters(looked_up(model))
+
+
+def looked_up(model: gpt.GPT) -> list:
+    """Tables of which a token reads one row."""
+    return [model.wpe] + [model.wte] * (model.head is not None)
 
 
 def training_flops(model: gpt.GPT, rows: int, tokens: int) -> float:
@@ -346,8 +350,7 @@ def decoded_bytes(model: gpt.GPT, rows: int, seen: float) -> float:
     """Bytes that one token of decoding reads: every weight that multiplies, and the keys and values of `seen` tokens a
     row, on average."""
     c = model.config
-    tables = [model.wpe] + [model.wte] * (model.head is not None)
-    weights = gpt.size_in_bytes(model) - gpt.size_in_bytes(tables)
+    weights = gpt.size_in_bytes(model) - gpt.size_in_bytes(looked_up(model))
     cached = 2 * c.layers * c.kv_heads * c.head_dim * model.norm.scale.dtype.itemsize
     return weights + rows * seen * cached
 
@@ -360,7 +363,7 @@ def measure_serve(table: Table, config: Config, limits: dict):
     with tempfile.TemporaryDirectory() as folder:
         gpt.save(folder, make_model(toy, jax.random.key(config.seed)), tokenizer)
         for clients, slots in ((2, 2),) if config.quick else ((1, 16), (32, 1), (32, 16), (64, 32)):
-            who = f"serve toy Llama, {clients} clients, {slots} slots"
+            who = f"serve toy Llama, clients {clients}, slots {slots}"
             for only, kind, what in (("plain", "waits", "whole"), ("streams", "first", "first text")):
                 found = load_server(Path(folder), clients, 1.0 if config.quick else 6.0, only, tokens, slots)
                 table.add(f"{who}: {what}", found[kind], rate=found["tokens_per_second"], unit="tokens/s")
@@ -383,10 +386,10 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     prompts = random_tokens(shape, rows, prompt).tolist()
     with start_peer(config.peers if how == "none" else None, config, **work) as peer:
         for n in (rows, 1):
-            ours, theirs = race(timed(partial(answer_all, model, prompts[:n], new)), config.repeats, peer)
+            beside = peer if n == rows else None  # the peer does the whole batch
+            ours, theirs = race(timed(partial(answer_all, model, prompts[:n], new)), config.repeats, beside)
             name = f"serve GPT-2 124M{', w8a8' if how != 'none' else ''}, engine, {n} x ({prompt} + {new}) tokens"
             table.add(name, ours, n * new, "tokens/s", theirs=theirs, peer=peer)
-            peer = None  # has done the whole batch
 
 
 def load_server(folder: Path, clients: int, seconds: float, only: str, tokens: int, slots: int) -> dict:
@@ -484,10 +487,6 @@ def measure_memory(table: Table, config: Config, limits: dict):
         table.add(title, memory=sizes_of["peak"], programs=sizes_of)
 
 
-def bytes_of(tree) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
 def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     """Bytes: "resident" between the programs of an iteration, what each program adds while it runs, and their "peak".
     From shapes alone. The reward model comes as --share has it: under lora an adapter on the base."""
@@ -529,7 +528,7 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     programs["policy step"] = update_policy.lower(state.policy, state.policy_opt, ref, state.beta, rollout, rows)
     if state.critic is not None:
         programs["critic step"] = update_critic.lower(state.critic, state.critic_opt, ref, rollout, rows)
-    resident = bytes_of((state, ref, reward))
+    resident = gpt.size_in_bytes((state, ref, reward))
     more = {name: added_memory(program.compile()) for name, program in programs.items()}
     return {"resident": resident} | more | {"peak": resident + max(more.values())}
 
@@ -548,7 +547,7 @@ def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) 
     state, base = jax.eval_shape(lambda: start(jax.random.key(0)))
     batch = dict.fromkeys(("tokens", "mask", "segments"), jax.ShapeDtypeStruct((rows, tokens), jnp.int32))
     step = sft.make_train_step(optimizer, settings).lower(state, batch, None, base).compile()
-    resident, more = bytes_of((state, base)), added_memory(step)
+    resident, more = gpt.size_in_bytes((state, base)), added_memory(step)
     return {"resident": resident, "step": more, "peak": resident + more}
 
 

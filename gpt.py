@@ -2554,7 +2554,7 @@ class Run:
         return jax.tree_util.tree_unflatten(tree, [found[_path(p)] for p, _ in leaves]), step
 
     def _changes(self) -> list[str]:
-        """What is not as config.json says that this run began, settings and files, where it matters for training."""
+        """Settings and data files that are not those of the run's beginning, in words; what only logs may differ."""
         began = {"config": {}, "data": {}} | json.loads((self.out / "config.json").read_text()).get("run", {})
         harmless = ("out", "resume", "overwrite", "save_every", "sample_every", "track")
         news = []

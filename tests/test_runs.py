@@ -429,3 +429,6 @@ def test_compiled_programs_are_kept_in_the_home_folder_or_where_the_environment_
     first = kept()
     assert any(name.startswith("jit_generate") for name in first)
     assert kept() == first  # found again, not compiled again
+    elsewhere = tmp_path / "elsewhere"
+    kept(JAX_COMPILATION_CACHE_DIR=str(elsewhere), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
+    assert any(elsewhere.glob("jit_generate*-cache"))
