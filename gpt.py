@@ -23,6 +23,7 @@ import itertools
 import json
 import math
 import os
+import re
 import shlex
 import shutil
 import signal
@@ -43,6 +44,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -97,29 +99,55 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 # 2. Model
 
 
-@jax.custom_vjp
-def matmul(x, weight):
-    """x (..., I) @ weight (I, O), with a backward pass that XLA:CPU does not spoil.
+def sums(dtype):
+    """The precision to ask of a product that is wanted in `dtype`: XLA:CPU's bf16 kernel (YNNPACK) returns fp32, and
+    without it a product takes 10 times as long."""
+    return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
 
-    Left alone, XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the
-    weight gradient; those copies take half of a training step. The barriers keep the operands as plain matrices.
+
+def dot(a, b, axes, dtype=None):
+    """Sums of products over an axis of a and one of b, of as many axes each as there are: -> `dtype`, or a's."""
+    dtype = dtype or a.dtype
+    contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
+    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=sums(dtype)).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x, weight, dtype=None, rows=False):
+    """x (..., I) times weight (I, O), or (O, I) with `rows`: -> (..., O) in `dtype`, or x's. The backward pass is
+    written out, because XLA would spoil it.
+
+    XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the weight
+    gradient; those copies take half of a training step. The barriers keep the operands as plain matrices. And behind
+    logits in fp32 every backend would multiply a bf16 head in fp32: the cotangent is rounded to the weight's precision.
     """
-    return x @ weight
+    return dot(x, weight, (-1, 1 if rows else 0), dtype)
 
 
-def _matmul_forward(x, weight):
+def _matmul_forward(x, weight, dtype, rows):
     # where nobody asks for the gradient of a (frozen) weight, its input is not kept and its product not formed
-    return x.value @ weight.value, (x.value if weight.perturbed else None, weight.value)
+    saved = x.value if weight.perturbed else None, weight.value
+    return matmul(x.value, weight.value, dtype, rows), saved
 
 
-def _matmul_backward(saved, g):
+def _matmul_backward(dtype, rows, saved, g):
     x, weight = saved
+    g = g.astype(weight.dtype)
     if x is None:
-        return g @ weight.T, None
+        return dot(g, weight, (-1, 0 if rows else 1)), None
     if jax.default_backend() == "cpu":
         x, g = lax.optimization_barrier((x, g))
     flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    return g @ weight.T, lax.dot_general(flat_x, flat_g, (((0,), (0,)), ((), ())))
+    weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
+    return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
+
+
+def dot_tokens(a, b):
+    """a (N, I) and b (N, O) -> (I, O). The bf16 kernel of XLA:CPU wants sums along a's rows: turn a, and keep XLA from
+    seeing that the turn could be left out."""
+    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return dot(lax.optimization_barrier(a.T.reshape(-1)).reshape(a.shape[::-1]), b, (1, 0))
+    return dot(a, b, (0, 0))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
@@ -162,15 +190,32 @@ class Norm(eqx.Module):
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(form: str, a, b, dtype=None):
+    """jnp.einsum of two arrays: -> `dtype`, or a's. As in `matmul`, products of its backward pass are in a's precision,
+    whatever the result's."""
+    dtype = dtype or a.dtype
+    return jnp.einsum(form, a, b, preferred_element_type=sums(dtype)).astype(dtype)
+
+
+def _einsum_backward(form, dtype, saved, g):
+    (a, b), (left, right, out) = saved, re.split(",|->", form)
+    g = g.astype(a.dtype)
+    return einsum(f"{out},{right}->{left}", g, b), einsum(f"{left},{out}->{right}", a, g)
+
+
+einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _einsum_backward)
+
+
 def attention(q, k, v, mask):
     """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B, T, S) True where a query may look."""
     B, H, T, E = q.shape
     K = k.shape[1]
     q = q.reshape(B, K, H // K, T, E)  # H / K query heads share each key-value head
-    scores = jnp.einsum("bkgte,bkse->bkgts", q, k, preferred_element_type=jnp.float32) / np.sqrt(E)
+    scores = einsum("bkgte,bkse->bkgts", q, k, jnp.float32) / np.sqrt(E)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return jnp.einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
+    return einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
 
 
 def rope_angles(config: Config, positions):
@@ -280,8 +325,10 @@ class GPT(eqx.Module):
                 trunk = shard_batch(trunk)
             return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), trunk), None
 
+        # a short stack is unrolled, for speed; a layer that is to be forgotten and computed again stays in the loop,
+        # since XLA:CPU would see that two unrolled copies are one and keep it after all
         layer = jax.checkpoint(layer) if remat else layer
-        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=self.config.layers <= 8)
+        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=not remat and self.config.layers <= 12)
         return self.norm(x)
 
     def embed(self, tokens, positions):
@@ -294,7 +341,9 @@ class GPT(eqx.Module):
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
         head = self.wte if self.head is None else self.head
-        return head(hidden, jnp.float32) if isinstance(head, Quantised) else dot_rows(hidden, head, jnp.float32)
+        if isinstance(head, Quantised):
+            return head(hidden, jnp.float32)
+        return matmul(hidden, head, jnp.float32, rows=True)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -521,15 +570,39 @@ def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array,
     Never a (B, T, V) log-softmax: the gathered logit less the log-sum-exp, a few columns of T at a time.
     """
 
-    def piece(hidden, targets):
-        logits = model.logits(hidden) / temperature
-        lse = jax.nn.logsumexp(logits, axis=-1)
-        hit = jnp.arange(logits.shape[-1]) == targets[..., None]  # a comparison fuses; a gather's gradient is a scatter
-        chosen = jnp.where(hit, logits, 0.0).sum(-1)
-        entropy = lse - (jnp.exp(logits - lse[..., None]) * logits).sum(-1)
-        return chosen - lse, entropy
-
+    piece = lambda hidden, targets: logprobs_of_logits(model.logits(hidden) / temperature, targets)
     return map_columns(piece, model.config.vocab_size, hidden, targets)
+
+
+@jax.custom_vjp
+def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
+    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out: one exponential of
+    the logits, and no scatter."""
+    return _logprobs_forward(logits, targets)[0]
+
+
+def _logprobs_forward(logits, targets):
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1)
+    lse = jnp.log(total) + top[..., 0]
+    entropy = lse - (weights * logits).sum(-1) / total
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (chosen - lse, entropy), (logits, targets, lse, entropy)
+
+
+def _logprobs_backward(saved, g):
+    logits, targets, lse, entropy = saved
+    log_p = logits - lse[..., None]
+    p = jnp.exp(log_p)
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    slopes = hit - p, -p * (log_p + entropy[..., None])
+    return sum(x[..., None] * slope for x, slope in zip(g, slopes) if not isinstance(x, SymbolicZero)), None
+
+
+logprobs_of_logits.defvjp(
+    lambda *primals: _logprobs_forward(*(x.value for x in primals)), _logprobs_backward, symbolic_zeros=True
+)
 
 
 def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Float[Array, "B T"]:
@@ -757,7 +830,7 @@ class Int8(Quantised):
         return self.values.astype(self.scale.dtype) * self.scale[..., None]
 
     def product(self, x, dtype):
-        return dot_rows(x, self.values.astype(x.dtype), dtype) * self.scale.astype(dtype)
+        return dot(x, self.values.astype(x.dtype), (-1, -1), dtype) * self.scale.astype(dtype)
 
 
 class W8A8(Int8):
@@ -768,7 +841,7 @@ class W8A8(Int8):
         # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
         single = x.size == x.shape[-1]
         values, scale = to_int8(jnp.concatenate([x, x]) if single else x)
-        y = dot_rows(values, self.values, jnp.int32).astype(jnp.float32)
+        y = dot(values, self.values, (-1, -1), jnp.int32).astype(jnp.float32)
         y = y * scale[..., None].astype(jnp.float32) * self.scale.astype(jnp.float32)
         return (y[:1] if single else y).astype(dtype or x.dtype)
 
@@ -788,7 +861,7 @@ class Int4(Quantised):
         return jnp.concatenate(list(self.halves()), -1)
 
     def product(self, x, dtype):  # two products: to join the halves would take longer than to multiply by them
-        return sum(dot_rows(a, b.astype(x.dtype), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
+        return sum(dot(a, b.astype(x.dtype), (-1, -1), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
 
 
 class QuantisedLinear(eqx.Module):
@@ -800,12 +873,6 @@ class QuantisedLinear(eqx.Module):
     def __call__(self, x):
         y = self.weight(x)
         return y if self.bias is None else y + self.bias
-
-
-def dot_rows(x, weight, dtype):
-    """x (..., I) times weight (O, I), or one row (I,) of it, transposed: -> (..., O), or (...)."""
-    contract = (((x.ndim - 1,), (weight.ndim - 1,)), ((), ()))
-    return lax.dot_general(x, weight, contract, preferred_element_type=dtype)
 
 
 def to_integers(x, most: int):

@@ -188,14 +188,20 @@ def test_the_head_in_pieces_is_the_head_at_once_in_value_and_gradient(llama, tok
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), value(), whole)
 
 
-def sizes_with(jaxpr, width):
-    """Sizes of all intermediate arrays that have an axis of this width, inner programs included."""
+def equations(jaxpr):
+    """All operations of a program, those of inner programs included."""
     for equation in jaxpr.eqns:
-        yield from (v.aval.size for v in equation.outvars if width in getattr(v.aval, "shape", ()))
+        yield equation
         for value in equation.params.values():
             for inner in value if isinstance(value, tuple | list) else [value]:
                 if hasattr(inner := getattr(inner, "jaxpr", inner), "eqns"):
-                    yield from sizes_with(inner, width)
+                    yield from equations(inner)
+
+
+def sizes_with(jaxpr, width):
+    """Sizes of all intermediate arrays that have an axis of this width."""
+    for equation in equations(jaxpr):
+        yield from (v.aval.size for v in equation.outvars if width in getattr(v.aval, "shape", ()))
 
 
 def test_the_head_in_pieces_never_holds_all_logits(llama, monkeypatch):
@@ -208,10 +214,52 @@ def test_the_head_in_pieces_never_holds_all_logits(llama, monkeypatch):
     assert largest() <= rows * 8 * V
 
 
-def test_the_gradient_of_matmul_is_the_plain_one():
-    x, weight, c = (jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(2, 5, 4), (4, 3), (2, 5, 3)]))
-    grad = lambda f: jax.jit(jax.grad(lambda x, w: (jnp.sin(f(x, w)) * c).sum(), (0, 1)))(x, weight)
-    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), grad(gpt.matmul), grad(jnp.matmul))
+def gradients_of(f, *args):
+    c = jnp.cos(jnp.arange(f(*args).size, dtype=jnp.float32)).reshape(f(*args).shape)
+    return jax.jit(jax.grad(lambda *args: (jnp.sin(f(*args)) * c).sum(), tuple(range(len(args)))))(*args)
+
+
+@pytest.mark.parametrize("dtype, near", [("float32", 1e-5), ("bfloat16", 0.03)])
+def test_the_gradients_of_products_are_the_plain_ones(dtype, near):
+    array = lambda i, *shape: jax.random.normal(jax.random.key(i), shape)
+    form = "bkgte,bkse->bkgts"
+    cases = [
+        (gpt.matmul, jnp.matmul, array(0, 2, 5, 4), array(1, 4, 3)),
+        (partial(gpt.matmul, rows=True), lambda x, w: x @ w.T, array(2, 2, 5, 4), array(3, 3, 4)),
+        (partial(gpt.matmul, dtype=jnp.float32, rows=True), lambda x, w: x @ w.T, array(2, 2, 5, 4), array(3, 3, 4)),
+        (partial(gpt.einsum, form), partial(jnp.einsum, form), array(4, 2, 2, 3, 5, 4), array(5, 2, 2, 6, 4)),
+    ]
+    for ours, plain, *args in cases:
+        rounded = [x.astype(dtype) for x in args]
+        got, expected = (jax.tree.map(np.float32, gradients_of(ours, *rounded)), gradients_of(plain, *args))
+        for a, b in zip(got, expected):
+            np.testing.assert_allclose(a, b, atol=near * np.abs(b).max())
+
+
+@pytest.mark.parametrize("used", [(1.0, 0.0), (0.0, 1.0), (0.5, 2.0)])
+def test_the_gradient_of_logprobs_and_entropy_is_that_of_a_softmax(used):
+    logits, targets = 3 * jax.random.normal(jax.random.key(0), (2, 5, V)), jnp.arange(10).reshape(2, 5)
+
+    def ours(logits):
+        outs = gpt.logprobs_of_logits(logits, targets)
+        return sum(share * x for share, x in zip(used, outs) if share)
+
+    def plain(logits):
+        log_p = jax.nn.log_softmax(logits)
+        return used[0] * log_p[*np.indices((2, 5)), targets] - used[1] * (jnp.exp(log_p) * log_p).sum(-1)
+
+    np.testing.assert_allclose(ours(logits), plain(logits), rtol=1e-5, atol=1e-5)
+    (got,), (expected,) = gradients_of(ours, logits), gradients_of(plain, logits)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bf16_model_multiplies_in_bf16_all_the_way_back(llama, tokens):
+    """And on a CPU it asks for results in fp32, which is what there is a fast kernel for."""
+    loss = lambda model: gpt.token_logprobs(gpt.cast(model, jnp.bfloat16), tokens).sum()
+    products = [e for e in equations(jax.make_jaxpr(jax.grad(loss))(llama).jaxpr) if e.primitive.name == "dot_general"]
+    assert len(products) > 3 * 8  # of a layer's nine products and the head, forwards and twice backwards
+    assert {v.aval.dtype.name for e in products for v in e.invars} == {"bfloat16"}
+    assert {e.outvars[0].aval.dtype.name for e in products} == {"float32"}
 
 
 def test_entropy_and_kl_are_the_sums_over_the_vocabulary(llama, golden, tokens, monkeypatch):
