@@ -7,8 +7,6 @@
 # make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
 PYTHON ?= python3
 SEED ?= 0
-# XLA:CPU takes and frees large blocks at every step: in one heap that is kept they cost no page faults (README)
-export MALLOC_ARENA_MAX ?= 1
 
 .PHONY: demo rlaif principles rewards overoptimization frontier test lint requirements clean
 

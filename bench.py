@@ -413,30 +413,45 @@ def answer_all(model, prompts: list, new: int):
 
 
 def measure_ppo(table: Table, config: Config, limits: dict):
+    """An iteration, in parts; then with a value head on the policy, and with adapters on one base. TRL's peer has four
+    models each time."""
     shape = shapes(config.quick)["toy GPT-2"]
     rows, prompt, new = (8, 8, 8) if config.quick else (64, 16, 32)
-    settings = ppo.resolve(ppo.Config(
-        batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
-        missing_eos="keep", dtype=config.dtype, seed=config.seed,
-    ))  # fmt: skip
-    keys = jax.random.split(jax.random.key(config.seed), 5)
-    policy, ref = make_model(shape, keys[0]), make_model(shape, keys[0])
-    reward, critic = (gpt.init_score_model(make_model(shape, k), k, zero=zero) for k, zero in zip(keys[1:], (0, 1)))
-    ref, reward = (gpt.cast(frozen, gpt.compute_dtype(config.dtype)) for frozen in (ref, reward))
-    optimizers = [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
-    opt_states = [gpt.shard(o.init(m)) for o, m in zip(optimizers, (policy, critic))]
-    state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.asarray(settings.beta))
-    update = ppo.make_update(*optimizers, settings)
+    work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
+    with start_peer(config.trl_peers, config, **work) as peer:
+        for share in ("none", "trunk", "lora"):
+            iteration = ppo_iteration(shape, rows, prompt, new, ppo.Config(
+                batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
+                missing_eos="keep", dtype=config.dtype, seed=config.seed, share=share,
+            ))  # fmt: skip
+            first = iteration()
+            iteration()
+            ours, theirs = race(iteration, config.repeats, peer)
+            how = "" if share == "none" else f" --share {share}"
+            for name, part, compiled in zip(("rollout", "scoring", "update"), np.transpose(ours), first):
+                table.add(f"PPO{how} {name}", part, rows * new, "response tokens/s", first=compiled)
+            name = f"PPO{how} iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
+            table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
+
+
+def ppo_iteration(shape: gpt.Config, rows: int, prompt: int, new: int, settings: ppo.Config):
+    """A function that does another iteration and returns the seconds of rollout, scoring and update."""
+    settings, key = ppo.resolve(settings), jax.random.key(settings.seed)
+    optimizers = ppo_optimizers(settings)
+    started = jax.jit(partial(start_ppo, shape, settings, optimizers))(key)
+    state, ref, reward = gpt.shard(jax.tree.map(jnp.copy, started))  # the state is donated: nothing twice in it
+    update, reward = ppo.make_update(*optimizers, settings), gpt.whole(reward, ref)
     prompts = random_tokens(shape, rows, prompt)
     batch = gpt.put_batch(dict(tokens=prompts, segments=np.ones_like(prompts)))
     counter = itertools.count()
 
     def iteration():
-        """Seconds of rollout, scoring and update."""
         nonlocal state
         step, times = next(counter), [time.perf_counter()]
-        key = jax.random.fold_in(keys[4], step)
-        generation = gpt.generate(state.policy, batch["tokens"], batch["segments"], key, new, eos=-1)
+        policy = ppo.sampler(state, ref, settings)
+        generation = gpt.generate(
+            policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step), new, eos=-1
+        )
         times.append(finished(generation))
         scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
         rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
@@ -445,15 +460,27 @@ def measure_ppo(table: Table, config: Config, limits: dict):
         times.append(finished((state, losses)))
         return np.diff(times)
 
-    work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
-    with start_peer(config.trl_peers, config, **work) as peer:
-        first = iteration()
-        iteration()
-        ours, theirs = race(iteration, config.repeats, peer)
-        for name, part, compiled in zip(("rollout", "scoring", "update"), np.transpose(ours), first):
-            table.add(f"PPO {name}", part, rows * new, "response tokens/s", first=compiled)
-        name = f"PPO iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
-        table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
+    return iteration
+
+
+def ppo_optimizers(settings: ppo.Config):
+    return [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
+
+
+def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
+    """(state, reference, reward model) as --share has them: under lora the reward model is an adapter on the base."""
+    dtype = gpt.compute_dtype(settings.dtype)
+    model, policy, ref = gpt.init(shape, key), gpt.init(shape, key), gpt.cast(gpt.init(shape, key), dtype)
+    if settings.share == "lora":
+        policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+    reward = dataclasses.replace(gpt.init_score_model(model, key), trunk=policy if settings.share == "lora" else model)
+    scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), trunk=policy)
+    if settings.share == "trunk":
+        policy = scores
+    critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None
+    opt_states = [optimizer.init(part) for optimizer, part in zip(optimizers, (policy, critic))]
+    state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.asarray(settings.beta))
+    return state, ref, gpt.cast(reward, dtype)
 
 
 def measure_memory(table: Table, config: Config, limits: dict):
@@ -490,24 +517,9 @@ def measure_memory(table: Table, config: Config, limits: dict):
 def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     """Bytes: "resident" between the programs of an iteration, what each program adds while it runs, and their "peak".
     From shapes alone. The reward model comes as --share has it: under lora an adapter on the base."""
-    settings = ppo.resolve(settings)
-    dtype = gpt.compute_dtype(settings.dtype)
-    optimizers = [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
-
-    def start(key):
-        model, policy, ref = gpt.init(shape, key), gpt.init(shape, key), gpt.cast(gpt.init(shape, key), dtype)
-        if settings.share == "lora":
-            policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
-        scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), trunk=policy)
-        if settings.share == "trunk":
-            policy = scores
-        critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None
-        opt_states = [optimizer.init(part) for optimizer, part in zip(optimizers, (policy, critic))]
-        state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.zeros(()))
-        reward = dataclasses.replace(scores, trunk=model) if settings.share != "lora" else scores
-        return state, ref, gpt.cast(reward, dtype), key
-
-    state, ref, reward, key = jax.eval_shape(lambda: start(jax.random.key(0)))
+    settings, key = ppo.resolve(settings), jax.random.key(0)
+    optimizers = ppo_optimizers(settings)
+    state, ref, reward = jax.eval_shape(partial(start_ppo, shape, settings, optimizers), key)
     B, Q, T = settings.batch_size, settings.prompt_length, settings.response_length
     ints = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
     floats = lambda *size: jax.ShapeDtypeStruct(size, jnp.float32)

@@ -2240,13 +2240,17 @@ def cluster(env) -> dict | None:
 
 def keep_freed_memory():
     """On a CPU, XLA asks malloc for its scratch memory at every step, and glibc gets large blocks from the system and
-    hands them back, so that each step pays for thousands of page faults again. Kept, a small model's step is 1.2 to
-    1.4 times as fast. (Large models gain as much by MALLOC_ARENA_MAX=1 in the environment, for half as much memory
-    again: threads' own arenas give back blocks above 64 MB whatever is set here.)
+    hands them back, so that each step pays for thousands of page faults again. Kept, a step is 1.2 to 1.7 times as
+    fast, for up to half as much memory again. One heap for all threads, because the heaps of threads give back blocks
+    above 64 MB whatever is set here; it must be asked for before there are threads. MALLOC_ARENA_MAX has precedence.
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
-    if mallopt and jax.default_backend() == "cpu":
-        mmap_max, trim_threshold, top_pad = -4, -1, -2  # <malloc.h>
+    if not mallopt:
+        return
+    arena_max, mmap_max, trim_threshold, top_pad = -8, -4, -1, -2  # <malloc.h>
+    if "MALLOC_ARENA_MAX" not in os.environ:
+        mallopt(arena_max, 1)
+    if jax.default_backend() == "cpu":
         mallopt(mmap_max, 0)
         mallopt(trim_threshold, -1)  # never
         mallopt(top_pad, 2**26)  # bytes
