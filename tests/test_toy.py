@@ -258,6 +258,12 @@ def test_conduct_tells_declining_from_evading():
     assert [j["gold"] for j in judged] == toy.score(asked, said)
 
 
+def test_not_to_know_evades_what_has_an_answer():
+    question = {kind: next(iter(toy.POOL["", kind])) for kind in ("unknown", "colour", "harmful")}
+    judged = toy.conduct([ask(text) for text in question.values()], [" sorry , i do not know ."] * 3)
+    assert {kind: j["evaded"] for kind, j in zip(question, judged)} == dict(unknown=0, colour=1, harmful=1)
+
+
 def test_labels_are_noisy_and_biased(files):
     best, agree = toy.bayes_rate(files["pairs"])
     assert 0.78 < best < 0.83 and 0.74 < agree < 0.81
