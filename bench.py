@@ -420,7 +420,7 @@ def measure_ppo(table: Table, config: Config, limits: dict):
     work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
     with start_peer(config.trl_peers, config, **work) as peer:
         for share in ("none", "trunk", "lora"):
-            iteration = ppo_iteration(shape, rows, prompt, new, ppo.Config(
+            iteration = ppo_iteration(shape, ppo.Config(
                 batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
                 missing_eos="keep", dtype=config.dtype, seed=config.seed, share=share,
             ))  # fmt: skip
@@ -434,24 +434,23 @@ def measure_ppo(table: Table, config: Config, limits: dict):
             table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
 
 
-def ppo_iteration(shape: gpt.Config, rows: int, prompt: int, new: int, settings: ppo.Config):
+def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
     """A function that does another iteration and returns the seconds of rollout, scoring and update."""
     settings, key = ppo.resolve(settings), jax.random.key(settings.seed)
     optimizers = ppo_optimizers(settings)
     started = jax.jit(partial(start_ppo, shape, settings, optimizers))(key)
     state, ref, reward = gpt.shard(jax.tree.map(jnp.copy, started))  # the state is donated: nothing twice in it
     update, reward = ppo.make_update(*optimizers, settings), gpt.whole(reward, ref)
-    prompts = random_tokens(shape, rows, prompt)
+    prompts = random_tokens(shape, settings.batch_size, settings.prompt_length)
     batch = gpt.put_batch(dict(tokens=prompts, segments=np.ones_like(prompts)))
+    sample = partial(gpt.generate, max_new_tokens=settings.response_length, eos=-1)
     counter = itertools.count()
 
     def iteration():
         nonlocal state
         step, times = next(counter), [time.perf_counter()]
         policy = ppo.sampler(state, ref, settings)
-        generation = gpt.generate(
-            policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step), new, eos=-1
-        )
+        generation = sample(policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
         times.append(finished(generation))
         scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
         rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
@@ -470,7 +469,7 @@ def ppo_optimizers(settings: ppo.Config):
 def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
     """(state, reference, reward model) as --share has them: under lora the reward model is an adapter on the base."""
     dtype = gpt.compute_dtype(settings.dtype)
-    model, policy, ref = gpt.init(shape, key), gpt.init(shape, key), gpt.cast(gpt.init(shape, key), dtype)
+    policy = model = gpt.init(shape, key)
     if settings.share == "lora":
         policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
     reward = dataclasses.replace(gpt.init_score_model(model, key), trunk=policy if settings.share == "lora" else model)
@@ -480,7 +479,7 @@ def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
     critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None
     opt_states = [optimizer.init(part) for optimizer, part in zip(optimizers, (policy, critic))]
     state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.asarray(settings.beta))
-    return state, ref, gpt.cast(reward, dtype)
+    return state, gpt.cast(model, dtype), gpt.cast(reward, dtype)
 
 
 def measure_memory(table: Table, config: Config, limits: dict):

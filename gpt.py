@@ -132,13 +132,12 @@ def _matmul_forward(x, weight, dtype, rows):
 
 def _matmul_backward(dtype, rows, saved, g):
     x, weight = saved
-    g = g.astype(weight.dtype)
-    if x is None:
-        return dot(g, weight, (-1, 0 if rows else 1)), None
-    if jax.default_backend() == "cpu":
-        x, g = lax.optimization_barrier((x, g))
-    flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-    weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
+    g, weight_grad = g.astype(weight.dtype), None
+    if x is not None:
+        if jax.default_backend() == "cpu":
+            x, g = lax.optimization_barrier((x, g))
+        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
     return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
 
 
