@@ -40,6 +40,7 @@ import json
 import os
 import platform
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -110,7 +111,8 @@ def race(ours, repeats: int, peer=None):
 
 @contextmanager
 def start_peer(python: Path | None, config: Config, **work):
-    """A function that has the peer do `work` once and returns its seconds; None where there is no peer."""
+    """A function that has the peer do `work` once and returns its seconds; None where there is no peer. Between its
+    turns the peer is stopped: threads that wait for work by spinning would take a core from us."""
     if python is None:
         yield None
         return
@@ -129,13 +131,16 @@ def start_peer(python: Path | None, config: Config, **work):
         return json.loads(line)
 
     def seconds():
+        process.send_signal(signal.SIGCONT)
         print("go", file=process.stdin, flush=True)
         reply = answer()
+        process.send_signal(signal.SIGSTOP)
         seconds.peak = reply.get("peak", 0)
         return reply["seconds"]
 
     try:
         seconds.versions = answer()["versions"]
+        process.send_signal(signal.SIGSTOP)
         yield seconds
     finally:
         process.kill()

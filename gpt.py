@@ -177,6 +177,23 @@ class LoraLinear(eqx.Module):
         return self.base(x) + self.scale * matmul(matmul(x, self.a), self.b)
 
 
+class LoraTable(eqx.Module):
+    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. A text is read by `rows`, and
+    predicted by a product with all of them."""
+
+    base: Array | None
+    a: Array  # (V, r)
+    b: Array  # (r, D)
+    scale: float = eqx.field(static=True)
+
+    def rows(self, index):
+        return self.base[index] + self.scale * matmul(self.a[index], self.b)
+
+    def __call__(self, x, dtype):
+        change = matmul(matmul(x, self.b, rows=True), self.a, dtype, rows=True)
+        return matmul(x, self.base, dtype, rows=True) + self.scale * change
+
+
 class Norm(eqx.Module):
     """LayerNorm where there is a bias, RMSNorm where there is none; statistics in fp32."""
 
@@ -286,7 +303,7 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D); `quantize` puts a Quantised in its place, and in the head's
+    wte: Array  # (V, D); in its place, and in the head's, may be a Quantised or a LoraTable
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
@@ -335,7 +352,7 @@ class GPT(eqx.Module):
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
-        x = self.wte.rows(tokens) if isinstance(self.wte, Quantised) else self.wte[tokens]
+        x = self.wte.rows(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
@@ -343,7 +360,7 @@ class GPT(eqx.Module):
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
         """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
         head = self.wte if self.head is None else self.head
-        if isinstance(head, Quantised):
+        if isinstance(head, eqx.Module):
             return head(hidden, jnp.float32)
         return matmul(hidden, head, jnp.float32, rows=True)
 
@@ -434,27 +451,34 @@ class Adapter(eqx.Module):
     one base: `whole` makes the model of a base and one of them, and the base itself is the model with none."""
 
     blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
+    tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
 
 
-LINEARS = ("q", "k", "v", "o", "gate", "up", "down")  # layers of a `Block` that may have an adapter
+LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
+TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
 
 def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Adapter:
-    """A fresh adapter on the layers named in `targets`: A uniform in +- 1/sqrt(I), B zero, so that nothing changes.
-    Without an `alpha` it is twice the rank."""
-    unknown = set(targets) - set(LINEARS)
+    """A fresh adapter on the layers named in `targets`: what reads an input of width I uniform in +- 1/sqrt(I), the
+    other factor zero, so that nothing changes. Without an `alpha` it is twice the rank."""
+    unknown = set(targets) - set(TARGETS)
     if unknown or rank < 1:
         raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
-                         f"or more, layers are {', '.join(LINEARS)}")  # fmt: skip
-    blocks = {}
-    for i, name in enumerate(LINEARS):
-        linear = getattr(base.blocks, name)
-        if name not in targets or linear is None:  # GPT-2 has no gate
+                         f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
+    adapter, scale = Adapter({}, {}), (alpha or 2 * rank) / rank
+    for i, name in enumerate(TARGETS):
+        layer = getattr(base.blocks if name in LINEARS else base, name)
+        if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
             continue
-        L, I, O = linear.weight.shape
-        a = jax.random.uniform(jax.random.fold_in(key, i), (L, I, rank), minval=-1, maxval=1) / np.sqrt(I)
-        blocks[name] = LoraLinear(None, a, jnp.zeros((L, rank, O)), (alpha or 2 * rank) / rank)
-    return Adapter(blocks)
+        uniform = partial(jax.random.uniform, jax.random.fold_in(key, i), minval=-1, maxval=1)
+        if name in TABLES:
+            V, D = layer.shape
+            adapter.tables[name] = LoraTable(None, jnp.zeros((V, rank)), uniform((rank, D)) / np.sqrt(D), scale)
+        else:
+            L, I, O = layer.weight.shape
+            a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
+            adapter.blocks[name] = LoraLinear(None, a, b, scale)
+    return adapter
 
 
 def whole(part, base: GPT | None):
@@ -464,21 +488,26 @@ def whole(part, base: GPT | None):
         return dataclasses.replace(part, trunk=whole(part.trunk, base))
     if not isinstance(part, Adapter):
         return part
-    on = {name: dataclasses.replace(x, base=getattr(base.blocks, name)) for name, x in part.blocks.items()}
-    return dataclasses.replace(base, blocks=dataclasses.replace(base.blocks, **on))
+    put = lambda model, parts: dataclasses.replace(
+        model, **{name: dataclasses.replace(x, base=getattr(model, name)) for name, x in parts.items()}
+    )
+    return put(dataclasses.replace(base, blocks=put(base.blocks, part.blocks)), part.tables)
 
 
 def merge(tree):
-    """The same model with plain linear layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
+    """The same model with plain layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
+    kinds = LoraLinear, LoraTable
 
     def plain(layer):
-        if not isinstance(layer, LoraLinear):
+        if not isinstance(layer, kinds):
             return layer
-        weight = layer.base.weight
+        linear = isinstance(layer.base, Linear)
+        weight = layer.base.weight if linear else layer.base
         change = layer.scale * (layer.a.astype(jnp.float32) @ layer.b.astype(jnp.float32))
-        return dataclasses.replace(layer.base, weight=(weight.astype(jnp.float32) + change).astype(weight.dtype))
+        weight = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+        return dataclasses.replace(layer.base, weight=weight) if linear else weight
 
-    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, LoraLinear))
+    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
 def trainable(model: GPT, config, key):
@@ -900,8 +929,8 @@ def to_int4(x, size: int = 64):
 
 @partial(jax.jit, static_argnames="how")
 def quantize(model: GPT, how: str) -> GPT:
-    """The model with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above). Norms, biases and
-    learned positions stay; a tied embedding is one table, read both ways. For forward passes and `generate`, not for
+    """The model, adapters merged, with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above).
+    Norms, biases and learned positions stay; a tied embedding is one table, read both ways. For forward passes and `generate`, not for
     training: rounding has no gradient.
 
     Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
@@ -910,6 +939,7 @@ def quantize(model: GPT, how: str) -> GPT:
     kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_int8)}
     if how not in kinds:
         raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
+    model = merge(model)
     pack = lambda how, matrix: kinds[how][0](*kinds[how][1](matrix))
 
     def linear(layer):
@@ -1478,9 +1508,11 @@ def save_adapter(path, part: Adapter | ScoreModel, base):
 
     path, folder, scores = Path(path), find_folder(base), isinstance(part, ScoreModel)
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    blocks = (part.trunk if scores else part).blocks
-    layers = to_numpy({name: (x.a, x.b) for name, x in blocks.items()})
-    (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in blocks.values())
+    adapter = part.trunk if scores else part
+    tables = {name: x for name, x in adapter.tables.items() if name == "wte" or not scores}  # a score has no such head
+    (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in (*adapter.blocks.values(), *tables.values()))
+    pairs = lambda parts: to_numpy({name: (x.a, x.b) for name, x in parts.items()})
+    layers = pairs(adapter.blocks)
     places = peft_places(config, layers, rank)
     tensors, ranks = {}, {}
     for module in dict.fromkeys(module for module, _, _ in places.values()):
@@ -1496,6 +1528,15 @@ def save_adapter(path, part: Adapter | ScoreModel, base):
             name = f"base_model.model.{module.format(i=i)}"
             tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
+    tied = "wte" in tables and config.tied and not scores
+    for name, factors in pairs(tables).items():
+        module, _ = peft_table(config, name)
+        ranks[module.split(".")[-1]] = rank
+        for place in TABLES if tied else [name]:  # PEFT keeps what changes a tied head a second time
+            module, (theirs, turned) = peft_table(config, place)
+            for suffix, factor in zip(theirs, factors):
+                factor = factor.T if turned else factor
+                tensors[f"base_model.model.{module}.{suffix}"] = np.ascontiguousarray(factor)
     if scores:
         tensors["base_model.model.score.weight"] = np.asarray(_to_host(part.head), np.float32)[None]
         if part.query is not None:
@@ -1506,8 +1547,9 @@ def save_adapter(path, part: Adapter | ScoreModel, base):
         lora_alpha=rank * scale, lora_dropout=0.0, bias="none", fan_in_fan_out=config.gpt2, inference_mode=True,
         target_modules=list(ranks), modules_to_save=["score"] if scores else None,
         rank_pattern=wide, alpha_pattern={module: r * scale for module, r in wide.items()},
+        ensure_weight_tying=tied,
     )  # fmt: skip
-    notes = {"format": "pt", "base": weights_hash(folder), "targets": " ".join(layers)}
+    notes = {"format": "pt", "base": weights_hash(folder), "targets": " ".join([*layers, *tables])}
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
         write_atomic(path / "adapter_model.safetensors", lambda file: save_file(tensors, file, metadata=notes))
@@ -1527,6 +1569,14 @@ def peft_places(config: Config, targets, rank: int) -> dict[str, tuple[str, slic
     return places
 
 
+def peft_table(config: Config, name: str):
+    """(PEFT's module, (its names for a table's two factors, whether they lie transposed there))."""
+    if name == "head":
+        return "lm_head", (("lora_B.weight", "lora_A.weight"), False)
+    module = next(theirs for ours, theirs, _ in layout(config) if ours == name).removesuffix(".weight")
+    return module, (("lora_embedding_A", "lora_embedding_B"), True)
+
+
 def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
     """The adapter that a training script left in PATH/adapter, to be put on `base`, the model of `base_folder`; None
     where there is none, or none for these weights."""
@@ -1544,14 +1594,19 @@ def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
     stacked = lambda module, x: jnp.stack(
         [tensors[f"{module.format(i=i)}.lora_{x}.weight"].T for i in range(config.layers)]
     )
-    blocks, rank = {}, settings["r"]
-    for name, (module, rows, columns) in peft_places(config, notes["targets"].split(), rank).items():
+    adapter, targets, rank = Adapter({}, {}), notes["targets"].split(), settings["r"]
+    linears, scale = [name for name in targets if name in LINEARS], settings["lora_alpha"] / rank
+    for name, (module, rows, columns) in peft_places(config, linears, rank).items():
         a, b = stacked(module, "A")[..., rows], stacked(module, "B")[:, rows, columns]
-        blocks[name] = LoraLinear(None, a, b, settings["lora_alpha"] / rank)
+        adapter.blocks[name] = LoraLinear(None, a, b, scale)
+    for name in (name for name in targets if name in TABLES):
+        module, (theirs, turned) = peft_table(config, name)
+        factors = (jnp.asarray(tensors[f"{module}.{suffix}"]) for suffix in theirs)
+        adapter.tables[name] = LoraTable(None, *(x.T if turned else x for x in factors), scale)
     if settings["task_type"] == "CAUSAL_LM":
-        return Adapter(blocks)
+        return adapter
     score = json.loads((path / "config.json").read_text())["score"]
-    return dataclasses.replace(_fill_score(base, tensors, path, score), trunk=Adapter(blocks))
+    return dataclasses.replace(_fill_score(base, tensors, path, score), trunk=adapter)
 
 
 def weights_hash(folder: Path) -> str:

@@ -79,7 +79,7 @@ class Config:
     vf_coef: float = 0.1  # trunk: weight of the value loss beside the policy's
     lora_rank: int = 16  # lora: rank of the adapters
     lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
     advantage: Literal["gae", "grpo", "rloo"] = "gae"  # by a critic; by comparison within groups, without one
     group_size: int = 4  # grpo, rloo: answers a prompt, of which --batch-size and --minibatch-size count each
 

@@ -54,7 +54,7 @@ class Config:
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
     lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.LINEARS  # layers that have one
+    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS

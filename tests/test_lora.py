@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import signal
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -26,8 +27,8 @@ def same_mesh():
     jax.set_mesh(before)
 
 
-def adapter_of(model, rank=3, alpha=6.0, targets=gpt.LINEARS, seed=1):
-    """A fresh adapter moved off its start, where B is 0 and half of the arithmetic would go unseen."""
+def adapter_of(model, rank=3, alpha=6.0, targets=gpt.TARGETS, seed=1):
+    """A fresh adapter moved off its start, where one factor is 0 and half of the arithmetic would go unseen."""
     fresh = gpt.init_adapter(model, rank, alpha, targets, jax.random.key(seed))
     noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
     return fresh, jax.tree.map(noise, fresh)
@@ -57,6 +58,11 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
     layer, lora = tiny_model.blocks.up, moved.blocks["up"]
     by_hand = np.asarray(layer.weight[1]) + 2 * np.asarray(lora.a[1]) @ np.asarray(lora.b[1])
     np.testing.assert_allclose(merged.blocks.up.weight[1], by_hand, rtol=1e-5, atol=1e-6)
+    tables = {"wte", "head"} if tiny_model.head is not None else {"wte"}
+    assert set(moved.tables) == tables
+    for name in tables:
+        by_hand = np.asarray(getattr(tiny_model, name)) + 2 * np.asarray(moved.tables[name].a) @ moved.tables[name].b
+        np.testing.assert_allclose(getattr(merged, name), by_hand, rtol=1e-5, atol=1e-6)
 
 
 def test_generation_is_that_of_the_merged_model(tiny_model):
@@ -64,11 +70,18 @@ def test_generation_is_that_of_the_merged_model(tiny_model):
     sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, eos=-1)
     ours, merged = sample(model), sample(gpt.merge(model))
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
-    np.testing.assert_array_equal(ours.logprobs, merged.logprobs)
+    np.testing.assert_allclose(ours.logprobs, merged.logprobs, atol=1e-4)
+
+
+def test_quantised_is_the_merged_model(tiny_model):
+    model = gpt.whole(adapter_of(tiny_model)[1], tiny_model)
+    ours, merged = gpt.quantize(model, "int8"), gpt.quantize(gpt.merge(model), "int8")
+    assert jax.tree.structure(ours) == jax.tree.structure(merged)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, merged)
 
 
 def test_gradients_are_those_of_the_product_and_exist_for_the_adapter_alone(tiny_model):
-    _, adapter = adapter_of(tiny_model, targets=("q", "down"))
+    _, adapter = adapter_of(tiny_model, targets=("q", "down", "wte", "head"))
     grads = jax.jit(jax.grad(loss))(adapter, tiny_model)
     assert jax.tree.structure(grads) == jax.tree.structure(adapter)
     dense = jax.jit(jax.grad(lambda model: loss(model, None)))(gpt.merge(gpt.whole(adapter, tiny_model)))
@@ -77,26 +90,32 @@ def test_gradients_are_those_of_the_product_and_exist_for_the_adapter_alone(tiny
         a, b = np.asarray(lora.a), np.asarray(lora.b)
         np.testing.assert_allclose(grads.blocks[name].a, 2 * dw @ b.swapaxes(1, 2), rtol=2e-3, atol=1e-5)
         np.testing.assert_allclose(grads.blocks[name].b, 2 * a.swapaxes(1, 2) @ dw, rtol=2e-3, atol=1e-5)
+    for name, lora in adapter.tables.items():  # of a tied table: from what is read and what is predicted
+        dw = np.asarray(getattr(dense, name))
+        np.testing.assert_allclose(grads.tables[name].a, 2 * dw @ np.asarray(lora.b).T, rtol=2e-3, atol=1e-5)
+        np.testing.assert_allclose(grads.tables[name].b, 2 * np.asarray(lora.a).T @ dw, rtol=2e-3, atol=1e-5)
 
 
 def test_no_gradient_of_a_frozen_weight_is_formed(tiny_model):
-    """Of all products in the gradient's program none has the shape of a weight of the MLP (16 x 64 here)."""
-    shape = "f32[{},{}]".format(*tiny_model.blocks.up.weight.shape[1:])
-    products = lambda part, base: f"{shape} = dot_general" in str(jax.make_jaxpr(jax.grad(loss))(part, base))
-    assert products(tiny_model, None)
-    assert not products(adapter_of(tiny_model)[1], tiny_model)
+    """Of all products in the gradient's program none has the shape of a weight of the MLP (16 x 64 here), or of the
+    embedding."""
+    for shape in (tiny_model.blocks.up.weight.shape[1:], tiny_model.wte.shape):
+        product = "f32[{},{}] = dot_general".format(*shape)
+        formed = lambda part, base, product=product: product in str(jax.make_jaxpr(jax.grad(loss))(part, base))
+        assert formed(tiny_model, None)
+        assert not formed(adapter_of(tiny_model)[1], tiny_model)
 
 
 def test_layers_and_ranks_that_cannot_be_are_named(tiny_model):
     for options in (dict(targets=("q", "query")), dict(rank=0)):
-        with pytest.raises(ValueError, match="no adapter of rank .* on .*q, k, v, o, gate, up, down"):
+        with pytest.raises(ValueError, match="no adapter of rank .* on .*q, k, v, o, gate, up, down, wte, head"):
             adapter_of(tiny_model, **options)
 
 
 # files ----------------------------------------------------------------------------------------------------------------
 
 
-def write(folder, name, golden, part_of, targets=gpt.LINEARS):
+def write(folder, name, golden, part_of, targets=gpt.TARGETS):
     """A golden model with an adapter, as a run writes it: (part, base, what is in the adapter's files)."""
     base, _ = gpt.load(golden / name)
     part = part_of(adapter_of(base, 4, 8.0, targets)[1], base)
@@ -114,8 +133,9 @@ def scorer(adapter, base):
     return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), trunk=adapter)
 
 
-def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path):
-    part, base, tensors, settings = write(tmp_path, "llama3", golden, policy)
+@pytest.mark.parametrize("folder", ["llama", "llama3"])  # a head of its own, and a tied one
+def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, folder):
+    part, base, tensors, settings = write(tmp_path, folder, golden, policy)
     c = base.config
     attention = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
     sizes = {f"self_attn.{x}_proj": (c.dim, n) for x, n in attention.items()}
@@ -126,12 +146,21 @@ def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path):
         for module, (rows, columns) in sizes.items():
             name = f"base_model.model.model.layers.{i}.{module}"
             expected |= {f"{name}.lora_A.weight": (4, rows), f"{name}.lora_B.weight": (columns, 4)}
+    name, V = "base_model.model.model.embed_tokens", c.vocab_size
+    expected |= {f"{name}.lora_embedding_A": (4, V), f"{name}.lora_embedding_B": (c.dim, 4)}
+    expected |= {"base_model.model.lm_head.lora_A.weight": (4, c.dim), "base_model.model.lm_head.lora_B.weight": (V, 4)}
     assert {name: x.shape for name, x in tensors.items()} == expected
-    assert set(settings["target_modules"]) == set(sizes) and settings["peft_type"] == "LORA"
+    tables = {"embed_tokens"} if c.tied else {"embed_tokens", "lm_head"}
+    assert set(settings["target_modules"]) == {*sizes, *tables} and settings["ensure_weight_tying"] == c.tied
+    assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 8.0, "CAUSAL_LM")
-    assert settings["base_model_name_or_path"] == str(golden / "llama3") and not settings["fan_in_fan_out"]
+    assert settings["base_model_name_or_path"] == str(golden / folder) and not settings["fan_in_fan_out"]
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
     np.testing.assert_array_equal(tensors[name], np.asarray(part.blocks["up"].a[1]).T)
+    table, head = part.tables["wte"], part.tables["wte" if c.tied else "head"]
+    np.testing.assert_array_equal(tensors["base_model.model.model.embed_tokens.lora_embedding_A"], table.a.T)
+    np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_B.weight"], head.a)
+    np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_A.weight"], head.b)
 
 
 def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
@@ -150,11 +179,13 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama3"])
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
 @pytest.mark.parametrize("part_of", [policy, scorer])
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, part_of):
-    part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down"))
+    part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down", "wte", "head"))
     back = gpt.load_adapter(tmp_path, base, golden / name)
+    if part_of is scorer:  # what changes the head of a language model is not kept
+        part.trunk.tables.pop("head", None)
     assert jax.tree.structure(back) == jax.tree.structure(part)
     jax.tree.map(np.testing.assert_array_equal, back, part)
     if part_of is scorer:
@@ -200,6 +231,10 @@ def folder_tensors(folder):
     return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
 
 
+def has_adapter(name):
+    return "_proj" in name or "embed_tokens" in name
+
+
 def stop_in_the_third_step(monkeypatch):
     write_log = gpt.Run.log
 
@@ -227,11 +262,11 @@ def test_sft_with_adapters_learns_and_resumes_bit_for_bit(world, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, ours, resumed)
 
 
-def test_what_is_saved_is_the_base_with_its_linear_layers_moved(world):
+def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world):
     before, after = load_file(world / "base" / "model.safetensors"), load_file(world / "sft" / "model.safetensors")
     assert before.keys() == after.keys()
     for name, x in before.items():
-        assert np.array_equal(x, after[name]) != ("_proj" in name), name
+        assert np.array_equal(x, after[name]) != has_adapter(name), name
     base, _ = gpt.load(world / "base")
     adapter = gpt.load_adapter(world / "sft", base, world / "base")
     merged, _ = gpt.load(world / "sft")
@@ -304,9 +339,7 @@ def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, judge, monkeypatc
     ours, resumed = folder_tensors(world / "ppo"), folder_tensors(world / "ppo-resumed")
     jax.tree.map(np.testing.assert_array_equal, ours, resumed)
     before = load_file(world / "base" / "model.safetensors")
-    assert {name for name, x in before.items() if not np.array_equal(x, ours[name])} == {
-        n for n in before if "_proj" in n
-    }
+    assert {name for name, x in before.items() if not np.array_equal(x, ours[name])} == set(filter(has_adapter, before))
 
 
 def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, judge, capsys):
