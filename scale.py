@@ -74,10 +74,11 @@ def parameters(c: gpt.Config) -> int:
 
 
 def adapter_parameters(c: gpt.Config, rank: int) -> int:
-    """A (I, r) and B (r, O) on each of a layer's seven matrices."""
+    """A (I, r) and B (r, O) on each of a layer's seven matrices, on the embedding and on a head of its own."""
     wide, narrow = c.heads * c.head_dim, c.kv_heads * c.head_dim
     widths = 2 * (c.dim + wide) + 2 * (c.dim + narrow) + 3 * (c.dim + c.ffn)
-    return c.layers * rank * widths
+    tables = (1 if c.tied else 2) * (c.vocab_size + c.dim)
+    return rank * (c.layers * widths + tables)
 
 
 def shapes(c: gpt.Config, dtype=jnp.float32):

@@ -24,8 +24,10 @@ def test_parameters_are_those_of_the_model(name):
     assert scale.parameters(c) == gpt.count_parameters(model)
     layer = sum(x.size for x in jax.tree.leaves(model.blocks)) // c.layers
     assert scale.parameters_a_layer(c) == layer
-    matrices = [getattr(model.blocks, name).weight.shape for name in ("q", "k", "v", "o", "gate", "up", "down")]
-    assert scale.adapter_parameters(c, 3) == c.layers * sum(3 * (i + o) for _, i, o in matrices)
+    adapter = jax.eval_shape(
+        partial(gpt.init_adapter, rank=3, alpha=None, targets=gpt.TARGETS), model, key=jax.random.key(0)
+    )
+    assert scale.adapter_parameters(c, 3) == gpt.count_parameters(adapter)
     assert len(jax.tree.leaves(model.blocks)) == 9  # what `traffic` counts
 
 
