@@ -67,7 +67,7 @@ class Config:
     temperature: float = 1.0  # of rollouts and of every log-prob
     rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 7 above)
 
-    lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 1e-3)
+    lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 6e-4)
     critic_lr: float | None = None  # (default: the same)
     final_lr: float = 0.1  # share of both left at the last step (linear)
     warmup: int = 0  # optimiser steps of linear warm-up
@@ -569,7 +569,7 @@ def resolve(config: Config) -> Config:
         )
     if config.critic_warmup and (config.share == "trunk" or config.advantage != "gae"):
         raise ValueError("--critic-warmup is for a critic of its own: --advantage gae with --share none or lora")
-    lr = config.lr or (1e-3 if config.share == "lora" else 3e-4)
+    lr = config.lr or (6e-4 if config.share == "lora" else 3e-4)
     return replace(config, lr=lr, critic_lr=config.critic_lr or lr)
 
 
