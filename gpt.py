@@ -716,6 +716,7 @@ def generate(
     lengths = prompt_mask.sum(1)
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
     layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
+    model = merge(dataclasses.replace(model, blocks=None))
     pick = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def draw(logits, t, done):
@@ -930,8 +931,8 @@ def to_int4(x, size: int = 64):
 @partial(jax.jit, static_argnames="how")
 def quantize(model: GPT, how: str) -> GPT:
     """The model, adapters merged, with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above).
-    Norms, biases and learned positions stay; a tied embedding is one table, read both ways. For forward passes and `generate`, not for
-    training: rounding has no gradient.
+    Norms, biases and learned positions stay; a tied embedding is one table, read both ways. For forward passes and
+    `generate`, not for training: rounding has no gradient.
 
     Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
     again, or twice as large.
