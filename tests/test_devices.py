@@ -21,7 +21,7 @@ import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 0.1  # as in every_script.py: what a weight moves is so many times its gradient
-SCRIPTS = ("sft", "reward", "ppo", "dpo", "ipo", "kto")
+SCRIPTS = ("sft", "reward", "ppo", "lora", "dpo", "ipo", "kto")
 
 
 @pytest.fixture(scope="module")
@@ -121,8 +121,8 @@ def test_two_processes_do_what_one_does_and_stop_together(world, one, tmp_path):
 
 @pytest.mark.parametrize("tensor", [2, 4])
 def test_a_tensor_axis_changes_nothing(world, one, tmp_path, tensor):
-    end(begin(world, tmp_path, "sft", "ppo", devices=8, TENSOR_PARALLEL=str(tensor)))
-    check_same(world, one, tmp_path, "sft", "ppo")
+    end(begin(world, tmp_path, "sft", "ppo", "lora", devices=8, TENSOR_PARALLEL=str(tensor)))
+    check_same(world, one, tmp_path, "sft", "ppo", "lora")
     assert f"{8 // tensor} x {tensor} tensor" in (tmp_path / "ppo" / "config.json").read_text()
 
 
