@@ -478,6 +478,8 @@ def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Ada
             L, I, O = layer.weight.shape
             a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
             adapter.blocks[name] = LoraLinear(None, a, b, scale)
+    if not jax.tree.leaves(adapter):
+        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own")
     return adapter
 
 
@@ -1531,10 +1533,9 @@ def save_adapter(path, part: Adapter | ScoreModel, base):
             tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
     tied = "wte" in tables and config.tied and not scores
     for name, factors in pairs(tables).items():
-        module, _ = peft_table(config, name)
-        ranks[module.split(".")[-1]] = rank
+        ranks[peft_table(config, name)[0].split(".")[-1]] = rank
         for place in TABLES if tied else [name]:  # PEFT keeps what changes a tied head a second time
-            module, (theirs, turned) = peft_table(config, place)
+            module, theirs, turned = peft_table(config, place)
             for suffix, factor in zip(theirs, factors):
                 factor = factor.T if turned else factor
                 tensors[f"base_model.model.{module}.{suffix}"] = np.ascontiguousarray(factor)
@@ -1570,12 +1571,12 @@ def peft_places(config: Config, targets, rank: int) -> dict[str, tuple[str, slic
     return places
 
 
-def peft_table(config: Config, name: str):
-    """(PEFT's module, (its names for a table's two factors, whether they lie transposed there))."""
+def peft_table(config: Config, name: str) -> tuple[str, tuple[str, str], bool]:
+    """(PEFT's module, its names for a table's two factors, whether they lie transposed there)."""
     if name == "head":
-        return "lm_head", (("lora_B.weight", "lora_A.weight"), False)
+        return "lm_head", ("lora_B.weight", "lora_A.weight"), False
     module = next(theirs for ours, theirs, _ in layout(config) if ours == name).removesuffix(".weight")
-    return module, (("lora_embedding_A", "lora_embedding_B"), True)
+    return module, ("lora_embedding_A", "lora_embedding_B"), True
 
 
 def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
@@ -1601,7 +1602,7 @@ def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
         a, b = stacked(module, "A")[..., rows], stacked(module, "B")[:, rows, columns]
         adapter.blocks[name] = LoraLinear(None, a, b, scale)
     for name in (name for name in targets if name in TABLES):
-        module, (theirs, turned) = peft_table(config, name)
+        module, theirs, turned = peft_table(config, name)
         factors = (jnp.asarray(tensors[f"{module}.{suffix}"]) for suffix in theirs)
         adapter.tables[name] = LoraTable(None, *(x.T if turned else x for x in factors), scale)
     if settings["task_type"] == "CAUSAL_LM":

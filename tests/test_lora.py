@@ -110,6 +110,11 @@ def test_layers_and_ranks_that_cannot_be_are_named(tiny_model):
     for options in (dict(targets=("q", "query")), dict(rank=0)):
         with pytest.raises(ValueError, match="no adapter of rank .* on .*q, k, v, o, gate, up, down, wte, head"):
             adapter_of(tiny_model, **options)
+    tied = dataclasses.replace(tiny_model, head=None)
+    for targets in ((), ("head",)):
+        with pytest.raises(ValueError, match="this model has no such layer"):
+            adapter_of(tied, targets=targets)
+    assert set(adapter_of(tied, targets=("head", "wte"))[0].tables) == {"wte"}
 
 
 # files ----------------------------------------------------------------------------------------------------------------
