@@ -112,7 +112,7 @@ def race(ours, repeats: int, peer=None):
 @contextmanager
 def start_peer(python: Path | None, config: Config, **work):
     """A function that has the peer do `work` once and returns its seconds; None where there is no peer. Between its
-    turns the peer is stopped: threads that wait for work by spinning would take a core from us."""
+    turns the peer is stopped, so that no thread of it can take a core from us."""
     if python is None:
         yield None
         return
