@@ -479,7 +479,8 @@ def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Ada
             a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
             adapter.blocks[name] = LoraLinear(None, a, b, scale)
     if not jax.tree.leaves(adapter):
-        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own")
+        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own; "
+                         f"name some of {', '.join(TARGETS)} (a tied head moves with wte)")  # fmt: skip
     return adapter
 
 
