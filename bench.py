@@ -69,6 +69,7 @@ class Config:
         "train", "generate", "serve", "ppo", "memory", "dpo", "data",
     )  # sections  # fmt: skip
     repeats: int = 5  # timings of each row
+    models: tuple[str, ...] = ()  # of the sections train and generate: those named so ("GPT-2 124M"); all by default
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
     peers: Path | None = None  # a Python with torch and transformers, timed beside us
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
@@ -239,6 +240,14 @@ def shapes(quick: bool) -> dict[str, gpt.Config]:
     }
 
 
+def wanted_shapes(config: Config) -> dict[str, gpt.Config]:
+    """Those of --models; on a CPU never the largest: 28 GB in fp32, and minutes a step."""
+    found = {name: shape for name, shape in shapes(config.quick).items() if name in (config.models or (name,))}
+    if jax.default_backend() == "cpu":
+        found.pop("GPT-2 1.5B", None)
+    return found
+
+
 def make_model(shape: gpt.Config, key):
     return gpt.shard(jax.jit(partial(gpt.init, shape))(key))
 
@@ -267,17 +276,22 @@ def random_tokens(shape: gpt.Config, rows: int, tokens: int) -> np.ndarray:
 # ---------------------------------------------------------------------------------------------------- sections
 
 
+@partial(jax.jit, donate_argnums=(0, 1), keep_unused=True)
+def copy_once(source, target):
+    """The first array plus one in the second one's place: no fresh memory is asked of the system. Results in the other
+    order would swap places, and take a second copy."""
+    return source, source + 1
+
+
 def measure_machine(table: Table, config: Config) -> dict:
     """The limits, in bytes and FLOPs a second: {"copy": ..., "float32": ..., "bfloat16": ...}."""
     on_cpu = jax.default_backend() == "cpu"
     size = 2**18 if config.quick else 2**26 if on_cpu else 2**28
-    # the second buffer is donated: the result goes there, no fresh memory is asked of the system
-    copy = jax.jit(lambda source, target: (source + 1, source), donate_argnums=(0, 1), keep_unused=True)
     buffers = jnp.zeros(size), jnp.zeros(size)
 
     def swap():
         nonlocal buffers
-        buffers = copy(*buffers)
+        buffers = copy_once(*buffers)
         return buffers
 
     seconds, _ = race(timed(swap, 3), config.repeats)
@@ -295,10 +309,11 @@ def measure_machine(table: Table, config: Config) -> dict:
 
 def measure_train(table: Table, config: Config, limits: dict):
     dtype = gpt.compute_dtype(config.dtype).__name__
-    for name, shape in shapes(config.quick).items():
-        if name == "GPT-2 1.5B" and jax.default_backend() == "cpu":
-            continue  # 28 GB in fp32, and minutes a step
+    on_cpu = jax.default_backend() == "cpu"
+    for name, shape in wanted_shapes(config).items():
         rows, tokens, calls = (4, 256, 1) if name.startswith("GPT-2") else (16, 48, 10)
+        if not on_cpu and name.startswith("GPT-2"):
+            rows, tokens, calls = 16 if name == "GPT-2 124M" else 8, 1024, 5
         if config.quick:
             rows, tokens, calls = 4, 16, 1
         settings = sft.Config(dtype=config.dtype)
@@ -312,7 +327,8 @@ def measure_train(table: Table, config: Config, limits: dict):
         del model, state  # the step holds them, and donates them
 
         work = dict(work="train", shape=dataclasses.asdict(shape), rows=rows, tokens=tokens, calls=calls, dtype=dtype)
-        with start_peer(config.peers, config, **work) as peer:
+        beside = config.peers if name != "GPT-2 1.5B" else None  # two of these fit no GPU
+        with start_peer(beside, config, **work) as peer:
             clock = timed(step, calls)
             ours, theirs = race(clock, config.repeats, peer)
             name, bound = f"train {name}, {rows} x {tokens} tokens", (flops, limits[dtype])
@@ -331,10 +347,17 @@ def repeated(train_step, state, batch):
 
 
 def measure_generate(table: Table, config: Config, limits: dict):
-    shape, prompt, new = shapes(config.quick)["GPT-2 124M"], 16, 8 if config.quick else 64
+    ways = ("full", "w8a8") if jax.default_backend() == "cpu" else ("full",)
+    for name, batches in {"GPT-2 124M": (1, 16, 64), "GPT-2 1.5B": (1,)}.items():
+        if name in wanted_shapes(config):
+            measure_decoding(table, config, limits, name, list(itertools.product(batches, ways)))
+
+
+def measure_decoding(table: Table, config: Config, limits: dict, name: str, cases: list):
+    shape, prompt, new = shapes(config.quick)[name], 16, 8 if config.quick else 64
     dtype = gpt.compute_dtype(config.dtype)
     full = gpt.cast(make_model(shape, jax.random.key(config.seed)), dtype)
-    for rows, how in itertools.product((1, 16, 64), ("full", "w8a8")):
+    for rows, how in cases:
         temperature = float(rows > 1)
         model = full if how == "full" else gpt.quantize(full, how)
         prompts = jnp.asarray(random_tokens(shape, rows, prompt))
@@ -347,8 +370,8 @@ def measure_generate(table: Table, config: Config, limits: dict):
             clock = timed(ask)
             ours, theirs = race(clock, config.repeats, peer)
             bound = dict(work=new * decoded_bytes(model, rows, prompt + new / 2), limit=limits["copy"])
-            name = f"generate GPT-2 124M{', w8a8' if how != 'full' else ''}, batch {rows}, {prompt} + {new} tokens"
-            table.add(name, ours, rows * new, "tokens/s", theirs=theirs, peer=peer, first=clock.first, **bound)
+            title = f"generate {name}{', w8a8' if how != 'full' else ''}, batch {rows}, {prompt} + {new} tokens"
+            table.add(title, ours, rows * new, "tokens/s", theirs=theirs, peer=peer, first=clock.first, **bound)
 
 
 def decoded_bytes(model: gpt.GPT, rows: int, seen: float) -> float:
@@ -531,7 +554,8 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
         dict(tokens=ints(B, Q), segments=ints(B, Q)),
         gpt.Generation(ints(B, T), ints(B, T), floats(B, T)),
     )
-    policy, rows = gpt.whole(ppo.actor(state.policy), ref), ints(settings.minibatch_size)
+    policy = jax.eval_shape(partial(ppo.sampler, config=settings), state, ref)
+    rows = ints(settings.minibatch_size)
     programs = dict(
         rollout=gpt.generate.lower(policy, *batch.values(), key, T, eos=0),
         scores=gpt.score.lower(
@@ -681,8 +705,11 @@ def main(config: Config):
     missing = [path for path in config.data if not Path(path).is_file()] if "data" in config.only else []
     if missing:
         raise FileNotFoundError(f"no {missing[0]}: `python toy.py` makes the toy's files; or name others by --data")
-    if jax.default_backend() != "cpu" and (config.peers or config.trl_peers or config.dpo_peers):
-        raise ValueError("peers are timed on CPUs only")
+    unknown = set(config.models) - set(shapes(config.quick))
+    if unknown:
+        raise ValueError(f"--models {', '.join(unknown)}: they are {', '.join(shapes(config.quick))}")
+    if config.peers or config.trl_peers or config.dpo_peers:
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is theirs too
     jax.config.update("jax_enable_compilation_cache", False)  # first calls are to be first ones
     gpt.start(config.seed)
     table = Table(config)

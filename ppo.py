@@ -307,8 +307,8 @@ def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
 
 
 def sampler(state: State, ref, config: Config) -> gpt.GPT:
-    """The policy as rollouts are drawn from it."""
-    policy = gpt.whole(actor(state.policy), ref)
+    """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
+    policy = gpt.cast(gpt.whole(actor(state.policy), ref), gpt.compute_dtype(config.dtype))
     return policy if config.rollout_weights == "full" else gpt.quantize(policy, config.rollout_weights)
 
 

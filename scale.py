@@ -110,27 +110,23 @@ def state_bytes(c: gpt.Config, mesh, share: str, rank: int) -> dict[str, float]:
 
 def activation_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float:
     """Bytes a device during one part of a step with --remat, bf16: the input of every layer; inside one layer q, k, v,
-    attention's scores and weights (fp32 and bf16) and the MLP; one gathered layer and its neighbour; a piece of the
-    head's logits, three times, in fp32."""
+    and the MLP; attention's mask (cuDNN writes no scores); one gathered layer and its neighbour; a piece of the head's
+    logits, three times, in fp32."""
     rows, tokens = work.part_rows / data, work.prompt + work.response
     inputs = c.layers * rows * tokens * c.dim * 2
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + rows * tokens**2 * 6 * c.heads / tensor
+    inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + 2 * rows * tokens**2
     gathered = 2 * 2 * parameters_a_layer(c) / tensor
-    head = 3 * 4 * min(gpt.HEAD_BUDGET, work.part_rows * tokens * c.vocab_size) / data
+    budget = 0.75 * GPU["memory"] // 64  # `gpt.head_budget`: a sixteenth of what JAX takes of a GPU, in fp32
+    head = 3 * 4 * min(budget, work.part_rows * tokens * c.vocab_size) / data / tensor
     return inputs + inside + gathered + head
 
 
-def rollout_bytes(c: gpt.Config, work: Work, data: int, tensor: int, share: str) -> float:
-    """Bytes a device of a rollout's keys and values (bf16), and of its copy of the weights, gathered over the data axis
-    before the token loop: gathered in it, they would cross the links for every token."""
+def rollout_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float:
+    """Bytes a device of a rollout's keys and values, and of its copy of the weights, both bf16, gathered over the data
+    axis before the token loop: gathered in it, they would cross the links for every token."""
     caches = 2 * 2 * c.layers * c.kv_heads * c.head_dim * work.rows / data * (work.prompt + work.response)
-    return caches / min(tensor, c.kv_heads) + sampler_bytes(c, share) / tensor
-
-
-def sampler_bytes(c: gpt.Config, share: str) -> int:
-    """ppo.py samples with the fp32 weights that learn, or with the bf16 base and its adapter."""
-    return (2 if share == "lora" else 4) * parameters(c)
+    return caches / min(tensor, c.kv_heads) + 2 * parameters(c) / tensor
 
 
 def parameters_a_layer(c: gpt.Config) -> int:
@@ -176,7 +172,7 @@ def iteration_seconds(c: gpt.Config, work: Work, hosts: int, data: int, tensor: 
     sums = sent.pop("all-reduce") / (GPU["nvlink"] * LINK_SHARE)  # a tensor group is on one host
     links = steps * (sum(sent.values()) / link + sums)
     cache = 2 * 2 * c.layers * c.kv_heads * c.head_dim * work.rows / data * (work.prompt + work.response / 2)
-    weights = sampler_bytes(c, share) / tensor
+    weights = 2 * parameters(c) / tensor
     token = max((weights + cache / min(tensor, c.kv_heads)) / memory, 2 * N * work.rows / flops)
     gathering = weights * (data - 1) / data / link
     rollout = 2 * N * work.rows * work.prompt / flops + work.response * token + gathering
@@ -188,7 +184,7 @@ def plan(name: str, devices: int, tensor: int, share: str, work: Work) -> dict:
     c, data = MODELS[name], devices // tensor
     mesh = jax.sharding.AbstractMesh((data, tensor), ("data", "tensor"))
     state = state_bytes(c, mesh, share, work.lora_rank)
-    activations, rollout = activation_bytes(c, work, data, tensor), rollout_bytes(c, work, data, tensor, share)
+    activations, rollout = activation_bytes(c, work, data, tensor), rollout_bytes(c, work, data, tensor)
     peak = state["learning"] + state["frozen"] + max(state["step"] + activations, rollout)
     time = iteration_seconds(c, work, -(-devices // 8), data, tensor, share)
     row = dict(model=name, devices=devices, mesh=f"{data}x{tensor}", share=share, activations=activations)

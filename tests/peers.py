@@ -25,6 +25,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 WARM_UP = 2  # times that the work is done before it counts, as bench.py does
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # bench.py hides the GPU where it has none itself
 
 
 def say(**answer):
@@ -47,11 +48,18 @@ def model_config(shape: dict, **more):
 
 
 def language_model(shape: dict):
-    return transformers.AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa")
+    model = transformers.AutoModelForCausalLM.from_config(model_config(shape), attn_implementation="sdpa")
+    return model.to(DEVICE)
 
 
 def random_tokens(work: dict):
-    return torch.randint(0, work["shape"]["vocab_size"], (work["rows"], work["tokens"]))
+    return torch.randint(0, work["shape"]["vocab_size"], (work["rows"], work["tokens"]), device=DEVICE)
+
+
+def finish():
+    """Wait for a GPU, whose work goes on after the call."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
 
 
 def prepare_train(work: dict):
@@ -61,7 +69,7 @@ def prepare_train(work: dict):
 
     def step():
         for _ in range(work["calls"]):
-            with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            with torch.autocast(DEVICE, torch.bfloat16, enabled=bf16):
                 loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -97,6 +105,7 @@ class Clock(transformers.TrainerCallback):
         if self.done == WARM_UP:
             say(versions=versions())
         elif self.done > WARM_UP:
+            finish()
             say(seconds=time.perf_counter() - self.start, peak=resident_peak() - self.loaded)
         if self.done >= WARM_UP and not sys.stdin.readline():
             os._exit(0)
@@ -128,7 +137,7 @@ def run_ppo(work: dict):
         num_mini_batches=4, num_ppo_epochs=4, local_rollout_forward_batch_size=rows, response_length=work["new"],
         stop_token=None, missing_eos_penalty=None, temperature=1.0, total_episodes=10_000 * rows,
         num_sample_generations=0, report_to="none", save_strategy="no",
-        logging_strategy="no", disable_tqdm=True, use_cpu=True,
+        logging_strategy="no", disable_tqdm=True, use_cpu=DEVICE == "cpu",
         bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
     )  # fmt: skip
 
@@ -155,8 +164,9 @@ def run_dpo(work: dict):
     settings = trl.DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
         max_steps=10_000, max_length=None, precompute_ref_log_probs=False, max_grad_norm=1.0, optim="adamw_torch_fused",
-        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True, use_cpu=True, bf16=False,
-        gradient_checkpointing=False, dataloader_pin_memory=False,
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False,
+        dataloader_pin_memory=False,
     )  # fmt: skip
     Trainer(
         args=settings, processing_class=word_tokenizer(work["shape"]), model=policy, ref_model=ref,
@@ -187,10 +197,12 @@ def main(work: dict):
     once = {"train": prepare_train, "generate": prepare_generate}[work["work"]](work)
     for _ in range(WARM_UP):
         once()
+    finish()
     say(versions=versions())
     for _ in sys.stdin:
         start = time.perf_counter()
         once()
+        finish()
         say(seconds=(time.perf_counter() - start) / work.get("calls", 1))
 
 

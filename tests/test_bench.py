@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -149,3 +150,11 @@ def test_flops_of_a_training_step_are_those_of_its_matrix_products(family):
     vectors = bench.multiplied_weights(model) - weights
     assert 0 < vectors < 0.1 * weights
     assert bench.training_flops(model, rows, tokens) == products + 6 * rows * tokens * vectors
+
+
+def test_the_copy_that_is_timed_reads_and_writes_once():
+    buffers = jnp.zeros(2**12), jnp.ones(2**12)
+    program = bench.copy_once.lower(*buffers).compile()
+    assert " copy(" not in program.as_text() and program.memory_analysis().temp_size_in_bytes == 0
+    source, target = bench.copy_once(*buffers)
+    assert not source.any() and (target == 1).all()

@@ -1,11 +1,13 @@
 """The model, its log-probabilities and its generation: against PyTorch's numbers and against brute force."""
 
+import dataclasses
 import gzip
 import json
 import os
 import shutil
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -184,7 +186,7 @@ def test_the_head_in_pieces_is_the_head_at_once_in_value_and_gradient(llama, tok
     hidden = hidden_states(llama, tokens)
     value = lambda: jax.jit(jax.value_and_grad(lambda *a: head_sum(*a), (0, 1), has_aux=True))(llama, hidden, tokens)
     whole = value()
-    monkeypatch.setattr(gpt, "HEAD_BUDGET", 2 * 5 * V)  # 5 columns at most, and 12 is no multiple of them
+    monkeypatch.setattr(gpt, "head_budget", lambda: 2 * 5 * V)  # 5 columns at most, and 12 is no multiple of them
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), value(), whole)
 
 
@@ -210,8 +212,76 @@ def test_the_head_in_pieces_never_holds_all_logits(llama, monkeypatch):
     loss = lambda m: gpt.token_logprobs(m, tokens).sum()
     largest = lambda: max(sizes_with(jax.make_jaxpr(jax.grad(lambda m: loss(m)))(llama).jaxpr, V))
     assert largest() == rows * (columns - 1) * V
-    monkeypatch.setattr(gpt, "HEAD_BUDGET", rows * 8 * V)
+    monkeypatch.setattr(gpt, "head_budget", lambda: rows * 8 * V)
     assert largest() <= rows * 8 * V
+
+
+def test_an_accelerator_holds_more_logits_at_a_time(monkeypatch):
+    memory = lambda size: monkeypatch.setattr(
+        jax, "local_devices", lambda: [SimpleNamespace(memory_stats=lambda: size and {"bytes_limit": size})]
+    )
+    for size, budget in ((None, 2**26), (2**30, 2**26), (2**36, 2**30)):
+        memory(size)
+        assert gpt.head_budget() == budget
+
+
+@pytest.mark.parametrize("rows", [4, 200])
+def test_a_gpu_predicts_with_a_table_of_aligned_rows(rows, monkeypatch):
+    """What is added to 61 words changes neither logits nor gradients, and is not copied for a few rows."""
+    x, table = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 8), (V, 8)]))
+    product = lambda x, table: gpt.predict(x, table, jnp.float32)
+    want = jax.jit(product)(x, table), gradients_of(product, x, table)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    product = lambda x, table: gpt.predict(x, table, jnp.float32)
+    found = jax.jit(product)(x, table), gradients_of(product, x, table)
+    assert any(v == 128 for v in jax.make_jaxpr(product)(x, table).eqns[0].outvars[0].aval.shape) == (rows == 200)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, want)
+
+
+@pytest.mark.parametrize("how, grouped", [("packed", False), ("prefix", True)])
+def test_what_cudnn_is_asked_for_is_plain_attention(how, grouped, monkeypatch):
+    """Padding, packing, a prefix, shared key-value heads: by the call that a GPU gets, another kernel in its place."""
+    heads = dict(kv_heads=2) if grouped else {}
+    model = gpt.init(gpt.make_config(V, 32, 2, 4, 32, **heads), jax.random.key(0))
+    tokens = np.random.default_rng(0).integers(0, V, (4, 12)).astype(np.int32)
+    segments = np.array([[0] * 3 + [1] * 9, [1] * 12, [1] * 5 + [2] * 7, [1] * 8 + [0] * 4], np.int32)
+    prefix = (tokens[:2, :6], segments[:2, :6]) if how == "prefix" else None
+    segments = segments if how == "packed" else np.minimum(segments[[1, 1, 3, 3]], 1)
+    real = (segments[:, 1:] > 0) & (segments[:, :-1] == segments[:, 1:])
+    logprobs = lambda model: jnp.where(real, gpt.token_logprobs(model, tokens, segments, prefix=prefix), 0)
+    want = logprobs(model), gradients_of(lambda wte: logprobs(dataclasses.replace(model, wte=wte)), model.wte)
+    calls, kernel = [], jax.nn.dot_product_attention
+
+    def stand_in(q, k, v, implementation, **options):
+        calls.append((implementation, options["is_causal"]))
+        return kernel(q, k, v, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
+    monkeypatch.setattr(gpt, "has_flash_attention", lambda q, k: True)
+    logprobs = lambda model: jnp.where(real, gpt.token_logprobs(model, tokens, segments, prefix=prefix), 0)
+    found = logprobs(model), gradients_of(lambda wte: logprobs(dataclasses.replace(model, wte=wte)), model.wte)
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, want)
+    assert set(calls) == ({("cudnn", True), ("cudnn", False)} if prefix else {("cudnn", True)})
+
+
+def needs_cuda(test):
+    cuda = jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    return pytest.mark.skipif(not cuda, reason="no NVIDIA GPU")(test)
+
+
+@needs_cuda
+def test_cudnn_computes_plain_attention(monkeypatch):
+    q, k, v = (jax.random.normal(jax.random.key(i), (4, 4, 64, 32)).astype(jnp.bfloat16) for i in range(3))
+    segments = jnp.ones((4, 64), jnp.int32).at[:, :10].set(0).at[1:, 40:].set(2)
+    mask = (segments[:, :, None] == segments[:, None, :]) & jnp.tril(jnp.ones((64, 64), bool))
+    mask, real = mask & (segments[:, None, :] > 0), (segments > 0)[:, None, :, None]
+    ask = lambda q, k, v: jnp.where(real, gpt.attention(q, k, v, mask, causal=True), 0).astype(jnp.float32)
+    assert gpt.has_flash_attention(q, k)
+    found = ask(q, k, v), gradients_of(ask, q, k, v)
+    monkeypatch.setattr(gpt, "has_flash_attention", lambda q, k: False)
+    want = ask(q, k, v), gradients_of(lambda q, k, v: ask(q, k, v), q, k, v)
+    off = lambda a, b: np.linalg.norm(np.asarray(a - b, np.float32)) / np.linalg.norm(np.asarray(b, np.float32))
+    assert max(jax.tree.leaves(jax.tree.map(off, found, want))) < 0.02
 
 
 def gradients_of(f, *args):
@@ -277,7 +347,7 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary(llama, golden, tokens, 
     np.testing.assert_allclose(kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
     assert kl.min() > 0
     np.testing.assert_array_equal(same, 0)
-    monkeypatch.setattr(gpt, "HEAD_BUDGET", 2 * 5 * V)
+    monkeypatch.setattr(gpt, "head_budget", lambda: 2 * 5 * V)
     in_pieces = jax.jit(lambda *args: measure.__wrapped__(*args))(llama, other, *hidden)
     np.testing.assert_allclose(in_pieces[1], kl, rtol=1e-5)
 
