@@ -92,15 +92,52 @@ def test_products_are_those_of_the_dense_matrix(rows, shape):
 
     scale = np.abs(x).max(-1, keepdims=True) / 127
     rounded = np.round(x / scale) * scale  # activations as w8a8 sees them
-    np.testing.assert_allclose(multiply(gpt.W8A8(*int8_leaves(int8)), x), rounded @ dense.T, rtol=1e-4, atol=1e-3)
-
-
-def int8_leaves(matrix):
-    return matrix.values, matrix.scale
+    w8a8 = quantised(gpt.W8A8, gpt.to_w8a8, matrix)
+    np.testing.assert_allclose(multiply(w8a8, x), rounded @ dense.T, rtol=1e-4, atol=1e-3)
 
 
 def test_w8a8_of_tokens_of_zeros_is_zero():
-    assert not np.asarray(quantised(gpt.W8A8, gpt.to_int8, normal(5, 8))(jnp.zeros((3, 8)))).any()
+    assert not np.asarray(quantised(gpt.W8A8, gpt.to_w8a8, normal(5, 8))(jnp.zeros((3, 8)))).any()
+
+
+# the two forms of the integer product: which one is taken follows the CPU, and is set here
+
+
+@pytest.fixture(params=[True, False], ids=["vnni", "plain"])
+def vnni(request, monkeypatch):
+    monkeypatch.setattr(gpt, "has_vnni", lambda: request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("shape", [(2, 3072), (1, 5, 768), (3, 4, 33)])
+def test_integer_products_are_exact(vnni, shape):
+    rng = np.random.default_rng(0)
+    x = rng.integers(-127, 128, shape).astype(np.int8)
+    x[0], weights = 127, rng.integers(-127, 128, (70, shape[-1])).astype(np.int8)
+    weights[:2] = [[127], [-127]]  # with the line above the largest sums there are
+    w8a8 = gpt.W8A8(jnp.asarray(weights), jnp.ones(70), jnp.asarray(weights.sum(1, dtype=np.int32)))
+    got = jax.jit(lambda matrix, x: matrix.integers(x))(w8a8, x)
+    np.testing.assert_array_equal(got, x.astype(int) @ weights.T.astype(int))
+
+
+def test_operands_of_the_integer_product_stay_bytes(vnni):
+    """JAX would make both int32, four times the bytes and no kernel for them, if the precision were not given."""
+    matrix = quantised(gpt.W8A8, gpt.to_w8a8, normal(5, 8))
+    text = jax.jit(lambda matrix, x: matrix(x)).lower(matrix, jnp.ones((3, 8))).as_text()
+    product = next(line for line in text.splitlines() if "dot_general" in line)
+    assert f"tensor<3x8x{'ui8' if vnni else 'i8'}>, tensor<5x8xi8>) -> tensor<3x5xi32>" in product
+
+
+def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
+    cpu, has_vnni = tmp_path / "cpuinfo", gpt.has_vnni.__wrapped__
+    monkeypatch.setattr(gpt, "Path", lambda name: {"/proc/cpuinfo": cpu}[name])
+    assert not has_vnni()  # no such file: not Linux
+    cpu.write_text("flags : fpu avx2 avx512f")
+    assert not has_vnni()
+    cpu.write_text("flags : fpu avx2 avx512f avx512_vnni")
+    assert has_vnni()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    assert not has_vnni()
 
 
 @pytest.mark.parametrize("kind, integers", [(gpt.Int8, gpt.to_int8), (gpt.Int4, gpt.to_int4)])
@@ -143,6 +180,17 @@ def test_logits_stay_near(model, how, off):
     want, got = logits(model, TOKENS), logits(gpt.quantize(model, how), TOKENS)
     assert got.dtype == jnp.float32
     assert 0 < np.std(got - want) < off * np.std(want)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeypatch, rows):
+    small, prompts = gpt.quantize(tiny_model, "w8a8"), np.random.default_rng(1).integers(4, 32, (rows, 5))
+    outs = []
+    for vnni in (True, False):
+        monkeypatch.setattr(gpt, "has_vnni", lambda vnni=vnni: vnni)
+        ask = jax.jit(lambda m, p: gpt.generate.__wrapped__(m, p, p * 0 + 1, jax.random.key(0), 6, eos=-1))
+        outs.append(ask(small, prompts.astype(np.int32)))
+    jax.tree.map(np.testing.assert_array_equal, *outs)
 
 
 @pytest.mark.parametrize("how, rows", [("int8", 3), ("int4", 3), ("w8a8", 3), ("w8a8", 1)])
