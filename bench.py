@@ -6,14 +6,16 @@ Every row of the table is the median of --repeats timings with their minimum and
     train      one optimiser step of sft.py (`sft.make_train_step`: forward, backward, clipping, AdamW). Its bound is
                the matrix rate on 6 N + 12 L T D FLOPs a token: N weights that multiply each token (all but the
                position table; a tied embedding counts once, as the head), and scores over whole rows of T tokens
-    generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate; from full weights and
-               from int8 ones with int8 activations (`gpt.quantize`, w8a8). Its bound is the copy rate on the weights
-               and the keys and values that a token reads. Reads alone can be faster than a copy: above 100% is no error
+    generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate; from full weights, and
+               on a CPU from int8 ones with int8 activations (`gpt.quantize`, w8a8). Its bound: the copy rate on the
+               weights and the keys and values that a token reads. Reads alone can be faster than a copy: above 100% is
+               no error
     serve      serve.py: the toy over HTTP, one client and many, each asking again as soon as it is answered
                (tests/load.py; they share the machine with the server): tokens/s of all together, ms until a whole
                answer or until a stream's first text. And the engine alone with 124M, beside the peer's `generate`
     ppo        one iteration of ppo.py: rollout (`gpt.generate`), scoring (reward model, log-probs, reference, values,
-               advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length
+               advantages), update (`ppo.update_epochs`); four models with their own weights, responses of full length;
+               then --share trunk and lora. On a GPU also GPT-2 1.5B with adapters
     memory     what PPO holds at its peak under each --share, beside SFT on the rows of one PPO step: by the compiler's
                analysis of every program of an iteration, nothing is allocated. Whatever stays between the programs
                (weights, optimisers, frozen models) is there during each of them
@@ -24,9 +26,10 @@ Every row of the table is the median of --repeats timings with their minimum and
 
 With --peers (a Python that has torch and transformers), --trl-peers (one that has TRL with its PPOTrainer, 0.24) and
 --dpo-peers (TRL 1.16) the same shapes run there too, in tests/peers.py. Ours and the peer take turns, repeat by repeat,
-so that both see the same machine. "times peer" is the peer's median time over ours: above 1 we are faster. MB is what
-the compiled step holds at its peak, weights and optimiser included; the peer's is by how much its process has grown
-since its libraries were loaded. "first s" is the first call, most of which is compilation.
+so that both see the same machine, in the same precision. "times peer" is the peer's median time over ours: above 1 we
+are faster. MB is what the compiled step holds at its peak, weights and optimiser included, or on a GPU a PPO iteration;
+the peer's is by how much its process has grown since its libraries were loaded. "first s" is the first call, most of
+which is compilation.
 
     python bench.py                                              # the table, and out/bench/bench.json
     python bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
@@ -118,7 +121,8 @@ def start_peer(python: Path | None, config: Config, **work):
         yield None
         return
     log = config.out.with_name("peers.log")
-    on_cpu = {"CUDA_VISIBLE_DEVICES": ""} if jax.default_backend() == "cpu" else {}
+    work |= dict(device=jax.default_backend(), dtype=gpt.compute_dtype(config.dtype).__name__)
+    on_cpu = {"CUDA_VISIBLE_DEVICES": ""} if work["device"] == "cpu" else {}
     with open(log, "a") as errors:
         process = subprocess.Popen(
             [python, PEERS, json.dumps(work)],
@@ -289,12 +293,12 @@ def measure_machine(table: Table, config: Config) -> dict:
     size = 2**18 if config.quick else 2**26 if on_cpu else 2**28
     buffers = jnp.zeros(size), jnp.zeros(size)
 
-    def swap():
+    def copy():
         nonlocal buffers
         buffers = copy_once(*buffers)
         return buffers
 
-    seconds, _ = race(timed(swap, 3), config.repeats)
+    seconds, _ = race(timed(copy, 3), config.repeats)
     limits = {"copy": 1e9 * table.add(f"copy, {4 * size >> 20:,} MB", seconds, 8 * size / 1e9, "GB/s")}
     del buffers
 
@@ -326,7 +330,7 @@ def measure_train(table: Table, config: Config, limits: dict):
         step = repeated(sft.make_train_step(optimizer, settings), state, batch)
         del model, state  # the step holds them, and donates them
 
-        work = dict(work="train", shape=dataclasses.asdict(shape), rows=rows, tokens=tokens, calls=calls, dtype=dtype)
+        work = dict(work="train", shape=dataclasses.asdict(shape), rows=rows, tokens=tokens, calls=calls)
         beside = config.peers if name != "GPT-2 1.5B" else None  # two of these fit no GPU
         with start_peer(beside, config, **work) as peer:
             clock = timed(step, calls)
@@ -365,7 +369,7 @@ def measure_decoding(table: Table, config: Config, limits: dict, name: str, case
         sample = partial(gpt.generate, max_new_tokens=new, eos=-1, temperature=temperature)
         ask = lambda m=model, p=prompts, k=keys, s=sample: s(m, p, jnp.ones_like(p), next(k)).tokens
         work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new,
-                    temperature=temperature, dtype=dtype.__name__)  # fmt: skip
+                    temperature=temperature)  # fmt: skip
         with start_peer(config.peers if how == "full" else None, config, **work) as peer:
             clock = timed(ask)
             ours, theirs = race(clock, config.repeats, peer)
@@ -409,8 +413,7 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     model.load()
     model.compress()
     model.warm_up()
-    work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new, temperature=1.0,
-                dtype=gpt.compute_dtype(config.dtype).__name__)  # fmt: skip
+    work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new, temperature=1.0)
     prompts = random_tokens(shape, rows, prompt).tolist()
     with start_peer(config.peers if how == "none" else None, config, **work) as peer:
         for n in (rows, 1):
@@ -441,25 +444,51 @@ def answer_all(model, prompts: list, new: int):
 
 
 def measure_ppo(table: Table, config: Config, limits: dict):
-    """An iteration, in parts; then with a value head on the policy, and with adapters on one base. TRL's peer has four
-    models each time."""
+    """An iteration of the toy, in parts: four models, a value head on the policy, adapters on one base; TRL's peer has
+    four models each time. On a GPU the largest GPT-2 too, with adapters."""
     shape = shapes(config.quick)["toy GPT-2"]
     rows, prompt, new = (8, 8, 8) if config.quick else (64, 16, 32)
     work = dict(work="ppo", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new)
     with start_peer(config.trl_peers, config, **work) as peer:
         for share in ("none", "trunk", "lora"):
-            iteration = ppo_iteration(shape, ppo.Config(
+            settings = ppo.Config(
                 batch_size=rows, minibatch_size=rows // 4, epochs=4, prompt_length=prompt, response_length=new,
                 missing_eos="keep", dtype=config.dtype, seed=config.seed, share=share,
-            ))  # fmt: skip
-            first = iteration()
-            iteration()
-            ours, theirs = race(iteration, config.repeats, peer)
-            how = "" if share == "none" else f" --share {share}"
-            for name, part, compiled in zip(("rollout", "scoring", "update"), np.transpose(ours), first):
-                table.add(f"PPO{how} {name}", part, rows * new, "response tokens/s", first=compiled)
-            name = f"PPO{how} iteration, toy GPT-2, {rows} x ({prompt} + {new}) tokens, 4 x 4 minibatches"
-            table.add(name, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer)
+            )  # fmt: skip
+            add_ppo_rows(table, config, "toy GPT-2", settings, "4 x 4 minibatches", peer)
+    if jax.default_backend() != "cpu":
+        settings = large_ppo("lora", config)
+        add_ppo_rows(table, config, "GPT-2 1.5B", settings, "2 x 4 minibatches of 4 micro-batches, remat, bf16")
+
+
+def add_ppo_rows(table: Table, config: Config, name: str, settings: ppo.Config, how: str, peer=None):
+    rows, prompt, new = settings.batch_size, settings.prompt_length, settings.response_length
+    iteration, peak = ppo_iteration(shapes(config.quick)[name], settings), device_peak()
+    first = iteration()
+    iteration()
+    ours, theirs = race(iteration, config.repeats, peer)
+    who = "PPO" if settings.share == "none" else f"PPO --share {settings.share}"
+    at = f"{name}, {rows} x ({prompt} + {new}) tokens"
+    for part_name, part, compiled in zip(("rollout", "scoring", "update"), np.transpose(ours), first):
+        table.add(f"{who} {part_name}, {at}", part, rows * new, "response tokens/s", first=compiled)
+    more = {"memory": device_peak()} if device_peak() > peak else {}  # or what ran before had a higher one
+    title = f"{who} iteration, {at}, {how}"
+    table.add(title, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer, **more)
+
+
+def device_peak() -> int:
+    """The most bytes that this process has held on a GPU so far; 0 on a CPU."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
+
+
+def large_ppo(share: str, config: Config) -> ppo.Config:
+    """What the largest GPT-2 is trained with on one GPU: bf16, activations recomputed, 64 answers an iteration, 4 rows
+    at a time."""
+    length, rows = (8, 8) if config.quick else (128, 64)
+    return ppo.Config(
+        batch_size=rows, minibatch_size=rows // 4, micro_batches=rows // 16 or 1, prompt_length=length,
+        response_length=length, dtype="bfloat16", remat=True, share=share, seed=config.seed,
+    )  # fmt: skip
 
 
 def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
@@ -477,8 +506,8 @@ def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
     def iteration():
         nonlocal state
         step, times = next(counter), [time.perf_counter()]
-        policy = ppo.sampler(state, ref, settings)
-        generation = sample(policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, step))
+        noise = jax.random.fold_in(key, step)
+        generation = sample(ppo.sampler(state, ref, settings), batch["tokens"], batch["segments"], noise)
         times.append(finished(generation))
         scores, _ = ppo.score_responses([reward], None, batch, generation, None, None, -1, settings)
         rollout, _ = ppo.make_rollout(state, ref, batch, generation, scores, settings)
@@ -529,13 +558,9 @@ def measure_memory(table: Table, config: Config, limits: dict):
                 sizes_of = ppo_memory(shape, settings(share=share, advantage=advantage))
                 title = f"memory PPO --share {share} --advantage {advantage}, {at}"
                 table.add(title, memory=sizes_of["peak"], programs=sizes_of)
-    # does the largest GPT-2 fit one GPU? In bf16, activations recomputed, 64 answers an iteration, 4 rows at a time
-    length, rows = (8, 8) if config.quick else (128, 64)
-    for share in ("none", "lora"):
-        settings = ppo.Config(
-            batch_size=rows, minibatch_size=rows // 4, micro_batches=rows // 16 or 1, prompt_length=length,
-            response_length=length, dtype="bfloat16", remat=True, share=share,
-        )  # fmt: skip
+    for share in ("none", "lora"):  # does the largest GPT-2 fit one GPU?
+        settings = large_ppo(share, config)
+        rows, length = settings.batch_size, settings.prompt_length
         sizes_of = ppo_memory(shapes(config.quick)["GPT-2 1.5B"], settings)
         title = f"memory PPO --share {share} --remat, GPT-2 1.5B, {rows} x 2 x {length} tokens, bf16"
         table.add(title, memory=sizes_of["peak"], programs=sizes_of)
@@ -570,7 +595,17 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
         programs["critic step"] = update_critic.lower(state.critic, state.critic_opt, ref, rollout, rows)
     resident = gpt.size_in_bytes((state, ref, reward))
     more = {name: added_memory(program.compile()) for name, program in programs.items()}
+    more["rollout"] += sampler_copy(policy, ref, settings)
     return {"resident": resident} | more | {"peak": resident + max(more.values())}
+
+
+def sampler_copy(policy: gpt.GPT, ref: gpt.GPT, settings: ppo.Config) -> int:
+    """Bytes of `ppo.sampler`'s model that are neither the state's nor the reference's: none in fp32."""
+    if settings.rollout_weights != "full":
+        return gpt.size_in_bytes(policy)
+    if gpt.compute_dtype(settings.dtype) == jnp.float32:
+        return 0
+    return gpt.size_in_bytes(policy) - (gpt.size_in_bytes(ref) if settings.share == "lora" else 0)
 
 
 def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) -> dict[str, int]:
@@ -709,6 +744,8 @@ def main(config: Config):
     if unknown:
         raise ValueError(f"--models {', '.join(unknown)}: they are {', '.join(shapes(config.quick))}")
     if config.peers or config.trl_peers or config.dpo_peers:
+        if jax.default_backend() not in ("cpu", "gpu"):
+            raise ValueError(f"no peer runs on this backend: {jax.default_backend()}")
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is theirs too
     jax.config.update("jax_enable_compilation_cache", False)  # first calls are to be first ones
     gpt.start(config.seed)

@@ -105,11 +105,12 @@ def sums(dtype):
     return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
 
 
-def dot(a, b, axes, dtype=None, **options):
+def dot(a, b, axes, dtype=None, precision=None):
     """Sums of products over an axis of a and one of b, of as many axes each as there are: -> `dtype`, or a's."""
     dtype = dtype or a.dtype
     contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
-    return lax.dot_general(a, b, (contract, ((), ())), preferred_element_type=sums(dtype), **options).astype(dtype)
+    form = contract, ((), ())
+    return lax.dot_general(a, b, form, precision, preferred_element_type=sums(dtype)).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -155,12 +156,12 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 def predict(x, table, dtype):
     """x (..., D) times the rows of a table (V, D), the product by which words are predicted: -> (..., V) in `dtype`.
 
-    A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes three times as long as with
-    50,304. What is added is cut off again, inside whatever reads the logits. For the few rows of a decoding step a
-    larger copy of the table would cost more than it saves.
+    A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes almost three times as long as
+    with 50,304. What is added is cut off again, inside whatever reads the logits. For the few rows of a decoding step
+    a larger copy of the table would cost more than it saves.
     """
     V = len(table)
-    if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 128:
+    if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
         table = jnp.pad(table, ((0, -V % 128), (0, 0)))
     return matmul(x, table, dtype, rows=True)[..., :V]
 
@@ -240,14 +241,12 @@ einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _ei
 
 
 def attention(q, k, v, mask, causal=False):
-    """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B, T, S) True where a query may look. `causal`: it
-    never looks ahead, so that a kernel may leave out half of the scores."""
+    """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B or 1, T, S) True where a query may look.
+    `causal`: none looks ahead, so that a kernel may leave out half of the scores."""
+    if has_flash_attention(q, k):
+        return flash_attention(q, k, v, mask, causal)
     B, H, T, E = q.shape
     K = k.shape[1]
-    if has_flash_attention(q, k):
-        q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
-        options = dict(mask=mask[:, None], is_causal=causal, implementation="cudnn")
-        return jax.nn.dot_product_attention(q, k, v, **options).swapaxes(1, 2)
     q = q.reshape(B, K, H // K, T, E)  # H / K query heads share each key-value head
     scores = einsum("bkgte,bkse->bkgts", q, k, jnp.float32) / np.sqrt(E)
     scores = jnp.where(mask[:, None, None], scores, MASKED)
@@ -255,12 +254,27 @@ def attention(q, k, v, mask, causal=False):
     return einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
 
 
+def flash_attention(q, k, v, mask, causal):
+    """The same by cuDNN, which never writes the scores (T, S) to memory. It wants even lengths: one place more, that
+    nobody sees; and q, k, v and mask spread alike over the devices."""
+    (B, _, T, _), S = q.shape, k.shape[2]
+    even = lambda x: jnp.pad(shard_heads(x), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
+    mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
+    options = dict(mask=shard_batch(mask)[:, None], is_causal=causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(even(q), even(k), even(v), **options)[:, :T].swapaxes(1, 2)
+
+
 def has_flash_attention(q, k) -> bool:
-    """Whether cuDNN has a kernel that never writes the scores (T, S) to memory: on NVIDIA, in half precision, for even
-    lengths. For the one query of a decoding step there is nothing to save."""
-    T, S, E = q.shape[2], k.shape[2], q.shape[3]
-    fits = q.dtype in (jnp.bfloat16, jnp.float16) and T > 1 and T % 2 == S % 2 == 0 and E % 8 == 0 and E <= 128
-    return fits and jax.default_backend() == "gpu" and "cuda" in jax.devices()[0].client.platform_version
+    """Whether cuDNN has a kernel for it: on NVIDIA from Ampere on, in half precision, and with whole heads and rows on
+    each device. For the one query of a decoding step there is nothing to save."""
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    device, mesh = jax.local_devices()[0], jax.sharding.get_abstract_mesh()
+    if "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
+        return False
+    data, tensor = (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["tensor"])
+    fits = q.shape[2] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return fits and len(q) % data == 0 and k.shape[1] % tensor == 0
 
 
 def rope_angles(config: Config, positions):
@@ -597,10 +611,10 @@ HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in piec
 
 
 def head_budget() -> int:
-    """HEAD_BUDGET, or what fits a sixteenth of an accelerator's memory: to compute GPT-2's head again is a tenth of a
-    training step."""
-    memory = jax.local_devices()[0].memory_stats() or {}  # None on a CPU
-    return max(HEAD_BUDGET, memory.get("bytes_limit", 0) // 16 // 4)
+    """HEAD_BUDGET, or on an accelerator the power of two below an eighth of its memory, in fp32: to compute GPT-2's
+    head again is a tenth of a training step. (A power of two, lest processes plan differently for a few bytes.)"""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # no such figures on a CPU
+    return max(HEAD_BUDGET, 2 ** int(math.log2(max(memory // 8 // 4, 1))))
 
 
 def token_logprobs(
@@ -2397,6 +2411,12 @@ def shard_batch(x):
     if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
         return x
     return lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
+
+
+def shard_heads(x):
+    """The same of x (B, H, T, E), with its heads over the tensor axis."""
+    mesh = jax.sharding.get_abstract_mesh()
+    return x if mesh.empty or mesh.size == 1 else lax.with_sharding_constraint(x, P("data", "tensor", None, None))
 
 
 TENSOR_SPLITS = {  # the axis of a weight that goes over "tensor": what comes out of the first half of a pair of layers

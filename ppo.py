@@ -99,7 +99,7 @@ class Config:
     uwo_coef: float = 0.5
 
     monitor: str = "toy:parts"  # module:function logged as eval/gold, never trained on; none elsewhere
-    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and frozen models
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
     resume: bool = False  # continue from the last checkpoint in --out

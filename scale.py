@@ -109,16 +109,15 @@ def state_bytes(c: gpt.Config, mesh, share: str, rank: int) -> dict[str, float]:
 
 
 def activation_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float:
-    """Bytes a device during one part of a step with --remat, bf16: the input of every layer; inside one layer q, k, v,
-    and the MLP; attention's mask (cuDNN writes no scores); one gathered layer and its neighbour; a piece of the head's
-    logits, three times, in fp32."""
+    """Bytes a device during one part of a step with --remat, bf16: the input of every layer; inside one layer q, k, v
+    and the MLP; attention's mask, as a bias and with the gradient that cuDNN gives it (no scores are written); one
+    gathered layer and its neighbour; a piece of the head's logits, three times, in fp32."""
     rows, tokens = work.part_rows / data, work.prompt + work.response
     inputs = c.layers * rows * tokens * c.dim * 2
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
-    inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + 2 * rows * tokens**2
+    inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + 5 * rows * tokens**2
     gathered = 2 * 2 * parameters_a_layer(c) / tensor
-    budget = 0.75 * GPU["memory"] // 64  # `gpt.head_budget`: a sixteenth of what JAX takes of a GPU, in fp32
-    head = 3 * 4 * min(budget, work.part_rows * tokens * c.vocab_size) / data / tensor
+    head = 3 * 4 * min(2**30, work.part_rows * tokens * c.vocab_size) / data / tensor  # `gpt.head_budget` of 80 GB
     return inputs + inside + gathered + head
 
 

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda for the tests of a GPU: pytest -k cudnn
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tests compile much and compute little
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nor do they leave files in the home folder
 

@@ -3,7 +3,7 @@
 Run by bench.py in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for dpo TRL
 1.16); nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all
 is warm; then each line on stdin has the work done once, and a line {"seconds": ..., "peak": ...} answers: the bytes by
-which the process's resident memory has grown, at its peak, since its libraries were loaded.
+which the process's memory (resident, or PyTorch's on a GPU) has grown, at its peak, since its libraries were loaded.
 
 What is equal: sizes and family of the model, batch, precision, number of threads, what a step does (forward, backward,
 clipping, AdamW), sampling from the whole vocabulary, and in PPO four models with their own weights, 4 epochs of 4
@@ -25,7 +25,7 @@ import torch  # noqa: E402
 import transformers  # noqa: E402
 
 WARM_UP = 2  # times that the work is done before it counts, as bench.py does
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"  # bench.py hides the GPU where it has none itself
+DEVICE = "cpu"  # or "cuda", where bench.py has a GPU
 
 
 def say(**answer):
@@ -98,7 +98,7 @@ class Clock(transformers.TrainerCallback):
     """TRL's trainers own the loop: at the end of each iteration this reports its seconds and waits."""
 
     def __init__(self):
-        self.done, self.start, self.loaded = 0, 0.0, resident_peak()
+        self.done, self.start, self.loaded = 0, 0.0, memory_peak()
 
     def on_step_end(self, args, state, control, **_):
         self.done += 1
@@ -106,7 +106,7 @@ class Clock(transformers.TrainerCallback):
             say(versions=versions())
         elif self.done > WARM_UP:
             finish()
-            say(seconds=time.perf_counter() - self.start, peak=resident_peak() - self.loaded)
+            say(seconds=time.perf_counter() - self.start, peak=memory_peak() - self.loaded)
         if self.done >= WARM_UP and not sys.stdin.readline():
             os._exit(0)
         self.start = time.perf_counter()
@@ -138,7 +138,7 @@ def run_ppo(work: dict):
         stop_token=None, missing_eos_penalty=None, temperature=1.0, total_episodes=10_000 * rows,
         num_sample_generations=0, report_to="none", save_strategy="no",
         logging_strategy="no", disable_tqdm=True, use_cpu=DEVICE == "cpu",
-        bf16=False, gradient_checkpointing=False, dataloader_pin_memory=False,
+        bf16=work["dtype"] == "bfloat16", gradient_checkpointing=False, dataloader_pin_memory=False,
     )  # fmt: skip
 
     trainer(
@@ -165,7 +165,7 @@ def run_dpo(work: dict):
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
         max_steps=10_000, max_length=None, precompute_ref_log_probs=False, max_grad_norm=1.0, optim="adamw_torch_fused",
         report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
-        use_cpu=DEVICE == "cpu", bf16=False, gradient_checkpointing=False,
+        use_cpu=DEVICE == "cpu", bf16=work["dtype"] == "bfloat16", gradient_checkpointing=False,
         dataloader_pin_memory=False,
     )  # fmt: skip
     Trainer(
@@ -174,8 +174,11 @@ def run_dpo(work: dict):
     ).train()  # fmt: skip
 
 
-def resident_peak() -> int:
-    """Bytes. Not getrusage's: on Linux a new program inherits there what the one that started it had."""
+def memory_peak() -> int:
+    """Bytes: of the GPU, or resident ones. Not getrusage's: on Linux a new program inherits there what the one that
+    started it had."""
+    if DEVICE == "cuda":
+        return torch.cuda.max_memory_allocated()
     try:
         with open("/proc/self/status") as lines:
             return 1024 * int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
@@ -191,6 +194,12 @@ def versions() -> dict:
 
 
 def main(work: dict):
+    global DEVICE
+    DEVICE = {"cpu": "cpu", "gpu": "cuda"}[work["device"]]
+    if DEVICE == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError("this PyTorch sees no GPU, and bench.py does")
+        torch.set_float32_matmul_precision("high")  # fp32 products as JAX has them there
     torch.manual_seed(0)
     if work["work"] in ("ppo", "dpo"):
         return {"ppo": run_ppo, "dpo": run_dpo}[work["work"]](work)

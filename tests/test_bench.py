@@ -68,7 +68,8 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     row = next(row for name, row in rows.items() if name.startswith("PPO iteration"))
     assert row["peer_seconds"]["all"] == [100.0, 100.0]
     assert row["times_peer"] == pytest.approx(100 / row["seconds"]["median"])
-    parts = [rows[f"PPO {part}"]["seconds"]["all"] for part in ("rollout", "scoring", "update")]
+    parts = [rows[f"PPO {part}, toy GPT-2, 8 x (8 + 8) tokens"] for part in ("rollout", "scoring", "update")]
+    parts = [part["seconds"]["all"] for part in parts]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
     assert row["peer"] == {"fake": "1.0"}
 
