@@ -456,7 +456,7 @@ def measure_ppo(table: Table, config: Config, limits: dict):
                 missing_eos="keep", dtype=config.dtype, seed=config.seed, share=share,
             )  # fmt: skip
             add_ppo_rows(table, config, "toy GPT-2", settings, "4 x 4 minibatches", peer)
-    if jax.default_backend() != "cpu":
+    if config.quick or jax.default_backend() != "cpu":
         settings = large_ppo("lora", config)
         add_ppo_rows(table, config, "GPT-2 1.5B", settings, "2 x 4 minibatches of 4 micro-batches, remat, bf16")
 

@@ -72,6 +72,8 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     parts = [part["seconds"]["all"] for part in parts]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
     assert row["peer"] == {"fake": "1.0"}
+    large = next(row for name, row in rows.items() if name.startswith("PPO --share lora iteration, GPT-2 1.5B"))
+    assert large["rate"] > 0 and "peer_seconds" not in large
 
 
 def test_the_server_under_load_and_its_engine_beside_a_peer(data, tmp_path, monkeypatch):

@@ -737,6 +737,14 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     assert not same(after.critic.trunk, adapter)
 
 
+def test_rollouts_are_sampled_in_the_precision_that_is_scored():
+    state, ref, _, _, config = world()
+    for dtype in ("float32", "bfloat16"):
+        leaves = jax.tree.leaves(ppo.sampler(state, ref, replace(config, dtype=dtype)))
+        assert {str(x.dtype) for x in leaves} == {dtype}
+    assert same(state.policy, ppo.sampler(state, ref, config))
+
+
 def test_advantages_of_a_rollout_have_mean_zero_so_the_first_loss_is_zero():
     state, ref, batch, generation, config = world()
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
