@@ -509,7 +509,7 @@ class Served:
     def warm_up(self):
         """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
         for width in self.buckets:
-            for rows in {1, self.prefill_rows(width)}:
+            for rows in self.prefill_sizes(width):
                 nowhere = np.full(rows, self.slots, np.int32)
                 blank = np.zeros((rows, width), np.int32)
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
@@ -539,8 +539,11 @@ class Served:
         )
         return drawn
 
-    def prefill_rows(self, width: int) -> int:
-        return max(1, min(self.slots, PREFILL_TOKENS // width))
+    def prefill_sizes(self, width: int) -> list[int]:
+        """How many prompts of this width a call may take. Few sizes, since each is a program of its own; but more than
+        one and all, or five that come in together would cost what sixteen do."""
+        most = max(1, min(self.slots, PREFILL_TOKENS // width))
+        return sorted({min(n, most) for n in (1, 4, most)})
 
     def bucket(self, n: int) -> int:
         return next(width for width in self.buckets if width >= n)
@@ -594,12 +597,12 @@ class Served:
             else:
                 self.scored(choice, [], [], [], slot, post)
         for width, group in groups.items():
-            rows = self.prefill_rows(width)
-            for i in range(0, len(group), rows):
-                self.fill(group[i : i + rows], width, rows, post)
+            while group:
+                rows = max(n for n in self.prefill_sizes(width) if 4 * len(group) >= 3 * n)
+                self.fill(group[:rows], width, rows, post)
+                group = group[rows:]
 
     def fill(self, group, width: int, rows: int, post):
-        rows = 1 if len(group) == 1 else rows
         tokens, slots = np.zeros((rows, width + 1), np.int32), np.full(rows, self.slots, np.int32)
         for row, (slot, choice) in enumerate(group):
             tokens[row, : len(choice.ids)], slots[row] = choice.ids, slot

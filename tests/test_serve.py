@@ -229,6 +229,21 @@ def test_nothing_is_compiled_after_the_start(live, http):
     assert (serve.decode._cache_size(), serve.prefill._cache_size()) == sizes
 
 
+@pytest.mark.parametrize("waiting, calls", [(1, [1]), (2, [1, 1]), (3, [4]), (5, [4, 1]), (12, [16]), (17, [16, 1])])
+def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder, monkeypatch, waiting, calls):
+    model = serve.Served("one", str(folder / "one"), serve.Config())
+    model.tokenizer, model.buckets, model.slots = gpt.load_tokenizer(folder / "one"), [16, 32], 20
+    model.state, model.free = serve.idle_slots(model.slots), list(range(model.slots))
+    assert model.prefill_sizes(16) == [1, 4, 16] and model.prefill_sizes(256) == [1]
+    filled = []
+    monkeypatch.setattr(model, "fill", lambda group, width, rows, post: filled.append((width, rows, len(group))))
+    for i in range(waiting):
+        model.waiting.append(serve.Choice(i, [4, 5, 6], 1, None, deadline=float("inf")))
+    model.admit(None)
+    assert [(width, rows) for width, rows, _ in filled] == [(16, rows) for rows in calls]
+    assert sum(n for _, _, n in filled) == waiting and all(n <= rows for _, rows, n in filled)
+
+
 # ---- text: characters, stops
 
 
