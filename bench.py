@@ -740,13 +740,14 @@ def main(config: Config):
     missing = [path for path in config.data if not Path(path).is_file()] if "data" in config.only else []
     if missing:
         raise FileNotFoundError(f"no {missing[0]}: `python toy.py` makes the toy's files; or name others by --data")
-    unknown = set(config.models) - set(shapes(config.quick))
-    if unknown:
-        raise ValueError(f"--models {', '.join(unknown)}: they are {', '.join(shapes(config.quick))}")
     if config.peers or config.trl_peers or config.dpo_peers:
+        # a GPU's memory is theirs too; to be said before JAX looks for one
+        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         if jax.default_backend() not in ("cpu", "gpu"):
             raise ValueError(f"no peer runs on this backend: {jax.default_backend()}")
-        os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # a GPU's memory is theirs too
+    known = wanted_shapes(dataclasses.replace(config, models=()))
+    if unknown := set(config.models) - set(known):
+        raise ValueError(f"--models {', '.join(unknown)}: on this machine they are {', '.join(known)}")
     jax.config.update("jax_enable_compilation_cache", False)  # first calls are to be first ones
     gpt.start(config.seed)
     table = Table(config)

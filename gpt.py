@@ -258,7 +258,7 @@ def flash_attention(q, k, v, mask, causal):
     """The same by cuDNN, which never writes the scores (T, S) to memory. It wants even lengths: one place more, that
     nobody sees; and q, k, v and mask spread alike over the devices."""
     (B, _, T, _), S = q.shape, k.shape[2]
-    even = lambda x: jnp.pad(shard_heads(x), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
+    even = lambda x: jnp.pad(shard_batch(x, "tensor"), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
     mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
     options = dict(mask=shard_batch(mask)[:, None], is_causal=causal, implementation="cudnn")
     return jax.nn.dot_product_attention(even(q), even(k), even(v), **options)[:, :T].swapaxes(1, 2)
@@ -610,11 +610,12 @@ def compute_dtype(name: str):
 HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
 
 
-def head_budget() -> int:
-    """HEAD_BUDGET, or on an accelerator the power of two below an eighth of its memory, in fp32: to compute GPT-2's
-    head again is a tenth of a training step. (A power of two, lest processes plan differently for a few bytes.)"""
-    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # no such figures on a CPU
-    return max(HEAD_BUDGET, 2 ** int(math.log2(max(memory // 8 // 4, 1))))
+def head_budget(memory: float = 0) -> int:
+    """HEAD_BUDGET, or on an accelerator, of so many bytes (it is asked where none are given), the power of two below an
+    eighth of its memory, in fp32: to compute GPT-2's head again is a tenth of a training step. (A power of two, lest
+    processes plan differently for a few bytes.)"""
+    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU tells nothing
+    return 2 ** int(math.log2(max(HEAD_BUDGET, memory / 8 / 4)))
 
 
 def token_logprobs(
@@ -2405,18 +2406,13 @@ def make_mesh(devices=None, tensor: int | None = None) -> jax.sharding.Mesh:
     return jax.sharding.Mesh(grid, ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 
 
-def shard_batch(x):
-    """Inside jit: keep rows spread over the data axis, so that weights are gathered and activations are not."""
+def shard_batch(x, *axes):
+    """Inside jit: keep rows spread over the data axis, so that weights are gathered and activations are not; and the
+    array's next axes over the mesh's `axes`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
         return x
-    return lax.with_sharding_constraint(x, P("data", *[None] * (x.ndim - 1)))
-
-
-def shard_heads(x):
-    """The same of x (B, H, T, E), with its heads over the tensor axis."""
-    mesh = jax.sharding.get_abstract_mesh()
-    return x if mesh.empty or mesh.size == 1 else lax.with_sharding_constraint(x, P("data", "tensor", None, None))
+    return lax.with_sharding_constraint(x, P("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
 TENSOR_SPLITS = {  # the axis of a weight that goes over "tensor": what comes out of the first half of a pair of layers

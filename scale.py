@@ -117,7 +117,8 @@ def activation_bytes(c: gpt.Config, work: Work, data: int, tensor: int) -> float
     heads = (c.heads + 2 * c.kv_heads) * c.head_dim
     inside = rows * tokens * 2 * (heads + 3 * c.ffn) / tensor + 5 * rows * tokens**2
     gathered = 2 * 2 * parameters_a_layer(c) / tensor
-    head = 3 * 4 * min(2**30, work.part_rows * tokens * c.vocab_size) / data / tensor  # `gpt.head_budget` of 80 GB
+    budget = gpt.head_budget(0.75 * GPU["memory"])  # what JAX takes of it
+    head = 3 * 4 * min(budget, work.part_rows * tokens * c.vocab_size) / data / tensor
     return inputs + inside + gathered + head
 
 
