@@ -3,7 +3,7 @@
     python tests/golden_runs.py WORLD             # compare with golden/runs.json (WORLD: a folder, made where missing)
     python tests/golden_runs.py WORLD --write     # and write it anew, when a change of the numbers is meant
 
-Digits are those of one CPU: another one may round differently, so write on the commit before the move, compare after it.
+Digits are those of one CPU and another one may round differently: write on the commit before the move, compare after.
 """
 
 import argparse
@@ -100,11 +100,10 @@ def main():
             golden[name] = found
         elif not same:
             wrong.append(name)
-            for file in sorted(found.keys() | golden.get(name, {}).keys()):
-                if found.get(file) != golden.get(name, {}).get(file):
-                    print(
-                        f"  {file}\n    was {str(golden.get(name, {}).get(file))[:400]}\n    is  {str(found.get(file))[:400]}"
-                    )
+            before = golden.get(name, {})
+            for file in sorted(found.keys() | before.keys()):
+                if found.get(file) != before.get(file):
+                    print(f"  {file}\n    was {str(before.get(file))[:400]}\n    is  {str(found.get(file))[:400]}")
     if config.write:
         GOLDEN.write_text(json.dumps(golden, indent=1, sort_keys=True) + "\n")
     if wrong:
