@@ -31,6 +31,7 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -558,7 +559,7 @@ def trainable(model: GPT, config, key):
     script's dataclass: its lora_rank, lora_alpha, lora_targets and dtype are read."""
     if not config.lora_rank:
         return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    adapter = init_adapter(model, config.lora_rank, config.lora_alpha, config.lora_targets, key)
+    adapter = init_adapter(model, config.lora_rank, getattr(config, "lora_alpha", None), getattr(config, "lora_targets", TARGETS), key)
     return shard(adapter), shard(cast(model, compute_dtype(config.dtype)))
 
 
@@ -580,12 +581,12 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
-@partial(jax.jit, static_argnames=("eos", "parts"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, parts: int = 1) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `parts`: as for
-    `map_parts`."""
+@partial(jax.jit, static_argnames=("eos", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `chunks`: as for
+    `map_chunks`."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return map_parts(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), parts)
+    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
 
 
 def count_parameters(model) -> int:
@@ -1421,6 +1422,31 @@ def load_reward_model(path, tokenizer, ours, dtype: str, base=None) -> ScoreMode
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
     check_same_tokenizer(tokenizer, theirs, ours, path)
     return shard(cast(model, compute_dtype(dtype)))
+
+
+class Reward(NamedTuple):
+    """What scores responses: frozen reward models (the members of an ensemble, if there are several) or a function."""
+
+    models: list[ScoreModel]
+    function: Callable | None  # (prompts, responses, rows) -> floats, one a response
+
+    def __call__(self, batch, generation: Generation, texts, rows, eos: int, chunks: int = 1):
+        """(members, B) scores of the generation; `texts` are this process's (prompts, responses), `rows` their rows as
+        they were written. `chunks`: as for `map_chunks`."""
+        if self.function:
+            scores = gather_rows(check_scores(self.function(*texts, rows), len(rows)))
+            return put_batch({"scores": scores})["scores"][None]
+        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks
+        return jnp.stack([score(model, *inputs) for model in self.models])
+
+
+def load_reward(names, tokenizer, ours, dtype: str, base=None) -> Reward:
+    """Reward-model folders (several, or one of an ensemble: its members are asked side by side), or one
+    module:function; the rest as for `load_reward_model`."""
+    if len(names) == 1 and ":" in names[0]:
+        return Reward([], load_function(names[0]))
+    folders = [folder for name in names for folder in ensemble_folders(name)]
+    return Reward([load_reward_model(folder, tokenizer, ours, dtype, base) for folder in folders], None)
 
 
 COMMANDS = {  # what makes the folder of such a name
@@ -2477,6 +2503,12 @@ def own_rows(rows):
     return rows[jax.process_index() * share :][:share]
 
 
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
+    """This process's share of a rollout as text: (prompts, responses), from a batch of prompts on the host."""
+    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+
+
 def gather_rows(own) -> np.ndarray:
     """Every process's `own_rows`, one after the other."""
     if jax.process_count() == 1:
@@ -2572,12 +2604,12 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     return lax.scan(add, zeros, (parts, weights))[0]
 
 
-def map_parts(f, batch, parts: int = 1):
-    """f(batch), computed in so many parts of its rows, one after the other: less memory at a time, and in each part
-    the shapes that `gradients` gives to a micro-batch."""
-    if parts == 1:
+def map_chunks(f, batch, chunks: int = 1):
+    """f(batch), computed on so many chunks of its rows, one after the other: less memory at a time. A chunk of as many
+    rows as a micro-batch of `gradients` is computed in the same shapes, hence with the same rounding."""
+    if chunks == 1:
         return f(batch)
-    split = jax.tree.map(lambda x: x.reshape(-1, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
 
 
@@ -2586,6 +2618,11 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
     (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
     updates, opt_state = optimizer.update(grads, opt_state, model)
     return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+def steps_taken(opt_state):
+    """How many steps the optimiser has taken, on the device: fewer than minibatches seen, where some were refused."""
+    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
@@ -2894,6 +2931,31 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
+
+
+class Watch:
+    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
+
+    def __init__(self, warn):
+        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
+
+    def __call__(self, metrics: dict):
+        length = metrics["response_length"]
+        self.first_length = self.first_length or length
+        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
+        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
+        faults = {
+            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
+                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
+            "shrank": (length < 0.4 * self.first_length, moved),
+            "grew": (length > 2.5 * self.first_length, moved),
+            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos"),
+        }  # fmt: skip
+        for name, (wrong, text) in faults.items():
+            if wrong and name not in self.said:
+                self.said.add(name)
+                self.warn(text)
 
 
 SHOWN = {

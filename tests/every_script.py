@@ -37,7 +37,7 @@ def plans(world: Path, out: Path) -> dict:
     )  # fmt: skip
     rl = ppo.Config(
         **rows, data=(data("prompts"),), out=out / "ppo", reward=(judge,), steps=2, minibatch_size=8, epochs=1,
-        prompt_length=24, response_length=8, sample_every=1, missing_eos="subtract", kl_target=1.0,
+        prompt_length=24, response_length=8, missing_eos=None,
     )  # fmt: skip
     return {
         "sft": (sft.main, demos),
@@ -48,7 +48,7 @@ def plans(world: Path, out: Path) -> dict:
             normalize_data=data("prompts"), normalize_samples=16, response_length=8,
         )),
         "ppo": (ppo.main, rl),
-        "lora": (ppo.main, replace(rl, out=out / "lora", share="lora", lora_rank=4)),
+        "lora": (ppo.main, replace(rl, out=out / "lora", lora_rank=4)),
         "dpo": (dpo.main, dpo.Config(
             **rows, data=(data("pairs"),), out=out / "dpo", steps=1, length=48, precompute_ref=True, rounds=2,
             round_steps=1, round_prompts=32, candidates=2, reward=judge, prompts=data("prompts"), prompt_length=24,

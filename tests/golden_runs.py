@@ -27,7 +27,7 @@ WORLD = {  # what the runs start from, made once
     "out/reward-lora/model.safetensors": "reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora "
     f"--steps 10 --normalize-samples 128 {EVERY}",
 }
-RL = f"--batch-size 32 --minibatch-size 16 --sample-every 5 {SHORT}"
+RL = f"--batch-size 32 --minibatch-size 16 {SHORT}"
 RUNS = {  # name: command; what it leaves in out/golden/NAME is compared
     "sft-text": f"sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --batch-size 8 {SHORT}",
     "sft": f"sft.py --eval-every 5 {SHORT}",
@@ -40,10 +40,10 @@ RUNS = {  # name: command; what it leaves in out/golden/NAME is compared
     "reward-members": f"reward.py --members 2 --normalize-with none {SHORT}",
     "reward-teacher": f"reward.py --init none --teacher out/reward --normalize-with none {SHORT}",
     "ppo": f"ppo.py {RL}",
-    "ppo-micro": f"ppo.py --micro-batches 2 --target-kl 0.001 --whiten-rewards {RL}",
-    "ppo-lora": f"ppo.py --share lora --reward out/reward-lora {RL}",
-    "rloo": f"ppo.py --advantage rloo {RL}",
-    "grpo": f"ppo.py --advantage grpo {RL}",
+    "ppo-micro": f"ppo.py --micro-batches 2 --target-kl 0.001 {RL}",
+    "ppo-lora": f"ppo.py --lora-rank 16 --reward out/reward-lora {RL}",
+    "rloo": f"grpo.py --advantage rloo {RL}",
+    "grpo": f"grpo.py {RL}",
     "dpo": f"dpo.py --eval-every 5 {SHORT}",
     "dpo-ref": f"dpo.py --precompute-ref --micro-batches 2 --label-smoothing 0.1 --no-share-prefix {SHORT}",
     "dpo-rounds": f"dpo.py --rounds 2 --round-steps 3 --round-prompts 64 {SHORT}",

@@ -79,7 +79,7 @@ class World:
         plan = dict(
             init=str(self.sft), reward=("my_rewards:the",), data=(self.file("prompts"),), out=self.root / name, steps=3,
             batch_size=32, minibatch_size=16, prompt_length=24, response_length=8, lr=3e-3, critic_lr=1e-2, beta=0.02,
-            missing_eos="keep", monitor="none", dtype="float32",
+            missing_eos=None, monitor=None, dtype="float32",
         )  # fmt: skip
         return ppo.Config(**plan | options)
 
@@ -233,7 +233,7 @@ def trained(world):
     """Three iterations against the ensemble's folder."""
     with pytest.MonkeyPatch.context() as patch:
         refs = Spy(patch, ppo, "make_rollout", lambda state, ref, *_: leaves((ref, state.policy)))
-        models = Spy(patch, ppo, "score_responses", lambda models, *_: leaves(models))
+        models = Spy(patch, gpt.Reward, "__call__", lambda reward, *_: leaves(reward.models))
         config = world.ppo("ppo", reward=(str(world.reward),), monitor="toy:parts")
         ppo.main(config)
     return log(config.out), refs.seen, models.seen, gpt.load(config.out)[0]
@@ -292,10 +292,13 @@ def test_ppo_stopped_by_a_signal_and_resumed_is_bit_identical(learned, world):
     assert same(gpt.load(world.root / "resumed")[0], gpt.load(learned)[0])
 
 
-def test_ppo_logs_the_learning_rate_that_the_policy_had(world):
-    config = world.ppo("warm", critic_warmup=2)
+def test_target_kl_ends_an_iteration_and_the_rate_is_that_of_the_steps_taken(world):
+    config = world.ppo("near", target_kl=1e-9, epochs=2)
     ppo.main(config)
-    assert [row["lr"] for row in log(config.out)] == pytest.approx([3e-3] * 3)  # its first step is in the last one
+    steps = log(config.out)
+    assert all(row["updates"] == 1 and row["stopped_early"] == 1 for row in steps)
+    whole = 3 * 2 * 2  # optimiser steps of a run that is not cut short: 3 iterations, 2 epochs, 2 minibatches
+    assert [row["lr"] for row in steps] == pytest.approx([3e-3 * (1 - 0.9 * taken / whole) for taken in range(3)])
 
 
 @pytest.mark.parametrize(
