@@ -20,7 +20,7 @@ SEED ?= 0
 PY = .venv/bin/python
 demo: .venv/done
 	$(PY) toy.py --seed $(SEED)
-	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
+	$(PY) sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
 	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 2100 --seed $(SEED) --overwrite
 	$(PY) sft.py --seed $(SEED) --overwrite
 	$(PY) reward.py --seed $(SEED) --overwrite
@@ -73,9 +73,8 @@ rewards: .venv/done
 	$R/probe --lr 0
 	$R/smoothing --label-smoothing 0.1
 	$R/centre --center 0.01
-	$R/lm --lm-coef 1
 	$R/ensemble --members 4
-	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre lm ensemble)
+	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre ensemble)
 
 # A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
 # almost without a KL penalty; then one cure at a time.
@@ -84,7 +83,7 @@ CHASE = $(PY) ppo.py --lr 5e-4 --steps 100 --seed $(SEED) --overwrite
 CHASES = $(addprefix out/chase-,weak penalty ensemble disfluent strong)
 overoptimization: .venv/done
 	$(PY) toy.py --seed $(SEED) --disfluent 0 --out data/plain
-	$(PY) sft.py --init none --tokenizer data/toy --data data/toy/base-weak.jsonl --out out/base-weak --steps 1400 \
+	$(PY) sft.py --init None --tokenizer data/toy --data data/toy/base-weak.jsonl --out out/base-weak --steps 1400 \
 	  --batch-size 16 --length 48 --lr 2e-3 --warmup 50 --eval-every 700 --seed $(SEED) --overwrite
 	$(WEAK) --data data/plain/pairs.jsonl --out out/reward-weak
 	$(WEAK) --data data/plain/pairs.jsonl --out out/reward-weak-ensemble --members 4

@@ -182,7 +182,7 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
         tables = [np.zeros((len(data), 2), np.float32) for data in batches.sets]
         bar = gpt.progress(total=sum(map(len, tables)), desc="reference log-probs", unit=" pairs")
         for batch, new in batches.once():
-            logps = gpt.to_numpy(step(ref, gpt.put_batch(batch)))
+            logps = gpt.to_numpy(step(ref, place(batch, batches, None, config)))
             for (source, row), pair in zip(batch["index"][:new], logps):
                 tables[source][row] = pair
             bar.update(new)
@@ -198,8 +198,11 @@ def write_array(path, table):
         np.save(file, table)
 
 
-def place(batch, tables):
-    """The batch on the devices, with its rows' reference log-probs where they are precomputed."""
+def place(batch, batches, tables, config: Config):
+    """The batch on the devices, a pair's prompt once (unless --no-share-prefix), with its rows' reference log-probs
+    where they are precomputed."""
+    if config.share_prefix:
+        batch = gpt.split_prompt(batch, config.length, batches.pad)
     if tables is not None:
         batch = batch | {"ref_logps": np.stack([tables[source][row] for source, row in batch["index"]])}
     return gpt.put_batch(batch)
@@ -268,7 +271,7 @@ def best_against_worst(prompt, candidates: list[Candidate]) -> dict | None:
 def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Config):
     """Best against worst of each prompt's candidates, as the current policy writes them: rows in `path`."""
     prompts = gpt.Batches(
-        config.prompts, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed + round, buckets=1
+        config.prompts, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed + round
     )
     rows = []
     bar = gpt.progress(total=config.round_prompts, desc=f"round {round}: candidates", unit=" prompts")
@@ -294,9 +297,11 @@ def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Co
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def evaluate(policy, ref, batches: gpt.Batches, tables, eval_step, most: int = 20) -> dict:
+def evaluate(policy, ref, batches: gpt.Batches, tables, eval_step, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    means = gpt.heldout_means(batches, lambda batch: eval_step(policy, ref, place(batch, tables)), most)
+    means = gpt.heldout_means(
+        batches, lambda batch: eval_step(policy, ref, place(batch, batches, tables, config)), most
+    )
     return {f"val/{name}": value for name, value in means.items()}
 
 
@@ -334,7 +339,7 @@ def main(config: Config):
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
-        seed=config.seed, skip_bad=config.skip_bad_rows, shared=config.share_prefix,
+        seed=config.seed, skip_bad=config.skip_bad_rows,
     )  # fmt: skip
     batches = None if config.data == ("none",) else load_pairs(config.data)
     heldout = config.heldout or (gpt.heldout_file(config.data) if batches else None)
@@ -352,7 +357,10 @@ def main(config: Config):
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])
 
-    run = gpt.Run(config, steps, batches.hashes if batches else {config.prompts: gpt.file_hash(config.prompts)})
+    run = gpt.Run(
+        batches.hashes if batches else {config.prompts: gpt.file_hash(config.prompts)},
+        **vars(config) | dict(steps=steps),
+    )
     state, first = run.restore(state)
     if first == 0:
         for file in config.out.glob("pairs-round-*.jsonl"):  # of the run before
@@ -370,10 +378,10 @@ def main(config: Config):
                 batches = load_pairs(pairs)
                 tables = tables_of(batches)
             stream = batches.stream(at, config.round_steps if round else first_round)
-        state, metrics = train_step(state, ref, place(next(stream), tables), base)
+        state, metrics = train_step(state, ref, place(next(stream), batches, tables, config), base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, heldout_tables, eval_step)
+            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, heldout_tables, eval_step, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

@@ -401,7 +401,7 @@ def row_length(model, config: Config) -> int:
 def perplexity(exam: Exam, model, path: str) -> dict:
     """Held-out loss in nats a token, as sft.py computes it, and its exponential with an interval over rows."""
     kind, length = gpt.find_kind(path, ("text", "demos")), row_length(exam.ref, exam.config)
-    batches = gpt.Batches(path, kind, exam.tokenizer, exam.config.batch_size, length, 0, packed=kind == "text")
+    batches = gpt.Batches(path, kind, exam.tokenizer, exam.config.batch_size, length, 0)
     sums, counts = [], []
     for batch, new in batches.once():
         batch = gpt.put_batch(batch)
@@ -1102,7 +1102,7 @@ def check(config: Config):
 
 def load_prompts(path, tokenizer, config: Config) -> gpt.Batches:
     size = min(config.batch_size, config.samples)
-    return gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed, buckets=1)
+    return gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed)
 
 
 def set_exam(config: Config) -> Exam:

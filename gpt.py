@@ -559,7 +559,9 @@ def trainable(model: GPT, config, key):
     script's dataclass: its lora_rank, lora_alpha, lora_targets and dtype are read."""
     if not config.lora_rank:
         return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    adapter = init_adapter(model, config.lora_rank, getattr(config, "lora_alpha", None), getattr(config, "lora_targets", TARGETS), key)
+    adapter = init_adapter(
+        model, config.lora_rank, getattr(config, "lora_alpha", None), getattr(config, "lora_targets", TARGETS), key
+    )
     return shard(adapter), shard(cast(model, compute_dtype(config.dtype)))
 
 
@@ -2144,50 +2146,60 @@ def parse_sources(data) -> list[tuple[str, float | None]]:
 class Batches:
     """batch(step): a pure function of (seed, step), so that a resumed run needs nothing but its step.
 
-    Rows of similar length share a batch (rows are sorted by length within windows of `window` batches), and each batch
-    is padded to one of four widths: few compilations, little padding. With `packed`, single sequences are laid end to
-    end in rows of `length` tokens instead, told apart by their segments.
-
-    With `shared`, what both rows of a pair begin with stands apart, in `prefix` and `prefix_mask` (B, P): the prompt
-    but its last token, which stays with the answers, so that in each row a token is predicted by the one before it.
-        prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                           c z            0 1
+    Texts are packed: laid end to end in rows of `length` tokens, told apart by their segments. Prompts are padded on
+    the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
+    widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
+    little padding.
     """
 
-    window = 50
+    WINDOW = 50
 
-    def __init__(
-        self,
-        data,
-        kind,
-        tokenizer,
-        batch_size,
-        length,
-        seed,
-        packed=False,
-        suffix=(),
-        skip_bad=False,
-        score_all=False,
-        buckets=4,
-        shared=False,
-    ):
+    def __init__(self, data, kind, tokenizer, batch_size: int, length: int, seed: int, suffix=(), skip_bad=False):
         sources = parse_sources(data)
+        self.kind, self.batch_size, self.length, self.seed = kind, batch_size, length, seed
+        self.pad = tokenizer.pad_id
         self.sets = [token_data(path, kind, tokenizer, length, suffix, skip_bad) for path, _ in sources]
-        self.weights = [weight for _, weight in sources]
-        self.batch_size, self.length, self.seed, self.pad = batch_size, length, seed, tokenizer.pad_id
-        self.score_all, self.buckets = score_all, buckets  # score the prompt's tokens too; 1 bucket: no sorting
-        self.shared = shared
-        self.widths = [self._widths(data) for data in self.sets]
-        self.longest = np.max([widths.max(1) for widths in self.widths] + [[1, 1]], axis=0)
         self.hashes = {str(path): file_hash(Path(path)) for path, _ in sources}
-        self.packs = [pack(data.lengths[:, 0], length, seed) for data in self.sets] if packed else None
-        sizes = [len(rows) for rows in (self.packs or self.sets)]
-        counts = sizes
-        if self.weights[0] is not None:
-            counts = [max(1, round(w / sum(self.weights) * sum(sizes))) for w in self.weights]
-        self.sizes, self.counts = sizes, counts
-        self.steps_per_epoch = sum(counts) // batch_size
+        self.packs = [pack(data.lengths[:, 0], length, seed) for data in self.sets] if kind == "text" else None
+        self.sizes = self.counts = [len(rows) for rows in (self.packs or self.sets)]
+        weights = [weight for _, weight in sources]
+        if weights[0] is not None:
+            self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
+        self.steps_per_epoch = sum(self.counts) // batch_size
+        self.keys = [sort_keys(data, length) for data in self.sets]
         self._epochs = lru_cache(maxsize=2)(self._epoch)
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        """tokens, mask (1 on scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the
+        rows' extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is
+        decided on the host is decided alike, and `put_batch` gives each device its rows."""
+        if self.steps_per_epoch == 0:
+            raise ValueError(f"{sum(self.counts)} rows are fewer than --batch-size {self.batch_size}: lower it")
+        epoch, at = divmod(step, self.steps_per_epoch)
+        return self._assemble(self._epochs(epoch)[at])
+
+    def once(self):
+        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); rows
+        of the first batch fill the last. Shuffled, so that a pass cut short has rows of every part of every file."""
+        picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
+        picks = np.random.default_rng(0).permutation(picks)
+        for start in range(0, len(picks), self.batch_size):
+            # others than the new rows: KTO wants two prompts in a batch
+            batch = picks[(start + np.arange(self.batch_size)) % len(picks)]
+            yield self._assemble(batch), min(self.batch_size, len(picks) - start)
+
+    def stream(self, start: int, stop: int, ahead: int = 2):
+        """Batches start..stop-1, made on a thread while the device works."""
+        with ThreadPoolExecutor(1) as thread:
+            waiting = [thread.submit(self, step) for step in range(start, min(start + ahead, stop))]
+            for step in range(start, stop):
+                if step + ahead < stop:
+                    waiting.append(thread.submit(self, step + ahead))
+                yield waiting.pop(0).result()
+
+    def rows(self, batch) -> list[dict]:
+        """The rows of a batch of prompts, as they were written."""
+        return [self.sets[source].row(row) for source, row in batch["index"]]
 
     def _epoch(self, epoch: int) -> np.ndarray:
         """(steps, batch_size, 2): which (source, row) each batch of this pass over the data holds."""
@@ -2200,78 +2212,33 @@ class Batches:
             picks.append(np.stack([np.full(count, source), rows], 1))
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
-        if self.packs is None and self.buckets > 1:
-            # rows of similar keys need little padding beside each other: prefixes in their buckets, then the rest
-            width, prefix = np.concatenate(self.widths, axis=1)
-            keys = prefix // bucket_step(self.longest[1], self.buckets, 16) * (self.length + 1) + width
-            offsets = np.concatenate([[0], np.cumsum(self.sizes)])[:-1]
-            width = self.window * self.batch_size
+        if self.kind not in ("text", "prompts"):
+            width = self.WINDOW * self.batch_size
+            starts, keys = np.concatenate([[0], np.cumsum(self.sizes)]), np.concatenate(self.keys)
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
-            order = (np.argsort(keys[offsets[w[:, 0]] + w[:, 1]], kind="stable") for w in windows)
-            picks = np.concatenate([w[o] for w, o in zip(windows, order)])
+            orders = [np.argsort(keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
+            picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
-    def picks(self, step: int) -> np.ndarray:
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"{sum(self.counts)} rows are fewer than --batch-size {self.batch_size}: lower it")
-        epoch, at = divmod(step, self.steps_per_epoch)
-        return self._epochs(epoch)[at]
-
-    def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """tokens, mask (scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the rows'
-        extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is decided
-        on the host is decided alike, and `put_batch` gives each device its rows."""
-        return self._assemble(self.picks(step))
-
-    def once(self):
-        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); rows
-        of the first batch fill the last. Shuffled, so that a pass cut short has rows of every part of every file."""
-        picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
-        picks = np.random.default_rng(0).permutation(picks)
-        for start in range(0, len(picks), self.batch_size):
-            # others than the new rows: KTO wants two prompts in a batch
-            batch = picks[(start + np.arange(self.batch_size)) % len(picks)]
-            yield self._assemble(batch), min(self.batch_size, len(picks) - start)
-
     def _assemble(self, picks) -> dict[str, np.ndarray]:
-        if self.packs is not None:
-            return self._packed(picks)
-        if self.buckets == 1:
-            return self._padded(picks, *self.longest)
-        width, prefix = np.max([self.widths[source][:, row] for source, row in picks], axis=0)
-        if not self.shared:
-            return self._padded(picks, bucket(width, self.length, self.buckets), 0)
-        # coarser steps, since widths of rows and of prefixes multiply
-        sizes = zip((width, prefix), self.longest)
-        return self._padded(picks, *(bucket(n, most, self.buckets, 16) for n, most in sizes))
+        return self._packed(picks) if self.kind == "text" else self._padded(picks)
 
-    def _widths(self, data: TokenData) -> np.ndarray:
-        """(2, rows): the columns that a row needs, and those of its prefix."""
-        prefix = np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0) * self.shared
-        return np.stack([data.lengths.max(1) - prefix, prefix])
-
-    def _padded(self, picks, width, prefix):
-        sides = self.sets[0].sides
-        shape = (len(picks), sides, width)
-        tokens = np.full(shape, self.pad, np.int32)
-        mask, segments = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-        before = np.full((len(picks), prefix), self.pad, np.int32)
-        before_mask = np.zeros_like(before)
-        left = self.sets[0].kind == "prompts"  # prompts end where the response begins
+    def _padded(self, picks):
+        sides, left = self.sets[0].sides, self.kind == "prompts"
+        if left:
+            width = max(int(data.lengths.max()) for data in self.sets)
+        else:
+            width = bucket(max(self.sets[source].lengths[row].max() for source, row in picks), self.length)
+        tokens = np.full((len(picks), sides, width), self.pad, np.int32)
+        mask, segments = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.int32)
         for i, (source, row) in enumerate(picks):
-            fork = int(self.widths[source][1, row])
             for side in range(sides):
                 ids, scored = self.sets[source].sequence(row, side)
-                before[i, :fork], before_mask[i, :fork] = ids[:fork], 1
-                ids, scored = ids[fork:], scored[fork:]
                 place = slice(width - len(ids), width) if left else slice(0, len(ids))
                 tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
-        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         batch = dict(tokens=tokens, mask=mask, segments=segments)
-        if self.score_all:
-            batch["mask"] = segments
         batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
-        batch |= dict(prefix=before, prefix_mask=before_mask) if self.shared else {}
+        extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
 
     def _packed(self, picks):
@@ -2289,18 +2256,43 @@ class Batches:
                 at += size
         return dict(tokens=tokens, mask=mask, segments=segments)
 
-    def rows(self, batch) -> list[dict]:
-        """The rows of a batch of prompts, as they were written."""
-        return [self.sets[source].row(row) for source, row in batch["index"]]
 
-    def stream(self, start: int, stop: int, ahead: int = 2):
-        """Batches start..stop-1, made on a thread while the device works."""
-        with ThreadPoolExecutor(1) as thread:
-            waiting = [thread.submit(self, step) for step in range(start, min(start + ahead, stop))]
-            for step in range(start, stop):
-                if step + ahead < stop:
-                    waiting.append(thread.submit(self, step + ahead))
-                yield waiting.pop(0).result()
+def sort_keys(data: TokenData, length: int) -> np.ndarray:
+    """(rows,): rows of similar keys need little padding beside each other. Pairs go by the width of their prompt, then
+    by the longer answer, since `split_prompt` pads the two apart; other rows by their length."""
+    longest = data.lengths.max(1)
+    if data.kind != "pairs":
+        return longest
+    prompts = data.lengths[:, 0] - data.scored[:, 0]
+    return prompts // bucket_step(length, multiple=16) * (length + 1) + longest - prompts
+
+
+def split_prompt(batch: dict, length: int, pad: int) -> dict:
+    """A batch of pairs, tokens, mask and segments (B, 2, T), with the prompt that both answers continue taken out: it
+    stands once, in `prefix` and `prefix_mask` (B, P), all but its last token. That one stays with the answers, so that
+    in each row a token is predicted by the one before it.
+
+        prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                           c z            0 1
+    """
+    ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T), (B, 2, T), (B, 2)
+    forks = np.maximum(mask.argmax(-1)[:, 0] - 1, 0)  # tokens of each prefix
+    P = bucket(forks.max(), length, multiple=16)
+    T = bucket((real - forks[:, None]).max(), length, multiple=16)
+    B = len(ids)
+    out = {name: np.zeros((B, 2, T), np.int32) for name in ("tokens", "mask", "segments")}
+    out |= dict(prefix=np.full((B, P), pad, np.int32), prefix_mask=np.zeros((B, P), np.int32))
+    out["tokens"][:] = pad
+    for i, fork in enumerate(forks):
+        out["prefix"][i, :fork], out["prefix_mask"][i, :fork] = ids[i, 0, :fork], 1
+        for side, n in enumerate(real[i]):
+            rest = slice(fork, n)
+            out["tokens"][i, side, : n - fork], out["mask"][i, side, : n - fork] = (
+                ids[i, side, rest],
+                mask[i, side, rest],
+            )
+            out["segments"][i, side, : n - fork] = 1
+    return batch | out
 
 
 def check_context(model: GPT, batches: Batches):
@@ -2312,14 +2304,14 @@ def check_context(model: GPT, batches: Batches):
         )
 
 
-def bucket(longest: int, length: int, buckets: int = 4, multiple: int = 8) -> int:
-    """The narrowest of `buckets` widths up to `length` that holds `longest`."""
-    step = bucket_step(length, buckets, multiple)
+def bucket(longest: int, length: int, multiple: int = 8) -> int:
+    """The narrowest of four widths up to `length` that holds `longest`."""
+    step = bucket_step(length, multiple)
     return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
 
 
-def bucket_step(length: int, buckets: int, multiple: int) -> int:
-    return -(-length // buckets // multiple) * multiple or multiple
+def bucket_step(length: int, multiple: int = 8) -> int:
+    return -(-length // 4 // multiple) * multiple or multiple
 
 
 def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:
@@ -2353,46 +2345,28 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 def start(seed: int = 0):
-    """Join the other processes, if there are any (`cluster`), set the mesh, and return the run's random key."""
-    if not jax.distributed.is_initialized() and (others := cluster(os.environ)) is not None:
+    """Join the other processes, if there are any, set the mesh, and return the run's random key.
+
+    JAX_COORDINATOR_ADDRESS (host:port of the first process), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who the others
+    are, under any launcher. DISTRIBUTED=1 leaves it to `jax.distributed`, which knows SLURM, Open MPI, Kubernetes and
+    Cloud TPU. Without either a process is alone.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if not jax.distributed.is_initialized() and (address or os.environ.get("DISTRIBUTED") == "1"):
         jax.config.update("jax_cpu_enable_async_dispatch", False)  # CPU collectives of two programs must not overlap
-        jax.distributed.initialize(**others)
+        try:
+            sizes = [int(os.environ[name]) for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")] if address else []
+        except (KeyError, ValueError) as error:
+            raise ValueError(
+                f"JAX_COORDINATOR_ADDRESS wants JAX_NUM_PROCESSES and JAX_PROCESS_ID with it: {error}"
+            ) from None
+        jax.distributed.initialize(address, *sizes)
     keep_freed_memory()
     keep_compiled_programs()
     jax.set_mesh(make_mesh())
     if jax.process_index() > 0:
         sys.stdout = open(os.devnull, "w")  # the first process speaks for all; errors are everyone's own
     return jax.random.key(seed)
-
-
-def cluster(env) -> dict | None:
-    """What `jax.distributed.initialize` has to be told, by the environment; None for a process that is alone.
-
-    JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID say it outright, under any launcher. Without them, a
-    step of several tasks that srun started, several ranks under mpirun and several hosts of a TPU slice on Kubernetes
-    are certain, and JAX finds the address. DISTRIBUTED=1 leaves all to JAX (Cloud TPU); 0 stays alone.
-    """
-    if env.get("DISTRIBUTED") == "0":
-        return None
-    sizes = (  # inside salloc and sbatch, but outside srun, SLURM_NTASKS is there and the other tasks are not
-        ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"),
-        ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
-        ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
-    )
-    number, which = next((names for names in sizes if names[0] in env and names[1] in env), (None, None))
-    known = dict(num_processes=int(env[number]), process_id=int(env[which])) if number else {}
-    address = env.get("JAX_COORDINATOR_ADDRESS")
-    if address and not number:
-        raise ValueError(
-            "JAX_COORDINATOR_ADDRESS wants JAX_NUM_PROCESSES and JAX_PROCESS_ID (0 at that address) with it"
-        )
-    if address:
-        return dict(coordinator_address=address) | known
-    if known.get("num_processes", 1) > 1:
-        if number == "JAX_NUM_PROCESSES" or (number[0] == "O" and "OMPI_MCA_orte_hnp_uri" not in env):
-            raise ValueError(f"{number} is {env[number]}: set JAX_COORDINATOR_ADDRESS to the first one's host:port")
-        return known
-    return {} if env.get("DISTRIBUTED") == "1" or "," in env.get("TPU_WORKER_HOSTNAMES", "") else None
 
 
 def keep_freed_memory():
@@ -2698,11 +2672,11 @@ def load_function(name: str):
         sys.path.pop(0)
 
 
-def empty_out(config, *more: str):
-    """Refuse a run folder in use, or with --overwrite empty it of what runs write and of `more` (patterns of names)."""
-    out = Path(config.out)
-    in_use = not config.resume and out.exists() and any(out.iterdir())
-    if in_use and not config.overwrite:
+def empty_out(out, resume: bool, overwrite: bool, *more: str):
+    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names)."""
+    out = Path(out)
+    in_use = not resume and out.exists() and any(out.iterdir())
+    if in_use and not overwrite:
         raise FileExistsError(f"{out} is not empty: --resume continues it, --overwrite starts it anew")
     barrier("empty")  # all have looked
     names = ("checkpoint", "metrics.jsonl", "samples.jsonl", "model.safetensors", "config.json", "adapter", *more)
@@ -2714,7 +2688,7 @@ def empty_out(config, *more: str):
 class Run:
     """A training script's folder and its clock.
 
-        run = gpt.Run(config, steps)                      # makes out/NAME, or refuses to overwrite it
+        run = gpt.Run(hashes, **vars(config))             # makes out/NAME, or refuses to overwrite it
         state, first = run.restore(state)                 # --resume: the last checkpoint
         for step in run.steps(first):
             state, metrics = train_step(state, ...)
@@ -2722,43 +2696,40 @@ class Run:
             run.checkpoint(step, state)                   # every --save-every steps, and when asked to stop
         run.finish(model, tokenizer)
 
-    `config` is the script's dataclass: its out, resume, overwrite, save_every, seed and track are read. The folder
-    holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl, checkpoint/ and, at the
-    end, the model. Ctrl-C and SIGTERM end the step under way, save and stop.
+    All settings of a script are given, for the record: `hashes` are those of its data files, `notes` what else is worth
+    keeping. The folder holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl,
+    checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop.
     """
 
-    def __init__(self, config, steps: int, data_hashes=None, **notes):
-        self.config, self.total, self.out = config, steps, Path(config.out)
+    def __init__(
+        self, hashes: dict, notes: dict | None = None, *, steps: int, out, seed: int, resume: bool = False,
+        overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
+    ):  # fmt: skip
+        self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed = 0, False
-        empty_out(config)
+        empty_out(out, resume, overwrite)
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
             script=Path(sys.argv[0]).name,
             command=shlex.join(sys.argv),
-            config={f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)},
-            seed=config.seed,
+            config={name: str(value) for name, value in {"out": out, "steps": steps, "seed": seed, **settings}.items()},
+            seed=seed,
             versions={"python": sys.version.split()[0]} | {m.__name__: m.__version__ for m in (jax, eqx, optax, np)},
             devices=device_note(),
-            data=data_hashes or {},
-            **notes,
+            data=hashes,
+            **(notes or {}),
         )
         if self.main and not (self.out / "config.json").exists():
             write_json(self.out / "config.json", {"run": self.info})
-        self._print_header()
+        if self.main:
+            print(f"{self.info['script']} -> {self.out} on {self.info['devices']}; {self.total:,} steps")
 
     @property
     def must_stop(self) -> bool:
         """Several processes have to stop after the same step: the one in which all know of the signal that one got."""
         return self._agreed if jax.process_count() > 1 else bool(self.stopping)
-
-    def _print_header(self):
-        defaults = {f.name: f.default for f in dataclasses.fields(self.config)}
-        changed = {k: v for k, v in vars(self.config).items() if v != defaults[k]}
-        if self.main:
-            print(f"{self.info['script']} -> {self.out} on {self.info['devices']}; {self.total:,} steps")
-            print("  " + (" ".join(map(_flag, *zip(*changed.items()))) if changed else "defaults"))
 
     # checkpoints -----------------------------------------------------------------------------------------------------
 
@@ -2773,7 +2744,7 @@ class Run:
 
     def restore(self, state):
         """(state, first step): the last checkpoint with --resume, otherwise what was given and 0."""
-        if not self.config.resume:
+        if not self.resume:
             return state, 0
         import orbax.checkpoint as ocp
 
@@ -2798,11 +2769,10 @@ class Run:
     def _changes(self) -> list[str]:
         """Settings and data files that are not those of the run's beginning, in words; what only logs may differ."""
         began = {"config": {}, "data": {}} | json.loads((self.out / "config.json").read_text()).get("run", {})
-        harmless = ("out", "resume", "overwrite", "save_every", "sample_every", "track")
         news = []
         for name, new in self.info["config"].items():
             old = began["config"].get(name, new)
-            if old != new and name not in harmless:
+            if old != new and name != "out":
                 news.append(f"--{name.replace('_', '-')} was {old}, is {new}")
         return news + [
             f"{path} has changed" for path, new in self.info["data"].items() if began["data"].get(path, new) != new
@@ -2811,7 +2781,7 @@ class Run:
     def checkpoint(self, step: int, state):
         """Save when it is time, or when a signal asks to stop; then the process ends here."""
         done = step + 1
-        if not (self.must_stop or done % self.config.save_every == 0 or done == self.total):
+        if not (self.must_stop or done % self.save_every == 0 or done == self.total):
             return
         import orbax.checkpoint as ocp
 
@@ -2840,7 +2810,7 @@ class Run:
     def steps(self, first: int):
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
-        self._tracker = start_tracker(self.config, self.info) if self.main else None
+        self._tracker = start_tracker(self.track, self.out, self.info) if self.main else None
         self._bar = progress(total=self.total, initial=first, desc=f"{self.out.name} ({CACHE_NOTE})", unit="step")
         before = (
             {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
@@ -2970,14 +2940,6 @@ def device_note() -> str:
     return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
 
 
-def _flag(name: str, value) -> str:
-    """A setting as it is typed."""
-    name = "--" + name.replace("_", "-")
-    if isinstance(value, bool):
-        return name if value else name.replace("--", "--no-", 1)
-    return shlex.join([name, *map(str, value if isinstance(value, tuple) else [value])])
-
-
 def _main_thread():
     import threading
 
@@ -2995,21 +2957,20 @@ def remove(path: Path):
     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
-def start_tracker(config, info):
+def start_tracker(kind: str | None, out: Path, info: dict):
     """log(metrics, step) of --track wandb, tensorboard or trackio; None without."""
-    kind = getattr(config, "track", None)
     if not kind:
         return None
     try:
         if kind == "tensorboard":
             from tensorboardX import SummaryWriter
 
-            writer = SummaryWriter(str(Path(config.out) / "tensorboard"))
+            writer = SummaryWriter(str(out / "tensorboard"))
             return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
         tracker = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[kind])
     except ImportError as error:
         raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
-    tracker.init(project="rlhf", name=Path(config.out).name, config=info)
+    tracker.init(project="rlhf", name=out.name, config=info)
     return lambda metrics, step: tracker.log(metrics, step=step)
 
 

@@ -310,7 +310,7 @@ def main(config: Config):
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size // config.group_size, config.prompt_length, config.seed,
-        skip_bad=config.skip_bad_rows, buckets=1,
+        skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
     updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
@@ -318,7 +318,7 @@ def main(config: Config):
     optimizer = gpt.adamw(lr, eps=1e-5)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
-    run = gpt.Run(config, config.steps, prompts.hashes)
+    run = gpt.Run(prompts.hashes, **vars(config))
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
     for step in run.steps(first):

@@ -185,16 +185,31 @@ def class_means(metrics):
     return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
-def make_train_step(optimizer, config: Config):
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, ref, batch, z0, base=None):
-        batch = with_ref(ref, batch, z0, config)
-        count = lambda batch: batch["weight"].sum()
-        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
-        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-        return State(*state), metrics
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
+def train_step(state: State, ref, batch, z0, base, optimizer, config: Config):
+    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
+    batch = with_ref(ref, batch, z0, config)
+    count = lambda batch: batch["weight"].sum()
+    loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
+    *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+    return State(*state), metrics
 
-    return train_step
+
+@partial(jax.jit, static_argnames="config")
+def eval_step(policy, ref, batch, z0, config: Config):
+    return forward(policy, with_ref(ref, batch, z0, config), config)[1]
+
+
+@partial(jax.jit, static_argnames="config")
+def z0_step(policy, ref, mismatched, config: Config):
+    return kto_z0(completion_logprobs(policy, mismatched, config), completion_logprobs(ref, mismatched, config))
+
+
+def find_z0(policy, ref, batch, config: Config):
+    """KTO's reference point of a batch on the host; 0 for IPO, which has none."""
+    if config.loss == "ipo":
+        return 0.0
+    return z0_step(policy, ref, gpt.put_batch(mismatch(batch, config.length)), config)
 
 
 def with_ref(ref, batch, z0, config: Config):
@@ -231,11 +246,20 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def evaluate(policy, ref, batches: gpt.Batches, z0_of, eval_step, config: Config, most: int = 20) -> dict:
+def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
-    step = lambda batch: eval_step(policy, ref, gpt.put_batch(batch), z0_of(policy, ref, batch))
+    step = lambda batch: eval_step(
+        policy, ref, place(batch, batches, config), find_z0(policy, ref, batch, config), config
+    )
     metrics = gpt.heldout_means(batches, step, most)
     return {f"val/{k}": v for k, v in (class_means(metrics) if config.loss == "kto" else metrics).items()}
+
+
+def place(batch, batches: gpt.Batches, config: Config):
+    """The batch on the devices; a pair's prompt stands once, unless --no-share-prefix."""
+    if config.loss == "ipo" and config.share_prefix:
+        batch = gpt.split_prompt(batch, config.length, batches.pad)
+    return gpt.put_batch(batch)
 
 
 def resolve(config: Config) -> Config:
@@ -280,7 +304,6 @@ def main(config: Config):
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
-        shared=config.share_prefix and not kto,
     )  # fmt: skip
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
@@ -296,24 +319,17 @@ def main(config: Config):
     share = base is not None and not config.ref  # with adapters the reference is their base
     ref = base if share else gpt.load_frozen(config.ref or config.init, config.dtype)
     state = State(policy, gpt.shard(optimizer.init(policy)))
-    train_step = make_train_step(optimizer, config)
-    eval_step = jax.jit(lambda policy, ref, batch, z0: forward(policy, with_ref(ref, batch, z0, config), config)[1])
-    logps = partial(completion_logprobs, config=config)
-    z0_step = jax.jit(lambda policy, ref, mismatched: kto_z0(logps(policy, mismatched), logps(ref, mismatched)))
-    z0_of = lambda policy, ref, batch: (
-        z0_step(policy, ref, gpt.put_batch(mismatch(batch, config.length))) if kto else 0.0
-    )
 
-    run = gpt.Run(config, steps, batches.hashes)
+    run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
         batch = next(stream)
-        z0 = z0_of(gpt.whole(state.policy, base), ref, batch)
-        state, metrics = train_step(state, ref, gpt.put_batch(batch), z0, base)
+        z0 = find_z0(gpt.whole(state.policy, base), ref, batch, config)
+        state, metrics = train_step(state, ref, place(batch, batches, config), z0, base, optimizer, config)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, z0_of, eval_step, config)
+            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

@@ -379,15 +379,9 @@ def main(config: Config):
     reward = reward._replace(models=[gpt.whole(model, ref) for model in reward.models])
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
-        config.data,
-        "prompts",
-        tokenizer,
-        config.batch_size,
-        config.prompt_length,
-        config.seed,
+        config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
         skip_bad=config.skip_bad_rows,
-        buckets=1,
-    )
+    )  # fmt: skip
 
     updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
     lr, critic_lr = (gpt.schedule(x, updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr))
@@ -395,7 +389,7 @@ def main(config: Config):
     policy_opt, critic_opt = gpt.shard((policy_optimizer.init(policy), critic_optimizer.init(critic)))
     state = State(policy, policy_opt, critic, critic_opt)
 
-    run = gpt.Run(config, config.steps, prompts.hashes, critic=critic_from)
+    run = gpt.Run(prompts.hashes, dict(critic=critic_from), **vars(config))
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
     for step in run.steps(first):

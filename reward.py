@@ -18,10 +18,10 @@ The model is an SFT model whose scalar head is read at the last real token (--po
    teacher is sure, and nothing of one prompt's answers against another's.
 
     python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
-    python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold none
+    python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold None
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
     python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --share lora
-    python reward.py --init none --teacher out/reward --lr 2e-3 --head-lr 2e-3 --steps 2000 --out out/reward-small
+    python reward.py --init out/small --teacher out/reward --lr 2e-3 --head-lr 2e-3 --steps 2000 --out out/reward-small
 """
 
 from dataclasses import dataclass, replace
@@ -39,7 +39,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    init: str = "out/base"  # model folder to start from: an SFT model, or its base; none: a fresh student of --teacher
+    init: str = "out/base"  # model folder to start from: an SFT model, or its base
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
     heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
     out: Path = Path("out/reward")  # run folder; with --members K, member-0 .. member-(K-1) are inside
@@ -48,9 +48,7 @@ class Config:
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
     lr: float = 5e-5  # of the trunk; 0 trains the head alone (a linear probe)
-    head_lr: float = 1e-3  # of the head
-    warmup: int = 10  # steps of linear warm-up; then linear to 0
-    weight_decay: float = 0.0
+    head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
     lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
@@ -61,27 +59,21 @@ class Config:
     margin_scale: float = 1.0  # factor on the rows' margins (rating gaps); 0 ignores them
     label_smoothing: float = 0.0  # share of labels taken to be wrong
     center: float = 0.0  # weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (0.01 is usual)
-    lm_coef: float = 0.0  # weight of a language-model loss on the chosen side
     members: int = 1  # ensemble: members differ in head init and data order
 
     teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
-    family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh student's family, layers, heads, width
-    layers: int = 2
-    heads: int = 2
-    dim: int = 64
 
-    normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; none: leave scores as they are
+    normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; None: leave scores as they are
     normalize_data: str = "data/toy/prompts.jsonl"  # its prompts
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
-    gold: str | None = "toy:score"  # module:function that knows the truth, for the report; none elsewhere
+    gold: str | None = "toy:score"  # module:function that knows the truth, for the report
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
-    save_every: int = 500  # steps between checkpoints
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
     track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
@@ -131,16 +123,15 @@ def distillation_loss(scores, teacher, weight=None):
 
 
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
-    """(scores (B, 2), hidden states (2 B, T, D)) of a batch of pairs."""
-    flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments")}
-    hidden = model.trunk(flat["tokens"], flat["segments"], remat)
-    return model.pooled(hidden, flat["segments"]).reshape(-1, 2), hidden
+    """Scores (B, 2) of a batch of pairs: tokens and segments (B, 2, T), chosen first."""
+    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments"))
+    return model(tokens, segments, remat).reshape(-1, 2)
 
 
 def forward(model: gpt.ScoreModel, batch, config: Config):
     """(loss, metrics) of a batch of pairs: tokens, segments and mask (B, 2, T), chosen first."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    scores, hidden = pair_scores(model, batch, config.remat)
+    scores = pair_scores(model, batch, config.remat)
     p, e = batch["label_p"], config.label_smoothing
     smoothing = (1 - p) * (1 - e) + p * e
     margin = config.margin_scale * batch["margin"]  # ratings have a scale of their own, logits another
@@ -148,35 +139,20 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
     if config.teacher:
         loss, more = distillation_loss(scores, batch["teacher"], batch["weight"])
         metrics |= more
-    if config.lm_coef:
-        logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], batch["tokens"][:, 0, 1:])
-        total = jnp.where(batch["mask"][:, 0, 1:] > 0, logprobs, 0).sum()
-        lm_loss = -total / jnp.maximum((batch["weight"] * batch["tokens_a_pair"]).sum(), 1e-9)
-        loss, metrics = loss + config.lm_coef * lm_loss, metrics | {"lm_loss": lm_loss}
     return loss, metrics | {"loss": loss}
 
 
-def with_token_count(batch):
-    """The batch with "tokens_a_pair": scored chosen tokens per unit of weight, of the whole batch, in every row. So the
-    language-model loss stays a mean over the batch's tokens where parts are weighed by their pairs."""
-    mean = batch["mask"][:, 0, 1:].sum() / jnp.maximum(batch["weight"].sum(), 1e-9)
-    return batch | {"tokens_a_pair": jnp.broadcast_to(mean, batch["weight"].shape)}
-
-
-def make_train_step(optimizer, config: Config):
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch, base=None, teachers=()):
-        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
-        count = lambda batch: batch["weight"].sum()
-        batch = with_token_count(batch)
-        if teachers:
-            batch |= {"teacher": jnp.mean(jnp.stack([pair_scores(teacher, batch)[0] for teacher in teachers]), 0)}
-        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-        if config.micro_batches > 1:  # means of the parts' extremes are nothing
-            metrics = {name: value for name, value in metrics.items() if name not in ("min_reward", "max_reward")}
-        return State(*state), metrics
-
-    return train_step
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
+def train_step(state: State, batch, base, teachers, optimizer, config: Config):
+    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
+    loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
+    count = lambda batch: batch["weight"].sum()
+    if teachers:
+        batch |= {"teacher": jnp.mean(jnp.stack([pair_scores(teacher, batch) for teacher in teachers]), 0)}
+    *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+    if config.micro_batches > 1:  # means of the parts' extremes are nothing
+        metrics = {name: value for name, value in metrics.items() if name not in ("min_reward", "max_reward")}
+    return State(*state), metrics
 
 
 def make_optimizer(config: Config, steps: int):
@@ -184,8 +160,8 @@ def make_optimizer(config: Config, steps: int):
     groups = lambda model: jax.tree_util.tree_map_with_path(
         lambda path, _: "trunk" if "trunk" in jax.tree_util.keystr(path) else "head", model
     )
-    rate = lambda lr: gpt.schedule(lr, steps, config.warmup, "linear")
-    make = lambda lr: gpt.adamw(rate(lr), config.weight_decay) if lr else optax.set_to_zero()
+    rate = lambda lr: gpt.schedule(lr, steps, min(10, steps // 10), "linear")
+    make = lambda lr: gpt.adamw(rate(lr)) if lr else optax.set_to_zero()
     return optax.multi_transform({"trunk": make(config.lr), "head": make(config.head_lr)}, groups)
 
 
@@ -291,7 +267,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         gaps = taught[:, 0] - taught[:, 1]
         agreement, correlated = float(np.mean((gaps > 0) == (d > 0))), correlation(scores.ravel(), taught.ravel())
         result["teacher"] = {"accuracy": float(np.mean(gaps > 0)), "agreement": agreement, "correlation": correlated}
-    if config.gold and config.gold != "none" and jax.process_index() == 0:  # who writes the report asks
+    if config.gold and jax.process_index() == 0:  # who writes the report asks
         prompts, responses = zip(*texts)
         judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
         gold = np.asarray([j["gold"] if isinstance(j, dict) else j for j in judged]).reshape(-1, 2)
@@ -392,7 +368,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     size = min(config.normalize_samples, 128)
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
-    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
+    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed)
     scores, scorer = [], gpt.whole(model, base)
     for i in range(config.normalize_samples // size):
         batch = gpt.put_batch(prompts(i))
@@ -410,19 +386,6 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def load_trunk(config: Config, key):
-    """The model to start from, and its tokenizer: with --init none a fresh one with the teacher's tokenizer."""
-    if config.init != "none":
-        return gpt.load_policy(config.init)
-    if not config.teacher or config.lora_rank:
-        raise ValueError(
-            "--init none is for a small student of --teacher: labels and adapters start from a trained model"
-        )
-    tokenizer = gpt.need_tokenizer(gpt.ensemble_folders(config.teacher)[0])
-    size = config.layers, config.heads, config.dim, config.family
-    return jax.jit(partial(gpt.init, gpt.make_config(tokenizer.vocab_size, config.length, *size)))(key), tokenizer
-
-
 def load_teachers(config: Config, tokenizer) -> list[gpt.ScoreModel]:
     """The frozen teachers: none, one, or the members of an ensemble, whose mean counts."""
     folders = gpt.ensemble_folders(config.teacher) if config.teacher else []
@@ -436,25 +399,25 @@ def load_teachers(config: Config, tokenizer) -> list[gpt.ScoreModel]:
     return teachers
 
 
-def train_member(member: int, config: Config, optimizer, train_step, steps: int, teachers=()):
-    """One reward model from pairs, trained, normalised, written."""
+def train_member(member: int, out: Path, config: Config, optimizer, steps: int, teachers: list):
+    """One reward model from pairs, trained, normalised, written to `out`."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = load_trunk(config, jax.random.fold_in(key, 3))
+    trunk, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
     model = gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer))
     trunk, base = gpt.trainable(trunk, config, jax.random.fold_in(key, 2))
     model = gpt.shard(replace(model, trunk=trunk))
     state = State(model, gpt.shard(optimizer.init(model)))
 
-    run = gpt.Run(config, steps, batches.hashes, member=member)
+    run = gpt.Run(batches.hashes, dict(member=member), **vars(config) | dict(steps=steps, out=out))
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)), base, teachers)
+        state, metrics = train_step(state, gpt.put_batch(next(stream)), base, teachers, optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     model = state.model
-    if config.normalize_with and config.normalize_with != "none":
+    if config.normalize_with:
         model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
     return gpt.whole(model, base)
@@ -475,17 +438,17 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    gpt.empty_out(config, "member-*", "report.json", "report.png")
+    gpt.empty_out(config.out, config.resume, config.overwrite, "member-*", "report.json", "report.png")
 
 
 def check_inputs(config: Config, heldout: str | None):
     """What is needed after training is there before it."""
-    if config.normalize_with and config.normalize_with != "none":
+    if config.normalize_with:
         gpt.find_folder(config.normalize_with)
         gpt.open_text(config.normalize_data).close()
     if heldout:
         gpt.open_text(heldout).close()
-    if heldout and config.gold and config.gold != "none":
+    if heldout and config.gold:
         gpt.load_function(config.gold)
 
 
@@ -493,17 +456,14 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    _, tokenizer = load_trunk(config, jax.random.key(0))
+    tokenizer = gpt.need_tokenizer(gpt.find_folder(config.init))
     teachers = load_teachers(config, tokenizer)
     check_inputs(config, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)
     optimizer = make_optimizer(config, steps)
-    train_step = make_train_step(optimizer, config)  # compiled once for all members
-    members = []
-    for member in range(config.members):
-        out = config.out if config.members == 1 else config.out / f"member-{member}"
-        members.append(train_member(member, replace(config, out=out), optimizer, train_step, steps, teachers))
+    outs = [config.out / f"member-{i}" for i in range(config.members)] if config.members > 1 else [config.out]
+    members = [train_member(i, out, config, optimizer, steps, teachers) for i, out in enumerate(outs)]
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return

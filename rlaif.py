@@ -686,7 +686,7 @@ class Parts:
 def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
     return gpt.Batches(
         data or config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
-        skip_bad=config.skip_bad_rows, buckets=1,
+        skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
 
@@ -949,7 +949,7 @@ def run_online(config: Config):
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
     train_step, state = make_train_step(optimizer, config), State(policy, gpt.shard(optimizer.init(policy)))
 
-    run = gpt.Run(config, config.steps, prompts.hashes)
+    run = gpt.Run(prompts.hashes, **vars(config))
     state, first = run.restore(state)
     stream, key = prompts.stream(first, config.steps), jax.random.key(config.seed)
     for step in run.steps(first):

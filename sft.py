@@ -10,7 +10,7 @@ Where this differs from common practice: the mean is over all scored tokens of t
 devices (a mean of means weighs tokens of short batches more); prompt and completion are tokenised apart, as at
 generation time; PAD is never EOS.
 
-    python sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
+    python sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
         --batch-size 16 --length 48 --lr 2e-3                    # a model from scratch
     python sft.py --init out/base --out out/sft                  # fine-tune it on data/toy/demos.jsonl
 """
@@ -30,7 +30,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    init: str = "out/base"  # model folder or Hub name to start from; none: a fresh model
+    init: str | None = "out/base"  # model folder or Hub name to start from; None: a fresh model
     data: tuple[str, ...] = ("data/toy/demos.jsonl",)  # text or demonstrations; name:weight mixes several
     heldout: str | None = None  # rows for the validation loss (default: NAME-heldout.jsonl beside --data, if there)
     out: Path = Path("out/sft")  # run folder
@@ -38,17 +38,12 @@ class Config:
     batch_size: int = 64  # rows a step, over all devices and micro-batches
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 64  # tokens a row at most
-    lr: float = 4e-4  # peak learning rate
+    lr: float = 4e-4  # peak learning rate, falling by a cosine to a tenth
     warmup: int = 10  # steps of linear warm-up
-    schedule: Literal["cosine", "linear", "constant"] = "cosine"  # after the warm-up
-    final_lr: float = 0.1  # share of --lr left at the last step
-    weight_decay: float = 0.01  # on the matrices of linear layers only
-    b2: float = 0.98  # Adam's second decay
     loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
     reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
 
     teacher: str | None = None  # distil this model folder: same tokenizer, any size
-    temperature: float = 1.0  # of teacher and student in distillation
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
     lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
@@ -88,14 +83,14 @@ def sft_loss(logprobs, mask, reduction: str = "token"):
 
 
 def forward(model, batch, config: Config, teacher=None):
-    """(loss, metrics) of a batch with tokens, segments and mask, each (B, T)."""
+    """(loss, metrics) of a batch with tokens, segments and mask, each (B, T). `model` learns, `teacher` does not."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     tokens, segments, mask = batch["tokens"], batch["segments"], batch["mask"][:, 1:]
     hidden = model(tokens, segments, config.remat)[:, :-1]
     if teacher is not None:
         # forward KL(teacher || student) a token: the teacher's whole distribution is the label
         teacher_hidden = jax.lax.stop_gradient(teacher(tokens, segments)[:, :-1])
-        kl = gpt.head_kl(teacher, teacher_hidden, model, hidden, config.temperature)
+        kl = gpt.head_kl(teacher, teacher_hidden, model, hidden)
         loss = sft_loss(-kl, mask, config.reduction)
         return loss, {"loss": loss}
     logprobs, entropy = gpt.head_logprobs(model, hidden, tokens[:, 1:])
@@ -109,35 +104,44 @@ def count_items(batch, config: Config):
     return mask.sum() if config.reduction == "token" else mask.any(1).sum()
 
 
-def make_train_step(optimizer, config: Config):
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, batch, teacher=None, base=None):
-        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config, teacher)
-        count = partial(count_items, config=config)
-        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-        return State(*state), metrics
-
-    return train_step
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
+def train_step(state: State, batch, teacher, base, optimizer, config: Config):
+    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
+    loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config, teacher)
+    count = lambda batch: count_items(batch, config)
+    *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
+    return State(*state), metrics
 
 
-def evaluate(model, batches: gpt.Batches, eval_step, most: int = 50) -> dict:
+@partial(jax.jit, static_argnames="config")
+def eval_step(model, batch, config: Config):
+    return forward(model, batch, config)[0], count_items(batch, config)
+
+
+def with_prompts(batch: dict) -> dict:
+    """--loss-on all: the prompts of demonstrations are scored, too. (Text is always scored whole.)"""
+    return batch | {"mask": batch["segments"].copy()} if "index" in batch else batch
+
+
+def evaluate(model, batches: gpt.Batches, config: Config, most: int = 50) -> dict:
     """Held-out loss in nats a token over the first `most` batches, and perplexity."""
     total = count = 0.0
     for batch, new in itertools.islice(batches.once(), most):
+        batch = with_prompts(batch) if config.loss_on == "all" else batch
         batch["mask"][new:] = 0
-        loss, items = gpt.to_numpy(eval_step(model, gpt.put_batch(batch)))
+        loss, items = gpt.to_numpy(eval_step(model, gpt.put_batch(batch), config))
         total, count = total + loss * items, count + items
     return {"val/loss": total / count, "val/perplexity": np.exp(total / count)}
 
 
 def make_model(config: Config, key):
     """The model to start from and its tokenizer."""
-    if config.init != "none":
+    if config.init:
         return gpt.load_policy(config.init, config.tokenizer)
     if config.lora_rank:
         raise ValueError("--lora-rank trains an adapter on a finished model: name one with --init")
     if not config.tokenizer:
-        raise ValueError("--init none needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
+        raise ValueError("--init None needs --tokenizer: a folder with tokenizer.json (toy.py writes data/toy)")
     tokenizer = gpt.need_tokenizer(config.tokenizer)
     shape = gpt.make_config(
         tokenizer.vocab_size, config.length, config.layers, config.heads, config.dim, config.family
@@ -145,15 +149,21 @@ def make_model(config: Config, key):
     return jax.jit(partial(gpt.init, shape))(key), tokenizer
 
 
+def load_teacher(config: Config, tokenizer) -> gpt.GPT:
+    teacher, theirs = gpt.load_policy(config.teacher)
+    gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.teacher)
+    return gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
+
+
 def show_samples(run, step, model, batch, tokenizer, key, config: Config, rows: int = 2):
     """Continue the first rows of a held-out batch: demonstrations from their prompt, text from its first words."""
     rows = min(rows, len(batch["mask"]))
-    scored = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
-    width = int(scored.max())
+    starts = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
+    width = int(starts.max())
     prompts = np.full((rows, width), tokenizer.pad_id, np.int32)
     mask = np.zeros((rows, width), np.int32)
     for i in range(rows):
-        prompts[i, width - scored[i] :], mask[i, width - scored[i] :] = batch["tokens"][i, : scored[i]], 1
+        prompts[i, width - starts[i] :], mask[i, width - starts[i] :] = batch["tokens"][i, : starts[i]], 1
     new = max(config.length - width, 1)
     out = gpt.to_numpy(gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id))
     for i in range(rows):
@@ -167,35 +177,29 @@ def main(config: Config):
     kind = gpt.find_kind(config.data, ("text", "demos"))
     model, tokenizer = make_model(config, jax.random.fold_in(key, 0))
     load_batches = partial(
-        gpt.Batches, kind=kind, tokenizer=tokenizer, length=config.length, packed=kind == "text",
-        skip_bad=config.skip_bad_rows, score_all=config.loss_on == "all",
+        gpt.Batches, kind=kind, tokenizer=tokenizer, length=config.length, skip_bad=config.skip_bad_rows,
     )  # fmt: skip
     batches = load_batches(config.data, batch_size=config.batch_size, seed=config.seed)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_batches(heldout, batch_size=min(config.batch_size, 32), seed=0) if heldout else None
 
-    teacher = None
-    if config.teacher:
-        teacher, teacher_tokenizer = gpt.load_policy(config.teacher)
-        gpt.check_same_tokenizer(tokenizer, teacher_tokenizer, config.init, config.teacher)
-        teacher = gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
+    teacher = load_teacher(config, tokenizer) if config.teacher else None
 
-    lr = gpt.schedule(config.lr, config.steps, config.warmup, config.schedule, config.final_lr)
-    optimizer = gpt.adamw(lr, config.weight_decay, b2=config.b2)
+    lr = gpt.schedule(config.lr, config.steps, config.warmup, final=0.1)
+    optimizer = gpt.adamw(lr, weight_decay=0.01, b2=0.98)
     model, base = gpt.trainable(model, config, jax.random.fold_in(key, 1))
     state = State(model, gpt.shard(optimizer.init(model)))
-    train_step = make_train_step(optimizer, config)
-    eval_step = jax.jit(lambda model, batch: (forward(model, batch, config)[0], count_items(batch, config)))
 
-    run = gpt.Run(config, config.steps, batches.hashes, parameters=gpt.count_parameters(model))
+    run = gpt.Run(batches.hashes, dict(parameters=gpt.count_parameters(model)), **vars(config))
     state, first = run.restore(state)
     stream = batches.stream(first, config.steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)), teacher, base)
+        batch = with_prompts(next(stream)) if config.loss_on == "all" else next(stream)
+        state, metrics = train_step(state, gpt.put_batch(batch), teacher, base, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             model = gpt.whole(state.model, base)
-            metrics |= evaluate(model, heldout, eval_step)
+            metrics |= evaluate(model, heldout, config)
             show_samples(run, step, model, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
         run.log(step, metrics)
         run.checkpoint(step, state)

@@ -20,7 +20,7 @@ SHORT = f"{EVERY} --steps 5"
 
 WORLD = {  # what the runs start from, made once
     "data/toy/demos.jsonl": "toy.py",
-    "out/base/model.safetensors": f"sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --out out/base "
+    "out/base/model.safetensors": f"sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base "
     f"--steps 150 --batch-size 16 --length 48 --lr 2e-3 --warmup 10 --eval-every 150 {EVERY}",
     "out/sft/model.safetensors": f"sft.py --steps 30 --eval-every 30 {EVERY}",
     "out/reward/model.safetensors": f"reward.py --steps 10 --normalize-samples 128 {EVERY}",
@@ -29,16 +29,16 @@ WORLD = {  # what the runs start from, made once
 }
 RL = f"--batch-size 32 --minibatch-size 16 {SHORT}"
 RUNS = {  # name: command; what it leaves in out/golden/NAME is compared
-    "sft-text": f"sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --batch-size 8 {SHORT}",
+    "sft-text": f"sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --batch-size 8 {SHORT}",
     "sft": f"sft.py --eval-every 5 {SHORT}",
     "sft-all": f"sft.py --loss-on all --reduction sequence --micro-batches 2 {SHORT}",
     "sft-lora": f"sft.py --lora-rank 4 {SHORT}",
-    "sft-teacher": f"sft.py --init none --tokenizer data/toy --layers 1 --dim 32 --teacher out/sft {SHORT}",
+    "sft-teacher": f"sft.py --init None --tokenizer data/toy --layers 1 --dim 32 --teacher out/sft {SHORT}",
     "reward": f"reward.py --normalize-samples 128 {SHORT}",
-    "reward-mean": f"reward.py --pool mean --suffix= --label-smoothing 0.1 --center 0.01 --lm-coef 1 "
-    f"--normalize-with none --micro-batches 2 {SHORT}",
-    "reward-members": f"reward.py --members 2 --normalize-with none {SHORT}",
-    "reward-teacher": f"reward.py --init none --teacher out/reward --normalize-with none {SHORT}",
+    "reward-mean": f"reward.py --pool mean --suffix= --label-smoothing 0.1 --center 0.01 "
+    f"--normalize-with None --micro-batches 2 {SHORT}",
+    "reward-members": f"reward.py --members 2 --normalize-with None {SHORT}",
+    "reward-teacher": f"reward.py --init out/sft --teacher out/reward --normalize-with None {SHORT}",
     "ppo": f"ppo.py {RL}",
     "ppo-micro": f"ppo.py --micro-batches 2 --target-kl 0.001 {RL}",
     "ppo-lora": f"ppo.py --lora-rank 16 --reward out/reward-lora {RL}",
