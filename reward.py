@@ -456,7 +456,7 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    tokenizer = gpt.need_tokenizer(gpt.find_folder(config.init))
+    tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
     check_inputs(config, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch

@@ -151,42 +151,34 @@ def test_weights_go_over_the_tensor_axis_in_pairs_and_all_else_over_all_devices(
     assert spec("blocks.norm1.scale", 6, 64) == ()
 
 
-SLURM = dict(SLURM_JOB_ID="7", SLURM_PROCID="1", SLURM_LOCALID="0")
-ALONE = [
-    {},
-    {"SLURM_NTASKS": "8", "SLURM_JOB_ID": "7"},  # the shell of salloc
-    SLURM | {"SLURM_NTASKS": "8"},  # the script of sbatch
-    SLURM | {"SLURM_NTASKS": "8", "SLURM_STEP_NUM_TASKS": "1"},
-    {"OMPI_COMM_WORLD_SIZE": "1", "OMPI_COMM_WORLD_RANK": "0"},
-    {"CLOUD_TPU_TASK_ID": "3"},  # an index: it does not say of how many
-    {"TPU_WORKER_HOSTNAMES": "localhost"},
-    {"KUBERNETES_SERVICE_HOST": "10.0.0.1"},  # any pod has it
-    SLURM | {"SLURM_STEP_NUM_TASKS": "8", "DISTRIBUTED": "0"},
-]
+ADDRESS = dict(JAX_COORDINATOR_ADDRESS="a:1")
+SLURM = dict(SLURM_JOB_ID="7", SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="8")
 
 
-@pytest.mark.parametrize("env", ALONE)
-def test_a_process_is_alone_unless_the_launcher_says_otherwise(env):
-    assert gpt.cluster(env) is None
+@pytest.mark.parametrize(
+    "env, told",
+    [
+        ({}, None),
+        (SLURM, None),  # an allocation alone does not say that its other tasks run this script
+        (SLURM | {"DISTRIBUTED": "1"}, (None,)),  # jax.distributed finds the others
+        (ADDRESS | dict(JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="1"), ("a:1", 2, 1)),
+    ],
+)
+def test_a_process_joins_those_that_it_is_told_of(env, told, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID", "DISTRIBUTED"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    calls, before = [], jax.sharding.get_mesh()
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args: calls.append(args))
+    gpt.start()
+    jax.set_mesh(before)
+    jax.config.update("jax_cpu_enable_async_dispatch", True)
+    assert calls == ([] if told is None else [told])
 
 
-def test_launchers_that_are_recognised():
-    said = dict(JAX_COORDINATOR_ADDRESS="a:1", JAX_NUM_PROCESSES="2", JAX_PROCESS_ID="0")
-    assert gpt.cluster(said) == dict(coordinator_address="a:1", num_processes=2, process_id=0)
-    step = SLURM | {"SLURM_NTASKS": "99", "SLURM_STEP_NUM_TASKS": "8"}
-    assert gpt.cluster(step) == dict(num_processes=8, process_id=1)
-    assert gpt.cluster(said | step) == gpt.cluster(said)
-    ranks = {"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3"}
-    assert gpt.cluster(ranks | {"OMPI_MCA_orte_hnp_uri": "x"}) == dict(num_processes=4, process_id=3)
-    at = {"JAX_COORDINATOR_ADDRESS": "a:1"}
-    assert gpt.cluster(ranks | at) == dict(coordinator_address="a:1", num_processes=4, process_id=3)
-    assert gpt.cluster({"TPU_WORKER_HOSTNAMES": "a,b"}) == {} == gpt.cluster({"DISTRIBUTED": "1"})
-
-
-def test_half_a_description_of_a_cluster_is_an_error():
+def test_half_a_description_of_the_other_processes_is_an_error(monkeypatch):
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
     with pytest.raises(ValueError, match="JAX_NUM_PROCESSES and JAX_PROCESS_ID"):
-        gpt.cluster({"JAX_COORDINATOR_ADDRESS": "a:1"})
-    with pytest.raises(ValueError, match="JAX_NUM_PROCESSES is 2: set JAX_COORDINATOR_ADDRESS"):
-        gpt.cluster({"JAX_NUM_PROCESSES": "2", "JAX_PROCESS_ID": "0"})
-    with pytest.raises(ValueError, match="OMPI_COMM_WORLD_SIZE is 4: set JAX_COORDINATOR_ADDRESS"):
-        gpt.cluster({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "0"})  # Open MPI 5 names no address
+        gpt.start()
+    jax.config.update("jax_cpu_enable_async_dispatch", True)

@@ -660,9 +660,9 @@ def test_other_rows_fill_the_last_batch_of_a_pass(sources, batch_size):
     assert len(last) == batch_size and len(set(last)) == min(batch_size, 50)
 
 
-@pytest.mark.parametrize("buckets", [1, 4])
-def test_every_row_comes_once_in_every_pass(buckets, demos, plain):
-    batches = gpt.Batches(demos, "demos", plain, 8, 16, 0, buckets=buckets)
+@pytest.mark.parametrize("kind", ["demos", "prompts"])
+def test_every_row_comes_once_in_every_pass(kind, demos, plain):
+    batches = gpt.Batches(demos, kind, plain, 8, 16, 0)
     assert batches.steps_per_epoch == 8
     passes = [[tuple(p) for step in range(8) for p in batches(8 * epoch + step)["index"].tolist()] for epoch in (0, 1)]
     assert all(sorted(rows) == [(0, i) for i in range(64)] for rows in passes)
@@ -681,8 +681,6 @@ def test_a_batch_holds_the_rows_tokens_mask_and_segments(demos, plain):
         assert batch["tokens"][i].tolist() == prompt + answer + [plain.pad_id] * pad
         assert batch["mask"][i].tolist() == [0] * len(prompt) + [1] * len(answer) + [0] * pad
         assert batch["segments"][i].tolist() == [1] * (width - pad) + [0] * pad
-    whole = gpt.Batches(demos, "demos", plain, 8, 16, 0, score_all=True)(0)
-    np.testing.assert_array_equal(whole["mask"], whole["segments"])
 
 
 def test_batches_come_in_few_widths_that_fit_their_rows(demos, plain):
@@ -692,6 +690,24 @@ def test_batches_come_in_few_widths_that_fit_their_rows(demos, plain):
         longest = batch["segments"].sum(1).max()
         assert batch["tokens"].shape[1] == gpt.bucket(longest, 32) == -(-longest // 8) * 8
     assert {gpt.bucket(n, 100) for n in range(1, 101)} == {32, 64, 96, 100}
+
+
+def test_pairs_go_by_the_width_of_their_prompt_then_by_the_longer_answer(plain, tmp_path):
+    """What `split_prompt` pads: a batch of long and short prompts, or long and short answers, would be mostly pads."""
+    rng = np.random.default_rng(0)
+    sizes = [(p, a) for p in (4, 50) for a in (2, 20)] * 16
+    text = lambda n: " ".join(rng.choice(WORDS, n))
+    rows = [{"prompt": text(p), "chosen": f" a {text(a)}", "rejected": f" b {text(a)}"} for p, a in sizes]
+    batches = gpt.Batches(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 8, 96, 0)
+    kinds = [{sizes[row] for _, row in batches(step)["index"]} for step in range(batches.steps_per_epoch)]
+    assert all(len(kind) == 1 for kind in kinds) and len(kinds) == 8
+    for step in range(8):
+        batch = gpt.split_prompt(batches(step), 96, plain.pad_id)
+        ((prompt, answer),) = kinds[step]
+        assert batch["prefix"].shape[1] == gpt.bucket(prompt - 1, 96, 16) and batch["prefix_mask"].sum() == 8 * (
+            prompt - 1
+        )
+        assert batch["tokens"].shape == (8, 2, gpt.bucket(answer + 3, 96, 16))  # the prompt's last token, a or b, EOS
 
 
 def test_files_are_mixed_in_proportion_to_their_weights(demos, plain, tmp_path):
@@ -708,7 +724,7 @@ def test_packed_rows_hold_every_document_once_side_by_side(plain, tmp_path):
     lengths = [3, 5, 9, 4, 7, 2, 30, 6, 5, 5, 8, 3, 4, 10, 9, 2]
     texts = [text_of(i, n - 1) for i, n in enumerate(lengths)]
     path = write_rows(tmp_path / "text.jsonl", [{"text": text} for text in texts])
-    batches = gpt.Batches(path, "text", plain, 2, 12, 0, packed=True)
+    batches = gpt.Batches(path, "text", plain, 2, 12, 0)
     found = []
     for step in range(batches.steps_per_epoch):
         batch = batches(step)
@@ -788,7 +804,7 @@ def test_numbers_that_a_kind_does_not_use_are_ignored(plain, tmp_path):
 
 def test_prompts_end_where_the_response_begins_and_keep_their_rows(plain, tmp_path):
     rows = [{"prompt": text_of(i, 1 + i % 4), "answer": i} for i in range(4)]
-    batches = gpt.Batches(write_rows(tmp_path / "prompts.jsonl", rows), "prompts", plain, 4, 16, 0, buckets=1)
+    batches = gpt.Batches(write_rows(tmp_path / "prompts.jsonl", rows), "prompts", plain, 4, 16, 0)
     batch = batches(0)
     assert batch["segments"][:, -1].all() and batch["tokens"].shape[1] == 4
     for i, (row, number) in enumerate(zip(batches.rows(batch), batch["index"][:, 1])):

@@ -114,15 +114,20 @@ def test_sft_scores_the_completion_and_its_end_but_not_the_prompt():
     np.testing.assert_allclose(loss, total / count, **CLOSE)
 
 
+def test_loss_on_all_scores_prompts_too_but_no_padding():
+    demos, packed = sft_batch() | {"index": None}, sft_batch()
+    assert (demos["mask"] != demos["segments"]).any()
+    np.testing.assert_array_equal(sft.with_prompts(demos)["mask"], demos["segments"])
+    assert sft.with_prompts(packed) is packed
+
+
 def test_distillation_is_the_kl_from_teacher_to_student_and_zero_when_they_agree():
     shape = gpt.make_config(7, 8, 1, 2, 16)
     teacher, student, batch = noisy(shape, 0), noisy(shape, 1), sft_batch()
-    config = sft.Config(dtype="float32", temperature=2.0)
+    config = sft.Config(dtype="float32")
     loss = jax.jit(lambda student: sft.forward(student, batch, config, teacher)[0])
     assert abs(loss(teacher)) < 1e-6
-    log_softmax = lambda m: np.asarray(
-        jax.nn.log_softmax(m.logits(hidden(m, batch["tokens"], batch["segments"])) / 2.0)
-    )
+    log_softmax = lambda m: np.asarray(jax.nn.log_softmax(m.logits(hidden(m, batch["tokens"], batch["segments"]))))
     p, q = log_softmax(teacher)[:, :-1], log_softmax(student)[:, :-1]
     mask = np.asarray(batch["mask"])[:, 1:]
     expected = ((np.exp(p) * (p - q)).sum(-1) * mask).sum() / mask.sum()
@@ -221,17 +226,13 @@ def test_reward_forward_puts_chosen_first_and_smooths_soft_labels_evenly():
     np.testing.assert_allclose(loss, expected, **CLOSE)
 
 
-@pytest.mark.parametrize("lm_coef", [0.0, 0.5])
-def test_reward_micro_batches_of_unequal_weights_and_lengths_equal_one_big_batch(lm_coef):
+def test_reward_micro_batches_of_unequal_weights_and_lengths_equal_one_big_batch():
     model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
-    loss_fn = partial(reward.forward, config=reward.Config(dtype="float32", lm_coef=lm_coef))
-    count, batch = lambda batch: batch["weight"].sum(), reward.with_token_count(pair_batch([1, 1, 1, 1]))
-    (one, metrics), grads = value_and_grad(loss_fn, model, batch)
+    loss_fn = partial(reward.forward, config=reward.Config(dtype="float32"))
+    count, batch = lambda batch: batch["weight"].sum(), pair_batch([1, 1, 1, 1])
+    (one, _), grads = value_and_grad(loss_fn, model, batch)
     (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
     np.testing.assert_allclose(one, two, rtol=1e-5)
-    if lm_coef:
-        logprobs = gpt.token_logprobs(model.trunk, batch["tokens"][:, 0], batch["segments"][:, 0])
-        np.testing.assert_allclose(metrics["lm_loss"], -gpt.masked_mean(logprobs, batch["mask"][:, 0, 1:]), rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
 
 

@@ -52,11 +52,12 @@ class Config:
     overwrite: bool = False
     save_every: int = 2
     seed: int = 0
+    steps: int = 6
 
 
 def count_up(config, stop=6, loss=float):
     """A run whose state counts its steps; returns the state at the end and the first step."""
-    run = gpt.Run(config, 6)
+    run = gpt.Run({}, **vars(config))
     state, first = run.restore({"count": jnp.zeros(3)})
     for step in run.steps(first):
         if step == stop:
@@ -73,7 +74,7 @@ def read_lines(path):
 
 def test_a_run_that_goes_on_with_other_settings_or_data_says_so(tmp_path, capsys):
     def go_on(seed, digest, **more):
-        run = gpt.Run(Config(tmp_path, seed=seed, save_every=2, **more), 6, {"a.jsonl": digest})
+        run = gpt.Run({"a.jsonl": digest}, **vars(Config(tmp_path, seed=seed, **more)))
         run.restore({"count": jnp.zeros(3)})
         return capsys.readouterr().err
 
@@ -107,7 +108,7 @@ def test_a_full_folder_is_kept_unless_overwriting_is_asked_for(tmp_path):
     count_up(Config(tmp_path))
     before = (tmp_path / "metrics.jsonl").read_text()
     with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
-        gpt.Run(Config(tmp_path), 6)
+        gpt.Run({}, **vars(Config(tmp_path)))
     assert (tmp_path / "metrics.jsonl").read_text() == before
     assert count_up(Config(tmp_path, overwrite=True)) == ([6, 6, 6], 0)
     assert len(read_lines(tmp_path / "metrics.jsonl")) == 6
@@ -116,7 +117,8 @@ def test_a_full_folder_is_kept_unless_overwriting_is_asked_for(tmp_path):
 def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
     count_up(Config(tmp_path))
     with pytest.raises(ValueError, match="does not fit this configuration"):
-        gpt.Run(Config(tmp_path, resume=True), 6).restore({"count": jnp.zeros(4), "more": jnp.zeros(2)})
+        run = gpt.Run({}, **vars(Config(tmp_path, resume=True)))
+        run.restore({"count": jnp.zeros(4), "more": jnp.zeros(2)})
 
 
 def test_a_nan_stops_the_run_before_it_is_saved(tmp_path):
@@ -144,25 +146,23 @@ def text(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(text, words):
     return sft.Config(
-        init="none", tokenizer=str(words), data=(str(text),), steps=STEPS, batch_size=4, length=16, lr=3e-3,
+        init=None, tokenizer=str(words), data=(str(text),), steps=STEPS, batch_size=4, length=16, lr=3e-3,
         layers=1, heads=2, dim=16, save_every=40,
     )  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def whole(config, tmp_path_factory):
-    """An uninterrupted run: its folder and its train step."""
-    out, made, make = tmp_path_factory.mktemp("whole"), [], sft.make_train_step
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sft, "make_train_step", lambda *args: made.append(make(*args)) or made[-1])
-        before = jax.sharding.get_mesh()
-        sft.main(dataclasses.replace(config, out=out))
-        jax.set_mesh(before)
-    return out, made[0]
+    """An uninterrupted run: its folder and how many programs its train step became."""
+    out = tmp_path_factory.mktemp("whole")
+    before, programs = jax.sharding.get_mesh(), sft.train_step._cache_size()
+    sft.main(dataclasses.replace(config, out=out))
+    jax.set_mesh(before)
+    return out, sft.train_step._cache_size() - programs
 
 
 def test_the_train_step_is_compiled_once(whole):
-    assert whole[1]._cache_size() == 1
+    assert whole[1] == 1
 
 
 def test_metrics_have_a_row_a_step_and_the_loss_falls(whole):

@@ -113,7 +113,7 @@ def world(tmp_path_factory, compile_once):
         patch.chdir(world.root)
         sft.main(
             sft.Config(
-                init="none",
+                init=None,
                 tokenizer=str(world.root / "data"),
                 data=(world.file("demos"),),
                 out=world.sft,
@@ -131,7 +131,7 @@ def world(tmp_path_factory, compile_once):
         spy = Spy(patch, reward, "report", lambda members, *_: members)
         world.reward_config = reward.Config(
             init=str(world.sft), data=(world.file("pairs"),), out=world.reward, steps=10, batch_size=32, length=160,
-            lr=1e-3, head_lr=1e-2, warmup=2, members=2, normalize_with=str(world.sft), normalize_samples=256,
+            lr=1e-3, head_lr=1e-2, members=2, normalize_with=str(world.sft), normalize_samples=256,
             normalize_data=world.file("prompts"), response_length=8,
         )  # fmt: skip
         reward.main(world.reward_config)
