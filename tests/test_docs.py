@@ -38,6 +38,12 @@ YOURS = {"mine.py"}  # a file that the reader writes
 # ---------------------------------------------------------------------------------------------------- names and links
 
 
+def load(script: Path):
+    if str(script.parent) not in sys.path:
+        sys.path.append(str(script.parent))
+    return importlib.import_module(script.stem)
+
+
 def table_rows():
     lines = (ROOT / "docs/papers.md").read_text().splitlines()
     return [[cell.strip() for cell in line.strip("|").split(" | ")] for line in lines if line.startswith("| ")][1:]
@@ -47,7 +53,8 @@ def table_rows():
 def test_every_function_and_test_of_the_papers_table_exists(row):
     _, _, function, test = row
     module, name = function.strip("`").split(".")
-    assert callable(getattr(importlib.import_module(module), name))
+    script = next((path for path in SCRIPTS if path.stem == module), ROOT / f"{module}.py")
+    assert callable(getattr(load(script), name))
     file, name = test.strip("`").split("::")
     assert f"def {name}(" in (ROOT / file).read_text()
 
@@ -142,11 +149,7 @@ def of_make():
 def config_of(script: str):
     """A script's Config; None where it has none."""
     path = ROOT / script
-    if not re.search("^class Config", path.read_text(), re.M):
-        return None
-    if str(path.parent) not in sys.path:
-        sys.path.append(str(path.parent))
-    return importlib.import_module(path.stem).Config
+    return load(path).Config if re.search("^class Config", path.read_text(), re.M) else None
 
 
 def complaint(script: str, arguments: list[str], whole: bool) -> str:
