@@ -170,7 +170,7 @@ def complaint(script: str, arguments: list[str], whole: bool) -> str:
     said = io.StringIO()
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            tyro.cli(config, args=arguments)
+            tyro.cli(config, prog=script, args=arguments)
         except SystemExit as stop:
             return said.getvalue() if stop.code else ""
     return ""
