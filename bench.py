@@ -497,7 +497,7 @@ def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
     optimizers = ppo_optimizers(settings)
     started = jax.jit(partial(start_ppo, shape, settings, optimizers))(key)
     state, ref, reward = gpt.shard(jax.tree.map(jnp.copy, started))  # the state is donated: nothing twice in it
-    update, reward = ppo.make_update(*optimizers, settings), gpt.whole(reward, ref)
+    update, reward = ppo.make_update(*optimizers, settings), gpt.attach(reward, ref)
     prompts = random_tokens(shape, settings.batch_size, settings.prompt_length)
     batch = gpt.put_batch(dict(tokens=prompts, segments=np.ones_like(prompts)))
     sample = partial(gpt.generate, max_new_tokens=settings.response_length, eos=-1)
@@ -584,7 +584,7 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     programs = dict(
         rollout=gpt.generate.lower(policy, *batch.values(), key, T, eos=0),
         scores=gpt.score.lower(
-            gpt.whole(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
+            gpt.attach(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
         ),
         estimates=ppo.make_rollout.lower(state, ref, batch, generation, floats(B), settings),
     )

@@ -152,7 +152,7 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, ref, batch, base=None):
         batch = add_ref(ref, batch, config)
         count = lambda batch: batch["weight"].sum()
-        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
+        loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
 
@@ -366,14 +366,14 @@ def main(config: Config):
             if round:
                 pairs = config.out / f"pairs-round-{round}.jsonl"
                 if at == 0:  # a run resumed within a round goes on with the pairs it has
-                    sample_pairs(gpt.whole(state.policy, base), tokenizer, labeller, round, pairs, config)
+                    sample_pairs(gpt.attach(state.policy, base), tokenizer, labeller, round, pairs, config)
                 batches = load_pairs(pairs)
                 tables = tables_of(batches)
             stream = batches.stream(at, config.round_steps if round else first_round)
         state, metrics = train_step(state, ref, place(next(stream), tables), base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, heldout_tables, eval_step)
+            metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, heldout_tables, eval_step)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

@@ -487,8 +487,9 @@ def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> Sco
 
 
 class Adapter(eqx.Module):
-    """What a fine-tuned GPT adds to the frozen one that it came from, and all that learns of it. Several adapters share
-    one base: `whole` makes the model of a base and one of them, and the base itself is the model with none."""
+    """The low-rank corrections by which a fine-tuned GPT differs from its frozen base: all that learns of it. Several
+    adapters share one base: `attach` makes the model of the base and one of them; the base alone is the model with
+    none."""
 
     blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
     tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
@@ -524,17 +525,22 @@ def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Ada
     return adapter
 
 
-def whole(part, base: GPT | None):
-    """The model that a part of one stands for: an adapter becomes its base with the adapter on, a score model gets its
-    trunk that way, and what is a whole model already stays as it is."""
-    if isinstance(part, ScoreModel):
-        return dataclasses.replace(part, trunk=whole(part.trunk, base))
-    if not isinstance(part, Adapter):
-        return part
-    put = lambda model, parts: dataclasses.replace(
-        model, **{name: dataclasses.replace(x, base=getattr(model, name)) for name, x in parts.items()}
-    )
-    return put(dataclasses.replace(base, blocks=put(base.blocks, part.blocks)), part.tables)
+def attach(adapter, base: GPT | None):
+    """The model that an adapter makes of its base: the base's layers with the adapter's corrections beside them. A
+    score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
+    is, and needs no base."""
+    if isinstance(adapter, ScoreModel):
+        return dataclasses.replace(adapter, trunk=attach(adapter.trunk, base))
+    if not isinstance(adapter, Adapter):
+        return adapter
+    blocks = put_on(adapter.blocks, base.blocks)
+    return put_on(adapter.tables, dataclasses.replace(base, blocks=blocks))
+
+
+def put_on(corrections: dict, module):
+    """`module` with each correction in the place of the layer of its name, which becomes its base."""
+    layers = {name: dataclasses.replace(x, base=getattr(module, name)) for name, x in corrections.items()}
+    return dataclasses.replace(module, **layers)
 
 
 def merge(tree):
@@ -2882,7 +2888,7 @@ class Run:
             self._manager.wait_until_finished()
         if isinstance(getattr(model, "trunk", model), Adapter):
             save_adapter(self.out / "adapter", model, base)
-            model = merge(whole(model, load(base)[0]))
+            model = merge(attach(model, load(base)[0]))
         save(self.out, model, tokenizer, {"run": self.info})
         if self.main:
             print(f"wrote {self.out}")

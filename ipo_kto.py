@@ -190,7 +190,7 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, ref, batch, z0, base=None):
         batch = with_ref(ref, batch, z0, config)
         count = lambda batch: batch["weight"].sum()
-        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
+        loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
 
@@ -309,11 +309,11 @@ def main(config: Config):
     stream = batches.stream(first, steps)
     for step in run.steps(first):
         batch = next(stream)
-        z0 = z0_of(gpt.whole(state.policy, base), ref, batch)
+        z0 = z0_of(gpt.attach(state.policy, base), ref, batch)
         state, metrics = train_step(state, ref, gpt.put_batch(batch), z0, base)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, z0_of, eval_step, config)
+            metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, z0_of, eval_step, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

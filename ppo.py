@@ -20,7 +20,7 @@ Choices where code bases disagree:
 5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
    advantages come from rewards alone), frozen reward model. --share lora puts policy, critic and reward as low-rank
    adapters on one frozen base, which itself is the reference (Hydra-PPO, arXiv:2309.00754); --share trunk gives the
-   policy a value head. What learns then is a part of a model, and `gpt.whole(part, ref)` is the model.
+   policy a value head. What learns then is an adapter, and `gpt.attach(adapter, ref)` is the model.
 6. --advantage grpo | rloo has no critic: A is an answer's score against those of --group-size answers to one prompt.
    GRPO (arXiv:2402.03300) divides by their standard deviation and puts beta k3 into the loss; RLOO (arXiv:2402.14740)
    takes the mean of the others as baseline and keeps -beta k1, summed, in the score. Token means and a token's ratio in
@@ -121,7 +121,7 @@ class Config:
 
 
 class State(NamedTuple):
-    """All that learns: with --share lora adapters, of which `gpt.whole` makes models."""
+    """All that learns: with --share lora adapters, of which `gpt.attach` makes models."""
 
     policy: gpt.GPT | gpt.Adapter | gpt.ScoreModel  # with --share trunk it has the value head
     policy_opt: tuple
@@ -308,7 +308,7 @@ def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
 
 def sampler(state: State, ref, config: Config) -> gpt.GPT:
     """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    policy = gpt.cast(gpt.whole(actor(state.policy), ref), gpt.compute_dtype(config.dtype))
+    policy = gpt.cast(gpt.attach(actor(state.policy), ref), gpt.compute_dtype(config.dtype))
     return policy if config.rollout_weights == "full" else gpt.quantize(policy, config.rollout_weights)
 
 
@@ -317,7 +317,7 @@ def make_rollout(state: State, ref, batch, generation, scores, config: Config):
     """Steps 2 and 3 of the box: log-probs, reference log-probs, values -> rewards -> advantages, returns."""
     blank = (None,) * 5
     rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, *blank)
-    ask = partial(ask_models, gpt.whole(state.policy, ref), ref, gpt.whole(state.critic, ref), config=config)
+    ask = partial(ask_models, gpt.attach(state.policy, ref), ref, gpt.attach(state.critic, ref), config=config)
     logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_parts(ask, rollout, config.parts)
 
     rollout, mask = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, values=values), rollout.mask
@@ -376,7 +376,7 @@ def make_steps(policy_optimizer, critic_optimizer, config: Config):
     """
 
     def policy_objective(policy, ref, beta, part: Rollout):
-        policy = gpt.whole(policy, ref)
+        policy = gpt.attach(policy, ref)
         logprobs, _, hidden = policy_forward(policy, part, config)
         loss, metrics = policy_loss(logprobs, part.logprobs, part.advantages, part.mask, config.clip)
         if config.advantage == "grpo":
@@ -387,7 +387,7 @@ def make_steps(policy_optimizer, critic_optimizer, config: Config):
         return loss, metrics
 
     def critic_objective(critic, ref, part: Rollout):
-        values = critic_forward(gpt.whole(critic, ref), part, config)
+        values = critic_forward(gpt.attach(critic, ref), part, config)
         return value_loss(values, part.values, part.returns, part.mask, config.clip_value)
 
     def descend(optimizer, objective, model, opt_state, rollout, rows):
@@ -488,7 +488,7 @@ def make_critic(policy, ref, models, config: Config, key):
     trunks = [trunk for trunk in trunks if type(trunk) is type(policy)]  # a whole model is no start for an adapter
     start, name = (trunks[0], "reward trunk") if trunks else (policy, "policy trunk")
     trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
-    return gpt.shard(replace(gpt.init_score_model(gpt.whole(start, ref), key, zero=True), trunk=trunk)), name
+    return gpt.shard(replace(gpt.init_score_model(gpt.attach(start, ref), key, zero=True), trunk=trunk)), name
 
 
 # ---------------------------------------------------------------------------------------------------- scores
@@ -579,7 +579,7 @@ def main(config: Config):
     policy, ref, tokenizer = load_policy(config, key)
     models, function = load_rewards(config, tokenizer, ref)
     critic, critic_from = make_critic(policy, ref, models, config, key)
-    models = [gpt.whole(model, ref) for model in models]
+    models = [gpt.attach(model, ref) for model in models]
     monitor = gpt.load_function(config.monitor) if config.monitor != "none" else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size // config.samples, config.prompt_length, config.seed,

@@ -166,7 +166,7 @@ def with_token_count(batch):
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: State, batch, base=None, teachers=()):
-        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
+        loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config)
         count = lambda batch: batch["weight"].sum()
         batch = with_token_count(batch)
         if teachers:
@@ -393,7 +393,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed, buckets=1)
-    scores, scorer = [], gpt.whole(model, base)
+    scores, scorer = [], gpt.attach(model, base)
     for i in range(config.normalize_samples // size):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
@@ -457,7 +457,7 @@ def train_member(member: int, config: Config, optimizer, train_step, steps: int,
     if config.normalize_with and config.normalize_with != "none":
         model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
-    return gpt.whole(model, base)
+    return gpt.attach(model, base)
 
 
 def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:

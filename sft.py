@@ -112,7 +112,7 @@ def count_items(batch, config: Config):
 def make_train_step(optimizer, config: Config):
     @partial(jax.jit, donate_argnums=0)
     def train_step(state: State, batch, teacher=None, base=None):
-        loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config, teacher)
+        loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config, teacher)
         count = partial(count_items, config=config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
@@ -194,7 +194,7 @@ def main(config: Config):
         state, metrics = train_step(state, gpt.put_batch(next(stream)), teacher, base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
-            model = gpt.whole(state.model, base)
+            model = gpt.attach(state.model, base)
             metrics |= evaluate(model, heldout, eval_step)
             show_samples(run, step, model, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
         run.log(step, metrics)

@@ -37,8 +37,8 @@ def adapter_of(model, rank=3, alpha=6.0, targets=gpt.TARGETS, seed=1):
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (4, 9)))
 
 
-def loss(part, base):
-    return gpt.token_logprobs(gpt.whole(part, base), TOKENS).mean()
+def loss(adapter, base):
+    return gpt.token_logprobs(gpt.attach(adapter, base), TOKENS).mean()
 
 
 # what they compute ----------------------------------------------------------------------------------------------------
@@ -48,10 +48,10 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
     fresh, moved = adapter_of(tiny_model)
     logprobs = jax.jit(gpt.token_logprobs)
     plain = logprobs(tiny_model, TOKENS)
-    np.testing.assert_array_equal(logprobs(gpt.whole(fresh, tiny_model), TOKENS), plain)
-    with_adapter = logprobs(gpt.whole(moved, tiny_model), TOKENS)
+    np.testing.assert_array_equal(logprobs(gpt.attach(fresh, tiny_model), TOKENS), plain)
+    with_adapter = logprobs(gpt.attach(moved, tiny_model), TOKENS)
     assert np.abs(with_adapter - plain).max() > 0.1
-    merged = gpt.merge(gpt.whole(moved, tiny_model))
+    merged = gpt.merge(gpt.attach(moved, tiny_model))
     assert jax.tree.structure(merged) == jax.tree.structure(tiny_model)
     np.testing.assert_allclose(logprobs(merged, TOKENS), with_adapter, rtol=1e-4, atol=1e-4)
     # W + alpha / r A B by hand, alpha / r = 2
@@ -66,7 +66,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
 
 
 def test_generation_is_that_of_the_merged_model(tiny_model):
-    model = gpt.whole(adapter_of(tiny_model)[1], tiny_model)
+    model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
     sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, eos=-1)
     ours, merged = sample(model), sample(gpt.merge(model))
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
@@ -74,7 +74,7 @@ def test_generation_is_that_of_the_merged_model(tiny_model):
 
 
 def test_quantised_is_the_merged_model(tiny_model):
-    model = gpt.whole(adapter_of(tiny_model)[1], tiny_model)
+    model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
     ours, merged = gpt.quantize(model, "int8"), gpt.quantize(gpt.merge(model), "int8")
     assert jax.tree.structure(ours) == jax.tree.structure(merged)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, merged)
@@ -84,7 +84,7 @@ def test_gradients_are_those_of_the_product_and_exist_for_the_adapter_alone(tiny
     _, adapter = adapter_of(tiny_model, targets=("q", "down", "wte", "head"))
     grads = jax.jit(jax.grad(loss))(adapter, tiny_model)
     assert jax.tree.structure(grads) == jax.tree.structure(adapter)
-    dense = jax.jit(jax.grad(lambda model: loss(model, None)))(gpt.merge(gpt.whole(adapter, tiny_model)))
+    dense = jax.jit(jax.grad(lambda model: loss(model, None)))(gpt.merge(gpt.attach(adapter, tiny_model)))
     for name, lora in adapter.blocks.items():  # W = base + 2 A B: dA = 2 dW B^T, dB = 2 A^T dW
         dw = np.asarray(getattr(dense.blocks, name).weight)
         a, b = np.asarray(lora.a), np.asarray(lora.b)
@@ -101,7 +101,7 @@ def test_no_gradient_of_a_frozen_weight_is_formed(tiny_model):
     embedding."""
     for shape in (tiny_model.blocks.up.weight.shape[1:], tiny_model.wte.shape):
         product = "f32[{},{}] = dot_general".format(*shape)
-        formed = lambda part, base, product=product: product in str(jax.make_jaxpr(jax.grad(loss))(part, base))
+        formed = lambda adapter, base, product=product: product in str(jax.make_jaxpr(jax.grad(loss))(adapter, base))
         assert formed(tiny_model, None)
         assert not formed(adapter_of(tiny_model)[1], tiny_model)
 
@@ -125,7 +125,7 @@ def write(folder, name, golden, part_of, targets=gpt.TARGETS):
     base, _ = gpt.load(golden / name)
     part = part_of(adapter_of(base, 4, 8.0, targets)[1], base)
     gpt.save_adapter(folder / "adapter", part, golden / name)
-    gpt.save(folder, gpt.merge(gpt.whole(part, base)), None)
+    gpt.save(folder, gpt.merge(gpt.attach(part, base)), None)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
     return part, base, tensors, json.loads((folder / "adapter" / "adapter_config.json").read_text())
 
@@ -275,7 +275,7 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
     base, _ = gpt.load(world / "base")
     adapter = gpt.load_adapter(world / "sft", base, world / "base")
     merged, _ = gpt.load(world / "sft")
-    jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.whole(adapter, base)), merged)
+    jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.attach(adapter, base)), merged)
 
 
 @pytest.mark.parametrize("script, loss", [(dpo, "dpo"), (ipo_kto, "ipo"), (ipo_kto, "kto")])
@@ -323,7 +323,7 @@ def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
     merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
     assert isinstance(adapter.trunk, gpt.Adapter) and isinstance(merged.trunk, gpt.GPT)
     score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
-    ours = score(gpt.whole(adapter, base))
+    ours = score(gpt.attach(adapter, base))
     np.testing.assert_allclose(ours, score(merged), rtol=1e-4, atol=1e-5)
     assert np.ptp(ours) > 0.1
 

@@ -721,7 +721,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     adapter, base = gpt.trainable(state.policy, config, jax.random.key(6))
     critic = replace(state.critic, trunk=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic), state.beta)
-    policy = gpt.whole(adapter, base)
+    policy = gpt.attach(adapter, base)
     generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
     rollout, metrics = ppo.make_rollout(lora, base, batch, generation, SCORES, config)
     assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
