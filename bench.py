@@ -529,8 +529,8 @@ def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
     policy = model = gpt.init(shape, key)
     if settings.share == "lora":
         policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
-    reward = dataclasses.replace(gpt.init_score_model(model, key), trunk=policy if settings.share == "lora" else model)
-    scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), trunk=policy)
+    reward = dataclasses.replace(gpt.init_score_model(model, key), body=policy if settings.share == "lora" else model)
+    scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), body=policy)
     if settings.share == "trunk":
         policy = scores
     critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None

@@ -366,28 +366,28 @@ class GPT(eqx.Module):
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        trunk = None
+        prefix_x = None
         if prefix is not None:
             n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
             positions += jnp.repeat(real.sum(1), n)[:, None]
             seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
             mask = jnp.concatenate([seen, mask], -1)
-            trunk, trunk_rope = self.embed(prefix[0], segment_positions(prefix[1]))
-            trunk_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
+            prefix_x, prefix_rope = self.embed(prefix[0], segment_positions(prefix[1]))
+            prefix_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
         x, rope = self.embed(tokens, positions)
 
         def layer(carry, block):
-            x, trunk = carry
+            x, prefix_x = carry
             keys_values = None
-            if trunk is not None:
-                trunk, keys_values = block(trunk, trunk_rope, trunk_mask)
-                trunk = shard_batch(trunk)
-            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), trunk), None
+            if prefix_x is not None:
+                prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_mask)
+                prefix_x = shard_batch(prefix_x)
+            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), prefix_x), None
 
         # a short stack is unrolled, for speed; a layer that is to be forgotten and computed again stays in the loop,
         # since XLA:CPU would see that two unrolled copies are one and keep it after all
         layer = jax.checkpoint(layer) if remat else layer
-        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=not remat and self.config.layers <= 12)
+        (x, _), _ = lax.scan(layer, (x, prefix_x), self.blocks, unroll=not remat and self.config.layers <= 12)
         return self.norm(x)
 
     def embed(self, tokens, positions):
@@ -446,9 +446,10 @@ def init(config: Config, key) -> GPT:
 
 
 class ScoreModel(eqx.Module):
-    """A trunk with a scalar head: a reward model (read once a sequence) or a critic (read at every token)."""
+    """A transformer, its body, with a scalar head: a reward model (read once a sequence) or a critic (read at every
+    token)."""
 
-    trunk: GPT
+    body: GPT  # or an Adapter, apart from its base
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
@@ -473,17 +474,17 @@ class ScoreModel(eqx.Module):
         return (self.values(hidden) * weights).sum(1)
 
     def __call__(self, tokens: Int[Array, "B T"], mask, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.trunk(tokens, mask, remat), mask)
+        return self.pooled(self.body(tokens, mask, remat), mask)
 
 
-def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
-    """A scalar head on a trunk: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
+def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
+    """A scalar head on a body: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
     if pool not in ("last", "mean", "attention"):
         raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
-    D = trunk.config.dim
+    D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
-    return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
+    return ScoreModel(body, head, query, jnp.zeros(()), pool, tuple(suffix))
 
 
 class Adapter(eqx.Module):
@@ -530,7 +531,7 @@ def attach(adapter, base: GPT | None):
     score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
     is, and needs no base."""
     if isinstance(adapter, ScoreModel):
-        return dataclasses.replace(adapter, trunk=attach(adapter.trunk, base))
+        return dataclasses.replace(adapter, body=attach(adapter.body, base))
     if not isinstance(adapter, Adapter):
         return adapter
     blocks = put_on(adapter.blocks, base.blocks)
@@ -1504,14 +1505,14 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
-def _fill_score(trunk: GPT, tensors: dict, path, score: dict) -> ScoreModel:
-    if "score.weight" not in tensors or tensors["score.weight"].shape != (1, trunk.config.dim):
+def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
+    if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
-        raise ValueError(f"{path}: score.weight must be (1, {trunk.config.dim}), one label: found {found}")
+        raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
     head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
     query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
-    return ScoreModel(trunk, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
+    return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
 
 def _canonical_names(config: Config, tensors: dict) -> dict:
@@ -1555,18 +1556,18 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
 
     path, scores = Path(path), isinstance(model, ScoreModel)
     path.mkdir(parents=True, exist_ok=True)
-    trunk = model.trunk if scores else model
+    body = model.body if scores else model
     tensors = {}
-    for ours, theirs, transposed in layout(trunk.config):
-        array = np.asarray(_to_host(_leaf(trunk, ours)), dtype)
+    for ours, theirs, transposed in layout(body.config):
+        array = np.asarray(_to_host(_leaf(body, ours)), dtype)
         stacked = [(theirs.format(i=i), x) for i, x in enumerate(array)] if "{i}" in theirs else [(theirs, array)]
         # safetensors silently stores a transposed view in the wrong order
         tensors |= {name: np.ascontiguousarray(x.T if transposed else x) for name, x in stacked}
-    for i in range(trunk.config.layers if trunk.config.gpt2 else 0):
+    for i in range(body.config.layers if body.config.gpt2 else 0):
         for kind in ("weight", "bias"):
             parts = [tensors.pop(f"transformer.h.{i}.attn.{x}.{kind}") for x in "qkv"]
             tensors[f"transformer.h.{i}.attn.c_attn.{kind}"] = np.concatenate(parts, axis=-1)
-    hf = config_to_hf(trunk.config)
+    hf = config_to_hf(body.config)
     if scores:
         tensors.pop("lm_head.weight", None)
         tensors["score.weight"] = np.asarray(_to_host(model.head), dtype)[None]
@@ -1592,7 +1593,7 @@ def save_adapter(path, part: Adapter | ScoreModel, base):
 
     path, folder, scores = Path(path), find_folder(base), isinstance(part, ScoreModel)
     config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    adapter = part.trunk if scores else part
+    adapter = part.body if scores else part
     tables = {name: x for name, x in adapter.tables.items() if name == "wte" or not scores}  # a score has no such head
     (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in (*adapter.blocks.values(), *tables.values()))
     pairs = lambda parts: to_numpy({name: (x.a, x.b) for name, x in parts.items()})
@@ -1689,7 +1690,7 @@ def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
     if settings["task_type"] == "CAUSAL_LM":
         return adapter
     score = json.loads((path / "config.json").read_text())["score"]
-    return dataclasses.replace(_fill_score(base, tensors, path, score), trunk=adapter)
+    return dataclasses.replace(_fill_score(base, tensors, path, score), body=adapter)
 
 
 def weights_hash(folder: Path) -> str:
@@ -2886,7 +2887,7 @@ class Run:
         `base`, the folder that it was trained on, in fp32, and by itself in adapter/."""
         if self._manager is not None:
             self._manager.wait_until_finished()
-        if isinstance(getattr(model, "trunk", model), Adapter):
+        if isinstance(getattr(model, "body", model), Adapter):
             save_adapter(self.out / "adapter", model, base)
             model = merge(attach(model, load(base)[0]))
         save(self.out, model, tokenizer, {"run": self.info})

@@ -17,7 +17,7 @@ Choices where code bases disagree:
 3. Old log-probs, reference log-probs and values come from one forward pass after the rollout, at the rollout's
    temperature: the ratio of the first minibatch is 1.
 4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
-5. Four models with their own weights: policy, frozen reference, critic (reward model's trunk, head of zeros: the first
+5. Four models with their own weights: policy, frozen reference, critic (reward model's body, head of zeros: the first
    advantages come from rewards alone), frozen reward model. --share lora puts policy, critic and reward as low-rank
    adapters on one frozen base, which itself is the reference (Hydra-PPO, arXiv:2309.00754); --share trunk gives the
    policy a value head. What learns then is an adapter, and `gpt.attach(adapter, ref)` is the model.
@@ -72,7 +72,7 @@ class Config:
     final_lr: float = 0.1  # share of both left at the last step (linear)
     warmup: int = 0  # optimiser steps of linear warm-up
     clip_norm: float = 1.0  # of the global gradient
-    critic_init: Literal["reward", "policy"] = "reward"  # trunk the critic starts from (the policy's, if no model)
+    critic_init: Literal["reward", "policy"] = "reward"  # body the critic starts from (the policy's, if no model)
     critic_warmup: int = 0  # first iterations in which only the critic learns
 
     share: Literal["none", "trunk", "lora"] = "none"  # four models; policy with a value head; adapters on one base
@@ -276,7 +276,7 @@ def join(rollout):
 
 def actor(policy):
     """A policy as a language model, without the value head that --share trunk puts on it."""
-    return policy.trunk if isinstance(policy, gpt.ScoreModel) else policy
+    return policy.body if isinstance(policy, gpt.ScoreModel) else policy
 
 
 def policy_forward(model, rollout, config: Config):
@@ -291,7 +291,7 @@ def critic_forward(critic, rollout, config: Config):
     """V_t (B, T), read where token t is predicted: the state before it."""
     critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
     tokens, segments, Q = join(rollout)
-    return critic.values(critic.trunk(tokens, segments, config.remat)[:, Q - 1 : -1])
+    return critic.values(critic.body(tokens, segments, config.remat)[:, Q - 1 : -1])
 
 
 def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
@@ -466,7 +466,7 @@ def load_policy(config: Config, key):
     ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))
     policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: the policy's arrays are donated
     if config.share == "trunk":
-        policy = replace(gpt.init_score_model(policy, key, zero=True), trunk=policy)
+        policy = replace(gpt.init_score_model(policy, key, zero=True), body=policy)
     return policy, ref, tokenizer
 
 
@@ -480,15 +480,15 @@ def load_rewards(config: Config, tokenizer, ref):
 
 
 def make_critic(policy, ref, models, config: Config, key):
-    """(critic, what it starts from): the trunk (or adapter) of the first reward model or of the policy, and a head of
+    """(critic, what it starts from): the body (or adapter) of the first reward model or of the policy, and a head of
     zeros. None where the policy has the value head, or groups take a critic's place."""
     if config.advantage != "gae" or config.share == "trunk":
         return None, "none" if config.advantage != "gae" else "a head on the policy"
-    trunks = [model.trunk for model in models] if config.critic_init == "reward" else []
-    trunks = [trunk for trunk in trunks if type(trunk) is type(policy)]  # a whole model is no start for an adapter
-    start, name = (trunks[0], "reward trunk") if trunks else (policy, "policy trunk")
-    trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
-    return gpt.shard(replace(gpt.init_score_model(gpt.attach(start, ref), key, zero=True), trunk=trunk)), name
+    bodies = [model.body for model in models] if config.critic_init == "reward" else []
+    bodies = [body for body in bodies if type(body) is type(policy)]  # a whole model is no start for an adapter
+    start, name = (bodies[0], "reward body") if bodies else (policy, "policy body")
+    body = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)
+    return gpt.shard(replace(gpt.init_score_model(gpt.attach(start, ref), key, zero=True), body=body)), name
 
 
 # ---------------------------------------------------------------------------------------------------- scores

@@ -47,7 +47,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 5e-5  # of the trunk; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the body; 0 trains the head alone (a linear probe)
     head_lr: float = 1e-3  # of the head
     warmup: int = 10  # steps of linear warm-up; then linear to 0
     weight_decay: float = 0.0
@@ -87,7 +87,7 @@ class Config:
 
 
 class State(NamedTuple):
-    model: gpt.ScoreModel  # its trunk may be an adapter
+    model: gpt.ScoreModel  # its body may be an adapter
     opt_state: tuple
 
 
@@ -133,7 +133,7 @@ def distillation_loss(scores, teacher, weight=None):
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
     """(scores (B, 2), hidden states (2 B, T, D)) of a batch of pairs."""
     flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments")}
-    hidden = model.trunk(flat["tokens"], flat["segments"], remat)
+    hidden = model.body(flat["tokens"], flat["segments"], remat)
     return model.pooled(hidden, flat["segments"]).reshape(-1, 2), hidden
 
 
@@ -149,7 +149,7 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
         loss, more = distillation_loss(scores, batch["teacher"], batch["weight"])
         metrics |= more
     if config.lm_coef:
-        logprobs, _ = gpt.head_logprobs(model.trunk, hidden[::2, :-1], batch["tokens"][:, 0, 1:])
+        logprobs, _ = gpt.head_logprobs(model.body, hidden[::2, :-1], batch["tokens"][:, 0, 1:])
         total = jnp.where(batch["mask"][:, 0, 1:] > 0, logprobs, 0).sum()
         lm_loss = -total / jnp.maximum((batch["weight"] * batch["tokens_a_pair"]).sum(), 1e-9)
         loss, metrics = loss + config.lm_coef * lm_loss, metrics | {"lm_loss": lm_loss}
@@ -180,13 +180,13 @@ def make_train_step(optimizer, config: Config):
 
 
 def make_optimizer(config: Config, steps: int):
-    """AdamW with one learning rate for the trunk and one for the head, both linear to 0."""
+    """AdamW with one learning rate for the body and one for the head, both linear to 0."""
     groups = lambda model: jax.tree_util.tree_map_with_path(
-        lambda path, _: "trunk" if "trunk" in jax.tree_util.keystr(path) else "head", model
+        lambda path, _: "body" if "body" in jax.tree_util.keystr(path) else "head", model
     )
     rate = lambda lr: gpt.schedule(lr, steps, config.warmup, "linear")
     make = lambda lr: gpt.adamw(rate(lr), config.weight_decay) if lr else optax.set_to_zero()
-    return optax.multi_transform({"trunk": make(config.lr), "head": make(config.head_lr)}, groups)
+    return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
@@ -410,7 +410,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def load_trunk(config: Config, key):
+def load_body(config: Config, key):
     """The model to start from, and its tokenizer: with --init none a fresh one with the teacher's tokenizer."""
     if config.init != "none":
         return gpt.load_policy(config.init)
@@ -439,11 +439,11 @@ def load_teachers(config: Config, tokenizer) -> list[gpt.ScoreModel]:
 def train_member(member: int, config: Config, optimizer, train_step, steps: int, teachers=()):
     """One reward model from pairs, trained, normalised, written."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = load_trunk(config, jax.random.fold_in(key, 3))
+    body, tokenizer = load_body(config, jax.random.fold_in(key, 3))
     batches = load_pairs(config, tokenizer, member)
-    model = gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer))
-    trunk, base = gpt.trainable(trunk, config, jax.random.fold_in(key, 2))
-    model = gpt.shard(replace(model, trunk=trunk))
+    model = gpt.init_score_model(body, key, config.pool, suffix_ids(config, tokenizer))
+    body, base = gpt.trainable(body, config, jax.random.fold_in(key, 2))
+    model = gpt.shard(replace(model, body=body))
     state = State(model, gpt.shard(optimizer.init(model)))
 
     run = gpt.Run(config, steps, batches.hashes, member=member)
@@ -493,7 +493,7 @@ def main(config: Config):
     gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
     heldout = config.heldout or gpt.heldout_file(config.data)
-    _, tokenizer = load_trunk(config, jax.random.key(0))
+    _, tokenizer = load_body(config, jax.random.key(0))
     teachers = load_teachers(config, tokenizer)
     check_inputs(config, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch

@@ -135,7 +135,7 @@ def policy(adapter, base):
 
 
 def scorer(adapter, base):
-    return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), trunk=adapter)
+    return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), body=adapter)
 
 
 @pytest.mark.parametrize("folder", ["llama", "llama3"])  # a head of its own, and a tied one
@@ -190,7 +190,7 @@ def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, nam
     part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down", "wte", "head"))
     back = gpt.load_adapter(tmp_path, base, golden / name)
     if part_of is scorer:  # what changes the head of a language model is not kept
-        part.trunk.tables.pop("head", None)
+        part.body.tables.pop("head", None)
     assert jax.tree.structure(back) == jax.tree.structure(part)
     jax.tree.map(np.testing.assert_array_equal, back, part)
     if part_of is scorer:
@@ -321,7 +321,7 @@ def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
     base, tokenizer = gpt.load(world / "base")
     adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", (base, world / "base"))
     merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
-    assert isinstance(adapter.trunk, gpt.Adapter) and isinstance(merged.trunk, gpt.GPT)
+    assert isinstance(adapter.body, gpt.Adapter) and isinstance(merged.body, gpt.GPT)
     score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
     ours = score(gpt.attach(adapter, base))
     np.testing.assert_allclose(ours, score(merged), rtol=1e-4, atol=1e-5)
@@ -332,7 +332,7 @@ def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, judge, monkeypatc
     ppo.main(ppo_options(world, "ppo", share="lora"))
     steps = log(world / "ppo")
     assert "a model of its own" not in capsys.readouterr().out
-    assert json.loads((world / "ppo" / "config.json").read_text())["run"]["critic"] == "reward trunk"
+    assert json.loads((world / "ppo" / "config.json").read_text())["run"]["critic"] == "reward body"
     assert abs(steps[0]["objective/kl"]) < 1e-6 < steps[-1]["objective/kl_exact"]
     assert all(row["val/ratio_first"] == 1 and row["val/decode_drift"] < 1e-4 for row in steps)
 
@@ -352,7 +352,7 @@ def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, judge, capsy
     ppo.main(ppo_options(world, "whole", share="lora", steps=1))
     (world / "judge" / "elsewhere").rename(world / "judge" / "adapter")
     assert "judge has no adapter on" in capsys.readouterr().out
-    assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy trunk"
+    assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy body"
 
 
 @pytest.mark.parametrize("how", [dict(share="trunk"), dict(advantage="grpo", group_size=4)])
@@ -427,6 +427,6 @@ def test_a_critic_has_the_width_of_the_reward_model_that_it_starts_from():
     model = lambda dim: gpt.init(gpt.make_config(16, 8, 1, 2, dim), jax.random.key(0))
     policy, student = model(16), gpt.init_score_model(model(8), jax.random.key(1))
     critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(), jax.random.key(2))
-    assert critic.head.shape == (8,) and critic.trunk.config.dim == 8 and name == "reward trunk"
+    assert critic.head.shape == (8,) and critic.body.config.dim == 8 and name == "reward body"
     critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(critic_init="policy"), jax.random.key(2))
-    assert critic.head.shape == (16,) and name == "policy trunk"
+    assert critic.head.shape == (16,) and name == "policy body"

@@ -228,7 +228,7 @@ def test_reward_micro_batches_of_unequal_weights_and_lengths_equal_one_big_batch
     (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
     np.testing.assert_allclose(one, two, rtol=1e-5)
     if lm_coef:
-        logprobs = gpt.token_logprobs(model.trunk, batch["tokens"][:, 0], batch["segments"][:, 0])
+        logprobs = gpt.token_logprobs(model.body, batch["tokens"][:, 0], batch["segments"][:, 0])
         np.testing.assert_allclose(metrics["lm_loss"], -gpt.masked_mean(logprobs, batch["mask"][:, 0, 1:]), rtol=1e-5)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), grads, other)
 
@@ -647,7 +647,7 @@ def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     @partial(jax.grad, argnums=(0, 1))
     def expected(policy, critic):
         logprobs = gpt.token_logprobs(policy, tokens, segments)[:, 3:]  # after 4 prompt tokens
-        values = critic.values(critic.trunk(tokens, segments))[:, 3:-1]  # read before the token
+        values = critic.values(critic.body(tokens, segments))[:, 3:-1]  # read before the token
         reinforce = -(logprobs * rollout.advantages[FOUR] * mask).sum() / mask.sum()
         half_mse = 0.5 * ((values - rollout.returns[FOUR]) ** 2 * mask).sum() / mask.sum()
         return reinforce + half_mse
@@ -666,7 +666,7 @@ def expected_update(objective, *models):
 def test_on_one_trunk_the_loss_is_the_policys_and_vf_coef_times_the_critics():
     state, ref, batch, generation, config = world()
     config = replace(config, share="trunk", vf_coef=0.3, clip_value=np.inf)
-    policy = replace(state.critic, trunk=state.policy)
+    policy = replace(state.critic, body=state.policy)
     state = ppo.State(policy, SGD.init(policy), None, (), jnp.asarray(0.1))
     rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
     after, metrics = updater(config)(copy(state), ref, rollout, FOUR)
@@ -675,8 +675,8 @@ def test_on_one_trunk_the_loss_is_the_policys_and_vf_coef_times_the_critics():
     tokens, segments, Q = ppo.join(part)
 
     def objective(policy):
-        hidden = policy.trunk(tokens, segments)[:, Q - 1 : -1]
-        logprobs = gpt.token_logprobs(policy.trunk, tokens, segments)[:, Q - 1 :]
+        hidden = policy.body(tokens, segments)[:, Q - 1 : -1]
+        logprobs = gpt.token_logprobs(policy.body, tokens, segments)[:, Q - 1 :]
         errors = 0.5 * (policy.values(hidden) - part.returns) ** 2
         return ((-logprobs * part.advantages + 0.3 * errors) * part.mask).sum() / part.mask.sum()
 
@@ -719,7 +719,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     state, ref, batch, _, config = world()
     config = replace(config, share="lora", lora_rank=2)
     adapter, base = gpt.trainable(state.policy, config, jax.random.key(6))
-    critic = replace(state.critic, trunk=adapter)
+    critic = replace(state.critic, body=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic), state.beta)
     policy = gpt.attach(adapter, base)
     generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
@@ -734,7 +734,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
         a = np.asarray(adapter.blocks[name].a)
         assert same(layer.a, adapter.blocks[name].a)
         np.testing.assert_allclose(layer.b, layer.scale * a.swapaxes(1, 2) @ step, atol=2e-5)
-    assert not same(after.critic.trunk, adapter)
+    assert not same(after.critic.body, adapter)
 
 
 def test_rollouts_are_sampled_in_the_precision_that_is_scored():
@@ -767,7 +767,7 @@ def test_rollout_estimates_are_the_ones_of_the_box():
         for out, model in ((logprobs, state.policy), (refs, ref)):
             logits = np.asarray(model.logits(hidden(model, row)))[0, before].astype(float) / 0.7
             out[b, :n] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(n), responses[b, :n]]
-        values[b, :n] = np.asarray(hidden(state.critic.trunk, row))[0, before] @ np.asarray(state.critic.head)
+        values[b, :n] = np.asarray(hidden(state.critic.body, row))[0, before] @ np.asarray(state.critic.head)
         rewards[b, :n] = -0.1 * (logprobs - refs)[b, :n]
         rewards[b, n - 1] += float(SCORES[b])
     advantages = brute_force_gae(rewards, values, mask, 1.0, 0.95)
