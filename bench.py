@@ -528,7 +528,7 @@ def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
     dtype = gpt.compute_dtype(settings.dtype)
     policy = model = gpt.init(shape, key)
     if settings.share == "lora":
-        policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+        policy = gpt.init_adapter(model, settings.lora_rank, key)
     reward = dataclasses.replace(gpt.init_score_model(model, key), body=policy if settings.share == "lora" else model)
     scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), body=policy)
     if settings.share == "trunk":
@@ -616,7 +616,7 @@ def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) 
         model, base = gpt.init(shape, key), None
         if settings.lora_rank:
             base = gpt.cast(model, gpt.compute_dtype(settings.dtype))
-            model = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+            model = gpt.init_adapter(model, settings.lora_rank, key)
         return sft.State(model, optimizer.init(model)), base
 
     state, base = jax.eval_shape(lambda: start(jax.random.key(0)))

@@ -60,8 +60,6 @@ class Config:
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     rounds: int = 1  # 1: --data alone. More: each further round on fresh pairs of the current policy
     reward: str = "out/reward"  # who labels them: a reward-model folder, or module:function
@@ -347,7 +345,7 @@ def main(config: Config):
     steps = first_round + (config.rounds - 1) * config.round_steps
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
+    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
     state = State(policy, gpt.shard(optimizer.init(policy)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])

@@ -500,14 +500,14 @@ LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
 
-def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Adapter:
-    """A fresh adapter on the layers named in `targets`: what reads an input of width I uniform in +- 1/sqrt(I), the
-    other factor zero, so that nothing changes. Without an `alpha` it is twice the rank."""
+def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
+    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
+    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
     unknown = set(targets) - set(TARGETS)
     if unknown or rank < 1:
         raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
                          f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
-    adapter, scale = Adapter({}, {}), (alpha or 2 * rank) / rank
+    adapter, scale = Adapter({}, {}), 2.0
     for i, name in enumerate(TARGETS):
         layer = getattr(base.blocks if name in LINEARS else base, name)
         if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
@@ -560,13 +560,12 @@ def merge(tree):
     return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
-def trainable(model: GPT, config, key):
-    """(what learns, the frozen base): all of the model and None, or by --lora-rank an adapter on it. `config` is the
-    script's dataclass: its lora_rank, lora_alpha, lora_targets and dtype are read."""
-    if not config.lora_rank:
+def trainable(model: GPT, rank: int, dtype: str, key, targets=TARGETS):
+    """(what learns, its frozen base): with a rank of 0 all of the model, and None. With a higher one a fresh adapter of
+    that rank on the layers `targets`, and the model in the precision of the forward pass, as in `compute_dtype`."""
+    if rank == 0:
         return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    adapter = init_adapter(model, config.lora_rank, config.lora_alpha, config.lora_targets, key)
-    return shard(adapter), shard(cast(model, compute_dtype(config.dtype)))
+    return shard(init_adapter(model, rank, key, targets)), shard(cast(model, compute_dtype(dtype)))
 
 
 def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):

@@ -62,8 +62,6 @@ class Config:
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -292,7 +290,7 @@ def main(config: Config):
     steps = config.steps or batches.steps_per_epoch
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
+    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
     share = base is not None and not config.ref  # with adapters the reference is their base
     ref = base if share else gpt.load_frozen(config.ref or config.init, config.dtype)
     state = State(policy, gpt.shard(optimizer.init(policy)))

@@ -78,7 +78,6 @@ class Config:
     share: Literal["none", "trunk", "lora"] = "none"  # four models; policy with a value head; adapters on one base
     vf_coef: float = 0.1  # trunk: weight of the value loss beside the policy's
     lora_rank: int = 16  # lora: rank of the adapters
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
     lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
     advantage: Literal["gae", "grpo", "rloo"] = "gae"  # by a critic; by comparison within groups, without one
     group_size: int = 4  # grpo, rloo: answers a prompt, of which --batch-size and --minibatch-size count each
@@ -462,7 +461,7 @@ def load_policy(config: Config, key):
     """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
     policy, tokenizer = gpt.load_policy(config.init)
     if config.share == "lora":
-        return *gpt.trainable(policy, config, key), tokenizer
+        return *gpt.trainable(policy, config.lora_rank, config.dtype, key, config.lora_targets), tokenizer
     ref = gpt.shard(gpt.cast(policy, gpt.compute_dtype(config.dtype)))
     policy = gpt.shard(jax.tree.map(jnp.array, policy))  # of its own: the policy's arrays are donated
     if config.share == "trunk":

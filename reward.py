@@ -53,8 +53,6 @@ class Config:
     weight_decay: float = 0.0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
@@ -442,7 +440,7 @@ def train_member(member: int, config: Config, optimizer, train_step, steps: int,
     body, tokenizer = load_body(config, jax.random.fold_in(key, 3))
     batches = load_pairs(config, tokenizer, member)
     model = gpt.init_score_model(body, key, config.pool, suffix_ids(config, tokenizer))
-    body, base = gpt.trainable(body, config, jax.random.fold_in(key, 2))
+    body, base = gpt.trainable(body, config.lora_rank, config.dtype, jax.random.fold_in(key, 2))
     model = gpt.shard(replace(model, body=body))
     state = State(model, gpt.shard(optimizer.init(model)))
 

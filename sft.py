@@ -51,8 +51,6 @@ class Config:
     temperature: float = 1.0  # of teacher and student in distillation
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
     family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
@@ -182,7 +180,7 @@ def main(config: Config):
 
     lr = gpt.schedule(config.lr, config.steps, config.warmup, config.schedule, config.final_lr)
     optimizer = gpt.adamw(lr, config.weight_decay, b2=config.b2)
-    model, base = gpt.trainable(model, config, jax.random.fold_in(key, 1))
+    model, base = gpt.trainable(model, config.lora_rank, config.dtype, jax.random.fold_in(key, 1))
     state = State(model, gpt.shard(optimizer.init(model)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda model, batch: (forward(model, batch, config)[0], count_items(batch, config)))

@@ -27,9 +27,9 @@ def same_mesh():
     jax.set_mesh(before)
 
 
-def adapter_of(model, rank=3, alpha=6.0, targets=gpt.TARGETS, seed=1):
+def adapter_of(model, rank=3, targets=gpt.TARGETS):
     """A fresh adapter moved off its start, where one factor is 0 and half of the arithmetic would go unseen."""
-    fresh = gpt.init_adapter(model, rank, alpha, targets, jax.random.key(seed))
+    fresh = gpt.init_adapter(model, rank, jax.random.key(1), targets)
     noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
     return fresh, jax.tree.map(noise, fresh)
 
@@ -123,7 +123,7 @@ def test_layers_and_ranks_that_cannot_be_are_named(tiny_model):
 def write(folder, name, golden, part_of, targets=gpt.TARGETS):
     """A golden model with an adapter, as a run writes it: (part, base, what is in the adapter's files)."""
     base, _ = gpt.load(golden / name)
-    part = part_of(adapter_of(base, 4, 8.0, targets)[1], base)
+    part = part_of(adapter_of(base, 4, targets)[1], base)
     gpt.save_adapter(folder / "adapter", part, golden / name)
     gpt.save(folder, gpt.merge(gpt.attach(part, base)), None)
     tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
@@ -222,7 +222,7 @@ def world(tmp_path_factory, words):
 def options(world, name, data, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / f"{data}.jsonl"),), out=world / name, steps=8, batch_size=16,
-        length=16, lr=2e-2, warmup=1, lora_rank=2, lora_alpha=4.0, dtype="float32",
+        length=16, lr=2e-2, warmup=1, lora_rank=2, dtype="float32",
     )  # fmt: skip
     return plan | more
 

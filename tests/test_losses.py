@@ -718,7 +718,7 @@ def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advan
 def test_adapters_on_one_base_learn_and_leave_it_alone():
     state, ref, batch, _, config = world()
     config = replace(config, share="lora", lora_rank=2)
-    adapter, base = gpt.trainable(state.policy, config, jax.random.key(6))
+    adapter, base = gpt.trainable(state.policy, 2, config.dtype, jax.random.key(6))
     critic = replace(state.critic, body=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic), state.beta)
     policy = gpt.attach(adapter, base)
