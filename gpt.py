@@ -1373,7 +1373,7 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
     if scores:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
-    model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
+    model = _fill(config, read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
 
@@ -1416,12 +1416,12 @@ def ensemble_folders(path) -> list:
 
 
 def load_reward_model(path, tokenizer, ours, dtype: str, base=None) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `base`, (model, its folder): the
-    adapter and head alone, if PATH has them for this base."""
-    model = load_adapter(path, *base) if base else None
+    """A frozen reward model that reads the ids of `ours`, the policy's folder. With the folder of a `base`: its adapter
+    and head alone, to be attached to that base, if PATH has an adapter on it."""
+    model = load_adapter(path, base) if base else None
     if base and model is None:
-        command = f"reward.py --init {base[1]} --lora-rank 8"
-        print(f"{path} has no adapter on {base[1]} and stays a model of its own ({command} makes one that shares it)")
+        command = f"reward.py --init {base} --lora-rank 8"
+        print(f"{path} has no adapter on {base} and stays a model of its own ({command} makes one that shares it)")
     model, theirs = load(path) if model is None else (model, load_tokenizer(path))
     if not isinstance(model, ScoreModel):
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
@@ -1464,7 +1464,7 @@ def find_folder(path) -> Path:
         ) from error
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
     tensors = {}
@@ -1585,111 +1585,48 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         write_json(path / "config.json", hf | (extra or {}))
 
 
-def save_adapter(path, part: Adapter | ScoreModel, base):
-    """Write an adapter (of a score model: and its head) in the layout of PEFT, whose `PeftModel.from_pretrained` puts
-    it on `base`, a model folder. The base is named by the hash of its weights as well as by its place."""
+def save_adapter(path, model: Adapter | ScoreModel, base):
+    """Write an adapter, or a score model whose body is one, into the folder `path`: adapter.safetensors with each array
+    under its name ("blocks.q.a" (L, I, r), "tables.wte.b" (r, D), a score's "head" (D,)), and adapter.json. `base` is
+    the folder of the frozen model, which is named there by a hash of its weights too. `convert.py` exports to PEFT."""
     from safetensors.numpy import save_file
 
-    path, folder, scores = Path(path), find_folder(base), isinstance(part, ScoreModel)
-    config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    adapter = part.body if scores else part
-    tables = {name: x for name, x in adapter.tables.items() if name == "wte" or not scores}  # a score has no such head
-    (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in (*adapter.blocks.values(), *tables.values()))
-    pairs = lambda parts: to_numpy({name: (x.a, x.b) for name, x in parts.items()})
-    layers = pairs(adapter.blocks)
-    places = peft_places(config, layers, rank)
-    tensors, ranks = {}, {}
-    for module in dict.fromkeys(module for module, _, _ in places.values()):
-        names = [name for name in layers if places[name][0] == module]
-        a, b = (np.concatenate([layers[name][i] for name in names], 2 - i) for i in (0, 1))
-        if module.endswith("c_attn"):
-            b, stacked = np.zeros((*b.shape[:2], 3 * b.shape[2]), b.dtype), b
-            for name in names:
-                _, rows, columns = places[name]
-                b[:, rows, columns] = stacked[:, rows]
-        ranks[module.split("{i}.")[1]] = a.shape[-1]
-        for i in range(config.layers):  # torch keeps the transpose
-            name = f"base_model.model.{module.format(i=i)}"
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
-            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
-    tied = "wte" in tables and config.tied and not scores
-    for name, factors in pairs(tables).items():
-        ranks[peft_table(config, name)[0].split(".")[-1]] = rank
-        for place in TABLES if tied else [name]:  # PEFT keeps what changes a tied head a second time
-            module, theirs, turned = peft_table(config, place)
-            for suffix, factor in zip(theirs, factors):
-                factor = factor.T if turned else factor
-                tensors[f"base_model.model.{module}.{suffix}"] = np.ascontiguousarray(factor)
-    if scores:
-        tensors["base_model.model.score.weight"] = np.asarray(_to_host(part.head), np.float32)[None]
-        if part.query is not None:
-            tensors["base_model.model.score.query"] = np.asarray(_to_host(part.query), np.float32)
-    wide = {module: r for module, r in ranks.items() if r != rank}
-    settings = dict(
-        peft_type="LORA", task_type="SEQ_CLS" if scores else "CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
-        lora_alpha=rank * scale, lora_dropout=0.0, bias="none", fan_in_fan_out=config.gpt2, inference_mode=True,
-        target_modules=list(ranks), modules_to_save=["score"] if scores else None,
-        rank_pattern=wide, alpha_pattern={module: r * scale for module, r in wide.items()},
-        ensure_weight_tying=tied,
-    )  # fmt: skip
-    notes = {"format": "pt", "base": weights_hash(folder), "targets": " ".join([*layers, *tables])}
+    path, is_score = Path(path), isinstance(model, ScoreModel)
+    adapter = model.body if is_score else model
+    tensors = {}
+    for place, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = _path(place).removeprefix("body.")
+        if not (is_score and name.startswith("tables.head.")):  # no score is read from the words' head
+            tensors[name] = np.asarray(_to_host(leaf), np.float32, order="C")
+    layer = next(iter((adapter.blocks | adapter.tables).values()))
+    about = dict(kind="reward model" if is_score else "policy", rank=layer.a.shape[-1], scale=layer.scale)
+    about |= dict(pool=model.pool, suffix=model.suffix) if is_score else {}
+    about |= dict(base=str(base), base_hash=weights_hash(find_folder(base)))
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "adapter_model.safetensors", lambda file: save_file(tensors, file, metadata=notes))
-        write_json(path / "adapter_config.json", settings)
+        write_atomic(path / "adapter.safetensors", partial(save_file, tensors))
+        write_json(path / "adapter.json", about)
 
 
-def peft_places(config: Config, targets, rank: int) -> dict[str, tuple[str, slice, slice]]:
-    """layer -> (module, rows, columns): where PEFT keeps its B (r, O), whose rows are A's columns. GPT-2's q, k and v
-    are one module there, of two or three times the rank: their A side by side, their B as blocks on a diagonal."""
-    theirs = {ours: name.removesuffix(".weight") for ours, name, _ in layout(config)}
-    fused, width = [name for name in targets if config.gpt2 and name in "qkv"], config.heads * config.head_dim
-    places = {name: (theirs[f"blocks.{name}.weight"], slice(rank), slice(None)) for name in targets}
-    for i, name in enumerate(fused):
-        column = "qkv".index(name) * width
-        rows, columns = slice(i * rank, (i + 1) * rank), slice(column, column + width)
-        places[name] = (places[name][0].removesuffix(name) + "c_attn", rows, columns)
-    return places
-
-
-def peft_table(config: Config, name: str) -> tuple[str, tuple[str, str], bool]:
-    """(PEFT's module, its names for a table's two factors, whether they lie transposed there)."""
-    if name == "head":
-        return "lm_head", ("lora_B.weight", "lora_A.weight"), False
-    module = next(theirs for ours, theirs, _ in layout(config) if ours == name).removesuffix(".weight")
-    return module, ("lora_embedding_A", "lora_embedding_B"), True
-
-
-def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
-    """The adapter that a training script left in PATH/adapter, to be put on `base`, the model of `base_folder`; None
-    where there is none, or none for these weights."""
-    from safetensors import safe_open
-
-    path, config = Path(path), base.config
-    if not (path / "adapter" / "adapter_config.json").is_file():
+def load_adapter(path, base) -> Adapter | ScoreModel | None:
+    """The adapter in PATH/adapter, to be attached to the model of the folder `base`; None where there is none, or where
+    it was trained on other weights than those."""
+    folder = Path(path) / "adapter"
+    if not (folder / "adapter.json").is_file():
         return None
-    settings = json.loads((path / "adapter" / "adapter_config.json").read_text())
-    with safe_open(path / "adapter" / "adapter_model.safetensors", "numpy") as file:
-        notes = file.metadata()
-        tensors = {name.removeprefix("base_model.model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if notes["base"] != weights_hash(find_folder(base_folder)):
+    about = json.loads((folder / "adapter.json").read_text())
+    if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    stacked = lambda module, x: jnp.stack(
-        [tensors[f"{module.format(i=i)}.lora_{x}.weight"].T for i in range(config.layers)]
-    )
-    adapter, targets, rank = Adapter({}, {}), notes["targets"].split(), settings["r"]
-    linears, scale = [name for name in targets if name in LINEARS], settings["lora_alpha"] / rank
-    for name, (module, rows, columns) in peft_places(config, linears, rank).items():
-        a, b = stacked(module, "A")[..., rows], stacked(module, "B")[:, rows, columns]
-        adapter.blocks[name] = LoraLinear(None, a, b, scale)
-    for name in (name for name in targets if name in TABLES):
-        module, theirs, turned = peft_table(config, name)
-        factors = (jnp.asarray(tensors[f"{module}.{suffix}"]) for suffix in theirs)
-        adapter.tables[name] = LoraTable(None, *(x.T if turned else x for x in factors), scale)
-    if settings["task_type"] == "CAUSAL_LM":
+    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    adapter = Adapter({}, {})
+    for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
+        place, layer = name.split(".")
+        kind = LoraLinear if place == "blocks" else LoraTable
+        getattr(adapter, place)[layer] = kind(None, tensors[name + ".a"], tensors[name + ".b"], about["scale"])
+    if about["kind"] == "policy":
         return adapter
-    score = json.loads((path / "config.json").read_text())["score"]
-    return dataclasses.replace(_fill_score(base, tensors, path, score), body=adapter)
+    head, query, bias = tensors["head"], tensors.get("query"), tensors["bias"]
+    return ScoreModel(adapter, head, query, bias, about["pool"], tuple(about["suffix"]))
 
 
 def weights_hash(folder: Path) -> str:

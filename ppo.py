@@ -469,12 +469,12 @@ def load_policy(config: Config, key):
     return policy, ref, tokenizer
 
 
-def load_rewards(config: Config, tokenizer, ref):
+def load_rewards(config: Config, tokenizer):
     """(reward models, reward function): one of the two."""
     if len(config.reward) == 1 and ":" in config.reward[0]:
         return [], gpt.load_function(config.reward[0])
     folders = [folder for name in config.reward for folder in gpt.ensemble_folders(name)]
-    base = (ref, config.init) if config.share == "lora" else None
+    base = config.init if config.share == "lora" else None
     return [gpt.load_reward_model(folder, tokenizer, config.init, config.dtype, base) for folder in folders], None
 
 
@@ -576,7 +576,7 @@ def main(config: Config):
     key = gpt.start(config.seed)
     config = resolve(config)
     policy, ref, tokenizer = load_policy(config, key)
-    models, function = load_rewards(config, tokenizer, ref)
+    models, function = load_rewards(config, tokenizer)
     critic, critic_from = make_critic(policy, ref, models, config, key)
     models = [gpt.attach(model, ref) for model in models]
     monitor = gpt.load_function(config.monitor) if config.monitor != "none" else None

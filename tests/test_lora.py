@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+import convert
 import dpo
 import gpt
 import ipo_kto
@@ -120,14 +121,20 @@ def test_layers_and_ranks_that_cannot_be_are_named(tiny_model):
 # files ----------------------------------------------------------------------------------------------------------------
 
 
-def write(folder, name, golden, part_of, targets=gpt.TARGETS):
-    """A golden model with an adapter, as a run writes it: (part, base, what is in the adapter's files)."""
+def write(folder, name, golden, model_of, targets=gpt.TARGETS):
+    """A golden model with an adapter, in folder/run as a run writes it and in folder/peft as PEFT does: (adapter or
+    score model, base, PEFT's tensors and settings)."""
     base, _ = gpt.load(golden / name)
-    part = part_of(adapter_of(base, 4, targets)[1], base)
-    gpt.save_adapter(folder / "adapter", part, golden / name)
-    gpt.save(folder, gpt.merge(gpt.attach(part, base)), None)
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    return part, base, tensors, json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    model = model_of(adapter_of(base, 4, targets)[1], base)
+    gpt.save_adapter(folder / "run" / "adapter", model, golden / name)
+    gpt.save(folder / "run", gpt.merge(gpt.attach(model, base)), None)
+    convert_folder(folder / "run", folder / "peft")
+    tensors = load_file(folder / "peft" / "adapter_model.safetensors")
+    return model, base, tensors, json.loads((folder / "peft" / "adapter_config.json").read_text())
+
+
+def convert_folder(source, target, base=None):
+    convert.main(convert.Config(str(source), str(target), base and str(base)))
 
 
 def policy(adapter, base):
@@ -140,7 +147,7 @@ def scorer(adapter, base):
 
 @pytest.mark.parametrize("folder", ["llama", "llama3"])  # a head of its own, and a tied one
 def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, folder):
-    part, base, tensors, settings = write(tmp_path, folder, golden, policy)
+    model, base, tensors, settings = write(tmp_path, folder, golden, policy)
     c = base.config
     attention = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
     sizes = {f"self_attn.{x}_proj": (c.dim, n) for x, n in attention.items()}
@@ -155,21 +162,23 @@ def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, fold
     expected |= {f"{name}.lora_embedding_A": (4, V), f"{name}.lora_embedding_B": (c.dim, 4)}
     expected |= {"base_model.model.lm_head.lora_A.weight": (4, c.dim), "base_model.model.lm_head.lora_B.weight": (V, 4)}
     assert {name: x.shape for name, x in tensors.items()} == expected
-    tables = {"embed_tokens"} if c.tied else {"embed_tokens", "lm_head"}
-    assert set(settings["target_modules"]) == {*sizes, *tables} and settings["ensure_weight_tying"] == c.tied
+    assert (
+        set(settings["target_modules"]) == {*sizes, "embed_tokens", "lm_head"}
+        and settings["ensure_weight_tying"] == c.tied
+    )
     assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 8.0, "CAUSAL_LM")
     assert settings["base_model_name_or_path"] == str(golden / folder) and not settings["fan_in_fan_out"]
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-    np.testing.assert_array_equal(tensors[name], np.asarray(part.blocks["up"].a[1]).T)
-    table, head = part.tables["wte"], part.tables["wte" if c.tied else "head"]
+    np.testing.assert_array_equal(tensors[name], np.asarray(model.blocks["up"].a[1]).T)
+    table, head = model.tables["wte"], model.tables["wte" if c.tied else "head"]
     np.testing.assert_array_equal(tensors["base_model.model.model.embed_tokens.lora_embedding_A"], table.a.T)
     np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_B.weight"], head.a)
     np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_A.weight"], head.b)
 
 
 def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
-    part, base, tensors, settings = write(tmp_path, "gpt2", golden, policy, ("q", "v", "o"))
+    model, base, tensors, settings = write(tmp_path, "gpt2", golden, policy, ("q", "v", "o"))
     D, name = base.config.dim, "base_model.model.transformer.h.0.attn.c_attn"
     assert settings["fan_in_fan_out"] and set(settings["target_modules"]) == {"attn.c_attn", "attn.c_proj"}
     assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"]) == (
@@ -179,25 +188,120 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
     assert a.shape == (D, 8) and b.shape == (8, 3 * D)
     change = 2.0 * a @ b  # alpha / r of the fused layer
     for i, x in enumerate("qkv"):
-        lora = part.blocks.get(x)
+        lora = model.blocks.get(x)
         expected = 0 * change[:, :D] if lora is None else 2.0 * np.asarray(lora.a[0]) @ np.asarray(lora.b[0])
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("part_of", [policy, scorer])
-def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, part_of):
-    part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down", "wte", "head"))
-    back = gpt.load_adapter(tmp_path, base, golden / name)
-    if part_of is scorer:  # what changes the head of a language model is not kept
-        part.body.tables.pop("head", None)
-    assert jax.tree.structure(back) == jax.tree.structure(part)
-    jax.tree.map(np.testing.assert_array_equal, back, part)
-    if part_of is scorer:
+@pytest.mark.parametrize("model_of", [policy, scorer])
+def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
+    model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))
+    if model_of is scorer:  # what changes the head of a language model is not kept
+        model.body.tables.pop("head", None)
         assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
         assert tensors["base_model.model.score.weight"].shape == (1, base.config.dim)
-    assert gpt.load_adapter(tmp_path, base, golden / "qwen2") is None
-    assert gpt.load_adapter(golden / name, base, golden / name) is None  # a folder without one
+    else:  # by this name PEFT finds that GPT-2's head is tied
+        assert "lm_head" in settings["target_modules"]
+    convert_folder(tmp_path / "peft", tmp_path / "again")
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        back = gpt.load_adapter(folder, golden / name)
+        assert jax.tree.structure(back) == jax.tree.structure(model)
+        jax.tree.map(np.testing.assert_array_equal, back, model)
+    run, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "again"))
+    assert run.keys() == again.keys()
+    jax.tree.map(np.testing.assert_array_equal, run, again)
+    assert gpt.load_adapter(tmp_path / "run", golden / "qwen2") is None
+    assert gpt.load_adapter(golden / name, golden / name) is None  # a folder without one
+
+
+def write_peft(folder, tensors, **settings):
+    """A folder as PEFT writes it on its own."""
+    folder.mkdir()
+    plain = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=3, bias="none", base_model_name_or_path=None)
+    (folder / "adapter_config.json").write_text(json.dumps(plain | settings))
+    tensors = {f"base_model.model.{name}": np.asarray(x, np.float32) for name, x in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def gpt2_factors(base, module, I, O, ranks):
+    """Random factors A (r, I) and B (O, r) of a module in every layer, under PEFT's names."""
+    rng, tensors = np.random.default_rng(0), {}
+    for i, r in zip(range(base.config.layers), ranks):
+        name = f"transformer.h.{i}.{module}"
+        tensors |= {f"{name}.lora_A.weight": rng.normal(size=(r, I)), f"{name}.lora_B.weight": rng.normal(size=(O, r))}
+    return tensors
+
+
+def test_an_adapter_that_peft_trained_changes_its_base_by_alpha_over_r_b_a(golden, tmp_path):
+    """q, k and v as one module of rank 2 that all three share, and an MLP's of rank 4 with an alpha of its own."""
+    base, _ = gpt.load(golden / "gpt2")
+    D, F = base.config.dim, base.config.ffn
+    modules = {"attn.c_attn": (D, 3 * D, 2, 3 / 2), "mlp.c_fc": (D, F, 4, 5 / 4)}
+    tensors = {}
+    for module, (I, O, r, _) in modules.items():
+        tensors |= gpt2_factors(base, module, I, O, [r] * base.config.layers)
+    pattern = dict(rank_pattern={"mlp.c_fc": 4}, alpha_pattern={"h.[0-9].mlp.c_fc": 5})
+    write_peft(tmp_path / "peft", tensors | {"transformer.wte.base_layer.weight": np.asarray(base.wte)}, **pattern)
+    convert_folder(tmp_path / "peft", tmp_path / "model", golden / "gpt2")
+    before, after = (load_file(folder / "model.safetensors") for folder in (golden / "gpt2", tmp_path / "model"))
+    for name, x in before.items():
+        module = next((module for module in modules if f"{module}.weight" in name), None)
+        if module is None:
+            np.testing.assert_array_equal(after[name], x, err_msg=name)
+        else:
+            A, B = (tensors[name.replace(".weight", f".lora_{factor}.weight")] for factor in "AB")
+            np.testing.assert_allclose(after[name], x + modules[module][-1] * (B @ A).T, rtol=1e-4, atol=1e-5)
+    # there and back again
+    convert_folder(tmp_path / "model", tmp_path / "peft-again")
+    convert_folder(tmp_path / "peft-again", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, x in after.items():
+        np.testing.assert_allclose(again[name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_converted_is_named(golden, tmp_path):
+    write(tmp_path, "gpt2", golden, policy)
+    base, _ = gpt.load(golden / "gpt2")
+    D, L = base.config.dim, base.config.layers
+    good, lopsided = (gpt2_factors(base, "attn.c_proj", D, D, [2] * (L - 1) + [r]) for r in (2, 3))
+    c_attn = gpt2_factors(base, "attn.c_attn", D, 3 * D, [2] * L)
+    embedding = {
+        "transformer.wte.lora_embedding_A": np.ones((2, len(base.wte))),
+        "transformer.wte.lora_embedding_B": np.ones((D, 2)),
+    }
+    first = next(iter(good))
+    kinds = {
+        "ia3": (good, dict(peft_type="IA3"), "peft_type = 'IA3' is not read here, only 'LORA'"),
+        "dora": (good, dict(use_dora=True), "use_dora = True is not read here"),
+        "missing": ({name: x for name, x in good.items() if name != list(good)[-1]}, {}, "lora_B.weight is missing"),
+        "moved": (
+            good | {"transformer.wte.base_layer.weight": base.wte + 1},
+            {},
+            "no place for the tensors transformer.wte",
+        ),
+        "extra": (good | {"score.bias": np.ones(1)}, {}, "no place for the tensors score.bias"),
+        "wide": (good | {first: np.ones((2, D + 1))}, {}, "and the base's weight is"),
+        "lopsided": (lopsided, {}, "another rank in some layers than in others"),
+        "zero": ({name: x * ("_A" in name) for name, x in c_attn.items()}, {}, "no adapter here changes a layer"),
+        "embedding": (embedding, {}, "this model's head is its embedding: both need the same adapter"),
+    }
+    for name, (tensors, settings, message) in kinds.items():
+        write_peft(tmp_path / name, tensors, **settings)
+        with pytest.raises(ValueError, match=message):
+            convert_folder(tmp_path / name, tmp_path / "out", golden / "gpt2")
+    for source in ("run", "peft"):  # with the weights of another base
+        with pytest.raises(ValueError, match="an adapter on another model than .*llama"):
+            convert_folder(tmp_path / source, tmp_path / "out", golden / "llama")
+    with pytest.raises(ValueError, match="does not say which model it is an adapter on: name it with --base"):
+        convert_folder(tmp_path / "ia3", tmp_path / "out")
+    with pytest.raises(ValueError, match="is a reward model"):
+        convert_folder(tmp_path / "ia3", tmp_path / "out", golden / "gpt2_score")
+    with pytest.raises(FileNotFoundError, match="no adapter in .*gpt2: a run with --lora-rank leaves"):
+        convert_folder(golden / "gpt2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert_folder(tmp_path / "run", tmp_path / "peft")
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -233,7 +337,7 @@ def log(folder):
 
 
 def folder_tensors(folder):
-    return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
+    return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter.safetensors")
 
 
 def has_adapter(name):
@@ -273,7 +377,7 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
     for name, x in before.items():
         assert np.array_equal(x, after[name]) != has_adapter(name), name
     base, _ = gpt.load(world / "base")
-    adapter = gpt.load_adapter(world / "sft", base, world / "base")
+    adapter = gpt.load_adapter(world / "sft", world / "base")
     merged, _ = gpt.load(world / "sft")
     jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.attach(adapter, base)), merged)
 
@@ -287,7 +391,7 @@ def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, scri
     start = dict(dpo=np.log(2), ipo=25.0, kto=0.5)[loss]  # log-ratios are all 0
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert abs(steps[-1]["loss"] - start) > 1e-3
-    assert (world / loss / "adapter" / "adapter_config.json").is_file()
+    assert (world / loss / "adapter" / "adapter.json").is_file()
 
 
 def test_adapters_need_a_model_to_be_on(world):
@@ -319,7 +423,7 @@ def ppo_options(world, name, **more):
 
 def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
     base, tokenizer = gpt.load(world / "base")
-    adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", (base, world / "base"))
+    adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", world / "base")
     merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
     assert isinstance(adapter.body, gpt.Adapter) and isinstance(merged.body, gpt.GPT)
     score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
