@@ -30,9 +30,9 @@ def same_mesh():
 
 def adapter_of(model, rank=3, targets=gpt.TARGETS):
     """A fresh adapter moved off its start, where one factor is 0 and half of the arithmetic would go unseen."""
-    fresh = gpt.init_adapter(model, rank, jax.random.key(1), targets)
-    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return fresh, jax.tree.map(noise, fresh)
+    fresh = jax.jit(lambda key: gpt.init_adapter(model, rank, key, targets))(jax.random.key(1))
+    noise = lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32)
+    return fresh, jax.tree.map(lambda x: x + noise(x), fresh)
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (4, 9)))
@@ -302,6 +302,21 @@ def test_what_cannot_be_converted_is_named(golden, tmp_path):
     assert not (tmp_path / "out").exists()
     with pytest.raises(FileExistsError, match="is not empty"):
         convert_folder(tmp_path / "run", tmp_path / "peft")
+
+
+def test_the_command_line_of_convert(golden, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["convert.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            gpt.cli(convert.main, convert.Config, convert.__doc__)
+        return stop.value.code, *capsys.readouterr()
+
+    code, out, _ = run("--help")
+    assert code == 0 and "python convert.py out/sft-lora out/sft-lora-peft" in out
+    assert all(word in out for word in ("SOURCE", "TARGET", "--base"))
+    code, _, err = run(golden / "gpt2", tmp_path / "out")
+    assert code == 1 and err.startswith("error: no adapter in")
+    assert run(golden / "gpt2")[0] == 2
 
 
 # training -------------------------------------------------------------------------------------------------------------
