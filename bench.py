@@ -497,7 +497,7 @@ def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
     optimizers = ppo_optimizers(settings)
     started = jax.jit(partial(start_ppo, shape, settings, optimizers))(key)
     state, ref, reward = gpt.shard(jax.tree.map(jnp.copy, started))  # the state is donated: nothing twice in it
-    update, reward = ppo.make_update(*optimizers, settings), gpt.whole(reward, ref)
+    update, reward = ppo.make_update(*optimizers, settings), gpt.attach(reward, ref)
     prompts = random_tokens(shape, settings.batch_size, settings.prompt_length)
     batch = gpt.put_batch(dict(tokens=prompts, segments=np.ones_like(prompts)))
     sample = partial(gpt.generate, max_new_tokens=settings.response_length, eos=-1)
@@ -528,9 +528,9 @@ def start_ppo(shape: gpt.Config, settings: ppo.Config, optimizers, key):
     dtype = gpt.compute_dtype(settings.dtype)
     policy = model = gpt.init(shape, key)
     if settings.share == "lora":
-        policy = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
-    reward = dataclasses.replace(gpt.init_score_model(model, key), trunk=policy if settings.share == "lora" else model)
-    scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), trunk=policy)
+        policy = gpt.init_adapter(model, settings.lora_rank, key)
+    reward = dataclasses.replace(gpt.init_score_model(model, key), body=policy if settings.share == "lora" else model)
+    scores = dataclasses.replace(gpt.init_score_model(model, key, zero=True), body=policy)
     if settings.share == "trunk":
         policy = scores
     critic = scores if settings.advantage == "gae" and settings.share != "trunk" else None
@@ -584,7 +584,7 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     programs = dict(
         rollout=gpt.generate.lower(policy, *batch.values(), key, T, eos=0),
         scores=gpt.score.lower(
-            gpt.whole(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
+            gpt.attach(reward, ref), *batch.values(), generation.tokens, generation.mask, 0, settings.parts
         ),
         estimates=ppo.make_rollout.lower(state, ref, batch, generation, floats(B), settings),
     )
@@ -616,7 +616,7 @@ def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) 
         model, base = gpt.init(shape, key), None
         if settings.lora_rank:
             base = gpt.cast(model, gpt.compute_dtype(settings.dtype))
-            model = gpt.init_adapter(model, settings.lora_rank, settings.lora_alpha, settings.lora_targets, key)
+            model = gpt.init_adapter(model, settings.lora_rank, key)
         return sft.State(model, optimizer.init(model)), base
 
     state, base = jax.eval_shape(lambda: start(jax.random.key(0)))

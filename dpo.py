@@ -60,8 +60,6 @@ class Config:
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     rounds: int = 1  # 1: --data alone. More: each further round on fresh pairs of the current policy
     reward: str = "out/reward"  # who labels them: a reward-model folder, or module:function
@@ -152,7 +150,7 @@ def make_train_step(optimizer, config: Config):
     def train_step(state: State, ref, batch, base=None):
         batch = add_ref(ref, batch, config)
         count = lambda batch: batch["weight"].sum()
-        loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
+        loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
         *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
         return State(*state), metrics
 
@@ -352,7 +350,7 @@ def main(config: Config):
     steps = first_round + (config.rounds - 1) * config.round_steps
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
+    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
     state = State(policy, gpt.shard(optimizer.init(policy)))
     train_step = make_train_step(optimizer, config)
     eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])
@@ -374,14 +372,14 @@ def main(config: Config):
             if round:
                 pairs = config.out / f"pairs-round-{round}.jsonl"
                 if at == 0:  # a run resumed within a round goes on with the pairs it has
-                    sample_pairs(gpt.whole(state.policy, base), tokenizer, labeller, round, pairs, config)
+                    sample_pairs(gpt.attach(state.policy, base), tokenizer, labeller, round, pairs, config)
                 batches = load_pairs(pairs)
                 tables = tables_of(batches)
             stream = batches.stream(at, config.round_steps if round else first_round)
         state, metrics = train_step(state, ref, place(next(stream), batches, tables, config), base)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, heldout_tables, eval_step, config)
+            metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, heldout_tables, eval_step, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

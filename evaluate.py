@@ -575,7 +575,7 @@ def reward_reports(config: Config) -> dict:
 def pair_report(folder: str, config: Config) -> dict:
     """What these pairs say of a reward model: accuracy, calibration, and agreement with --judge (none: without)."""
     members, tokenizer = load_members(folder, config)
-    length, suffix = row_length(members[0].trunk, config), members[0].suffix
+    length, suffix = row_length(members[0].body, config), members[0].suffix
     pairs = gpt.Batches(config.pairs, "pairs", tokenizer, config.batch_size, length, 0, suffix=suffix)
     # reward.py owns its report: asked for by name, so that there is one definition of every number in it
     return gpt.load_function("reward:report")(members, pairs, tokenizer, SimpleNamespace(gold=config.judge))

@@ -367,28 +367,28 @@ class GPT(eqx.Module):
         positions = segment_positions(segments)
         same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
         mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        trunk = None
+        prefix_x = None
         if prefix is not None:
             n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
             positions += jnp.repeat(real.sum(1), n)[:, None]
             seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
             mask = jnp.concatenate([seen, mask], -1)
-            trunk, trunk_rope = self.embed(prefix[0], segment_positions(prefix[1]))
-            trunk_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
+            prefix_x, prefix_rope = self.embed(prefix[0], segment_positions(prefix[1]))
+            prefix_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
         x, rope = self.embed(tokens, positions)
 
         def layer(carry, block):
-            x, trunk = carry
+            x, prefix_x = carry
             keys_values = None
-            if trunk is not None:
-                trunk, keys_values = block(trunk, trunk_rope, trunk_mask)
-                trunk = shard_batch(trunk)
-            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), trunk), None
+            if prefix_x is not None:
+                prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_mask)
+                prefix_x = shard_batch(prefix_x)
+            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), prefix_x), None
 
         # a short stack is unrolled, for speed; a layer that is to be forgotten and computed again stays in the loop,
         # since XLA:CPU would see that two unrolled copies are one and keep it after all
         layer = jax.checkpoint(layer) if remat else layer
-        (x, _), _ = lax.scan(layer, (x, trunk), self.blocks, unroll=not remat and self.config.layers <= 12)
+        (x, _), _ = lax.scan(layer, (x, prefix_x), self.blocks, unroll=not remat and self.config.layers <= 12)
         return self.norm(x)
 
     def embed(self, tokens, positions):
@@ -447,9 +447,10 @@ def init(config: Config, key) -> GPT:
 
 
 class ScoreModel(eqx.Module):
-    """A trunk with a scalar head: a reward model (read once a sequence) or a critic (read at every token)."""
+    """A transformer, its body, with a scalar head: a reward model (read once a sequence) or a critic (read at every
+    token)."""
 
-    trunk: GPT
+    body: GPT  # or an Adapter, apart from its base
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
@@ -474,22 +475,23 @@ class ScoreModel(eqx.Module):
         return (self.values(hidden) * weights).sum(1)
 
     def __call__(self, tokens: Int[Array, "B T"], mask, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.trunk(tokens, mask, remat), mask)
+        return self.pooled(self.body(tokens, mask, remat), mask)
 
 
-def init_score_model(trunk: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
-    """A scalar head on a trunk: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
+def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
+    """A scalar head on a body: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
     if pool not in ("last", "mean", "attention"):
         raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
-    D = trunk.config.dim
+    D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
-    return ScoreModel(trunk, head, query, jnp.zeros(()), pool, tuple(suffix))
+    return ScoreModel(body, head, query, jnp.zeros(()), pool, tuple(suffix))
 
 
 class Adapter(eqx.Module):
-    """What a fine-tuned GPT adds to the frozen one that it came from, and all that learns of it. Several adapters share
-    one base: `whole` makes the model of a base and one of them, and the base itself is the model with none."""
+    """The low-rank corrections by which a fine-tuned GPT differs from its frozen base: all that learns of it. Several
+    adapters share one base: `attach` makes the model of the base and one of them; the base alone is the model with
+    none."""
 
     blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
     tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
@@ -499,14 +501,14 @@ LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
 
-def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Adapter:
-    """A fresh adapter on the layers named in `targets`: what reads an input of width I uniform in +- 1/sqrt(I), the
-    other factor zero, so that nothing changes. Without an `alpha` it is twice the rank."""
+def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
+    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
+    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
     unknown = set(targets) - set(TARGETS)
     if unknown or rank < 1:
         raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
                          f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
-    adapter, scale = Adapter({}, {}), (alpha or 2 * rank) / rank
+    adapter, scale = Adapter({}, {}), 2.0
     for i, name in enumerate(TARGETS):
         layer = getattr(base.blocks if name in LINEARS else base, name)
         if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
@@ -525,17 +527,22 @@ def init_adapter(base: GPT, rank: int, alpha: float | None, targets, key) -> Ada
     return adapter
 
 
-def whole(part, base: GPT | None):
-    """The model that a part of one stands for: an adapter becomes its base with the adapter on, a score model gets its
-    trunk that way, and what is a whole model already stays as it is."""
-    if isinstance(part, ScoreModel):
-        return dataclasses.replace(part, trunk=whole(part.trunk, base))
-    if not isinstance(part, Adapter):
-        return part
-    put = lambda model, parts: dataclasses.replace(
-        model, **{name: dataclasses.replace(x, base=getattr(model, name)) for name, x in parts.items()}
-    )
-    return put(dataclasses.replace(base, blocks=put(base.blocks, part.blocks)), part.tables)
+def attach(adapter, base: GPT | None):
+    """The model that an adapter makes of its base: the base's layers with the adapter's corrections beside them. A
+    score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
+    is, and needs no base."""
+    if isinstance(adapter, ScoreModel):
+        return dataclasses.replace(adapter, body=attach(adapter.body, base))
+    if not isinstance(adapter, Adapter):
+        return adapter
+    blocks = put_on(adapter.blocks, base.blocks)
+    return put_on(adapter.tables, dataclasses.replace(base, blocks=blocks))
+
+
+def put_on(corrections: dict, module):
+    """`module` with each correction in the place of the layer of its name, which becomes its base."""
+    layers = {name: dataclasses.replace(x, base=getattr(module, name)) for name, x in corrections.items()}
+    return dataclasses.replace(module, **layers)
 
 
 def merge(tree):
@@ -554,15 +561,12 @@ def merge(tree):
     return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
-def trainable(model: GPT, config, key):
-    """(what learns, the frozen base): all of the model and None, or by --lora-rank an adapter on it. `config` is the
-    script's dataclass: its lora_rank, lora_alpha, lora_targets and dtype are read."""
-    if not config.lora_rank:
+def trainable(model: GPT, rank: int, dtype: str, key, targets=TARGETS):
+    """(what learns, its frozen base): with a rank of 0 all of the model, and None. With a higher one a fresh adapter of
+    that rank on the layers `targets`, and the model in the precision of the forward pass, as in `compute_dtype`."""
+    if rank == 0:
         return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    adapter = init_adapter(
-        model, config.lora_rank, getattr(config, "lora_alpha", None), getattr(config, "lora_targets", TARGETS), key
-    )
-    return shard(adapter), shard(cast(model, compute_dtype(config.dtype)))
+    return shard(init_adapter(model, rank, key, targets)), shard(cast(model, compute_dtype(dtype)))
 
 
 def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
@@ -1370,7 +1374,7 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
     if scores:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
-    model = _fill(config, _read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
+    model = _fill(config, read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
 
@@ -1412,13 +1416,13 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
-def load_reward_model(path, tokenizer, ours, dtype: str, base=None) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `base`, (model, its folder): the
-    adapter and head alone, if PATH has them for this base."""
-    model = load_adapter(path, *base) if base else None
-    if base and model is None:
-        command = f"reward.py --init {base[1]} --lora-rank 8"
-        print(f"{path} has no adapter on {base[1]} and stays a model of its own ({command} makes one that shares it)")
+def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `adapters`: its adapter and head
+    alone, to be attached to the model of `ours`, if PATH has an adapter on it."""
+    model = load_adapter(path, ours) if adapters else None
+    if adapters and model is None:
+        command = f"reward.py --init {ours} --lora-rank 8"
+        print(f"{path} has no adapter on {ours} and stays a model of its own ({command} makes one that shares it)")
     model, theirs = load(path) if model is None else (model, load_tokenizer(path))
     if not isinstance(model, ScoreModel):
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
@@ -1442,13 +1446,13 @@ class Reward(NamedTuple):
         return jnp.stack([score(model, *inputs) for model in self.models])
 
 
-def load_reward(names, tokenizer, ours, dtype: str, base=None) -> Reward:
+def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
     """Reward-model folders (several, or one of an ensemble: its members are asked side by side), or one
     module:function; the rest as for `load_reward_model`."""
     if len(names) == 1 and ":" in names[0]:
         return Reward([], load_function(names[0]))
     folders = [folder for name in names for folder in ensemble_folders(name)]
-    return Reward([load_reward_model(folder, tokenizer, ours, dtype, base) for folder in folders], None)
+    return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
 
 
 COMMANDS = {  # what makes the folder of such a name
@@ -1486,7 +1490,7 @@ def find_folder(path) -> Path:
         ) from error
 
 
-def _read_tensors(path: Path) -> dict[str, np.ndarray]:
+def read_tensors(path: Path) -> dict[str, np.ndarray]:
     from safetensors import safe_open
 
     tensors = {}
@@ -1526,14 +1530,14 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
-def _fill_score(trunk: GPT, tensors: dict, path, score: dict) -> ScoreModel:
-    if "score.weight" not in tensors or tensors["score.weight"].shape != (1, trunk.config.dim):
+def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
+    if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
-        raise ValueError(f"{path}: score.weight must be (1, {trunk.config.dim}), one label: found {found}")
+        raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
     head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
     query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
-    return ScoreModel(trunk, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
+    return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
 
 def _canonical_names(config: Config, tensors: dict) -> dict:
@@ -1577,18 +1581,18 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
 
     path, scores = Path(path), isinstance(model, ScoreModel)
     path.mkdir(parents=True, exist_ok=True)
-    trunk = model.trunk if scores else model
+    body = model.body if scores else model
     tensors = {}
-    for ours, theirs, transposed in layout(trunk.config):
-        array = np.asarray(_to_host(_leaf(trunk, ours)), dtype)
+    for ours, theirs, transposed in layout(body.config):
+        array = np.asarray(_to_host(_leaf(body, ours)), dtype)
         stacked = [(theirs.format(i=i), x) for i, x in enumerate(array)] if "{i}" in theirs else [(theirs, array)]
         # safetensors silently stores a transposed view in the wrong order
         tensors |= {name: np.ascontiguousarray(x.T if transposed else x) for name, x in stacked}
-    for i in range(trunk.config.layers if trunk.config.gpt2 else 0):
+    for i in range(body.config.layers if body.config.gpt2 else 0):
         for kind in ("weight", "bias"):
             parts = [tensors.pop(f"transformer.h.{i}.attn.{x}.{kind}") for x in "qkv"]
             tensors[f"transformer.h.{i}.attn.c_attn.{kind}"] = np.concatenate(parts, axis=-1)
-    hf = config_to_hf(trunk.config)
+    hf = config_to_hf(body.config)
     if scores:
         tensors.pop("lm_head.weight", None)
         tensors["score.weight"] = np.asarray(_to_host(model.head), dtype)[None]
@@ -1607,111 +1611,48 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         write_json(path / "config.json", hf | (extra or {}))
 
 
-def save_adapter(path, part: Adapter | ScoreModel, base):
-    """Write an adapter (of a score model: and its head) in the layout of PEFT, whose `PeftModel.from_pretrained` puts
-    it on `base`, a model folder. The base is named by the hash of its weights as well as by its place."""
+def save_adapter(path, model: Adapter | ScoreModel, base):
+    """Write an adapter, or a score model whose body is one, into the folder `path`: adapter.safetensors with each array
+    under its name ("blocks.q.a" (L, I, r), "tables.wte.b" (r, D), a score's "head" (D,)), and adapter.json. `base` is
+    the folder of the frozen model, which is named there by a hash of its weights too. `convert.py` exports to PEFT."""
     from safetensors.numpy import save_file
 
-    path, folder, scores = Path(path), find_folder(base), isinstance(part, ScoreModel)
-    config = config_from_hf(json.loads((folder / "config.json").read_text()))
-    adapter = part.trunk if scores else part
-    tables = {name: x for name, x in adapter.tables.items() if name == "wte" or not scores}  # a score has no such head
-    (rank, scale), *_ = ((x.a.shape[-1], x.scale) for x in (*adapter.blocks.values(), *tables.values()))
-    pairs = lambda parts: to_numpy({name: (x.a, x.b) for name, x in parts.items()})
-    layers = pairs(adapter.blocks)
-    places = peft_places(config, layers, rank)
-    tensors, ranks = {}, {}
-    for module in dict.fromkeys(module for module, _, _ in places.values()):
-        names = [name for name in layers if places[name][0] == module]
-        a, b = (np.concatenate([layers[name][i] for name in names], 2 - i) for i in (0, 1))
-        if module.endswith("c_attn"):
-            b, stacked = np.zeros((*b.shape[:2], 3 * b.shape[2]), b.dtype), b
-            for name in names:
-                _, rows, columns = places[name]
-                b[:, rows, columns] = stacked[:, rows]
-        ranks[module.split("{i}.")[1]] = a.shape[-1]
-        for i in range(config.layers):  # torch keeps the transpose
-            name = f"base_model.model.{module.format(i=i)}"
-            tensors[f"{name}.lora_A.weight"] = np.ascontiguousarray(a[i].T)
-            tensors[f"{name}.lora_B.weight"] = np.ascontiguousarray(b[i].T)
-    tied = "wte" in tables and config.tied and not scores
-    for name, factors in pairs(tables).items():
-        ranks[peft_table(config, name)[0].split(".")[-1]] = rank
-        for place in TABLES if tied else [name]:  # PEFT keeps what changes a tied head a second time
-            module, theirs, turned = peft_table(config, place)
-            for suffix, factor in zip(theirs, factors):
-                factor = factor.T if turned else factor
-                tensors[f"base_model.model.{module}.{suffix}"] = np.ascontiguousarray(factor)
-    if scores:
-        tensors["base_model.model.score.weight"] = np.asarray(_to_host(part.head), np.float32)[None]
-        if part.query is not None:
-            tensors["base_model.model.score.query"] = np.asarray(_to_host(part.query), np.float32)
-    wide = {module: r for module, r in ranks.items() if r != rank}
-    settings = dict(
-        peft_type="LORA", task_type="SEQ_CLS" if scores else "CAUSAL_LM", base_model_name_or_path=str(base), r=rank,
-        lora_alpha=rank * scale, lora_dropout=0.0, bias="none", fan_in_fan_out=config.gpt2, inference_mode=True,
-        target_modules=list(ranks), modules_to_save=["score"] if scores else None,
-        rank_pattern=wide, alpha_pattern={module: r * scale for module, r in wide.items()},
-        ensure_weight_tying=tied,
-    )  # fmt: skip
-    notes = {"format": "pt", "base": weights_hash(folder), "targets": " ".join([*layers, *tables])}
+    path, is_score = Path(path), isinstance(model, ScoreModel)
+    adapter = model.body if is_score else model
+    tensors = {}
+    for place, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = _path(place).removeprefix("body.")
+        if not (is_score and name.startswith("tables.head.")):  # no score is read from the words' head
+            tensors[name] = np.asarray(_to_host(leaf), np.float32, order="C")
+    layer = next(iter((adapter.blocks | adapter.tables).values()))
+    about = dict(kind="reward model" if is_score else "policy", rank=layer.a.shape[-1], scale=layer.scale)
+    about |= dict(pool=model.pool, suffix=model.suffix) if is_score else {}
+    about |= dict(base=str(base), base_hash=weights_hash(find_folder(base)))
     if jax.process_index() == 0:
         path.mkdir(parents=True, exist_ok=True)
-        write_atomic(path / "adapter_model.safetensors", lambda file: save_file(tensors, file, metadata=notes))
-        write_json(path / "adapter_config.json", settings)
+        write_atomic(path / "adapter.safetensors", partial(save_file, tensors))
+        write_json(path / "adapter.json", about)
 
 
-def peft_places(config: Config, targets, rank: int) -> dict[str, tuple[str, slice, slice]]:
-    """layer -> (module, rows, columns): where PEFT keeps its B (r, O), whose rows are A's columns. GPT-2's q, k and v
-    are one module there, of two or three times the rank: their A side by side, their B as blocks on a diagonal."""
-    theirs = {ours: name.removesuffix(".weight") for ours, name, _ in layout(config)}
-    fused, width = [name for name in targets if config.gpt2 and name in "qkv"], config.heads * config.head_dim
-    places = {name: (theirs[f"blocks.{name}.weight"], slice(rank), slice(None)) for name in targets}
-    for i, name in enumerate(fused):
-        column = "qkv".index(name) * width
-        rows, columns = slice(i * rank, (i + 1) * rank), slice(column, column + width)
-        places[name] = (places[name][0].removesuffix(name) + "c_attn", rows, columns)
-    return places
-
-
-def peft_table(config: Config, name: str) -> tuple[str, tuple[str, str], bool]:
-    """(PEFT's module, its names for a table's two factors, whether they lie transposed there)."""
-    if name == "head":
-        return "lm_head", ("lora_B.weight", "lora_A.weight"), False
-    module = next(theirs for ours, theirs, _ in layout(config) if ours == name).removesuffix(".weight")
-    return module, ("lora_embedding_A", "lora_embedding_B"), True
-
-
-def load_adapter(path, base: GPT, base_folder) -> Adapter | ScoreModel | None:
-    """The adapter that a training script left in PATH/adapter, to be put on `base`, the model of `base_folder`; None
-    where there is none, or none for these weights."""
-    from safetensors import safe_open
-
-    path, config = Path(path), base.config
-    if not (path / "adapter" / "adapter_config.json").is_file():
+def load_adapter(path, base) -> Adapter | ScoreModel | None:
+    """The adapter in PATH/adapter, to be attached to the model of the folder `base`; None where there is none, or where
+    it was trained on other weights than those."""
+    folder = Path(path) / "adapter"
+    if not (folder / "adapter.json").is_file():
         return None
-    settings = json.loads((path / "adapter" / "adapter_config.json").read_text())
-    with safe_open(path / "adapter" / "adapter_model.safetensors", "numpy") as file:
-        notes = file.metadata()
-        tensors = {name.removeprefix("base_model.model."): file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    if notes["base"] != weights_hash(find_folder(base_folder)):
+    about = json.loads((folder / "adapter.json").read_text())
+    if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    stacked = lambda module, x: jnp.stack(
-        [tensors[f"{module.format(i=i)}.lora_{x}.weight"].T for i in range(config.layers)]
-    )
-    adapter, targets, rank = Adapter({}, {}), notes["targets"].split(), settings["r"]
-    linears, scale = [name for name in targets if name in LINEARS], settings["lora_alpha"] / rank
-    for name, (module, rows, columns) in peft_places(config, linears, rank).items():
-        a, b = stacked(module, "A")[..., rows], stacked(module, "B")[:, rows, columns]
-        adapter.blocks[name] = LoraLinear(None, a, b, scale)
-    for name in (name for name in targets if name in TABLES):
-        module, theirs, turned = peft_table(config, name)
-        factors = (jnp.asarray(tensors[f"{module}.{suffix}"]) for suffix in theirs)
-        adapter.tables[name] = LoraTable(None, *(x.T if turned else x for x in factors), scale)
-    if settings["task_type"] == "CAUSAL_LM":
+    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    adapter = Adapter({}, {})
+    for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
+        place, layer = name.split(".")
+        kind = LoraLinear if place == "blocks" else LoraTable
+        getattr(adapter, place)[layer] = kind(None, tensors[name + ".a"], tensors[name + ".b"], about["scale"])
+    if about["kind"] == "policy":
         return adapter
-    score = json.loads((path / "config.json").read_text())["score"]
-    return dataclasses.replace(_fill_score(base, tensors, path, score), trunk=adapter)
+    head, query, bias = tensors["head"], tensors.get("query"), tensors["bias"]
+    return ScoreModel(adapter, head, query, bias, about["pool"], tuple(about["suffix"]))
 
 
 def weights_hash(folder: Path) -> str:
@@ -2887,9 +2828,9 @@ class Run:
         `base`, the folder that it was trained on, in fp32, and by itself in adapter/."""
         if self._manager is not None:
             self._manager.wait_until_finished()
-        if isinstance(getattr(model, "trunk", model), Adapter):
+        if isinstance(getattr(model, "body", model), Adapter):
             save_adapter(self.out / "adapter", model, base)
-            model = merge(whole(model, load(base)[0]))
+            model = merge(attach(model, load(base)[0]))
         save(self.out, model, tokenizer, {"run": self.info})
         if self.main:
             print(f"wrote {self.out}")

@@ -185,7 +185,7 @@ def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
 @partial(jax.jit, static_argnames="config")
 def make_rollout(policy, ref, batch, generation: gpt.Generation, scores, config: Config):
     """Steps 2 and 3 of the box: (the whole Rollout, metrics of its KL and entropy)."""
-    policy = gpt.whole(policy, ref)
+    policy = gpt.attach(policy, ref)
 
     def ask_models(rollout):
         logprobs, entropy, hidden = policy_forward(policy, rollout, config)
@@ -225,7 +225,7 @@ def update(state: State, ref, rollout: Rollout, rows, optimizer, config: Config)
     """One optimiser step on these rows of the rollout: (state, metrics)."""
 
     def loss_fn(adapter, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.whole(adapter, ref), batch, config)
+        logprobs, _, _ = policy_forward(gpt.attach(adapter, ref), batch, config)
         loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
         if config.advantage == "grpo":
             loss += config.beta * kl_loss(logprobs, batch.ref_logprobs, batch.mask)
@@ -259,13 +259,13 @@ def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
 def load_policy(config: Config, key):
     """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
     model, tokenizer = gpt.load_policy(config.init)
-    policy, base = gpt.trainable(model, config, key)
+    policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
     return policy, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
 
 def sampler(policy, ref, config: Config) -> gpt.GPT:
     """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    return gpt.cast(gpt.whole(policy, ref), gpt.compute_dtype(config.dtype))
+    return gpt.cast(gpt.attach(policy, ref), gpt.compute_dtype(config.dtype))
 
 
 def finish_scores(scores, generation: gpt.Generation, eos: int, config: Config):
@@ -304,9 +304,8 @@ def main(config: Config):
     key = gpt.start(config.seed)
     check(config)
     policy, ref, tokenizer = load_policy(config, key)
-    base = (ref, config.init) if config.lora_rank else None
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, base)
-    reward = reward._replace(models=[gpt.whole(model, ref) for model in reward.models])
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, bool(config.lora_rank))
+    reward = reward._replace(models=[gpt.attach(model, ref) for model in reward.models])
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size // config.group_size, config.prompt_length, config.seed,

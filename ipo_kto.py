@@ -62,8 +62,6 @@ class Config:
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     share_prefix: bool = True  # ipo: compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -190,7 +188,7 @@ def train_step(state: State, ref, batch, z0, base, optimizer, config: Config):
     """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
     batch = with_ref(ref, batch, z0, config)
     count = lambda batch: batch["weight"].sum()
-    loss_fn = lambda policy, batch: forward(gpt.whole(policy, base), batch, config)
+    loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
     *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
     return State(*state), metrics
 
@@ -315,7 +313,7 @@ def main(config: Config):
     steps = config.steps or batches.steps_per_epoch
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    policy, base = gpt.trainable(policy, config, jax.random.key(config.seed))
+    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
     share = base is not None and not config.ref  # with adapters the reference is their base
     ref = base if share else gpt.load_frozen(config.ref or config.init, config.dtype)
     state = State(policy, gpt.shard(optimizer.init(policy)))
@@ -325,11 +323,11 @@ def main(config: Config):
     stream = batches.stream(first, steps)
     for step in run.steps(first):
         batch = next(stream)
-        z0 = find_z0(gpt.whole(state.policy, base), ref, batch, config)
+        z0 = find_z0(gpt.attach(state.policy, base), ref, batch, config)
         state, metrics = train_step(state, ref, place(batch, batches, config), z0, base, optimizer, config)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.whole(state.policy, base), ref, heldout, config)
+            metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

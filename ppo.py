@@ -213,7 +213,7 @@ def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
     """V_t (B, T), read where token t is predicted: the state before it."""
     critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
     tokens, segments, Q = join(rollout)
-    return critic.values(critic.trunk(tokens, segments, config.remat)[:, Q - 1 : -1])
+    return critic.values(critic.body(tokens, segments, config.remat)[:, Q - 1 : -1])
 
 
 # ---------------------------------------------------------------------------------------------------- the steps
@@ -222,7 +222,7 @@ def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
 @partial(jax.jit, static_argnames="config")
 def make_rollout(state: State, ref, batch, generation: gpt.Generation, scores, config: Config):
     """Steps 2 and 3 of the box: (the whole Rollout, metrics of its KL, entropy and values)."""
-    policy, critic = gpt.whole(state.policy, ref), gpt.whole(state.critic, ref)
+    policy, critic = gpt.attach(state.policy, ref), gpt.attach(state.critic, ref)
 
     def ask_models(rollout):
         logprobs, entropy, hidden = policy_forward(policy, rollout, config)
@@ -267,7 +267,7 @@ def update_policy(policy, opt_state, ref, rollout: Rollout, rows, optimizer, con
     """One step of the policy's optimiser on these rows of the rollout: (policy, opt_state, metrics)."""
 
     def loss_fn(adapter, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.whole(adapter, ref), batch, config)
+        logprobs, _, _ = policy_forward(gpt.attach(adapter, ref), batch, config)
         return policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
 
     batch = take(rollout, rows)
@@ -283,7 +283,7 @@ def update_critic(critic, opt_state, ref, rollout: Rollout, rows, optimizer, con
     """One step of the critic's optimiser on these rows of the rollout: (critic, opt_state, metrics)."""
 
     def loss_fn(adapter, batch: Rollout):
-        values = critic_forward(gpt.whole(adapter, ref), batch, config)
+        values = critic_forward(gpt.attach(adapter, ref), batch, config)
         return value_loss(values, batch.values, batch.returns, batch.mask)
 
     batch = take(rollout, rows)
@@ -320,23 +320,23 @@ def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
 def load_policy(config: Config, key):
     """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
     model, tokenizer = gpt.load_policy(config.init)
-    policy, base = gpt.trainable(model, config, key)
+    policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
     return policy, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
 
 def make_critic(policy, ref, reward_models: list, key):
     """(critic, what it starts from): the body (or adapter) of the first reward model, else the policy's, and a head of
     zeros."""
-    fits = [model.trunk for model in reward_models if type(model.trunk) is type(policy)]  # a model is no adapter
+    fits = [model.body for model in reward_models if type(model.body) is type(policy)]  # a model is no adapter
     start, name = (fits[0], "reward body") if fits else (policy, "policy body")
-    trunk = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)  # arrays of its own: they are donated
-    critic = gpt.init_score_model(gpt.whole(start, ref), key, zero=True)
-    return gpt.shard(replace(critic, trunk=trunk)), name
+    body = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)  # arrays of its own: they are donated
+    critic = gpt.init_score_model(gpt.attach(start, ref), key, zero=True)
+    return gpt.shard(replace(critic, body=body)), name
 
 
 def sampler(policy, ref, config: Config) -> gpt.GPT:
     """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    return gpt.cast(gpt.whole(policy, ref), gpt.compute_dtype(config.dtype))
+    return gpt.cast(gpt.attach(policy, ref), gpt.compute_dtype(config.dtype))
 
 
 def finish_scores(scores, generation: gpt.Generation, eos: int, config: Config):
@@ -373,10 +373,9 @@ def check(config: Config) -> Config:
 def main(config: Config):
     key, config = gpt.start(config.seed), check(config)
     policy, ref, tokenizer = load_policy(config, key)
-    base = (ref, config.init) if config.lora_rank else None
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, base)
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, bool(config.lora_rank))
     critic, critic_from = make_critic(policy, ref, reward.models, key)
-    reward = reward._replace(models=[gpt.whole(model, ref) for model in reward.models])
+    reward = reward._replace(models=[gpt.attach(model, ref) for model in reward.models])
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,

@@ -47,12 +47,10 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 5e-5  # of the trunk; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the body; 0 trains the head alone (a linear probe)
     head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
@@ -79,7 +77,7 @@ class Config:
 
 
 class State(NamedTuple):
-    model: gpt.ScoreModel  # its trunk may be an adapter
+    model: gpt.ScoreModel  # its body may be an adapter
     opt_state: tuple
 
 
@@ -145,7 +143,7 @@ def forward(model: gpt.ScoreModel, batch, config: Config):
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
 def train_step(state: State, batch, base, teachers, optimizer, config: Config):
     """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
-    loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config)
+    loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config)
     count = lambda batch: batch["weight"].sum()
     if teachers:
         batch |= {"teacher": jnp.mean(jnp.stack([pair_scores(teacher, batch) for teacher in teachers]), 0)}
@@ -156,13 +154,13 @@ def train_step(state: State, batch, base, teachers, optimizer, config: Config):
 
 
 def make_optimizer(config: Config, steps: int):
-    """AdamW with one learning rate for the trunk and one for the head, both linear to 0."""
+    """AdamW with one learning rate for the body and one for the head, both linear to 0."""
     groups = lambda model: jax.tree_util.tree_map_with_path(
-        lambda path, _: "trunk" if "trunk" in jax.tree_util.keystr(path) else "head", model
+        lambda path, _: "body" if "body" in jax.tree_util.keystr(path) else "head", model
     )
     rate = lambda lr: gpt.schedule(lr, steps, min(10, steps // 10), "linear")
     make = lambda lr: gpt.adamw(rate(lr)) if lr else optax.set_to_zero()
-    return optax.multi_transform({"trunk": make(config.lr), "head": make(config.head_lr)}, groups)
+    return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
@@ -369,7 +367,7 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     room = config.length - config.response_length
     # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
     prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed)
-    scores, scorer = [], gpt.whole(model, base)
+    scores, scorer = [], gpt.attach(model, base)
     for i in range(config.normalize_samples // size):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
@@ -402,11 +400,11 @@ def load_teachers(config: Config, tokenizer) -> list[gpt.ScoreModel]:
 def train_member(member: int, out: Path, config: Config, optimizer, steps: int, teachers: list):
     """One reward model from pairs, trained, normalised, written to `out`."""
     key = jax.random.fold_in(jax.random.key(config.seed), member)
-    trunk, tokenizer = gpt.load_policy(config.init)
+    body, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
-    model = gpt.init_score_model(trunk, key, config.pool, suffix_ids(config, tokenizer))
-    trunk, base = gpt.trainable(trunk, config, jax.random.fold_in(key, 2))
-    model = gpt.shard(replace(model, trunk=trunk))
+    model = gpt.init_score_model(body, key, config.pool, suffix_ids(config, tokenizer))
+    body, base = gpt.trainable(body, config.lora_rank, config.dtype, jax.random.fold_in(key, 2))
+    model = gpt.shard(replace(model, body=body))
     state = State(model, gpt.shard(optimizer.init(model)))
 
     run = gpt.Run(batches.hashes, dict(member=member), **vars(config) | dict(steps=steps, out=out))
@@ -420,7 +418,7 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     if config.normalize_with:
         model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
-    return gpt.whole(model, base)
+    return gpt.attach(model, base)
 
 
 def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:

@@ -46,8 +46,6 @@ class Config:
     teacher: str | None = None  # distil this model folder: same tokenizer, any size
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-    lora_alpha: float | None = None  # an adapter changes a weight by alpha / rank A B (default: twice the rank)
-    lora_targets: tuple[str, ...] = gpt.TARGETS  # layers that have one
 
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
     family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
@@ -107,7 +105,7 @@ def count_items(batch, config: Config):
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
 def train_step(state: State, batch, teacher, base, optimizer, config: Config):
     """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
-    loss_fn = lambda model, batch: forward(gpt.whole(model, base), batch, config, teacher)
+    loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config, teacher)
     count = lambda batch: count_items(batch, config)
     *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
     return State(*state), metrics
@@ -187,7 +185,7 @@ def main(config: Config):
 
     lr = gpt.schedule(config.lr, config.steps, config.warmup, final=0.1)
     optimizer = gpt.adamw(lr, weight_decay=0.01, b2=0.98)
-    model, base = gpt.trainable(model, config, jax.random.fold_in(key, 1))
+    model, base = gpt.trainable(model, config.lora_rank, config.dtype, jax.random.fold_in(key, 1))
     state = State(model, gpt.shard(optimizer.init(model)))
 
     run = gpt.Run(batches.hashes, dict(parameters=gpt.count_parameters(model)), **vars(config))
@@ -198,7 +196,7 @@ def main(config: Config):
         state, metrics = train_step(state, gpt.put_batch(batch), teacher, base, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
-            model = gpt.whole(state.model, base)
+            model = gpt.attach(state.model, base)
             metrics |= evaluate(model, heldout, config)
             show_samples(run, step, model, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
         run.log(step, metrics)

@@ -575,8 +575,8 @@ def test_reward_models_beside_each_other(tmp_path):
 
 @pytest.fixture(scope="module")
 def reward_model(world):
-    trunk, tokenizer = gpt.load(world / "trained")
-    model = gpt.init_score_model(trunk, jax.random.key(2), suffix=(15,))
+    body, tokenizer = gpt.load(world / "trained")
+    model = gpt.init_score_model(body, jax.random.key(2), suffix=(15,))
     gpt.save(world / "rm", model, tokenizer)
     return model, tokenizer
 

@@ -9,10 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
+from safetensors.numpy import load_file, save_file
 
+import convert
 import dpo
 import gpt
+import grpo
 import ipo_kto
 import ppo
 import reward
@@ -27,18 +29,18 @@ def same_mesh():
     jax.set_mesh(before)
 
 
-def adapter_of(model, rank=3, alpha=6.0, targets=gpt.TARGETS, seed=1):
+def adapter_of(model, rank=3, targets=gpt.TARGETS):
     """A fresh adapter moved off its start, where one factor is 0 and half of the arithmetic would go unseen."""
-    fresh = gpt.init_adapter(model, rank, alpha, targets, jax.random.key(seed))
-    noise = lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape)
-    return fresh, jax.tree.map(noise, fresh)
+    fresh = jax.jit(lambda key: gpt.init_adapter(model, rank, key, targets))(jax.random.key(1))
+    noise = lambda x: np.random.default_rng(x.size).normal(0, 0.3, x.shape).astype(np.float32)
+    return fresh, jax.tree.map(lambda x: x + noise(x), fresh)
 
 
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(0, 32, (4, 9)))
 
 
-def loss(part, base):
-    return gpt.token_logprobs(gpt.whole(part, base), TOKENS).mean()
+def loss(adapter, base):
+    return gpt.token_logprobs(gpt.attach(adapter, base), TOKENS).mean()
 
 
 # what they compute ----------------------------------------------------------------------------------------------------
@@ -48,10 +50,10 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
     fresh, moved = adapter_of(tiny_model)
     logprobs = jax.jit(gpt.token_logprobs)
     plain = logprobs(tiny_model, TOKENS)
-    np.testing.assert_array_equal(logprobs(gpt.whole(fresh, tiny_model), TOKENS), plain)
-    with_adapter = logprobs(gpt.whole(moved, tiny_model), TOKENS)
+    np.testing.assert_array_equal(logprobs(gpt.attach(fresh, tiny_model), TOKENS), plain)
+    with_adapter = logprobs(gpt.attach(moved, tiny_model), TOKENS)
     assert np.abs(with_adapter - plain).max() > 0.1
-    merged = gpt.merge(gpt.whole(moved, tiny_model))
+    merged = gpt.merge(gpt.attach(moved, tiny_model))
     assert jax.tree.structure(merged) == jax.tree.structure(tiny_model)
     np.testing.assert_allclose(logprobs(merged, TOKENS), with_adapter, rtol=1e-4, atol=1e-4)
     # W + alpha / r A B by hand, alpha / r = 2
@@ -66,7 +68,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
 
 
 def test_generation_is_that_of_the_merged_model(tiny_model):
-    model = gpt.whole(adapter_of(tiny_model)[1], tiny_model)
+    model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
     sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, eos=-1)
     ours, merged = sample(model), sample(gpt.merge(model))
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
@@ -74,7 +76,7 @@ def test_generation_is_that_of_the_merged_model(tiny_model):
 
 
 def test_quantised_is_the_merged_model(tiny_model):
-    model = gpt.whole(adapter_of(tiny_model)[1], tiny_model)
+    model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
     ours, merged = gpt.quantize(model, "int8"), gpt.quantize(gpt.merge(model), "int8")
     assert jax.tree.structure(ours) == jax.tree.structure(merged)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, merged)
@@ -84,7 +86,7 @@ def test_gradients_are_those_of_the_product_and_exist_for_the_adapter_alone(tiny
     _, adapter = adapter_of(tiny_model, targets=("q", "down", "wte", "head"))
     grads = jax.jit(jax.grad(loss))(adapter, tiny_model)
     assert jax.tree.structure(grads) == jax.tree.structure(adapter)
-    dense = jax.jit(jax.grad(lambda model: loss(model, None)))(gpt.merge(gpt.whole(adapter, tiny_model)))
+    dense = jax.jit(jax.grad(lambda model: loss(model, None)))(gpt.merge(gpt.attach(adapter, tiny_model)))
     for name, lora in adapter.blocks.items():  # W = base + 2 A B: dA = 2 dW B^T, dB = 2 A^T dW
         dw = np.asarray(getattr(dense.blocks, name).weight)
         a, b = np.asarray(lora.a), np.asarray(lora.b)
@@ -101,7 +103,7 @@ def test_no_gradient_of_a_frozen_weight_is_formed(tiny_model):
     embedding."""
     for shape in (tiny_model.blocks.up.weight.shape[1:], tiny_model.wte.shape):
         product = "f32[{},{}] = dot_general".format(*shape)
-        formed = lambda part, base, product=product: product in str(jax.make_jaxpr(jax.grad(loss))(part, base))
+        formed = lambda adapter, base, product=product: product in str(jax.make_jaxpr(jax.grad(loss))(adapter, base))
         assert formed(tiny_model, None)
         assert not formed(adapter_of(tiny_model)[1], tiny_model)
 
@@ -120,14 +122,20 @@ def test_layers_and_ranks_that_cannot_be_are_named(tiny_model):
 # files ----------------------------------------------------------------------------------------------------------------
 
 
-def write(folder, name, golden, part_of, targets=gpt.TARGETS):
-    """A golden model with an adapter, as a run writes it: (part, base, what is in the adapter's files)."""
+def write(folder, name, golden, model_of, targets=gpt.TARGETS):
+    """A golden model with an adapter, in folder/run as a run writes it and in folder/peft as PEFT does: (adapter or
+    score model, base, PEFT's tensors and settings)."""
     base, _ = gpt.load(golden / name)
-    part = part_of(adapter_of(base, 4, 8.0, targets)[1], base)
-    gpt.save_adapter(folder / "adapter", part, golden / name)
-    gpt.save(folder, gpt.merge(gpt.whole(part, base)), None)
-    tensors = load_file(folder / "adapter" / "adapter_model.safetensors")
-    return part, base, tensors, json.loads((folder / "adapter" / "adapter_config.json").read_text())
+    model = model_of(adapter_of(base, 4, targets)[1], base)
+    gpt.save_adapter(folder / "run" / "adapter", model, golden / name)
+    gpt.save(folder / "run", gpt.merge(gpt.attach(model, base)), None)
+    convert_folder(folder / "run", folder / "peft")
+    tensors = load_file(folder / "peft" / "adapter_model.safetensors")
+    return model, base, tensors, json.loads((folder / "peft" / "adapter_config.json").read_text())
+
+
+def convert_folder(source, target, base=None):
+    convert.main(convert.Config(str(source), str(target), base and str(base)))
 
 
 def policy(adapter, base):
@@ -135,12 +143,12 @@ def policy(adapter, base):
 
 
 def scorer(adapter, base):
-    return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), trunk=adapter)
+    return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), body=adapter)
 
 
 @pytest.mark.parametrize("folder", ["llama", "llama3"])  # a head of its own, and a tied one
 def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, folder):
-    part, base, tensors, settings = write(tmp_path, folder, golden, policy)
+    model, base, tensors, settings = write(tmp_path, folder, golden, policy)
     c = base.config
     attention = {"q": c.heads * c.head_dim, "k": c.kv_heads * c.head_dim, "v": c.kv_heads * c.head_dim}
     sizes = {f"self_attn.{x}_proj": (c.dim, n) for x, n in attention.items()}
@@ -155,21 +163,23 @@ def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, fold
     expected |= {f"{name}.lora_embedding_A": (4, V), f"{name}.lora_embedding_B": (c.dim, 4)}
     expected |= {"base_model.model.lm_head.lora_A.weight": (4, c.dim), "base_model.model.lm_head.lora_B.weight": (V, 4)}
     assert {name: x.shape for name, x in tensors.items()} == expected
-    tables = {"embed_tokens"} if c.tied else {"embed_tokens", "lm_head"}
-    assert set(settings["target_modules"]) == {*sizes, *tables} and settings["ensure_weight_tying"] == c.tied
+    assert (
+        set(settings["target_modules"]) == {*sizes, "embed_tokens", "lm_head"}
+        and settings["ensure_weight_tying"] == c.tied
+    )
     assert settings["peft_type"] == "LORA"
     assert (settings["r"], settings["lora_alpha"], settings["task_type"]) == (4, 8.0, "CAUSAL_LM")
     assert settings["base_model_name_or_path"] == str(golden / folder) and not settings["fan_in_fan_out"]
     name = "base_model.model.model.layers.1.mlp.up_proj.lora_A.weight"
-    np.testing.assert_array_equal(tensors[name], np.asarray(part.blocks["up"].a[1]).T)
-    table, head = part.tables["wte"], part.tables["wte" if c.tied else "head"]
+    np.testing.assert_array_equal(tensors[name], np.asarray(model.blocks["up"].a[1]).T)
+    table, head = model.tables["wte"], model.tables["wte" if c.tied else "head"]
     np.testing.assert_array_equal(tensors["base_model.model.model.embed_tokens.lora_embedding_A"], table.a.T)
     np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_B.weight"], head.a)
     np.testing.assert_array_equal(tensors["base_model.model.lm_head.lora_A.weight"], head.b)
 
 
 def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
-    part, base, tensors, settings = write(tmp_path, "gpt2", golden, policy, ("q", "v", "o"))
+    model, base, tensors, settings = write(tmp_path, "gpt2", golden, policy, ("q", "v", "o"))
     D, name = base.config.dim, "base_model.model.transformer.h.0.attn.c_attn"
     assert settings["fan_in_fan_out"] and set(settings["target_modules"]) == {"attn.c_attn", "attn.c_proj"}
     assert (settings["r"], settings["rank_pattern"], settings["alpha_pattern"]) == (
@@ -179,25 +189,135 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
     assert a.shape == (D, 8) and b.shape == (8, 3 * D)
     change = 2.0 * a @ b  # alpha / r of the fused layer
     for i, x in enumerate("qkv"):
-        lora = part.blocks.get(x)
+        lora = model.blocks.get(x)
         expected = 0 * change[:, :D] if lora is None else 2.0 * np.asarray(lora.a[0]) @ np.asarray(lora.b[0])
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama"])
-@pytest.mark.parametrize("part_of", [policy, scorer])
-def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, part_of):
-    part, base, tensors, settings = write(tmp_path, name, golden, part_of, ("k", "v", "down", "wte", "head"))
-    back = gpt.load_adapter(tmp_path, base, golden / name)
-    if part_of is scorer:  # what changes the head of a language model is not kept
-        part.trunk.tables.pop("head", None)
-    assert jax.tree.structure(back) == jax.tree.structure(part)
-    jax.tree.map(np.testing.assert_array_equal, back, part)
-    if part_of is scorer:
+@pytest.mark.parametrize("model_of", [policy, scorer])
+def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
+    model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))
+    if model_of is scorer:  # what changes the head of a language model is not kept
+        model.body.tables.pop("head", None)
         assert settings["task_type"] == "SEQ_CLS" and settings["modules_to_save"] == ["score"]
         assert tensors["base_model.model.score.weight"].shape == (1, base.config.dim)
-    assert gpt.load_adapter(tmp_path, base, golden / "qwen2") is None
-    assert gpt.load_adapter(golden / name, base, golden / name) is None  # a folder without one
+    else:  # by this name PEFT finds that GPT-2's head is tied
+        assert "lm_head" in settings["target_modules"]
+    convert_folder(tmp_path / "peft", tmp_path / "again")
+    for folder in (tmp_path / "run", tmp_path / "again"):
+        back = gpt.load_adapter(folder, golden / name)
+        assert jax.tree.structure(back) == jax.tree.structure(model)
+        jax.tree.map(np.testing.assert_array_equal, back, model)
+    run, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "again"))
+    assert run.keys() == again.keys()
+    jax.tree.map(np.testing.assert_array_equal, run, again)
+    assert gpt.load_adapter(tmp_path / "run", golden / "qwen2") is None
+    assert gpt.load_adapter(golden / name, golden / name) is None  # a folder without one
+
+
+def write_peft(folder, tensors, **settings):
+    """A folder as PEFT writes it on its own."""
+    folder.mkdir()
+    plain = dict(peft_type="LORA", task_type="CAUSAL_LM", r=2, lora_alpha=3, bias="none", base_model_name_or_path=None)
+    (folder / "adapter_config.json").write_text(json.dumps(plain | settings))
+    tensors = {f"base_model.model.{name}": np.asarray(x, np.float32) for name, x in tensors.items()}
+    save_file(tensors, folder / "adapter_model.safetensors", {"format": "pt"})
+
+
+def gpt2_factors(base, module, I, O, ranks):
+    """Random factors A (r, I) and B (O, r) of a module in every layer, under PEFT's names."""
+    rng, tensors = np.random.default_rng(0), {}
+    for i, r in zip(range(base.config.layers), ranks):
+        name = f"transformer.h.{i}.{module}"
+        tensors |= {f"{name}.lora_A.weight": rng.normal(size=(r, I)), f"{name}.lora_B.weight": rng.normal(size=(O, r))}
+    return tensors
+
+
+def test_an_adapter_that_peft_trained_changes_its_base_by_alpha_over_r_b_a(golden, tmp_path):
+    """q, k and v as one module of rank 2 that all three share, and an MLP's of rank 4 with an alpha of its own."""
+    base, _ = gpt.load(golden / "gpt2")
+    D, F = base.config.dim, base.config.ffn
+    modules = {"attn.c_attn": (D, 3 * D, 2, 3 / 2), "mlp.c_fc": (D, F, 4, 5 / 4)}
+    tensors = {}
+    for module, (I, O, r, _) in modules.items():
+        tensors |= gpt2_factors(base, module, I, O, [r] * base.config.layers)
+    pattern = dict(rank_pattern={"mlp.c_fc": 4}, alpha_pattern={"h.[0-9].mlp.c_fc": 5})
+    write_peft(tmp_path / "peft", tensors | {"transformer.wte.base_layer.weight": np.asarray(base.wte)}, **pattern)
+    convert_folder(tmp_path / "peft", tmp_path / "model", golden / "gpt2")
+    before, after = (load_file(folder / "model.safetensors") for folder in (golden / "gpt2", tmp_path / "model"))
+    for name, x in before.items():
+        module = next((module for module in modules if f"{module}.weight" in name), None)
+        if module is None:
+            np.testing.assert_array_equal(after[name], x, err_msg=name)
+        else:
+            A, B = (tensors[name.replace(".weight", f".lora_{factor}.weight")] for factor in "AB")
+            np.testing.assert_allclose(after[name], x + modules[module][-1] * (B @ A).T, rtol=1e-4, atol=1e-5)
+    # there and back again
+    convert_folder(tmp_path / "model", tmp_path / "peft-again")
+    convert_folder(tmp_path / "peft-again", tmp_path / "again")
+    again = load_file(tmp_path / "again" / "model.safetensors")
+    for name, x in after.items():
+        np.testing.assert_allclose(again[name], x, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_converted_is_named(golden, tmp_path):
+    write(tmp_path, "gpt2", golden, policy)
+    base, _ = gpt.load(golden / "gpt2")
+    D, L = base.config.dim, base.config.layers
+    good, lopsided = (gpt2_factors(base, "attn.c_proj", D, D, [2] * (L - 1) + [r]) for r in (2, 3))
+    c_attn = gpt2_factors(base, "attn.c_attn", D, 3 * D, [2] * L)
+    embedding = {
+        "transformer.wte.lora_embedding_A": np.ones((2, len(base.wte))),
+        "transformer.wte.lora_embedding_B": np.ones((D, 2)),
+    }
+    first = next(iter(good))
+    kinds = {
+        "ia3": (good, dict(peft_type="IA3"), "peft_type = 'IA3' is not read here, only 'LORA'"),
+        "dora": (good, dict(use_dora=True), "use_dora = True is not read here"),
+        "missing": ({name: x for name, x in good.items() if name != list(good)[-1]}, {}, "lora_B.weight is missing"),
+        "moved": (
+            good | {"transformer.wte.base_layer.weight": base.wte + 1},
+            {},
+            "no place for the tensors transformer.wte",
+        ),
+        "extra": (good | {"score.bias": np.ones(1)}, {}, "no place for the tensors score.bias"),
+        "wide": (good | {first: np.ones((2, D + 1))}, {}, "and the base's weight is"),
+        "lopsided": (lopsided, {}, "another rank in some layers than in others"),
+        "zero": ({name: x * ("_A" in name) for name, x in c_attn.items()}, {}, "no adapter here changes a layer"),
+        "embedding": (embedding, {}, "this model's head is its embedding: both need the same adapter"),
+    }
+    for name, (tensors, settings, message) in kinds.items():
+        write_peft(tmp_path / name, tensors, **settings)
+        with pytest.raises(ValueError, match=message):
+            convert_folder(tmp_path / name, tmp_path / "out", golden / "gpt2")
+    for source in ("run", "peft"):  # with the weights of another base
+        with pytest.raises(ValueError, match="an adapter on another model than .*llama"):
+            convert_folder(tmp_path / source, tmp_path / "out", golden / "llama")
+    with pytest.raises(ValueError, match="does not say which model it is an adapter on: name it with --base"):
+        convert_folder(tmp_path / "ia3", tmp_path / "out")
+    with pytest.raises(ValueError, match="is a reward model"):
+        convert_folder(tmp_path / "ia3", tmp_path / "out", golden / "gpt2_score")
+    with pytest.raises(FileNotFoundError, match="no adapter in .*gpt2: a run with --lora-rank leaves"):
+        convert_folder(golden / "gpt2", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        convert_folder(tmp_path / "run", tmp_path / "peft")
+
+
+def test_the_command_line_of_convert(golden, tmp_path, monkeypatch, capsys):
+    def run(*arguments):
+        monkeypatch.setattr("sys.argv", ["convert.py", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stop:
+            gpt.cli(convert.main, convert.Config, convert.__doc__)
+        return stop.value.code, *capsys.readouterr()
+
+    code, out, _ = run("--help")
+    assert code == 0 and "python convert.py out/sft-lora out/sft-lora-peft" in out
+    assert all(word in out for word in ("SOURCE", "TARGET", "--base"))
+    code, _, err = run(golden / "gpt2", tmp_path / "out")
+    assert code == 1 and err.startswith("error: no adapter in")
+    assert run(golden / "gpt2")[0] == 2
 
 
 # training -------------------------------------------------------------------------------------------------------------
@@ -222,9 +342,13 @@ def world(tmp_path_factory, words):
 def options(world, name, data, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / f"{data}.jsonl"),), out=world / name, steps=8, batch_size=16,
-        length=16, lr=2e-2, warmup=1, lora_rank=2, lora_alpha=4.0, dtype="float32",
+        length=16, lr=2e-2, warmup=1, lora_rank=2, dtype="float32",
     )  # fmt: skip
     return plan | more
+
+
+def reward_options(world, name, **more):
+    return {key: value for key, value in options(world, name, "pairs", **more).items() if key != "warmup"}
 
 
 def log(folder):
@@ -233,7 +357,7 @@ def log(folder):
 
 
 def folder_tensors(folder):
-    return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter_model.safetensors")
+    return load_file(folder / "model.safetensors") | load_file(folder / "adapter" / "adapter.safetensors")
 
 
 def has_adapter(name):
@@ -245,7 +369,7 @@ def stop_in_the_third_step(monkeypatch):
 
     def write_and_stop(run, step, metrics):
         write_log(run, step, metrics)
-        if step == 2 and not run.config.resume:
+        if step == 2 and not run.resume:
             signal.raise_signal(signal.SIGTERM)
 
     monkeypatch.setattr(gpt.Run, "log", write_and_stop)
@@ -273,9 +397,9 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
     for name, x in before.items():
         assert np.array_equal(x, after[name]) != has_adapter(name), name
     base, _ = gpt.load(world / "base")
-    adapter = gpt.load_adapter(world / "sft", base, world / "base")
+    adapter = gpt.load_adapter(world / "sft", world / "base")
     merged, _ = gpt.load(world / "sft")
-    jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.whole(adapter, base)), merged)
+    jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.attach(adapter, base)), merged)
 
 
 @pytest.mark.parametrize("script, loss", [(dpo, "dpo"), (ipo_kto, "ipo"), (ipo_kto, "kto")])
@@ -287,12 +411,12 @@ def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, scri
     start = dict(dpo=np.log(2), ipo=25.0, kto=0.5)[loss]  # log-ratios are all 0
     assert steps[0]["loss"] == pytest.approx(start, rel=1e-5)
     assert abs(steps[-1]["loss"] - start) > 1e-3
-    assert (world / loss / "adapter" / "adapter_config.json").is_file()
+    assert (world / loss / "adapter" / "adapter.json").is_file()
 
 
 def test_adapters_need_a_model_to_be_on(world):
     with pytest.raises(ValueError, match="--lora-rank trains an adapter on a finished model: name one with --init"):
-        sft.main(sft.Config(**options(world, "none", "demos", init="none")))
+        sft.main(sft.Config(**options(world, "none", "demos", init=None)))
 
 
 # PPO ------------------------------------------------------------------------------------------------------------------
@@ -302,7 +426,7 @@ def test_adapters_need_a_model_to_be_on(world):
 def judge(world):
     """A reward model as an adapter with a head on the same base, and its folder's merged model beside it."""
     before = jax.sharding.get_mesh()
-    plan = options(world, "judge", "pairs", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
+    plan = reward_options(world, "judge", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
     reward.main(reward.Config(**plan))
     jax.set_mesh(before)
     return world / "judge"
@@ -311,7 +435,7 @@ def judge(world):
 def ppo_options(world, name, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / "prompts.jsonl"),), out=world / name, steps=5, batch_size=16,
-        minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos="keep", monitor="none",
+        minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos=None, monitor=None,
         reward=(str(world / "judge"),), lora_rank=2, dtype="float32",
     )  # fmt: skip
     return ppo.Config(**plan | more)
@@ -319,27 +443,27 @@ def ppo_options(world, name, **more):
 
 def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
     base, tokenizer = gpt.load(world / "base")
-    adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", (base, world / "base"))
+    adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", True)
     merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
-    assert isinstance(adapter.trunk, gpt.Adapter) and isinstance(merged.trunk, gpt.GPT)
+    assert isinstance(adapter.body, gpt.Adapter) and isinstance(merged.body, gpt.GPT)
     score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
-    ours = score(gpt.whole(adapter, base))
+    ours = score(gpt.attach(adapter, base))
     np.testing.assert_allclose(ours, score(merged), rtol=1e-4, atol=1e-5)
     assert np.ptp(ours) > 0.1
 
 
 def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, judge, monkeypatch, capsys):
-    ppo.main(ppo_options(world, "ppo", share="lora"))
+    ppo.main(ppo_options(world, "ppo"))
     steps = log(world / "ppo")
     assert "a model of its own" not in capsys.readouterr().out
-    assert json.loads((world / "ppo" / "config.json").read_text())["run"]["critic"] == "reward trunk"
+    assert json.loads((world / "ppo" / "config.json").read_text())["run"]["critic"] == "reward body"
     assert abs(steps[0]["objective/kl"]) < 1e-6 < steps[-1]["objective/kl_exact"]
     assert all(row["val/ratio_first"] == 1 and row["val/decode_drift"] < 1e-4 for row in steps)
 
     stop_in_the_third_step(monkeypatch)
     with pytest.raises(SystemExit):
-        ppo.main(ppo_options(world, "ppo-resumed", share="lora"))
-    ppo.main(ppo_options(world, "ppo-resumed", share="lora", resume=True))
+        ppo.main(ppo_options(world, "ppo-resumed"))
+    ppo.main(ppo_options(world, "ppo-resumed", resume=True))
     assert log(world / "ppo-resumed") == steps
     ours, resumed = folder_tensors(world / "ppo"), folder_tensors(world / "ppo-resumed")
     jax.tree.map(np.testing.assert_array_equal, ours, resumed)
@@ -349,40 +473,31 @@ def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, judge, monkeypatc
 
 def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, judge, capsys):
     (world / "judge" / "adapter").rename(world / "judge" / "elsewhere")
-    ppo.main(ppo_options(world, "whole", share="lora", steps=1))
+    ppo.main(ppo_options(world, "whole", steps=1))
     (world / "judge" / "elsewhere").rename(world / "judge" / "adapter")
     assert "judge has no adapter on" in capsys.readouterr().out
-    assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy trunk"
+    assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy body"
 
 
-@pytest.mark.parametrize("how", [dict(share="trunk"), dict(advantage="grpo", group_size=4)])
-def test_ppo_without_a_critic_of_its_own(world, judge, how, monkeypatch):
-    asked, score = [], ppo.score_responses
-    monkeypatch.setattr(ppo, "score_responses", lambda *args: asked.append(args[4]) or score(*args))
-    name = "-".join(map(str, how.values()))
-    ppo.main(ppo_options(world, name, steps=2, **how))
-    steps = log(world / name)
+@pytest.mark.parametrize("rank", [0, 2])
+def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkeypatch):
+    asked, ask = [], gpt.Reward.__call__
+    monkeypatch.setattr(gpt.Reward, "__call__", lambda *args: asked.append(args[3]) or ask(*args))
+    plan = vars(ppo_options(world, f"grpo-{rank}", steps=2, lora_rank=rank))
+    grpo.main(grpo.Config(**{name: plan[name] for name in plan.keys() & vars(grpo.Config())}, group_size=4))
+    steps = log(world / f"grpo-{rank}")
     assert all(row["val/ratio_first"] == 1 for row in steps) and steps[-1]["objective/kl_exact"] > 1e-7
-    assert ("loss/value_avg" in steps[0]) == ("share" in how)
     prompts, answers = asked[0]
-    if "advantage" in how:  # four answers to each prompt, side by side, and not the same one
-        assert all(len(set(prompts[i : i + 4])) == 1 < len(set(answers[i : i + 4])) for i in range(0, 16, 4))
-    model, _ = gpt.load(world / name)
+    # four answers to each prompt, side by side, and not the same one
+    assert all(len(set(prompts[i : i + 4])) == 1 < len(set(answers[i : i + 4])) for i in range(0, 16, 4))
+    model, _ = gpt.load(world / f"grpo-{rank}")
     assert isinstance(model, gpt.GPT)
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        (dict(advantage="grpo", group_size=1), "--group-size is 2 or more"),
-        (dict(advantage="rloo", group_size=3), "--batch-size a multiple of it"),
-        (dict(share="trunk", advantage="rloo"), "--share trunk puts values on the policy's trunk"),
-        (dict(share="trunk", critic_warmup=1), "--critic-warmup is for a critic of its own"),
-    ],
-)
-def test_what_does_not_go_together_is_named(world, how, message):
+@pytest.mark.parametrize("size, message", [(1, "--group-size is 2 or more"), (3, "--batch-size a multiple of it")])
+def test_groups_that_do_not_fit_are_named(size, message):
     with pytest.raises(ValueError, match=message):
-        ppo.main(ppo_options(world, "wrong", **how))
+        grpo.main(grpo.Config(group_size=size, batch_size=16, minibatch_size=8))
 
 
 # a student of a reward model ------------------------------------------------------------------------------------------
@@ -401,7 +516,10 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     for name, data in (("pairs", rows), ("pairs-heldout", rows), ("swapped", swapped)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in data))
-    plan = options(world, "student", "pairs", init="none", teacher=str(judge), suffix="", layers=1, heads=1, dim=8,
+    _, tokenizer = gpt.load(world / "base")
+    shape = gpt.make_config(tokenizer.vocab_size, 16, layers=1, heads=1, dim=8)
+    gpt.save(tmp_path / "small", jax.jit(partial(gpt.init, shape))(jax.random.key(0)), tokenizer)
+    plan = reward_options(world, "student", init=str(tmp_path / "small"), teacher=str(judge), suffix="",
                    steps=24, lr=2e-2, head_lr=2e-2, normalize_with=None, gold=None, lora_rank=0)  # fmt: skip
     for name in ("pairs", "swapped"):
         reward.main(reward.Config(**plan | dict(data=(str(tmp_path / f"{name}.jsonl"),), out=tmp_path / name)))
@@ -415,10 +533,8 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
     np.testing.assert_allclose([row["margin"] for row in turned], [-row["margin"] for row in steps], atol=1e-2)
 
 
-def test_a_student_needs_its_teacher_and_reads_the_score_where_it_does(world, judge):
-    with pytest.raises(ValueError, match="--init none is for a small student of --teacher"):
-        reward.main(reward.Config(**options(world, "x", "pairs", init="none", lora_rank=0)))
-    plan = options(world, "x", "pairs", init="none", lora_rank=0, teacher=str(judge), suffix=" Judge:")
+def test_a_student_reads_the_score_where_its_teacher_does(world, judge):
+    plan = reward_options(world, "x", lora_rank=0, teacher=str(judge), suffix=" Judge:")
     with pytest.raises(ValueError, match="reads its score after ''"):
         reward.main(reward.Config(**plan))
 
@@ -426,7 +542,7 @@ def test_a_student_needs_its_teacher_and_reads_the_score_where_it_does(world, ju
 def test_a_critic_has_the_width_of_the_reward_model_that_it_starts_from():
     model = lambda dim: gpt.init(gpt.make_config(16, 8, 1, 2, dim), jax.random.key(0))
     policy, student = model(16), gpt.init_score_model(model(8), jax.random.key(1))
-    critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(), jax.random.key(2))
-    assert critic.head.shape == (8,) and critic.trunk.config.dim == 8 and name == "reward trunk"
-    critic, name = ppo.make_critic(policy, policy, [student], ppo.Config(critic_init="policy"), jax.random.key(2))
-    assert critic.head.shape == (16,) and name == "policy trunk"
+    critic, name = ppo.make_critic(policy, policy, [student], jax.random.key(2))
+    assert critic.head.shape == (8,) and critic.body.config.dim == 8 and name == "reward body"
+    critic, name = ppo.make_critic(policy, policy, [], jax.random.key(2))
+    assert critic.head.shape == (16,) and name == "policy body"

@@ -642,7 +642,7 @@ def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     @partial(jax.grad, argnums=(0, 1))
     def expected(policy, critic):
         logprobs = gpt.token_logprobs(policy, tokens, segments)[:, 3:]  # after 4 prompt tokens
-        values = critic.values(critic.trunk(tokens, segments))[:, 3:-1]  # read before the token
+        values = critic.values(critic.body(tokens, segments))[:, 3:-1]  # read before the token
         reinforce = -(logprobs * rollout.advantages[FOUR] * mask).sum() / mask.sum()
         half_mse = 0.5 * ((values - rollout.returns[FOUR]) ** 2 * mask).sum() / mask.sum()
         return reinforce + half_mse
@@ -693,10 +693,10 @@ def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advan
 def test_adapters_on_one_base_learn_and_leave_it_alone():
     state, ref, batch, _, config = world()
     config = replace(config, lora_rank=2)
-    adapter, base = gpt.trainable(state.policy, config, jax.random.key(6))
-    critic = replace(state.critic, trunk=adapter)
+    adapter, base = gpt.trainable(state.policy, 2, config.dtype, jax.random.key(6))
+    critic = replace(state.critic, body=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic))
-    policy = gpt.whole(adapter, base)
+    policy = gpt.attach(adapter, base)
     generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
     rollout, metrics = ppo.make_rollout(lora, base, batch, generation, SCORES, config)
     assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
@@ -709,7 +709,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
         a = np.asarray(adapter.blocks[name].a)
         assert same(layer.a, adapter.blocks[name].a)
         np.testing.assert_allclose(layer.b, layer.scale * a.swapaxes(1, 2) @ step, atol=2e-5)
-    assert not same(after.critic.trunk, adapter)
+    assert not same(after.critic.body, adapter)
 
 
 def test_rollouts_are_sampled_in_the_precision_that_is_scored():
@@ -742,7 +742,7 @@ def test_rollout_estimates_are_the_ones_of_the_box():
         for out, model in ((logprobs, state.policy), (refs, ref)):
             logits = np.asarray(model.logits(hidden(model, row)))[0, before].astype(float) / 0.7
             out[b, :n] = (logits - np.log(np.exp(logits).sum(-1, keepdims=True)))[np.arange(n), responses[b, :n]]
-        values[b, :n] = np.asarray(hidden(state.critic.trunk, row))[0, before] @ np.asarray(state.critic.head)
+        values[b, :n] = np.asarray(hidden(state.critic.body, row))[0, before] @ np.asarray(state.critic.head)
         rewards[b, :n] = -0.1 * (logprobs - refs)[b, :n]
         rewards[b, n - 1] += float(SCORES[b])
     advantages = brute_force_gae(rewards, values, mask, 1.0, 0.95)

@@ -24,9 +24,7 @@ def test_parameters_are_those_of_the_model(name):
     assert scale.parameters(c) == gpt.count_parameters(model)
     layer = sum(x.size for x in jax.tree.leaves(model.blocks)) // c.layers
     assert scale.parameters_a_layer(c) == layer
-    adapter = jax.eval_shape(
-        partial(gpt.init_adapter, rank=3, alpha=None, targets=gpt.TARGETS), model, key=jax.random.key(0)
-    )
+    adapter = jax.eval_shape(partial(gpt.init_adapter, rank=3), model, key=jax.random.key(0))
     assert scale.adapter_parameters(c, 3) == gpt.count_parameters(adapter)
     assert len(jax.tree.leaves(model.blocks)) == 9  # what `traffic` counts
 
