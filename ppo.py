@@ -25,10 +25,6 @@ Choices where code bases disagree:
    GRPO (arXiv:2402.03300) divides by their standard deviation and puts beta k3 into the loss; RLOO (arXiv:2402.14740)
    takes the mean of the others as baseline and keeps -beta k1, summed, in the score. Token means and a token's ratio in
    both, where TRL's RLOO has one ratio an answer, which is clipped far more often.
-7. --rollout-weights int8 or w8a8 samples from a quantised copy of the policy. Old log-probs are still the policy's own,
-   so that the first ratio stays 1 and the clip means what it says; but the samples come from a slightly different
-   policy, and the gradient is an average over its responses: a bias of the order of val/decode_drift_avg, with no
-   correction (truncated importance weights would be one, arXiv:1802.01561).
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
     python ppo.py --share lora --reward out/reward-lora --out out/ppo-lora     # after reward.py --lora-rank (see there)
@@ -65,7 +61,6 @@ class Config:
     response_length: int = 24  # tokens a response may have
     buckets: int = 1  # widths that prompts are padded to; more save work when prompt lengths differ widely
     temperature: float = 1.0  # of rollouts and of every log-prob
-    rollout_weights: Literal["full", "int8", "w8a8"] = "full"  # sample from a quantised copy (choice 7 above)
 
     lr: float | None = None  # policy's learning rate (default: 3e-4; of adapters 6e-4)
     critic_lr: float | None = None  # (default: the same)
@@ -308,8 +303,7 @@ def ask_models(policy, ref, critic, rollout: Rollout, config: Config):
 
 def sampler(state: State, ref, config: Config) -> gpt.GPT:
     """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    policy = gpt.cast(gpt.whole(actor(state.policy), ref), gpt.compute_dtype(config.dtype))
-    return policy if config.rollout_weights == "full" else gpt.quantize(policy, config.rollout_weights)
+    return gpt.cast(gpt.whole(actor(state.policy), ref), gpt.compute_dtype(config.dtype))
 
 
 @partial(jax.jit, static_argnames="config")

@@ -28,6 +28,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -41,11 +42,12 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -53,6 +55,7 @@ import numpy as np
 import tyro
 import uvicorn
 from jax import lax
+from jaxtyping import Array, Float, Int
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -100,24 +103,197 @@ class Config:
         return [folder for group in self.model for folder in group] or ["out/ppo"]
 
 
-# ------------------------------------------------------------------------------------------ what the device computes
+# -------------------------------------------------------------------------------------------------- quantised weights
+#
+# Every matrix as small integers and scales: half or a third of the memory, and with int8 activations (w8a8) faster on a
+# CPU. The model stays a gpt.GPT whose layers and tables are the classes below: forward passes and `gpt.generate` take
+# it. Rounding has no gradient, so it only answers. What a form costs is measured, and then one is chosen.
 
-TOP = 20  # alternatives a token that are kept where log-probs are asked for
-QUANTISATIONS = ("none", "int8", "int4", "w8a8")  # of the weights: see gpt.quantize
-MOST_STEPS = 8  # tokens that one call decodes at most
-PREFILL_TOKENS = 256  # of several prompts together in one call
-
-
-class Weights(NamedTuple):
-    """A GPT with unstacked blocks: slicing stacked weights inside a loop would copy all of them for every token."""
-
-    trunk: gpt.GPT  # without blocks
-    layers: tuple
+QUANTISATIONS = ("none", "int8", "int4", "w8a8")
+CHUNK_ROWS = 256  # of a matrix that become floats at a time, on a CPU: they stay in its cache
 
 
-def unstack(model: gpt.GPT) -> Weights:
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
-    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
+class Quantised(eqx.Module):
+    """A matrix (O, I) held as small integers and their scales: the weight of a `QuantisedLinear`, or an embedding
+    table, whose rows are the output channels of the head. Leaves may have a layer axis before these.
+
+    (O, I), the inputs last, and not `gpt.Linear`'s (I, O): XLA:CPU's int8 product reads such rows as they lie; with
+    (I, O) the product with GPT-2's head takes 2 to 8 times as long.
+    """
+
+    values: Array  # integers
+    scale: Array  # what the integer 1 stands for, in the precision of the original weights
+
+    def dense(self) -> Float[Array, "*O I"]:
+        """The matrix as floats."""
+        raise NotImplementedError
+
+    def product(self, x: Float[Array, "*N I"], dtype) -> Float[Array, "*N O"]:
+        """x times the transposed matrix."""
+        raise NotImplementedError
+
+    def rows(self, index) -> Float[Array, "*N I"]:
+        """Rows of the table, as floats."""
+        return jax.tree.map(lambda x: x[index], self).dense()
+
+    def __call__(self, x: Float[Array, "*N I"], dtype=None) -> Float[Array, "*N O"]:
+        """The product, in x's precision or in `dtype`. The whole matrix is never in memory as floats: the barrier keeps
+        XLA from converting it once before a loop over tokens, and a CPU, which would write the floats of each token to
+        memory and read them back, converts CHUNK_ROWS at a time."""
+        dtype = dtype or x.dtype
+        if jax.default_backend() != "cpu":
+            x, held = lax.optimization_barrier((x, self))
+            return held.product(x, dtype)
+        return jnp.moveaxis(lax.map(lambda row: row.product(x, dtype), self, batch_size=CHUNK_ROWS), 0, -1)
+
+
+class Int8(Quantised):
+    """Weights in int8, one scale for each output channel; activations stay floats. Half the bytes of bf16. It saves
+    memory, not time: on a CPU it has about 0.7 times the speed of fp32."""
+
+    def dense(self):
+        return self.values.astype(self.scale.dtype) * self.scale[..., None]
+
+    def product(self, x, dtype):
+        return gpt.dot(x, self.values.astype(x.dtype), (-1, -1), dtype) * self.scale.astype(dtype)
+
+
+class W8A8(Int8):
+    """Weights in int8 as above, and activations too, scaled token by token as they come: one integer product with
+    32-bit sums, then both scales. The fast one on a CPU (LLM.int8(), arXiv:2208.07339, without its outlier columns)."""
+
+    row_sums: Array  # (O,) of each row's integers, see `integers`
+
+    def __call__(self, x, dtype=None):
+        # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
+        single = x.size == x.shape[-1]
+        values, scale = to_int8(jnp.concatenate([x, x]) if single else x)
+        y = self.integers(values).astype(jnp.float32)
+        y = y * scale[..., None].astype(jnp.float32) * self.scale.astype(jnp.float32)
+        return (y[:1] if single else y).astype(dtype or x.dtype)
+
+    def integers(self, x: Int[Array, "*N I"]) -> Int[Array, "*N O"]:
+        """The exact product with int8 activations. The VNNI instruction multiplies unsigned bytes by signed ones: there
+        128 is added to the activations, and what this adds to the product, 128 times `row_sums`, is subtracted."""
+        if not has_vnni():
+            return gpt.dot(x, self.values, (-1, -1), jnp.int32)
+        unsigned = (x.astype(jnp.int32) + 128).astype(jnp.uint8)
+        # the precision keeps JAX from making both operands int32 because they differ
+        y = gpt.dot(unsigned, self.values, (-1, -1), jnp.int32, precision=lax.DotAlgorithmPreset.DEFAULT)
+        return y - 128 * self.row_sums
+
+
+@lru_cache
+def has_vnni() -> bool:
+    """Whether arrays live on a CPU with AVX-512 VNNI. XLA:CPU's library of products (YNNPACK) has kernels for it that
+    multiply uint8 by int8: 1.7 to 2.4 times as fast as int8 by int8 at 16 and 64 rows (jaxlib 0.10; 1.1 times
+    in 0.11). On a CPU without, uint8 by int8 takes 7 times as long."""
+    cpu = Path("/proc/cpuinfo")  # Linux only
+    return jax.default_backend() == "cpu" and cpu.exists() and "avx512_vnni" in cpu.read_text()
+
+
+class Int4(Quantised):
+    """Weights in 4 bits, -7 to 7: values (O, I/2), where one byte's low bits hold input i and its high bits input
+    I/2 + i; scale (O, 2, G), one for each of the G groups of inputs in either half."""
+
+    def halves(self):
+        """The weights of the first half of the inputs and of the second one, (O, I/2) each."""
+        pairs = self.values.astype(jnp.int32)
+        for half, integers in enumerate([(pairs << 28) >> 28, (pairs << 24) >> 28]):  # arithmetic: they extend the sign
+            scale = self.scale[..., half, :, None]
+            yield (integers.reshape(*scale.shape[:-1], -1) * scale).reshape(integers.shape)
+
+    def dense(self):
+        return jnp.concatenate(list(self.halves()), -1)
+
+    def product(self, x, dtype):  # two products: to join the halves would take longer than to multiply by them
+        return sum(gpt.dot(a, b.astype(x.dtype), (-1, -1), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
+
+
+class QuantisedLinear(eqx.Module):
+    """Stands in for `gpt.Linear`."""
+
+    weight: Quantised
+    bias: Array | None
+
+    def __call__(self, x):
+        y = self.weight(x)
+        return y if self.bias is None else y + self.bias
+
+
+def to_integers(x, most: int):
+    """x (..., N) as integers within +-most, rounded to nearest, and the scale (...): the largest |x| becomes `most`."""
+    scale = jnp.abs(x).max(-1) / most
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.clip(jnp.round(x / scale[..., None]), -most, most).astype(jnp.int8), scale
+
+
+to_int8 = partial(to_integers, most=127)
+
+
+def to_w8a8(x):
+    values, scale = to_int8(x)
+    return values, scale, values.sum(-1, dtype=jnp.int32)
+
+
+def to_int4(x, size: int = 64):
+    """x (..., I) as `Int4` holds it, in the largest groups of at most `size` inputs that divide each half."""
+    half, odd = divmod(x.shape[-1], 2)
+    if odd:
+        raise ValueError(f"int4 packs two weights in a byte: a width of {x.shape[-1]} is odd")
+    size = max(n for n in range(1, size + 1) if half % n == 0)
+    values, scale = to_integers(x.reshape(*x.shape[:-1], 2, -1, size), 7)
+    low, high = (values[..., i, :, :].reshape(*x.shape[:-1], half) for i in range(2))
+    return ((high << 4) | (low & 15)).astype(jnp.uint8), scale
+
+
+@partial(jax.jit, static_argnames="how")
+def quantize(model: gpt.GPT, how: str) -> gpt.GPT:
+    """The model, adapters merged, with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above).
+    Norms, biases and learned positions stay; a tied embedding is one table, read both ways.
+
+    Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
+    again, or twice as large.
+    """
+    kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_w8a8)}
+    if how not in kinds:
+        raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
+    model = gpt.merge(model)
+    pack = lambda how, matrix: kinds[how][0](*kinds[how][1](matrix))
+
+    def linear(layer):
+        if not isinstance(layer, gpt.Linear):
+            return layer
+        return QuantisedLinear(pack(how, layer.weight.swapaxes(-1, -2)), layer.bias)
+
+    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, gpt.Linear))
+    table = partial(pack, "int8" if how == "int4" else how)
+    head = None if model.head is None else table(model.head)
+    return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
+
+
+def size_in_bytes(model) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(model))
+
+
+def quality(model: gpt.GPT, quantised: gpt.GPT, batches) -> dict[str, float]:
+    """What quantising costs on batches of tokens, segments and mask (B, T), over the tokens in the mask: "kl"(model ||
+    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity."""
+    totals = [quality_totals(model, quantised, *(b[name] for name in ("tokens", "segments", "mask"))) for b in batches]
+    kl, top1, nll, nll_quantised, tokens = np.sum(gpt.to_numpy(totals), axis=0, dtype=float).tolist()
+    means = dict(kl=kl / tokens, top1=top1 / tokens)
+    return means | dict(perplexity=math.exp(nll / tokens), perplexity_quantised=math.exp(nll_quantised / tokens))
+
+
+@jax.jit
+def quality_totals(model, quantised, tokens, segments, mask):
+    """Sums over the tokens in the mask: of KL, of agreement, of both negative log-likelihoods, of tokens."""
+    hidden, other = model(tokens, segments)[:, :-1], quantised(tokens, segments)[:, :-1]
+    best = lambda model, hidden: gpt.map_columns(lambda h: model.logits(h).argmax(-1), model.config.vocab_size, hidden)
+    nll = lambda model, hidden: -gpt.head_logprobs(model, hidden, tokens[:, 1:])[0]
+    same = best(model, hidden) == best(quantised, other)
+    each = gpt.head_kl(model, hidden, quantised, other), same, nll(model, hidden), nll(quantised, other), 1.0
+    return [jnp.where(mask[:, 1:] > 0, x, 0.0).sum() for x in each]
 
 
 QUALITY_ROWS = 64  # of --quality, at most: a start should not take long
@@ -173,6 +349,25 @@ def quality_table(models: list, max_kl: float) -> str:
                 f"{c.speed:9,.0f}  {'yes' if c.kl <= max_kl else 'no'}"
             )
     return "\n".join(lines)
+
+
+# ------------------------------------------------------------------------------------------ what the device computes
+
+TOP = 20  # alternatives a token that are kept where log-probs are asked for
+MOST_STEPS = 8  # tokens that one call decodes at most
+PREFILL_TOKENS = 256  # of several prompts together in one call
+
+
+class Weights(NamedTuple):
+    """A GPT with unstacked blocks: slicing stacked weights inside a loop would copy all of them for every token."""
+
+    trunk: gpt.GPT  # without blocks
+    layers: tuple
+
+
+def unstack(model: gpt.GPT) -> Weights:
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
+    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
 
 
 class Alternatives(NamedTuple):
@@ -491,20 +686,20 @@ class Served:
         batches = quality_batches(self.config.quality, self.tokenizer, self.context)
         for how in QUANTISATIONS:
             try:
-                model = self.model if how == "none" else gpt.quantize(self.model, how)
+                model = self.model if how == "none" else quantize(self.model, how)
             except ValueError as error:  # of a width that does not pack
                 LOG.info("%s: %s", self.name, error)
                 continue
-            found = gpt.quality(self.model, model, batches)
+            found = quality(self.model, model, batches)
             self.weights = unstack(model)
-            size, speed = gpt.size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            size, speed = size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
 
     def compress(self):
         """Settle on a form of the weights; the others go."""
         self.quantization = choose(self.candidates, self.config.quantize, self.config.max_kl)
         model, self.model = self.model, None
-        self.weights = unstack(model if self.quantization == "none" else gpt.quantize(model, self.quantization))
+        self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
