@@ -7,7 +7,7 @@
 
 Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
 1 configuration, 2 model, 3 log-probabilities, 4 generation, 6 tokenizers and chat, 7 weights in and out, 8 rows,
-9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder, 13 votes.
+9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder.
 
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
@@ -27,7 +27,6 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import sys
 import time
 from collections import Counter
@@ -2759,98 +2758,3 @@ def start_tracker(config, info):
         raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
     tracker.init(project="rlhf", name=Path(config.out).name, config=info)
     return lambda metrics, step: tracker.log(metrics, step=step)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 13. Votes: what a server was asked, what it said, and what people thought of it
-
-VOTES = """
-CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,
-  parent_id TEXT, prompt_messages TEXT NOT NULL CHECK(json_valid(prompt_messages)), completion TEXT NOT NULL,
-  completion_token_ids TEXT, logprob_sum REAL, finish_reason TEXT, model_id TEXT NOT NULL,
-  checkpoint_sha256 TEXT NOT NULL, code_version TEXT, quantization TEXT, chat_template_sha256 TEXT,
-  tokenizer_sha256 TEXT, sampling TEXT NOT NULL CHECK(json_valid(sampling)), usage TEXT) STRICT;
-CREATE TABLE IF NOT EXISTS feedback(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, schema_version INT NOT NULL,
-  kind TEXT NOT NULL CHECK(kind IN ('thumb', 'pair', 'edit')), generation_a TEXT NOT NULL REFERENCES generation(id),
-  generation_b TEXT REFERENCES generation(id), shown_left TEXT,
-  value TEXT NOT NULL CHECK(value IN ('up', 'down', 'a', 'b', 'tie', 'both_bad', 'edited')), edited_text TEXT,
-  reasons TEXT, comment TEXT, annotator_id TEXT NOT NULL, annotator_kind TEXT NOT NULL DEFAULT 'human',
-  consent INT NOT NULL, latency_ms INT, ui_version TEXT, superseded_by TEXT REFERENCES feedback(id),
-  CHECK((kind = 'pair') = (generation_b IS NOT NULL))) STRICT;
-CREATE UNIQUE INDEX IF NOT EXISTS one_live_vote
-  ON feedback(kind, generation_a, COALESCE(generation_b, ''), annotator_id) WHERE superseded_by IS NULL;
-CREATE INDEX IF NOT EXISTS of_session ON generation(session_id);
-CREATE INDEX IF NOT EXISTS of_generation_a ON feedback(generation_a);
-CREATE INDEX IF NOT EXISTS of_generation_b ON feedback(generation_b);
-"""
-
-VOTED = """
-SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
-  a.checkpoint_sha256 AS checkpoint_a, b.completion AS completion_b, b.finish_reason AS finish_b, b.model_id AS model_b,
-  b.checkpoint_sha256 AS checkpoint_b
-FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
-WHERE f.consent = 1 AND f.created_at >= :since AND (:model = '' OR :model IN (a.model_id, b.model_id))
-  AND (:checkpoint = '' OR :checkpoint IN (a.checkpoint_sha256, b.checkpoint_sha256))
-ORDER BY f.created_at, f.id
-"""
-
-
-def open_votes(path, create: bool = False) -> sqlite3.Connection:
-    """A vote database, to read or (`create`) to write: a transaction that was committed survives a kill and a crash."""
-    if not create and not Path(path).is_file():
-        raise FileNotFoundError(f"no votes in {path}: serve.py writes them there (--feedback)")
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    try:
-        connection.execute("PRAGMA foreign_keys = on")
-        if create:
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = on"):
-                connection.execute(f"PRAGMA {pragma}")
-            connection.executescript(VOTES)
-        connection.execute("SELECT id FROM feedback LIMIT 1")
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        raise ValueError(f"{path} is not a database of votes ({error})") from None
-    return connection
-
-
-def votes(connection: sqlite3.Connection, since="", model="", checkpoint="") -> list[dict]:
-    """Every vote that its giver lets us use, with the texts it is about, oldest first; also those taken back later
-    (`superseded_by`). `since` is the beginning of an ISO time; `model` and `checkpoint` want one of the two sides."""
-    wanted = dict(since=since, model=model, checkpoint=checkpoint)
-    return [dict(row) for row in connection.execute(VOTED, wanted)]
-
-
-VOTE_KINDS = dict(a="pairs", b="pairs", edited="pairs", up="thumbs", down="thumbs", both_bad="thumbs")
-
-
-def vote_rows(vote: dict) -> tuple[str, list[dict]]:
-    """A vote as (kind, rows to train on); BadRow with the reason where it teaches nothing.
-
-    pairs   a or b: that side is chosen. An edit: the edited answer is chosen, the original rejected
-    thumbs  up or down: the label. Both bad: two rows with label false
-    A tie is neither. Nor is a vote on an answer that was cut off (its finish is not "stop"): the cut may be what it is
-    about. Answers to a chat are messages, continuations of a text are text.
-    """
-    value, answers = vote["value"], [vote["completion_a"], vote["completion_b"]]
-    if value == "edited":
-        answers[1] = vote["edited_text"]
-    used = answers[: 1 + (value not in ("up", "down"))]
-    if vote["superseded_by"]:
-        raise BadRow("changed later")
-    if value not in VOTE_KINDS:
-        raise BadRow(f"a {value}")
-    if any(finish not in ("stop", None) for finish in (vote["finish_a"], vote["finish_b"])):
-        raise BadRow("an answer was cut off")
-    if not all(text.strip() for text in used):
-        raise BadRow("an empty answer")
-    if len(used) == 2 and used[0] == used[1]:
-        raise BadRow("equal answers")
-    prompt = json.loads(vote["prompt_messages"])
-    row = {"prompt": prompt, "id": vote["id"]}
-    if isinstance(prompt, list):
-        used = [[{"role": "assistant", "content": text}] for text in used]
-    if VOTE_KINDS[value] == "thumbs":
-        return "thumbs", [row | {"completion": answer, "label": value == "up"} for answer in used]
-    chosen, rejected = used if value == "a" else used[::-1]
-    return "pairs", [row | {"chosen": chosen, "rejected": rejected}]

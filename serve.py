@@ -1418,6 +1418,97 @@ async def gone(request: Request):
 
 
 # ------------------------------------------------------------------------------------------------------------ votes
+#
+# feedback.db holds what was asked and said (generation) and what people thought of it (feedback). Two views say what is
+# to be learnt from that: the page's counter, /v1/feedback/export and prepare.py read nothing else.
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,
+  parent_id TEXT, prompt_messages TEXT NOT NULL CHECK(json_valid(prompt_messages)), completion TEXT NOT NULL,
+  completion_token_ids TEXT, logprob_sum REAL, finish_reason TEXT, model_id TEXT NOT NULL,
+  checkpoint_sha256 TEXT NOT NULL, code_version TEXT, quantization TEXT, chat_template_sha256 TEXT,
+  tokenizer_sha256 TEXT, sampling TEXT NOT NULL CHECK(json_valid(sampling)), usage TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS feedback(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, schema_version INT NOT NULL,
+  kind TEXT NOT NULL CHECK(kind IN ('thumb', 'pair', 'edit')), generation_a TEXT NOT NULL REFERENCES generation(id),
+  generation_b TEXT REFERENCES generation(id), shown_left TEXT,
+  value TEXT NOT NULL CHECK(value IN ('up', 'down', 'a', 'b', 'tie', 'both_bad', 'edited')), edited_text TEXT,
+  reasons TEXT, comment TEXT, annotator_id TEXT NOT NULL, annotator_kind TEXT NOT NULL DEFAULT 'human',
+  consent INT NOT NULL, latency_ms INT, ui_version TEXT, superseded_by TEXT REFERENCES feedback(id),
+  CHECK((kind = 'pair') = (generation_b IS NOT NULL))) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_live_vote
+  ON feedback(kind, generation_a, COALESCE(generation_b, ''), annotator_id) WHERE superseded_by IS NULL;
+CREATE INDEX IF NOT EXISTS of_session ON generation(session_id);
+CREATE INDEX IF NOT EXISTS of_generation_a ON feedback(generation_a);
+CREATE INDEX IF NOT EXISTS of_generation_b ON feedback(generation_b);
+"""
+
+BLANKS = ", ".join(str(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
+AS_ANSWER = (  # in JSON: to a chat a message, of a text its continuation
+    "iif(json_type(prompt_messages) = 'array', json_array(json_object('role', 'assistant', 'content', {0})), "
+    "json_quote({0}))"
+)
+
+# votes: one row for each vote whose giver lets us use it, with the texts that it is about (completion_b of an edit is
+# the edited text) and `dropped`, the reason why it teaches nothing, or NULL. A cut answer has another finish than stop:
+# the cut may be what the vote is about.
+#
+# training_rows: what each vote teaches, `row` in JSON, of `kind` pairs or thumbs. Of a pair the side a or b is chosen;
+# an edit is chosen over the original; both_bad is two thumbs down (number 1 and 2). A dropped vote has one row.
+VIEWS = f"""
+BEGIN IMMEDIATE;
+DROP VIEW IF EXISTS training_rows;
+DROP VIEW IF EXISTS votes;
+
+CREATE VIEW votes AS
+SELECT *, CASE
+    WHEN superseded_by IS NOT NULL THEN 'changed later'
+    WHEN value = 'tie' THEN 'a tie'
+    WHEN ifnull(finish_a, 'stop') <> 'stop' OR ifnull(finish_b, 'stop') <> 'stop' THEN 'an answer was cut off'
+    WHEN trim(completion_a, char({BLANKS})) = '' OR trim(completion_b, char({BLANKS})) = '' THEN 'an empty answer'
+    WHEN completion_a = completion_b THEN 'equal answers'
+    WHEN json_type(prompt_messages, '$[0]') = 'integer' THEN 'a prompt of token ids'
+  END AS dropped
+FROM (
+  SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
+    a.checkpoint_sha256 AS checkpoint_a,
+    iif(f.value = 'edited', ifnull(f.edited_text, ''), b.completion) AS completion_b, b.finish_reason AS finish_b,
+    b.model_id AS model_b, b.checkpoint_sha256 AS checkpoint_b
+  FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
+  WHERE f.consent = 1);
+
+CREATE VIEW training_rows AS
+WITH answers AS (
+  SELECT *, {AS_ANSWER.format("completion_a")} AS answer_a, {AS_ANSWER.format("completion_b")} AS answer_b FROM votes)
+SELECT id, created_at, 1 AS number, dropped, 'pairs' AS kind, json_object('prompt', json(prompt_messages), 'id', id,
+    'chosen', json(iif(value = 'a', answer_a, answer_b)),
+    'rejected', json(iif(value = 'a', answer_b, answer_a))) AS row
+  FROM answers WHERE value IN ('a', 'b', 'tie', 'edited')
+UNION ALL
+SELECT id, created_at, 1, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
+    'completion', json(answer_a), 'label', json(iif(value = 'up', 'true', 'false')))
+  FROM answers WHERE value IN ('up', 'down', 'both_bad')
+UNION ALL
+SELECT id, created_at, 2, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
+    'completion', json(answer_b), 'label', json('false'))
+  FROM answers WHERE value = 'both_bad' AND dropped IS NULL;
+COMMIT;
+"""
+
+
+def open_votes(path) -> sqlite3.Connection:
+    """feedback.db, made where there is none, the views of an older one replaced. What was committed to it survives a
+    kill and a crash."""
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    try:
+        for pragma in ("foreign_keys = on", "journal_mode = WAL", "synchronous = FULL", "secure_delete = on"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.executescript(TABLES + VIEWS)
+        connection.execute("SELECT * FROM training_rows LIMIT 1")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise ValueError(f"{path} is not a database of votes ({error})") from None
+    return connection
 
 
 class Store:
@@ -1426,7 +1517,7 @@ class Store:
 
     def __init__(self, path: Path):
         self.path, self.work = path, queue.SimpleQueue()
-        gpt.open_votes(path, create=True).close()  # an unusable file is found before anything else starts
+        open_votes(path).close()  # an unusable file is found before anything else starts
         self.thread = threading.Thread(target=self.run, name="votes", daemon=True)
         self.thread.start()
 
@@ -1437,7 +1528,7 @@ class Store:
         return await future
 
     def run(self):
-        connection = gpt.open_votes(self.path, create=True)
+        connection = open_votes(self.path)
         while batch := [self.work.get()]:
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 128 and batch[-1]:
@@ -1575,19 +1666,30 @@ def purge_session(connection, session_id: str) -> dict:
     return {"session_id": session_id, "generations": generations.rowcount, "feedback": votes.rowcount}
 
 
-def rows_of_kind(vote: dict, kind: str) -> list[dict]:
-    """What a vote teaches, by the rules that prepare.py follows too."""
-    try:
-        found, rows = gpt.vote_rows(vote)
-    except gpt.BadRow:
-        return []
-    return rows if found == kind else []
-
-
-def count_votes(connection) -> dict:
-    query = "SELECT kind, count(*) FROM feedback WHERE superseded_by IS NULL AND consent = 1 GROUP BY kind"
+def count_votes(connection) -> tuple[dict, bool]:
+    """Votes of each kind that were not changed later; whether they hold a pair to train on."""
+    query = "SELECT kind, count(*) FROM votes WHERE superseded_by IS NULL GROUP BY kind"
     counts = dict(tuple(row) for row in connection.execute(query))
-    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}
+    query = "SELECT EXISTS (SELECT 1 FROM training_rows WHERE kind = 'pairs' AND dropped IS NULL)"
+    (pairs,) = connection.execute(query).fetchone()
+    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}, bool(pairs)
+
+
+def export_votes(connection, kind: str | None, since="", model="", checkpoint="") -> list[dict]:
+    """Training rows of a kind, pairs or thumbs; without one every vote as it is, also those that teach nothing. Oldest
+    first. `since` is the beginning of an ISO time; `model` and `checkpoint` want one of the two sides."""
+    wanted = dict(kind=kind, since=since, model=model, checkpoint=checkpoint)
+    votes = (
+        "FROM votes WHERE created_at >= :since AND (:model = '' OR :model IN (model_a, model_b)) "
+        "AND (:checkpoint = '' OR :checkpoint IN (checkpoint_a, checkpoint_b))"
+    )
+    if kind is None:
+        return [dict(row) for row in connection.execute(f"SELECT * {votes} ORDER BY created_at, id", wanted)]
+    query = (
+        f"SELECT row FROM training_rows WHERE kind = :kind AND dropped IS NULL AND id IN (SELECT id {votes}) "
+        "ORDER BY created_at, id, number"
+    )
+    return [json.loads(row["row"]) for row in connection.execute(query, wanted)]
 
 
 # ------------------------------------------------------------------------------------------------------ the server
@@ -1752,11 +1854,11 @@ class Server:
         return reply(await self.store.do(purge_session, request.path_params["session"]))
 
     async def counts(self, request):
-        counts = await self.store.do(count_votes)
+        counts, pairs = await self.store.do(count_votes)
         data, init = "data/votes", next(iter(self.models.values())).path
         train = (
             f"dpo.py --init {shlex.quote(init)} --data {data}/pairs.jsonl --out out/dpo-votes"
-            if counts["pairs"] + counts["edits"]
+            if pairs
             else f"ipo_kto.py --loss kto --init {shlex.quote(init)} --data {data}/thumbs.jsonl --out out/kto-votes"
         )
         prepare = f"prepare.py --data {shlex.quote(str(self.config.feedback))} --out {data} --overwrite"
@@ -1768,9 +1870,7 @@ class Server:
         if query.get("format", "raw") not in kinds:
             raise ApiError(400, f"format is one of {', '.join(kinds)}", "format")
         wanted = (query.get(name, "") for name in ("since", "model", "checkpoint"))
-        rows = await self.store.do(gpt.votes, *wanted)
-        if kind := kinds[query.get("format", "raw")]:
-            rows = [row for vote in rows for row in rows_of_kind(vote, kind)]
+        rows = await self.store.do(export_votes, kinds[query.get("format", "raw")], *wanted)
         lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         digest = hashlib.sha256(lines).hexdigest()
         LOG.info("exported %d rows, sha256 %s", len(rows), digest)
