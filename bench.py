@@ -401,11 +401,11 @@ def measure_serve(table: Table, config: Config, limits: dict):
                 table.add(f"{who}: {what}", found[kind], rate=found["tokens_per_second"], unit="tokens/s")
     with tempfile.TemporaryDirectory() as folder:
         gpt.save(folder, make_model(gpt2, jax.random.key(config.seed)), tokenizer)
-        for how in ("none", "w8a8"):
+        for how in (None, "w8a8"):
             measure_engine(table, config, folder, gpt2, how)
 
 
-def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config, how: str):
+def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config, how: str | None):
     """16 prompts at once and one alone, without HTTP."""
     rows, prompt, new = 16, *((4, 4) if config.quick else (64, 32))
     settings = serve.Config(slots=rows, context=prompt + new, quantize=how, dtype=config.dtype)
@@ -415,11 +415,11 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     model.warm_up()
     work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new, temperature=1.0)
     prompts = random_tokens(shape, rows, prompt).tolist()
-    with start_peer(config.peers if how == "none" else None, config, **work) as peer:
+    with start_peer(None if how else config.peers, config, **work) as peer:
         for n in (rows, 1):
             beside = peer if n == rows else None  # the peer does the whole batch
             ours, theirs = race(timed(partial(answer_all, model, prompts[:n], new)), config.repeats, beside)
-            name = f"serve GPT-2 124M{', w8a8' if how != 'none' else ''}, engine, {n} x ({prompt} + {new}) tokens"
+            name = f"serve GPT-2 124M{', w8a8' if how else ''}, engine, {n} x ({prompt} + {new}) tokens"
             table.add(name, ours, n * new, "tokens/s", theirs=theirs, peer=peer)
 
 
