@@ -7,7 +7,7 @@ Every row of the table is the median of --repeats timings with their minimum and
                the matrix rate on 6 N + 12 L T D FLOPs a token: N weights that multiply each token (all but the
                position table; a tied embedding counts once, as the head), and scores over whole rows of T tokens
     generate   `gpt.generate` with no EOS, prompt included in the time, new tokens in the rate; from full weights, and
-               on a CPU from int8 ones with int8 activations (`gpt.quantize`, w8a8). Its bound: the copy rate on the
+               on a CPU from int8 ones with int8 activations (`serve.quantize`, w8a8). Its bound: the copy rate on the
                weights and the keys and values that a token reads. Reads alone can be faster than a copy: above 100% is
                no error
     serve      serve.py: the toy over HTTP, one client and many, each asking again as soon as it is answered
@@ -363,7 +363,7 @@ def measure_decoding(table: Table, config: Config, limits: dict, name: str, case
     full = gpt.cast(make_model(shape, jax.random.key(config.seed)), dtype)
     for rows, how in cases:
         temperature = float(rows > 1)
-        model = full if how == "full" else gpt.quantize(full, how)
+        model = full if how == "full" else serve.quantize(full, how)
         prompts = jnp.asarray(random_tokens(shape, rows, prompt))
         keys = map(partial(jax.random.fold_in, jax.random.key(config.seed)), itertools.count())
         sample = partial(gpt.generate, max_new_tokens=new, eos=-1, temperature=temperature)
@@ -382,7 +382,7 @@ def decoded_bytes(model: gpt.GPT, rows: int, seen: float) -> float:
     """Bytes that one token of decoding reads: every weight that multiplies, and the keys and values of `seen` tokens a
     row, on average."""
     c = model.config
-    weights = gpt.size_in_bytes(model) - gpt.size_in_bytes(looked_up(model))
+    weights = serve.size_in_bytes(model) - serve.size_in_bytes(looked_up(model))
     cached = 2 * c.layers * c.kv_heads * c.head_dim * model.norm.scale.dtype.itemsize
     return weights + rows * seen * cached
 
@@ -401,11 +401,11 @@ def measure_serve(table: Table, config: Config, limits: dict):
                 table.add(f"{who}: {what}", found[kind], rate=found["tokens_per_second"], unit="tokens/s")
     with tempfile.TemporaryDirectory() as folder:
         gpt.save(folder, make_model(gpt2, jax.random.key(config.seed)), tokenizer)
-        for how in ("none", "w8a8"):
+        for how in (None, "w8a8"):
             measure_engine(table, config, folder, gpt2, how)
 
 
-def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config, how: str):
+def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config, how: str | None):
     """16 prompts at once and one alone, without HTTP."""
     rows, prompt, new = 16, *((4, 4) if config.quick else (64, 32))
     settings = serve.Config(slots=rows, context=prompt + new, quantize=how, dtype=config.dtype)
@@ -415,11 +415,11 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     model.warm_up()
     work = dict(work="generate", shape=dataclasses.asdict(shape), rows=rows, tokens=prompt, new=new, temperature=1.0)
     prompts = random_tokens(shape, rows, prompt).tolist()
-    with start_peer(config.peers if how == "none" else None, config, **work) as peer:
+    with start_peer(None if how else config.peers, config, **work) as peer:
         for n in (rows, 1):
             beside = peer if n == rows else None  # the peer does the whole batch
             ours, theirs = race(timed(partial(answer_all, model, prompts[:n], new)), config.repeats, beside)
-            name = f"serve GPT-2 124M{', w8a8' if how != 'none' else ''}, engine, {n} x ({prompt} + {new}) tokens"
+            name = f"serve GPT-2 124M{', w8a8' if how else ''}, engine, {n} x ({prompt} + {new}) tokens"
             table.add(name, ours, n * new, "tokens/s", theirs=theirs, peer=peer)
 
 
@@ -593,7 +593,7 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     programs["policy step"] = update_policy.lower(state.policy, state.policy_opt, ref, state.beta, rollout, rows)
     if state.critic is not None:
         programs["critic step"] = update_critic.lower(state.critic, state.critic_opt, ref, rollout, rows)
-    resident = gpt.size_in_bytes((state, ref, reward))
+    resident = serve.size_in_bytes((state, ref, reward))
     more = {name: added_memory(program.compile()) for name, program in programs.items()}
     more["rollout"] += sampler_copy(policy, ref, settings)
     return {"resident": resident} | more | {"peak": resident + max(more.values())}
@@ -601,11 +601,9 @@ def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
 
 def sampler_copy(policy: gpt.GPT, ref: gpt.GPT, settings: ppo.Config) -> int:
     """Bytes of `ppo.sampler`'s model that are neither the state's nor the reference's: none in fp32."""
-    if settings.rollout_weights != "full":
-        return gpt.size_in_bytes(policy)
     if gpt.compute_dtype(settings.dtype) == jnp.float32:
         return 0
-    return gpt.size_in_bytes(policy) - (gpt.size_in_bytes(ref) if settings.share == "lora" else 0)
+    return serve.size_in_bytes(policy) - (serve.size_in_bytes(ref) if settings.share == "lora" else 0)
 
 
 def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) -> dict[str, int]:
@@ -622,7 +620,7 @@ def sft_memory(shape: gpt.Config, rows: int, tokens: int, settings: sft.Config) 
     state, base = jax.eval_shape(lambda: start(jax.random.key(0)))
     batch = dict.fromkeys(("tokens", "mask", "segments"), jax.ShapeDtypeStruct((rows, tokens), jnp.int32))
     step = sft.make_train_step(optimizer, settings).lower(state, batch, None, base).compile()
-    resident, more = gpt.size_in_bytes((state, base)), added_memory(step)
+    resident, more = serve.size_in_bytes((state, base)), added_memory(step)
     return {"resident": resident, "step": more, "peak": resident + more}
 
 

@@ -6,8 +6,8 @@
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
 Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
-1 configuration, 2 model, 3 log-probabilities, 4 generation, 5 quantisation, 6 tokenizers and chat, 7 weights in and
-out, 8 rows, 9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder, 13 votes.
+1 configuration, 2 model, 3 log-probabilities, 4 generation, 6 tokenizers and chat, 7 weights in and out, 8 rows,
+9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder.
 
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
@@ -27,7 +27,6 @@ import re
 import shlex
 import shutil
 import signal
-import sqlite3
 import sys
 import time
 from collections import Counter
@@ -344,7 +343,7 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D); in its place, and in the head's, may be a Quantised or a LoraTable
+    wte: Array  # (V, D); in its place, and in the head's, may be a LoraTable, or serve.py's Quantised
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
@@ -870,196 +869,6 @@ def nucleus_threshold(logp: Float[Array, "B V"], top_p: float) -> Float[Array, "
         enough = jnp.where(logp >= middle, jnp.exp(logp), 0).sum(-1, keepdims=True) >= top_p
         low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
     return low
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 5. Quantisation: small integers for the weights of a model that only answers
-
-
-PIECE = 256  # rows that become floats at a time, on a CPU: they stay in its cache
-
-
-class Quantised(eqx.Module):
-    """A matrix (O, I) held as small integers and their scales: what a `Linear` multiplies by, or an embedding table,
-    whose rows are the output channels of the head. Leaves may have a layer axis before these.
-
-    (O, I), the inputs last, and not `Linear`'s (I, O): XLA:CPU's int8 product reads such rows as they lie; with (I, O)
-    the product with GPT-2's head takes 2 to 8 times as long.
-    """
-
-    values: Array  # whole numbers
-    scale: Array  # what 1 stands for, in the precision of the weights that were there
-
-    def dense(self) -> Float[Array, "*O I"]:
-        raise NotImplementedError
-
-    def product(self, x: Float[Array, "*N I"], dtype) -> Float[Array, "*N O"]:
-        """x times the transposed matrix."""
-        raise NotImplementedError
-
-    def rows(self, index) -> Float[Array, "*N I"]:
-        """Rows of the table, as floats."""
-        return jax.tree.map(lambda x: x[index], self).dense()
-
-    def __call__(self, x: Float[Array, "*N I"], dtype=None) -> Float[Array, "*N O"]:
-        """The product in x's precision or in `dtype`. The matrix never lies whole in memory as floats: neither made
-        before a token loop, which the barrier is against, nor at each token, since a CPU would write and read it back.
-        """
-        dtype = dtype or x.dtype
-        if jax.default_backend() != "cpu":
-            x, held = lax.optimization_barrier((x, self))
-            return held.product(x, dtype)
-        return jnp.moveaxis(lax.map(lambda row: row.product(x, dtype), self, batch_size=PIECE), 0, -1)
-
-
-class Int8(Quantised):
-    """Weights in int8, one scale for each output channel; activations stay floats. Half the bytes of bf16, for
-    memory's sake: on a CPU about 0.7 times the speed of fp32."""
-
-    def dense(self):
-        return self.values.astype(self.scale.dtype) * self.scale[..., None]
-
-    def product(self, x, dtype):
-        return dot(x, self.values.astype(x.dtype), (-1, -1), dtype) * self.scale.astype(dtype)
-
-
-class W8A8(Int8):
-    """Weights in int8 as above, and activations too, scaled a token at a time as they come: one integer product with
-    32-bit sums, then both scales. The fast one on a CPU (LLM.int8(), arXiv:2208.07339, without its outlier columns)."""
-
-    sums: Array  # (O,) of each row's integers, see `integers`
-
-    def __call__(self, x, dtype=None):
-        # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
-        single = x.size == x.shape[-1]
-        values, scale = to_int8(jnp.concatenate([x, x]) if single else x)
-        y = self.integers(values).astype(jnp.float32)
-        y = y * scale[..., None].astype(jnp.float32) * self.scale.astype(jnp.float32)
-        return (y[:1] if single else y).astype(dtype or x.dtype)
-
-    def integers(self, x: Int[Array, "*N I"]) -> Int[Array, "*N O"]:
-        """The product of int8 activations, exact. The VNNI instruction multiplies unsigned bytes by signed ones: there
-        128 is added to the activations, and what that adds to the sums, 128 times `sums`, is taken off again."""
-        if not has_vnni():
-            return dot(x, self.values, (-1, -1), jnp.int32)
-        unsigned = (x.astype(jnp.int32) + 128).astype(jnp.uint8)
-        # the precision keeps JAX from making both operands int32 because they differ
-        y = dot(unsigned, self.values, (-1, -1), jnp.int32, precision=lax.DotAlgorithmPreset.DEFAULT)
-        return y - 128 * self.sums
-
-
-@lru_cache
-def has_vnni() -> bool:
-    """Whether arrays live on a CPU with AVX-512 VNNI. XLA:CPU's library of products (YNNPACK) has kernels for it that
-    multiply uint8 by int8: 1.7 to 2.4 times as fast as int8 by int8 at 16 and 64 rows (jaxlib 0.10; 1.1 times
-    in 0.11). On a CPU without, uint8 by int8 takes 7 times as long."""
-    cpu = Path("/proc/cpuinfo")  # Linux only
-    return jax.default_backend() == "cpu" and cpu.exists() and "avx512_vnni" in cpu.read_text()
-
-
-class Int4(Quantised):
-    """Weights in 4 bits, -7 to 7: values (O, I/2), where one byte's low bits hold input i and its high bits input
-    I/2 + i; scale (O, 2, G), one for each of the G groups of inputs in either half."""
-
-    def halves(self):
-        """The weights of the first half of the inputs and of the second one, (O, I/2) each."""
-        pairs = self.values.astype(jnp.int32)
-        for half, whole in enumerate([(pairs << 28) >> 28, (pairs << 24) >> 28]):  # arithmetic: they extend the sign
-            scale = self.scale[..., half, :, None]
-            yield (whole.reshape(*scale.shape[:-1], -1) * scale).reshape(whole.shape)
-
-    def dense(self):
-        return jnp.concatenate(list(self.halves()), -1)
-
-    def product(self, x, dtype):  # two products: to join the halves would take longer than to multiply by them
-        return sum(dot(a, b.astype(x.dtype), (-1, -1), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
-
-
-class QuantisedLinear(eqx.Module):
-    """Stands in for `Linear`."""
-
-    weight: Quantised
-    bias: Array | None
-
-    def __call__(self, x):
-        y = self.weight(x)
-        return y if self.bias is None else y + self.bias
-
-
-def to_integers(x, most: int):
-    """x (..., N) as whole numbers within +-most, to nearest, and what 1 stands for (...): the largest maps to most."""
-    scale = jnp.abs(x).max(-1) / most
-    scale = jnp.where(scale > 0, scale, 1)
-    return jnp.clip(jnp.round(x / scale[..., None]), -most, most).astype(jnp.int8), scale
-
-
-to_int8 = partial(to_integers, most=127)
-
-
-def to_w8a8(x):
-    values, scale = to_int8(x)
-    return values, scale, values.sum(-1, dtype=jnp.int32)
-
-
-def to_int4(x, size: int = 64):
-    """x (..., I) as `Int4` holds it, in the largest groups of at most `size` inputs that divide each half."""
-    half, odd = divmod(x.shape[-1], 2)
-    if odd:
-        raise ValueError(f"int4 packs two weights in a byte: a width of {x.shape[-1]} is odd")
-    size = max(n for n in range(1, size + 1) if half % n == 0)
-    values, scale = to_integers(x.reshape(*x.shape[:-1], 2, -1, size), 7)
-    low, high = (values[..., i, :, :].reshape(*x.shape[:-1], half) for i in range(2))
-    return ((high << 4) | (low & 15)).astype(jnp.uint8), scale
-
-
-@partial(jax.jit, static_argnames="how")
-def quantize(model: GPT, how: str) -> GPT:
-    """The model, adapters merged, with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above).
-    Norms, biases and learned positions stay; a tied embedding is one table, read both ways. For forward passes and
-    `generate`, not for training: rounding has no gradient.
-
-    Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
-    again, or twice as large.
-    """
-    kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_w8a8)}
-    if how not in kinds:
-        raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
-    model = merge(model)
-    pack = lambda how, matrix: kinds[how][0](*kinds[how][1](matrix))
-
-    def linear(layer):
-        if not isinstance(layer, Linear):
-            return layer
-        return QuantisedLinear(pack(how, layer.weight.swapaxes(-1, -2)), layer.bias)
-
-    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, Linear))
-    table = partial(pack, "int8" if how == "int4" else how)
-    head = None if model.head is None else table(model.head)
-    return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
-
-
-def size_in_bytes(model) -> int:
-    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(model))
-
-
-def quality(model: GPT, quantised: GPT, batches) -> dict[str, float]:
-    """What quantising costs on batches of tokens, segments and mask (B, T), over the tokens in the mask: "kl"(model ||
-    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity."""
-    parts = [_quality(model, quantised, *(b[name] for name in ("tokens", "segments", "mask"))) for b in batches]
-    kl, top1, nll, nll_quantised, tokens = np.sum(to_numpy(parts), axis=0, dtype=float).tolist()
-    means = dict(kl=kl / tokens, top1=top1 / tokens)
-    return means | dict(perplexity=math.exp(nll / tokens), perplexity_quantised=math.exp(nll_quantised / tokens))
-
-
-@jax.jit
-def _quality(model, quantised, tokens, segments, mask):
-    """Sums over the scored tokens of KL, agreement and both negative log-likelihoods, and the tokens' number."""
-    hidden, other = model(tokens, segments)[:, :-1], quantised(tokens, segments)[:, :-1]
-    best = lambda model, hidden: map_columns(lambda h: model.logits(h).argmax(-1), model.config.vocab_size, hidden)
-    nll = lambda model, hidden: -head_logprobs(model, hidden, tokens[:, 1:])[0]
-    same = best(model, hidden) == best(quantised, other)
-    each = head_kl(model, hidden, quantised, other), same, nll(model, hidden), nll(quantised, other), 1.0
-    return [jnp.where(mask[:, 1:] > 0, x, 0.0).sum() for x in each]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2913,98 +2722,3 @@ def start_tracker(kind: str | None, out: Path, info: dict):
         raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
     tracker.init(project="rlhf", name=out.name, config=info)
     return lambda metrics, step: tracker.log(metrics, step=step)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 13. Votes: what a server was asked, what it said, and what people thought of it
-
-VOTES = """
-CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,
-  parent_id TEXT, prompt_messages TEXT NOT NULL CHECK(json_valid(prompt_messages)), completion TEXT NOT NULL,
-  completion_token_ids TEXT, logprob_sum REAL, finish_reason TEXT, model_id TEXT NOT NULL,
-  checkpoint_sha256 TEXT NOT NULL, code_version TEXT, quantization TEXT, chat_template_sha256 TEXT,
-  tokenizer_sha256 TEXT, sampling TEXT NOT NULL CHECK(json_valid(sampling)), usage TEXT) STRICT;
-CREATE TABLE IF NOT EXISTS feedback(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, schema_version INT NOT NULL,
-  kind TEXT NOT NULL CHECK(kind IN ('thumb', 'pair', 'edit')), generation_a TEXT NOT NULL REFERENCES generation(id),
-  generation_b TEXT REFERENCES generation(id), shown_left TEXT,
-  value TEXT NOT NULL CHECK(value IN ('up', 'down', 'a', 'b', 'tie', 'both_bad', 'edited')), edited_text TEXT,
-  reasons TEXT, comment TEXT, annotator_id TEXT NOT NULL, annotator_kind TEXT NOT NULL DEFAULT 'human',
-  consent INT NOT NULL, latency_ms INT, ui_version TEXT, superseded_by TEXT REFERENCES feedback(id),
-  CHECK((kind = 'pair') = (generation_b IS NOT NULL))) STRICT;
-CREATE UNIQUE INDEX IF NOT EXISTS one_live_vote
-  ON feedback(kind, generation_a, COALESCE(generation_b, ''), annotator_id) WHERE superseded_by IS NULL;
-CREATE INDEX IF NOT EXISTS of_session ON generation(session_id);
-CREATE INDEX IF NOT EXISTS of_generation_a ON feedback(generation_a);
-CREATE INDEX IF NOT EXISTS of_generation_b ON feedback(generation_b);
-"""
-
-VOTED = """
-SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
-  a.checkpoint_sha256 AS checkpoint_a, b.completion AS completion_b, b.finish_reason AS finish_b, b.model_id AS model_b,
-  b.checkpoint_sha256 AS checkpoint_b
-FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
-WHERE f.consent = 1 AND f.created_at >= :since AND (:model = '' OR :model IN (a.model_id, b.model_id))
-  AND (:checkpoint = '' OR :checkpoint IN (a.checkpoint_sha256, b.checkpoint_sha256))
-ORDER BY f.created_at, f.id
-"""
-
-
-def open_votes(path, create: bool = False) -> sqlite3.Connection:
-    """A vote database, to read or (`create`) to write: a transaction that was committed survives a kill and a crash."""
-    if not create and not Path(path).is_file():
-        raise FileNotFoundError(f"no votes in {path}: serve.py writes them there (--feedback)")
-    connection = sqlite3.connect(path, timeout=30, isolation_level=None)
-    connection.row_factory = sqlite3.Row
-    try:
-        connection.execute("PRAGMA foreign_keys = on")
-        if create:
-            for pragma in ("journal_mode = WAL", "synchronous = FULL", "secure_delete = on"):
-                connection.execute(f"PRAGMA {pragma}")
-            connection.executescript(VOTES)
-        connection.execute("SELECT id FROM feedback LIMIT 1")
-    except sqlite3.DatabaseError as error:
-        connection.close()
-        raise ValueError(f"{path} is not a database of votes ({error})") from None
-    return connection
-
-
-def votes(connection: sqlite3.Connection, since="", model="", checkpoint="") -> list[dict]:
-    """Every vote that its giver lets us use, with the texts it is about, oldest first; also those taken back later
-    (`superseded_by`). `since` is the beginning of an ISO time; `model` and `checkpoint` want one of the two sides."""
-    wanted = dict(since=since, model=model, checkpoint=checkpoint)
-    return [dict(row) for row in connection.execute(VOTED, wanted)]
-
-
-VOTE_KINDS = dict(a="pairs", b="pairs", edited="pairs", up="thumbs", down="thumbs", both_bad="thumbs")
-
-
-def vote_rows(vote: dict) -> tuple[str, list[dict]]:
-    """A vote as (kind, rows to train on); BadRow with the reason where it teaches nothing.
-
-    pairs   a or b: that side is chosen. An edit: the edited answer is chosen, the original rejected
-    thumbs  up or down: the label. Both bad: two rows with label false
-    A tie is neither. Nor is a vote on an answer that was cut off (its finish is not "stop"): the cut may be what it is
-    about. Answers to a chat are messages, continuations of a text are text.
-    """
-    value, answers = vote["value"], [vote["completion_a"], vote["completion_b"]]
-    if value == "edited":
-        answers[1] = vote["edited_text"]
-    used = answers[: 1 + (value not in ("up", "down"))]
-    if vote["superseded_by"]:
-        raise BadRow("changed later")
-    if value not in VOTE_KINDS:
-        raise BadRow(f"a {value}")
-    if any(finish not in ("stop", None) for finish in (vote["finish_a"], vote["finish_b"])):
-        raise BadRow("an answer was cut off")
-    if not all(text.strip() for text in used):
-        raise BadRow("an empty answer")
-    if len(used) == 2 and used[0] == used[1]:
-        raise BadRow("equal answers")
-    prompt = json.loads(vote["prompt_messages"])
-    row = {"prompt": prompt, "id": vote["id"]}
-    if isinstance(prompt, list):
-        used = [[{"role": "assistant", "content": text}] for text in used]
-    if VOTE_KINDS[value] == "thumbs":
-        return "thumbs", [row | {"completion": answer, "label": value == "up"} for answer in used]
-    chosen, rejected = used if value == "a" else used[::-1]
-    return "pairs", [row | {"chosen": chosen, "rejected": rejected}]

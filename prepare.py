@@ -11,8 +11,8 @@ Pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demon
 thumbs and prompts; text text.jsonl (so do transcripts, by --kind text); each with a NAME-heldout.jsonl, and report.json
 beside them. Sources are .jsonl,
 .json (also one big array) and plain text, all of them also .gz, hub:ORG/NAME[/SPLIT[/CONFIG]], and .db, the votes of
-serve.py, which become pairs.jsonl and thumbs.jsonl by the rules of `gpt.vote_rows` (with --kind, one of the two; where
-nothing falls into a file, there is none). Rows come in the
+serve.py, which become pairs.jsonl and thumbs.jsonl by the rules of its view `training_rows` (with --kind, one of the
+two; where nothing falls into a file, there is none). Rows come in the
 project's formats (gpt.py, section 7) or in these spellings; other keys than the texts and CARRIED are left out:
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
@@ -40,11 +40,13 @@ import json
 import os
 import re
 import shutil
+import sqlite3
 import sys
 import unicodedata
 import zlib
 from array import array
 from collections import Counter
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -93,7 +95,7 @@ def read_source(name: str, separator: str = ""):
         return
     path = Path(name)
     if is_votes(name):
-        yield from ((f"{name}:{vote['id']}", vote) for vote in gpt.votes(gpt.open_votes(path)))
+        yield from read_votes(path)
         return
     suffix = path.with_suffix("").suffix if path.suffix == ".gz" else path.suffix
     if suffix in UNREADABLE:
@@ -117,6 +119,22 @@ def read_source(name: str, separator: str = ""):
 
 def is_votes(name: str) -> bool:
     return Path(name).suffix == ".db"
+
+
+def read_votes(path: Path):
+    """What votes teach, or why they do not, oldest first: serve.py's view, which holds the rules."""
+    if not path.is_file():
+        raise FileNotFoundError(f"no votes in {path}: serve.py writes them there (--feedback)")
+    query = "SELECT id, kind, dropped, row FROM training_rows ORDER BY created_at, id, number"
+    with closing(sqlite3.connect(path, timeout=30)) as connection:
+        try:
+            for vote, kind, dropped, row in connection.execute(query):
+                yield f"{path}:{vote}", {"kind": kind, "dropped": dropped, "row": row}
+        except sqlite3.DatabaseError as error:
+            raise ValueError(
+                f"{path}: no votes can be read ({error}). To a database of an older version "
+                f"`python serve.py --feedback {path}` adds what is missing when it starts"
+            ) from None
 
 
 def read_hub(name: str):
@@ -227,14 +245,13 @@ def convert_texts(row: dict) -> tuple[str, dict]:
 
 
 def convert_vote(vote: dict, kind: str) -> list[dict]:
-    """The rows of a vote: of its own kind among votes, else of the kind that is wanted."""
-    try:
-        found, rows = gpt.vote_rows(vote)
-    except gpt.BadRow as reason:
-        raise Dropped(str(reason)) from None
-    if (found, kind) == ("thumbs", "pairs"):
+    """The row of a vote: of its own kind among votes, else of the kind that is wanted."""
+    if vote["dropped"]:
+        raise Dropped(vote["dropped"])
+    if (vote["kind"], kind) == ("thumbs", "pairs"):
         raise Dropped("a thumb, not a pair")
-    return rows if kind == "votes" else [new for row in rows for new in as_kind(found, row, kind)]
+    row = json.loads(vote["row"])
+    return [row] if kind == "votes" else as_kind(vote["kind"], row, kind)
 
 
 def row_kind(row: dict, kind: str) -> str:

@@ -6,14 +6,14 @@
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
 
-One thread owns JAX (`Engine`). Each model has a fixed number of slots, a row each of one key-value cache; requests
+One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
 join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the first
-request. Sampling parameters are arrays, a row a slot. Noise is folded from (seed, choice, token), so the same seed
-gives the same text whatever else is in the batch. The event loop only moves bytes; a second thread owns the database,
-and a vote is answered when its transaction is on disk.
+request. Sampling parameters are arrays with one entry for each slot. The random number of a token is a function of
+(seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop only moves
+bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
 
-The file reads from top to bottom: configuration; what the device computes; the engine; what clients send; what they
-get; votes; who may ask; the process.
+The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
+send; what they get; votes; the server; the process.
 """
 
 import asyncio
@@ -28,6 +28,7 @@ import hmac
 import itertools
 import json
 import logging
+import math
 import os
 import queue
 import re
@@ -41,11 +42,12 @@ import time
 import uuid
 from collections import Counter
 from dataclasses import dataclass, field
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
+import equinox as eqx
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -53,6 +55,7 @@ import numpy as np
 import tyro
 import uvicorn
 from jax import lax
+from jaxtyping import Array, Float, Int
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -76,51 +79,224 @@ class Config:
     model: Folders = ()  # folders: --model a b, or --model a --model b (default: out/ppo)
     port: int = 8000  # 0: any free one
     host: str = "127.0.0.1"  # address to listen at; others than this machine's need --api-key
-    api_key: str = ""  # what clients must send (default: the API_KEY variable, which no list of processes shows)
-    allowed_host: tuple[str, ...] = ()  # further names that clients may call this server by
-    cors_origin: tuple[str, ...] = ()  # web pages that may ask, like https://chat.example
+    api_key: str | None = None  # what clients must send (default: the API_KEY variable, which `ps` does not show)
+    allowed_host: tuple[str, ...] = ()  # further host names under which clients reach this server
+    cors_origin: tuple[str, ...] = ()  # web sites whose pages may send requests, like https://chat.example
     insecure: bool = False  # listen to other machines without a key
 
     slots: int = 16  # requests a model works on at a time
     max_queue: int = 256  # requests a model lets wait; more are answered 429
-    context: int = 0  # longest prompt + answer in tokens (0: the model's, at most 2,048)
+    context: int | None = None  # longest prompt + answer in tokens (default: the model's, at most 2,048)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
-    quantize: Literal["none", "int8", "int4", "w8a8", "auto"] = "none"  # auto: the fastest within --max-kl
-    quality: str = ""  # held-out rows (text or demonstrations) to measure each quantisation on: a table at the start
-    max_kl: float = 0.01  # nats a token that quantised weights may be away from the full ones on --quality
-    timeout: float = 300.0  # seconds from a request's arrival to its last token
+    quantize: Literal["int8", "int4", "w8a8", "auto"] | None = None  # of the weights; auto: the fastest in --max-kl
+    quality: str | None = None  # held-out rows (text or demonstrations) on which each quantisation is measured first
+    max_kl: float = 0.01  # largest KL in nats a token from the full weights to quantised ones, on --quality
+    timeout: float = 300.0  # seconds from a request's arrival to its last token, at most
     drain: float = 10.0  # seconds that running requests get to end after Ctrl-C or SIGTERM
 
     feedback: Path = Path("feedback.db")  # where votes, and the generations they are about, are kept
     ui: bool = True  # serve the chat page at /
-    examples: str = ""  # rows of prompts, the first few of which the page offers to a newcomer
+    examples: str | None = None  # rows of prompts; the page offers the first few to a newcomer
 
     @property
     def folders(self) -> list[str]:
         return [folder for group in self.model for folder in group] or ["out/ppo"]
 
 
-# ------------------------------------------------------------------------------------------ what the device computes
+# -------------------------------------------------------------------------------------------------- quantised weights
+#
+# Every matrix as small integers and scales: half or a third of the memory, and with int8 activations (w8a8) faster on a
+# CPU. The model stays a gpt.GPT whose layers and tables are the classes below: forward passes and `gpt.generate` take
+# it. Rounding has no gradient, so it only answers. What a form costs is measured, and then one is chosen.
 
-TOP = 20  # alternatives a token that are kept where log-probs are asked for
-QUANTISATIONS = ("none", "int8", "int4", "w8a8")  # of the weights: see gpt.quantize
-MOST_STEPS = 8  # tokens that one call decodes at most
-PREFILL_TOKENS = 256  # of several prompts together in one call
-
-
-class Weights(NamedTuple):
-    """A GPT with unstacked blocks: slicing stacked weights inside a loop would copy all of them for every token."""
-
-    trunk: gpt.GPT  # without blocks
-    layers: tuple
+FORMS = ("none", "int8", "int4", "w8a8")  # of a model's weights
+CHUNK_ROWS = 256  # of a matrix that become floats at a time, on a CPU: they stay in its cache
 
 
-def unstack(model: gpt.GPT) -> Weights:
-    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
-    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
+class Quantised(eqx.Module):
+    """A matrix (O, I) held as small integers and their scales: the weight of a `QuantisedLinear`, or an embedding
+    table, whose rows are the output channels of the head. Leaves may have a layer axis before these.
+
+    (O, I), the inputs last, and not `gpt.Linear`'s (I, O): XLA:CPU's int8 product reads such rows as they lie; with
+    (I, O) the product with GPT-2's head takes 2 to 8 times as long.
+    """
+
+    values: Array  # integers
+    scale: Array  # what the integer 1 stands for, in the precision of the original weights
+
+    def dense(self) -> Float[Array, "*O I"]:
+        """The matrix as floats."""
+        raise NotImplementedError
+
+    def product(self, x: Float[Array, "*N I"], dtype) -> Float[Array, "*N O"]:
+        """x times the transposed matrix."""
+        raise NotImplementedError
+
+    def rows(self, index) -> Float[Array, "*N I"]:
+        """Rows of the table, as floats."""
+        return jax.tree.map(lambda x: x[index], self).dense()
+
+    def __call__(self, x: Float[Array, "*N I"], dtype=None) -> Float[Array, "*N O"]:
+        """The product, in x's precision or in `dtype`. The whole matrix is never in memory as floats: the barrier keeps
+        XLA from converting it once before a loop over tokens, and a CPU, which would write the floats of each token to
+        memory and read them back, converts CHUNK_ROWS at a time."""
+        dtype = dtype or x.dtype
+        if jax.default_backend() != "cpu":
+            x, held = lax.optimization_barrier((x, self))
+            return held.product(x, dtype)
+        return jnp.moveaxis(lax.map(lambda row: row.product(x, dtype), self, batch_size=CHUNK_ROWS), 0, -1)
 
 
-QUALITY_ROWS = 64  # of --quality, at most: a start should not take long
+class Int8(Quantised):
+    """Weights in int8, one scale for each output channel; activations stay floats. Half the bytes of bf16. It saves
+    memory, not time: on a CPU it has about 0.7 times the speed of fp32."""
+
+    def dense(self):
+        return self.values.astype(self.scale.dtype) * self.scale[..., None]
+
+    def product(self, x, dtype):
+        return gpt.dot(x, self.values.astype(x.dtype), (-1, -1), dtype) * self.scale.astype(dtype)
+
+
+class W8A8(Int8):
+    """Weights in int8 as above, and activations too, scaled token by token as they come: one integer product with
+    32-bit sums, then both scales. The fast one on a CPU (LLM.int8(), arXiv:2208.07339, without its outlier columns)."""
+
+    row_sums: Array  # (O,) of each row's integers, see `integers`
+
+    def __call__(self, x, dtype=None):
+        # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
+        single = x.size == x.shape[-1]
+        values, scale = to_int8(jnp.concatenate([x, x]) if single else x)
+        y = self.integers(values).astype(jnp.float32)
+        y = y * scale[..., None].astype(jnp.float32) * self.scale.astype(jnp.float32)
+        return (y[:1] if single else y).astype(dtype or x.dtype)
+
+    def integers(self, x: Int[Array, "*N I"]) -> Int[Array, "*N O"]:
+        """The exact product with int8 activations. The VNNI instruction multiplies unsigned bytes by signed ones: there
+        128 is added to the activations, and what this adds to the product, 128 times `row_sums`, is subtracted."""
+        if not has_vnni():
+            return gpt.dot(x, self.values, (-1, -1), jnp.int32)
+        unsigned = (x.astype(jnp.int32) + 128).astype(jnp.uint8)
+        # the precision keeps JAX from making both operands int32 because they differ
+        y = gpt.dot(unsigned, self.values, (-1, -1), jnp.int32, precision=lax.DotAlgorithmPreset.DEFAULT)
+        return y - 128 * self.row_sums
+
+
+@lru_cache
+def has_vnni() -> bool:
+    """Whether arrays live on a CPU with AVX-512 VNNI. XLA:CPU's library of products (YNNPACK) has kernels for it that
+    multiply uint8 by int8: 1.7 to 2.4 times as fast as int8 by int8 at 16 and 64 rows (jaxlib 0.10; 1.1 times
+    in 0.11). On a CPU without, uint8 by int8 takes 7 times as long."""
+    cpu = Path("/proc/cpuinfo")  # Linux only
+    return jax.default_backend() == "cpu" and cpu.exists() and "avx512_vnni" in cpu.read_text()
+
+
+class Int4(Quantised):
+    """Weights in 4 bits, -7 to 7: values (O, I/2), where one byte's low bits hold input i and its high bits input
+    I/2 + i; scale (O, 2, G), one for each of the G groups of inputs in either half."""
+
+    def halves(self):
+        """The weights of the first half of the inputs and of the second one, (O, I/2) each."""
+        pairs = self.values.astype(jnp.int32)
+        for half, integers in enumerate([(pairs << 28) >> 28, (pairs << 24) >> 28]):  # arithmetic: they extend the sign
+            scale = self.scale[..., half, :, None]
+            yield (integers.reshape(*scale.shape[:-1], -1) * scale).reshape(integers.shape)
+
+    def dense(self):
+        return jnp.concatenate(list(self.halves()), -1)
+
+    def product(self, x, dtype):  # two products: to join the halves would take longer than to multiply by them
+        return sum(gpt.dot(a, b.astype(x.dtype), (-1, -1), dtype) for a, b in zip(jnp.split(x, 2, -1), self.halves()))
+
+
+class QuantisedLinear(eqx.Module):
+    """Stands in for `gpt.Linear`."""
+
+    weight: Quantised
+    bias: Array | None
+
+    def __call__(self, x):
+        y = self.weight(x)
+        return y if self.bias is None else y + self.bias
+
+
+def to_integers(x, most: int):
+    """x (..., N) as integers within +-most, rounded to nearest, and the scale (...): the largest |x| becomes `most`."""
+    scale = jnp.abs(x).max(-1) / most
+    scale = jnp.where(scale > 0, scale, 1)
+    return jnp.clip(jnp.round(x / scale[..., None]), -most, most).astype(jnp.int8), scale
+
+
+to_int8 = partial(to_integers, most=127)
+
+
+def to_w8a8(x):
+    values, scale = to_int8(x)
+    return values, scale, values.sum(-1, dtype=jnp.int32)
+
+
+def to_int4(x, size: int = 64):
+    """x (..., I) as `Int4` holds it, in the largest groups of at most `size` inputs that divide each half."""
+    half, odd = divmod(x.shape[-1], 2)
+    if odd:
+        raise ValueError(f"int4 packs two weights in a byte: a width of {x.shape[-1]} is odd")
+    size = max(n for n in range(1, size + 1) if half % n == 0)
+    values, scale = to_integers(x.reshape(*x.shape[:-1], 2, -1, size), 7)
+    low, high = (values[..., i, :, :].reshape(*x.shape[:-1], half) for i in range(2))
+    return ((high << 4) | (low & 15)).astype(jnp.uint8), scale
+
+
+@partial(jax.jit, static_argnames="how")
+def quantize(model: gpt.GPT, how: str) -> gpt.GPT:
+    """The model, adapters merged, with every matrix in small integers: "int8", "int4" or "w8a8" (the classes above).
+    Norms, biases and learned positions stay; a tied embedding is one table, read both ways.
+
+    Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
+    again, or twice as large.
+    """
+    kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_w8a8)}
+    if how not in kinds:
+        raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
+    model = gpt.merge(model)
+    pack = lambda how, matrix: kinds[how][0](*kinds[how][1](matrix))
+
+    def linear(layer):
+        if not isinstance(layer, gpt.Linear):
+            return layer
+        return QuantisedLinear(pack(how, layer.weight.swapaxes(-1, -2)), layer.bias)
+
+    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, gpt.Linear))
+    table = partial(pack, "int8" if how == "int4" else how)
+    head = None if model.head is None else table(model.head)
+    return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
+
+
+def size_in_bytes(model) -> int:
+    return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(model))
+
+
+def quality(model: gpt.GPT, quantised: gpt.GPT, batches) -> dict[str, float]:
+    """What quantising costs on batches of tokens, segments and mask (B, T), over the tokens in the mask: "kl"(model ||
+    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity."""
+    totals = [quality_totals(model, quantised, *(b[name] for name in ("tokens", "segments", "mask"))) for b in batches]
+    kl, top1, nll, nll_quantised, tokens = np.sum(gpt.to_numpy(totals), axis=0, dtype=float).tolist()
+    means = dict(kl=kl / tokens, top1=top1 / tokens)
+    return means | dict(perplexity=math.exp(nll / tokens), perplexity_quantised=math.exp(nll_quantised / tokens))
+
+
+@jax.jit
+def quality_totals(model, quantised, tokens, segments, mask):
+    """Sums over the tokens in the mask: of KL, of agreement, of both negative log-likelihoods, of tokens."""
+    hidden, other = model(tokens, segments)[:, :-1], quantised(tokens, segments)[:, :-1]
+    best = lambda model, hidden: gpt.map_columns(lambda h: model.logits(h).argmax(-1), model.config.vocab_size, hidden)
+    nll = lambda model, hidden: -gpt.head_logprobs(model, hidden, tokens[:, 1:])[0]
+    same = best(model, hidden) == best(quantised, other)
+    each = gpt.head_kl(model, hidden, quantised, other), same, nll(model, hidden), nll(quantised, other), 1.0
+    return [jnp.where(mask[:, 1:] > 0, x, 0.0).sum() for x in each]
+
+
+QUALITY_ROWS = 64  # rows of --quality that are read, at most: a start should not take long
 
 
 def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[dict]:
@@ -134,23 +310,24 @@ def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[di
     tokens, segments, mask = np.zeros((3, len(rows) + -len(rows) % 16, max(len(ids) for ids, _ in rows)), np.int32)
     for i, (ids, scored) in enumerate(rows):
         tokens[i, : len(ids)], segments[i, : len(ids)], mask[i, : len(ids)] = ids, 1, scored
-    pieces = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
-    return [dict(tokens=tokens[piece], segments=segments[piece], mask=mask[piece]) for piece in pieces]
+    batches = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
+    return [dict(tokens=tokens[rows], segments=segments[rows], mask=mask[rows]) for rows in batches]
 
 
 class Candidate(NamedTuple):
-    """A model's weights in one of their forms, and what it costs."""
+    """A form of a model's weights, and what it costs."""
 
-    how: str
+    how: str  # one of FORMS
     megabytes: float
-    kl: float  # nats a token, of the unquantised model's next words to this one's
-    top1: float  # how often both think the same token likeliest
+    kl: float  # KL(unquantised model || this one) in nats a token
+    top1: float  # share of tokens for which both models think the same token likeliest
     perplexity: float
     speed: float  # tokens a second, all slots busy
 
 
 def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
-    """The form to serve: the fastest that is near enough for "auto"; another one if it is near enough."""
+    """The form to serve: for "auto" the fastest whose KL is at most `max_kl`, otherwise `how`; ValueError if it was
+    measured and its KL is larger."""
     near = [c for c in candidates if c.kl <= max_kl]
     if how == "auto":
         return max(near, key=lambda c: c.speed).how
@@ -158,7 +335,7 @@ def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
         if c.how == how and c not in near:
             raise ValueError(
                 f"--quantize {how} is {c.kl:.4f} nats a token away from the unquantised model, more than --max-kl "
-                f"{max_kl} (top-1 agreement {c.top1:.1%}, perplexity {c.perplexity:.3f} after "
+                f"{max_kl} (top-1 agreement {c.top1:.1%}, perplexity {c.perplexity:.3f} instead of "
                 f"{candidates[0].perplexity:.3f}): try another, or auto"
             )
     return how
@@ -175,8 +352,27 @@ def quality_table(models: list, max_kl: float) -> str:
     return "\n".join(lines)
 
 
+# ------------------------------------------------------------------------------------------ what the device computes
+
+TOP = 20  # alternatives a token that are kept where log-probs are asked for
+MOST_STEPS = 8  # tokens that one call decodes at most
+PREFILL_TOKENS = 256  # of several prompts together in one call
+
+
+class Weights(NamedTuple):
+    """A GPT with unstacked blocks: slicing stacked weights inside a loop would copy all of them for every token."""
+
+    outer: gpt.GPT  # all but the blocks: embedding, last norm, head
+    layers: tuple  # the blocks
+
+
+def unstack(model: gpt.GPT) -> Weights:
+    layers = tuple(jax.tree.map(lambda x, i=i: x[i], model.blocks) for i in range(model.config.layers))
+    return gpt.shard(Weights(dataclasses.replace(model, blocks=None), layers))
+
+
 class Alternatives(NamedTuple):
-    """Log-probs of the whole softmax at temperature 1: of the chosen token (...), and of the likeliest (..., TOP)."""
+    """Log-probs at temperature 1, before any cut: of the chosen token (...), and of the likeliest ones (..., TOP)."""
 
     chosen: jax.Array
     top: jax.Array
@@ -184,7 +380,7 @@ class Alternatives(NamedTuple):
 
 
 def alternatives(logits, chosen, wanted) -> Alternatives:
-    """logits (..., V), chosen (...) ids. The ranking costs as much as a layer: only where somebody `wanted` it."""
+    """logits (..., V), chosen (...) ids. Ranking costs as much as a layer: where it is not `wanted`, top is zeros."""
     k = min(TOP, logits.shape[-1])
     lse = jax.nn.logsumexp(logits, -1)
     logprob = jnp.take_along_axis(logits, chosen[..., None], -1)[..., 0] - lse
@@ -195,22 +391,22 @@ def alternatives(logits, chosen, wanted) -> Alternatives:
 
 @partial(jax.jit, donate_argnames="caches")
 def prefill(weights: Weights, caches, tokens, targets, slots, wanted):
-    """Put the keys and values of prompts, tokens (R, T), into the rows `slots` (R,) of the caches. What a prompt's
-    padding leaves behind there is overwritten before it is looked at; a slot that does not exist is nowhere. Also the
-    log-probs of `targets` (R, T), the tokens that follow each, if `wanted`."""
-    hidden, fresh = gpt.prefill(weights.trunk, weights.layers, tokens, jnp.ones_like(tokens), tokens.shape[1])
+    """The caches with the keys and values of prompts, tokens (R, T), in their rows `slots` (R,); and if `wanted` the
+    log-probs of `targets` (R, T), the tokens that follow each. The keys of padding are overwritten by those of drawn
+    tokens before attention reaches them. A prompt whose slot is past the last one is written nowhere."""
+    hidden, fresh = gpt.prefill(weights.outer, weights.layers, tokens, jnp.ones_like(tokens), tokens.shape[1])
     put = lambda old, new: gpt.shard_batch(old.at[slots, :, : tokens.shape[1]].set(new, mode="drop"))
     caches = jax.tree.map(put, caches, fresh)
-    piece = lambda hidden, targets: alternatives(weights.trunk.logits(hidden), targets, True)
-    score = lambda: gpt.map_columns(piece, 2 * weights.trunk.config.vocab_size, hidden, targets)
+    columns = lambda hidden, targets: alternatives(weights.outer.logits(hidden), targets, True)
+    score = lambda: gpt.map_columns(columns, 2 * weights.outer.config.vocab_size, hidden, targets)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score))
     return caches, lax.cond(wanted, score, lambda: nothing)
 
 
 class Slots(NamedTuple):
-    """What the device is told about each slot, (S,) arrays of the host."""
+    """What the device is told about each slot: (S,) arrays in the host's memory."""
 
-    token: np.ndarray  # the last one, whose successor is to be drawn
+    token: np.ndarray  # the last token, whose successor is drawn next
     position: np.ndarray  # of that token
     remaining: np.ndarray  # tokens still to draw; 0: the slot is idle
     drawn: np.ndarray  # tokens drawn so far
@@ -225,16 +421,17 @@ class Slots(NamedTuple):
 
 
 def idle_slots(n: int) -> Slots:
-    whole, real, flag = np.int32, np.float32, bool
-    kinds = (whole, whole, whole, whole, np.uint32, whole, real, whole, real, real, flag, flag)
-    return Slots(*(np.zeros(n, kind) for kind in kinds))
+    kinds = dict(seed=np.uint32, endless=bool, scored=bool) | dict.fromkeys(
+        ("temperature", "top_p", "min_p"), np.float32
+    )
+    return Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
 
 
 @partial(jax.jit, static_argnames=("window", "eos"), donate_argnames="caches")
 def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int):
-    """Draw up to `steps` tokens in every busy slot: caches, tokens (MOST_STEPS, S) with -1 where a slot was idle or had
-    ended, and their log-probs. Only the first `window` places of the cache are read."""
-    trunk, S = weights.trunk, len(slots.token)
+    """Draw up to `steps` tokens in every busy slot. Returns the caches, tokens (MOST_STEPS, S) with -1 where a slot was
+    idle or had ended, and their log-probs. Attention reads only the first `window` positions of the caches."""
+    outer, S = weights.outer, len(slots.token)
     keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
 
     def unfinished(carry):
@@ -244,13 +441,13 @@ def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int)
     def step(carry):
         t, slots, caches, tokens, logprobs = carry
         busy = slots.remaining > 0
-        x, rope = trunk.embed(slots.token[:, None], slots.position[:, None])
+        x, rope = outer.embed(slots.token[:, None], slots.position[:, None])
         seen = jnp.arange(window) <= slots.position[:, None]
         new_caches = []
         for layer, cache in zip(weights.layers, caches):
             x, cache = layer(x, rope, seen[:, None, :], cache, slots.position)
             new_caches.append(jax.tree.map(gpt.shard_batch, cache))
-        logits = trunk.logits(trunk.norm(x[:, 0]))
+        logits = outer.logits(outer.norm(x[:, 0]))
         u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
         token = draw(logits, u, slots)
         found = alternatives(logits, token, (busy & slots.scored).any())
@@ -263,7 +460,7 @@ def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int)
         )  # fmt: skip
         return t + 1, slots, tuple(new_caches), tokens, logprobs
 
-    k = min(TOP, trunk.config.vocab_size)
+    k = min(TOP, outer.config.vocab_size)
     empty = lambda *shape, dtype=jnp.float32: jnp.zeros((MOST_STEPS, S, *shape), dtype)
     logprobs = Alternatives(empty(), empty(k), empty(k, dtype=jnp.int32))
     carry = (0, slots, caches, jnp.full((MOST_STEPS, S), -1, jnp.int32), logprobs)
@@ -277,7 +474,7 @@ def draw(logits, u, slots: Slots):
     scaled = logits / jnp.where(slots.temperature > 0, slots.temperature, 1)[:, None]
     sampled = busy & (slots.temperature > 0)
 
-    def cut(active, threshold, scaled):  # a pass over the vocabulary for those alone who ask for it
+    def cut(active, threshold, scaled):  # a pass over the vocabulary, only if some slot asks for this cut
         return lax.cond(
             (sampled & active).any(),
             lambda: jnp.where(scaled < jnp.where(active[:, None], threshold(scaled), -jnp.inf), gpt.MASKED, scaled),
@@ -299,8 +496,8 @@ def draw(logits, u, slots: Slots):
 
 
 def highest_cut(logits, weights, wanted):
-    """The highest cut (S, 1) such that what is at or above it in logits (S, V) weighs as much as `wanted` (S, 1):
-    bisection down to the last bit, no sort of a vocabulary."""
+    """The highest threshold (S, 1) such that the `weights` (S, V) of the logits (S, V) at or above it add up to
+    `wanted` (S, 1) or more. By bisection down to the last bit, which is faster than sorting a vocabulary."""
 
     def halve(_, ends):
         low, high = ends
@@ -316,11 +513,11 @@ def highest_cut(logits, weights, wanted):
 
 
 class TextStream:
-    """Text from tokens as they come: only whole characters, and each token beside the one before it, since decoders
-    put blanks between words."""
+    """Text from tokens as they come, in complete characters. Each token is decoded together with the one before it,
+    since decoders put blanks between words."""
 
     def __init__(self, tokenizer: gpt.Tokenizer, before=()):
-        """`before`: the end of a text that is gone on with."""
+        """`before`: the last tokens of the text that is continued."""
         self.tokenizer, self.ids, self.start, self.read = tokenizer, list(before), 0, len(before)
 
     def add(self, ids, last: bool = False) -> str:
@@ -335,16 +532,16 @@ class TextStream:
 
 
 class Token(NamedTuple):
-    """A token of an answer (or an echoed prompt) whose log-probs were asked for."""
+    """A token, of an answer or an echoed prompt, whose log-probs were asked for."""
 
     id: int
     offset: int  # where it begins in the text
-    logprob: float | None  # None: a prompt's first
+    logprob: float | None  # None for the first token of a prompt
     top: list  # (id, log-prob), the likeliest first
 
 
 class Delta(NamedTuple):
-    """News of a choice. The last one has a finish: stop, length or abort; or an error."""
+    """What is new of a choice. The last delta of a choice has a `finish` (stop, length or abort) or an `error`."""
 
     choice: "Choice"
     text: str
@@ -355,15 +552,15 @@ class Delta(NamedTuple):
 
 @dataclass(eq=False)
 class Choice:
-    """One answer to be written: what the engine is asked, and what it has so far."""
+    """One answer to one prompt: what is asked of the engine, and what it has written so far."""
 
-    index: int
+    index: int  # among all choices of the request
     ids: list  # the prompt
-    limit: int  # tokens at most
+    limit: int  # tokens at most; 0: only the prompt is scored
     events: asyncio.Queue  # where deltas go
     deadline: float
     seed: int = 0
-    number: int = 0  # which of the n to this prompt
+    number: int = 0  # among the n choices for this prompt
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
@@ -373,27 +570,27 @@ class Choice:
     top: int | None = None  # alternatives a token; None: no log-probs
     echo: bool = False  # log-probs of the prompt, too
     stream: bool = False
-    goes_on: bool = False  # with a text of the prompt's; otherwise in a turn that the prompt opens
-    trim: bool = False  # leave out the blank between an opened turn and its words
+    goes_on: bool = False  # the answer continues the prompt's text; otherwise it is a turn of its own
+    trim: bool = False  # leave out the blank with which a turn begins
     generation_id: str | None = None
 
     cancelled: bool = False  # set by the event loop, read by the engine
     born: float = field(default_factory=time.monotonic)
-    started: float = 0.0  # first token
-    latest: float = 0.0
-    prompt_tokens: list = field(default_factory=list)  # of an echo: Token
+    started: float = 0.0  # when its first token was drawn
+    latest: float = 0.0  # when its last token was drawn
+    prompt_tokens: list = field(default_factory=list)  # of an echo: a Token each
     ids_drawn: list = field(default_factory=list)
     logprob_sum: float = 0.0
-    unread: list = field(default_factory=list)  # drawn, but not in `text` yet
+    unread: list = field(default_factory=list)  # ids that were drawn but are not in `text` yet
     reader: TextStream | None = None
     text: str = ""
-    sent: int = 0  # characters
-    tokens: list = field(default_factory=list)  # Token, those not sent yet
+    sent: int = 0  # characters of `text` that were sent
+    tokens: list = field(default_factory=list)  # a Token each, those not sent yet
     finish: str | None = None
 
     def add(self, ids, logprobs, tops, last: bool):
-        """Take in drawn tokens, one by one where their places in the text matter, and without a look at the text where
-        nobody waits for it. True: a stop string ended it."""
+        """Take in drawn tokens; True if a stop string ended the answer. Tokens are decoded one by one only where their
+        places in the text matter, and not before the end where nobody waits for the text."""
         if not (self.stream or self.stops or self.top is not None or last):
             self.ids_drawn += ids
             self.unread += ids
@@ -422,7 +619,7 @@ class Choice:
         return text
 
     def news(self) -> Delta | None:
-        """What may be sent: all but what could still become a stop string; everything once it is finished."""
+        """What may be sent now, or None: not the last characters while they could become a stop string."""
         end = len(self.text) if self.finish else len(self.text) - held_back(self.text, self.stops)
         if not self.finish and (not self.stream or end <= self.sent):
             return None
@@ -433,7 +630,7 @@ class Choice:
 
 
 def find_stop(text: str, stops, start: int) -> int | None:
-    """Where the stop string begins that is complete first, in a text whose first `start` characters hold none."""
+    """Where in the text the first complete stop string begins. Its first `start` characters are known to hold none."""
     found = []
     for stop in stops:
         at = text.find(stop, max(0, start - len(stop) + 1))
@@ -443,7 +640,7 @@ def find_stop(text: str, stops, start: int) -> int | None:
 
 
 def held_back(text: str, stops) -> int:
-    """How many last characters could be the beginning of a stop string."""
+    """How many of the last characters could be the beginning of a stop string."""
     longest = max((len(stop) for stop in stops), default=1) - 1
     for n in range(min(longest, len(text)), 0, -1):
         if any(stop.startswith(text[-n:]) for stop in stops):
@@ -460,7 +657,7 @@ class Served:
         self.waiting: collections.deque[Choice] = collections.deque()
         self.running: dict[int, Choice] = {}
         self.counts, self.finished = Counter(), Counter()
-        self.first_token, self.between_tokens, self.whole = (Histogram() for _ in range(3))
+        self.first_token, self.between_tokens, self.request_time = (Histogram() for _ in range(3))
 
     def load(self):
         config = self.config
@@ -468,14 +665,14 @@ class Served:
         self.model = gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
         self.model_config = c = model.config
         own = c.context
-        self.context = config.context or min(own, 2048)
+        self.context = min(own, 2048) if config.context is None else config.context
         if c.gpt2 and self.context > own:
             raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
         self.examples = example_questions(config.examples) if config.examples else []
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
-        # windows of attention and widths of prompts: up to four shapes, the widest the whole context
+        # widths of prompts and of attention: up to four, each a program of its own, the widest the full context
         doublings = max(int(np.log2(self.context / 16) + 0.5), 0)
         widths = np.geomspace(min(16, self.context), self.context, min(doublings + 1, 4))
         self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
@@ -487,27 +684,27 @@ class Served:
         self.candidates = list(self.measure()) if config.quality else []
 
     def measure(self):
-        """The model in every form, on the rows of --quality and in the decoding of all slots."""
+        """A Candidate for every form: its quality on the rows of --quality, its speed with all slots busy."""
         batches = quality_batches(self.config.quality, self.tokenizer, self.context)
-        for how in QUANTISATIONS:
+        for how in FORMS:
             try:
-                model = self.model if how == "none" else gpt.quantize(self.model, how)
-            except ValueError as error:  # of a width that does not pack
+                model = self.model if how == "none" else quantize(self.model, how)
+            except ValueError as error:  # int4 packs no odd width
                 LOG.info("%s: %s", self.name, error)
                 continue
-            found = gpt.quality(self.model, model, batches)
+            found = quality(self.model, model, batches)
             self.weights = unstack(model)
-            size, speed = gpt.size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            size, speed = size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
 
     def compress(self):
-        """Settle on a form of the weights; the others go."""
-        self.quantization = choose(self.candidates, self.config.quantize, self.config.max_kl)
+        """Choose a form of the weights, and keep it alone."""
+        self.quantization = choose(self.candidates, self.config.quantize or "none", self.config.max_kl)
         model, self.model = self.model, None
-        self.weights = unstack(model if self.quantization == "none" else gpt.quantize(model, self.quantization))
+        self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
 
     def warm_up(self):
-        """Compile every shape, and find how many tokens a call may draw before a stream looks jerky (20 ms)."""
+        """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
         for width in self.buckets:
             for rows in self.prefill_sizes(width):
                 nowhere = np.full(rows, self.slots, np.int32)
@@ -515,17 +712,17 @@ class Served:
                 self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
             jax.block_until_ready(self.decode(0, self.window(width)))
         self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
-        # the first request must not wait for what is made once: a template's engine, a fingerprint of the vocabulary
+        # what is made once, like the template's engine and the fingerprint, is made before the first request
         with contextlib.suppress(ApiError):
             make_job(ChatRequest(messages=[Message("user", "hello")]), self, self.config)
         self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
         self.tokenizer_hash = self.tokenizer.fingerprint
 
     def step_seconds(self) -> float:
-        """What it takes to draw one token in every slot at the longest window."""
+        """Seconds that it takes to draw one token in every slot at the widest window."""
         state, seconds = self.state, []
         self.state = state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool))
-        until = time.perf_counter() + 0.2  # of a small model many calls: other programs disturb each in its own way
+        until = time.perf_counter() + 0.2  # many calls of a small model, since other programs disturb some of them
         while len(seconds) < 5 or time.perf_counter() < until:
             start = time.perf_counter()
             np.asarray(self.decode(MOST_STEPS, self.buckets[-1])[0])
@@ -540,8 +737,8 @@ class Served:
         return drawn
 
     def prefill_sizes(self, width: int) -> list[int]:
-        """How many prompts of this width a call may take. Few sizes, since each is a program of its own; but more than
-        one and all, or five that come in together would cost what sixteen do."""
+        """Numbers of prompts of this width that one call may take. Few, since each is a program of its own; but more
+        than 1 and the largest, or five prompts would cost as much as sixteen."""
         most = max(1, min(self.slots, PREFILL_TOKENS // width))
         return sorted({min(n, most) for n in (1, 4, most)})
 
@@ -549,8 +746,8 @@ class Served:
         return next(width for width in self.buckets if width >= n)
 
     def window(self, n: int) -> int:
-        """Places of the cache to look at for `n` of them. What is cut out of the cache is copied, at each token: more
-        than half of it takes longer than to look at all."""
+        """How many positions of the cache attention reads where `n` are in use. A part of the cache is copied at each
+        token: to copy more than half of it takes longer than to read all."""
         width = self.bucket(n)
         return width if 2 * width <= self.context else self.buckets[-1]
 
@@ -559,7 +756,7 @@ class Served:
         return bool(self.running or self.waiting)
 
     def step(self, post):
-        """One turn: drop who has gone, let in who waits, draw some tokens for all. `post` takes deltas."""
+        """One turn: end what was cancelled, let waiting choices in, draw some tokens for all. `post` takes deltas."""
         self.reap(post)
         self.admit(post)
         if self.running:
@@ -576,7 +773,7 @@ class Served:
             post(Delta(choice, "", [], error="the request waited too long for a free slot"))
 
     def admit(self, post):
-        """Give waiting requests the free slots, prompts of like length in one call."""
+        """Give the free slots to waiting choices, prompts of similar length in one call."""
         groups = collections.defaultdict(list)
         while self.waiting and self.free:
             choice = self.waiting.popleft()
@@ -617,7 +814,7 @@ class Served:
                 self.scored(choice, *(x[row, :n].tolist() for x in scores), slot, post)
 
     def scored(self, choice: Choice, chosen, top, top_ids, slot: int, post):
-        """Keep the log-probs of an echoed prompt: the first token has none."""
+        """Keep the log-probs of an echoed prompt (its first token has none). A choice that draws nothing ends here."""
         if choice.echo:
             reader, at, k = TextStream(self.tokenizer), 0, choice.top or 0
             for i, token in enumerate(choice.ids):
@@ -653,7 +850,7 @@ class Served:
             last = ended or state.remaining[slot] == 0
             try:
                 stopped = choice.add(ids, chosen[slot][:n], tops, last)
-            except Exception:  # of this request alone
+            except Exception:  # it ends this request alone
                 LOG.exception("a request failed")
                 self.end(choice, "error", post, slot)
                 continue
@@ -676,7 +873,7 @@ class Served:
         if choice.unread and finish != "error":
             choice.text += choice.read([], True)
         self.finished[finish] += 1
-        self.whole.add(time.monotonic() - choice.born)
+        self.request_time.add(time.monotonic() - choice.born)
         if slot is not None:
             del self.running[slot]
             self.free.append(slot)
@@ -687,7 +884,7 @@ class Served:
 
 
 class Histogram:
-    """Counts under each of a few bounds, as Prometheus wants them."""
+    """A histogram as Prometheus reads it: for each bound, how many values are at most as large."""
 
     BOUNDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 
@@ -732,7 +929,7 @@ class Engine:
                 model.compress()
                 model.warm_up()
             gc.collect()
-            gc.freeze()  # a collection that looks at all that was compiled would stop every thread for a while
+            gc.freeze()  # a garbage collection over all that was compiled would stop every thread for a while
             self.ready = True
             while self.wait_for_work():
                 for model in self.models:
@@ -754,7 +951,7 @@ class Engine:
         return not self.stopping
 
     def submit(self, model: Served, choices: list[Choice]) -> bool:
-        """All of a request's choices, or none where the queue has no room for them. Called by the event loop."""
+        """Queue all of a request's choices; False, and none, where there is no room. The event loop calls it."""
         with self.wake:
             if len(model.waiting) + len(choices) > self.config.max_queue + len(model.free) * (not model.waiting):
                 return False
@@ -799,8 +996,8 @@ def deliver(deltas: list[Delta]):
 
 MAX_BODY = 2**20  # bytes
 MAX_CHOICES = 64  # answers to one request: prompts x n
-CHARS_A_TOKEN = 64  # a text with more of them is too long for the context, whatever its tokens are
-BODY_SECONDS = 20.0  # that a client may take to send a body
+CHARS_A_TOKEN = 64  # a text with more characters for each token of the context is refused before it is tokenised
+BODY_SECONDS = 20.0  # seconds that a client may take to send a body
 
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 TokenId = Annotated[int, Meta(ge=0)]
@@ -812,7 +1009,7 @@ class StreamOptions(Struct):
 
 
 class Sampling(Struct, kw_only=True):
-    """What both kinds of completion have in common. Unknown keys are ignored: clients send many."""
+    """What text and chat completions have in common. Unknown keys are ignored: clients send many."""
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
@@ -891,7 +1088,7 @@ class FeedbackRequest(Struct):
 
 
 class ApiError(Exception):
-    """What a client is told: a status and OpenAI's error body."""
+    """An error that the client is told, as a status and OpenAI's error body."""
 
     KINDS = {401: "authentication_error", 404: "not_found_error", 429: "rate_limit_error"}
 
@@ -909,7 +1106,7 @@ def reply(body, status: int = 200, headers=None) -> Response:
 
 
 async def read_body(request: Request, kind):
-    """The request's JSON as a checked Struct. A body has a size, a type and a time to arrive in."""
+    """The request's JSON as a checked Struct of this kind. Its type, its size and the time it takes are limited."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":  # any web page may send others across sites without asking
         raise ApiError(415, "send JSON, with the header content-type: application/json")
@@ -947,14 +1144,14 @@ def refuse_unsupported(request: Sampling):
 
 
 def chat_messages(messages: list[Message]) -> list[dict]:
-    """Plain messages: parts joined, null content empty, developers called system."""
+    """Messages whose content is one text (a list of texts is joined, null is empty) and whose developer is system."""
     text = lambda content: "".join(p.text for p in content) if isinstance(content, list) else content or ""
     role = lambda name: "system" if name == "developer" else name
     return [{"role": role(m.role), "content": text(m.content)} for m in messages]
 
 
 def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
-    """The prompt of a chat. An assistant's message at the end is the beginning of the answer."""
+    """The prompt's ids of a chat. If its last message is the assistant's, the answer continues it."""
     opened = messages[-1]["role"] == "assistant"
     if opened and len(messages) == 1:
         raise ApiError(400, "messages hold an assistant's turn alone: nothing is asked", "messages")
@@ -967,7 +1164,7 @@ def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
 
 
 def text_ids(text: str, tokenizer: gpt.Tokenizer, bos: bool = True) -> list[int]:
-    """A raw prompt: the names of special tokens are read as those, as evaluation harnesses expect."""
+    """The ids of a text prompt. Names of special tokens in it become these tokens: evaluation harnesses expect it."""
     ids = tokenizer.encode(text, special=True)
     return [tokenizer.bos_id, *ids] if bos and tokenizer.bos_id not in (None, *ids[:1]) else ids
 
@@ -989,14 +1186,14 @@ def refuse_length(model: Served, found: str):
 
 @dataclass
 class Job:
-    """A checked request: its prompts as clients and votes know them, and its choices."""
+    """A checked request: its prompts, as the client sent them and votes store them, and its choices."""
 
     request: Sampling
     model: Served
     chat: bool
     id: str
     created: int
-    prompts: list  # texts or lists of messages
+    prompts: list  # each a text, a list of messages or a list of token ids
     choices: list[Choice]
     events: asyncio.Queue
 
@@ -1012,7 +1209,7 @@ class Job:
 
 
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
-    """The choices that a request asks for; ApiError for what it must not."""
+    """A request with its choices; ApiError if it asks for something that it may not."""
     refuse_unsupported(request)
     chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
     goes_on = not chat or request.messages[-1].role == "assistant"
@@ -1061,7 +1258,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
 
 
 def prompt_list(prompt) -> list:
-    """One prompt or several, each a text or a list of ids."""
+    """The prompts of a text completion, each a text or a list of ids, from one or several."""
     kinds = {type(item) for item in prompt} if isinstance(prompt, list) else set()
     if len(kinds) > 1:
         raise ApiError(400, "prompt mixes texts, tokens and lists of tokens", "prompt")
@@ -1072,7 +1269,7 @@ def prompt_list(prompt) -> list:
 
 
 def token_text(tokenizer: gpt.Tokenizer, token: int) -> str:
-    """A token as the key of a table: a special one by its name, a part of a character by its bytes."""
+    """The text by which log-probs name a token: of a special one its name, of an incomplete character its bytes."""
     if token in tokenizer.special_ids:
         return next(text for text, i in tokenizer.specials.items() if i == token)
     raw = tokenizer.token_bytes(token)
@@ -1099,7 +1296,7 @@ def chat_logprobs(job: Job, tokens: list[Token]):
 
 
 def text_logprobs(job: Job, tokens: list[Token], start: int = 0):
-    """The four parallel lists of OpenAI's first interface; `start` is where the answer begins in the text."""
+    """The four parallel lists of OpenAI's completions; `start` is where the answer begins in the text."""
     if job.choices[0].top is None:
         return None
     text = partial(token_text, job.model.tokenizer)
@@ -1120,7 +1317,7 @@ def echoed(job: Job, choice: Choice) -> str:
 
 
 def text_piece(job: Job, delta: Delta, first: bool) -> dict:
-    """A delta of a completion; before the first one stands the prompt that is to be echoed."""
+    """Text and log-probs of a delta of a text completion; the first one begins with the prompt if it is echoed."""
     before = echoed(job, delta.choice)
     logprobs = text_logprobs(job, delta.tokens, len(before))
     if first and before and logprobs:
@@ -1129,8 +1326,8 @@ def text_piece(job: Job, delta: Delta, first: bool) -> dict:
     return {"text": before * first + delta.text, "logprobs": logprobs}
 
 
-def whole_choice(job: Job, delta: Delta) -> dict:
-    """The last delta of a choice that was not streamed holds all of it."""
+def complete_choice(job: Job, delta: Delta) -> dict:
+    """A complete choice, from its last delta: that of a choice that was not streamed holds everything."""
     if job.chat:
         message = {"role": "assistant", "content": delta.text, "refusal": None}
         body = {"message": message, "logprobs": chat_logprobs(job, delta.tokens)}
@@ -1150,7 +1347,7 @@ def envelope(job: Job, choices: list, chunk: bool = False) -> dict:
 
 
 def chunk_choice(job: Job, delta: Delta, first: bool) -> dict:
-    """A piece of a choice: its text, without a finish."""
+    """The text of one delta, as a choice of a streamed chunk; its finish comes in a chunk of its own."""
     if job.chat:
         body = {"delta": {"content": delta.text}, "logprobs": chat_logprobs(job, delta.tokens)}
     else:
@@ -1163,7 +1360,7 @@ def frame(body) -> bytes:
 
 
 async def stream_job(job: Job, server: "Server"):
-    """The frames of server-sent events. Leaving this generator early, as a disconnect does, frees the slots."""
+    """A job as server-sent events. When a disconnect ends this generator early, its slots become free."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
     chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
     begun, open_choices, done = set(), len(job.choices), b"data: [DONE]\n\n"
@@ -1177,7 +1374,7 @@ async def stream_job(job: Job, server: "Server"):
             except TimeoutError:
                 yield b": ping\n\n"  # keeps proxies from giving up
                 continue
-            while not job.events.empty():  # under load: several in one piece, since each piece costs a write
+            while not job.events.empty():  # under load several are written at once: each write costs
                 deltas.append(job.events.get_nowait())
             out = b""
             for delta in deltas:
@@ -1223,15 +1420,106 @@ async def gone(request: Request):
 
 
 # ------------------------------------------------------------------------------------------------------------ votes
+#
+# feedback.db holds what was asked and said (generation) and what people thought of it (feedback). Two views say what is
+# to be learnt from that: the page's counter, /v1/feedback/export and prepare.py read nothing else.
+
+TABLES = """
+CREATE TABLE IF NOT EXISTS generation(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, request_id TEXT, session_id TEXT,
+  parent_id TEXT, prompt_messages TEXT NOT NULL CHECK(json_valid(prompt_messages)), completion TEXT NOT NULL,
+  completion_token_ids TEXT, logprob_sum REAL, finish_reason TEXT, model_id TEXT NOT NULL,
+  checkpoint_sha256 TEXT NOT NULL, code_version TEXT, quantization TEXT, chat_template_sha256 TEXT,
+  tokenizer_sha256 TEXT, sampling TEXT NOT NULL CHECK(json_valid(sampling)), usage TEXT) STRICT;
+CREATE TABLE IF NOT EXISTS feedback(id TEXT PRIMARY KEY, created_at TEXT NOT NULL, schema_version INT NOT NULL,
+  kind TEXT NOT NULL CHECK(kind IN ('thumb', 'pair', 'edit')), generation_a TEXT NOT NULL REFERENCES generation(id),
+  generation_b TEXT REFERENCES generation(id), shown_left TEXT,
+  value TEXT NOT NULL CHECK(value IN ('up', 'down', 'a', 'b', 'tie', 'both_bad', 'edited')), edited_text TEXT,
+  reasons TEXT, comment TEXT, annotator_id TEXT NOT NULL, annotator_kind TEXT NOT NULL DEFAULT 'human',
+  consent INT NOT NULL, latency_ms INT, ui_version TEXT, superseded_by TEXT REFERENCES feedback(id),
+  CHECK((kind = 'pair') = (generation_b IS NOT NULL))) STRICT;
+CREATE UNIQUE INDEX IF NOT EXISTS one_live_vote
+  ON feedback(kind, generation_a, COALESCE(generation_b, ''), annotator_id) WHERE superseded_by IS NULL;
+CREATE INDEX IF NOT EXISTS of_session ON generation(session_id);
+CREATE INDEX IF NOT EXISTS of_generation_a ON feedback(generation_a);
+CREATE INDEX IF NOT EXISTS of_generation_b ON feedback(generation_b);
+"""
+
+BLANKS = ", ".join(str(code) for code in range(0x3001) if chr(code).isspace())  # what str.strip() takes away
+AS_ANSWER = (  # in JSON: to a chat a message, of a text its continuation
+    "iif(json_type(prompt_messages) = 'array', json_array(json_object('role', 'assistant', 'content', {0})), "
+    "json_quote({0}))"
+)
+
+# votes: one row for each vote whose giver lets us use it, with the texts that it is about (completion_b of an edit is
+# the edited text) and `dropped`, the reason why it teaches nothing, or NULL. A cut answer has another finish than stop:
+# the cut may be what the vote is about.
+#
+# training_rows: what each vote teaches, `row` in JSON, of `kind` pairs or thumbs. Of a pair the side a or b is chosen;
+# an edit is chosen over the original; both_bad is two thumbs down (number 1 and 2). A dropped vote has one row.
+VIEWS = f"""
+BEGIN IMMEDIATE;
+DROP VIEW IF EXISTS training_rows;
+DROP VIEW IF EXISTS votes;
+
+CREATE VIEW votes AS
+SELECT *, CASE
+    WHEN superseded_by IS NOT NULL THEN 'changed later'
+    WHEN value = 'tie' THEN 'a tie'
+    WHEN ifnull(finish_a, 'stop') <> 'stop' OR ifnull(finish_b, 'stop') <> 'stop' THEN 'an answer was cut off'
+    WHEN trim(completion_a, char({BLANKS})) = '' OR trim(completion_b, char({BLANKS})) = '' THEN 'an empty answer'
+    WHEN completion_a = completion_b THEN 'equal answers'
+    WHEN json_type(prompt_messages, '$[0]') = 'integer' THEN 'a prompt of token ids'
+  END AS dropped
+FROM (
+  SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
+    a.checkpoint_sha256 AS checkpoint_a,
+    iif(f.value = 'edited', ifnull(f.edited_text, ''), b.completion) AS completion_b, b.finish_reason AS finish_b,
+    b.model_id AS model_b, b.checkpoint_sha256 AS checkpoint_b
+  FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
+  WHERE f.consent = 1);
+
+CREATE VIEW training_rows AS
+WITH answers AS (
+  SELECT *, {AS_ANSWER.format("completion_a")} AS answer_a, {AS_ANSWER.format("completion_b")} AS answer_b FROM votes)
+SELECT id, created_at, 1 AS number, dropped, 'pairs' AS kind, json_object('prompt', json(prompt_messages), 'id', id,
+    'chosen', json(iif(value = 'a', answer_a, answer_b)),
+    'rejected', json(iif(value = 'a', answer_b, answer_a))) AS row
+  FROM answers WHERE value IN ('a', 'b', 'tie', 'edited')
+UNION ALL
+SELECT id, created_at, 1, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
+    'completion', json(answer_a), 'label', json(iif(value = 'up', 'true', 'false')))
+  FROM answers WHERE value IN ('up', 'down', 'both_bad')
+UNION ALL
+SELECT id, created_at, 2, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
+    'completion', json(answer_b), 'label', json('false'))
+  FROM answers WHERE value = 'both_bad' AND dropped IS NULL;
+COMMIT;
+"""
+
+
+def open_votes(path) -> sqlite3.Connection:
+    """feedback.db, made where there is none, the views of an older one replaced. What was committed to it survives a
+    kill and a crash."""
+    connection = sqlite3.connect(path, timeout=30, isolation_level=None)
+    connection.row_factory = sqlite3.Row
+    try:
+        for pragma in ("foreign_keys = on", "journal_mode = WAL", "synchronous = FULL", "secure_delete = on"):
+            connection.execute(f"PRAGMA {pragma}")
+        connection.executescript(TABLES + VIEWS)
+        connection.execute("SELECT * FROM training_rows LIMIT 1")
+    except sqlite3.DatabaseError as error:
+        connection.close()
+        raise ValueError(f"{path} is not a database of votes ({error})") from None
+    return connection
 
 
 class Store:
-    """feedback.db behind a thread of its own. Whatever waits is done in one transaction, each piece of work at its own
-    savepoint, and answered once that is on disk: many votes a second at one flush each round."""
+    """feedback.db behind a thread of its own. All functions that wait run in one transaction, and are answered when it
+    is on disk: one flush for many votes. Each has a savepoint, so that one that fails undoes itself alone."""
 
     def __init__(self, path: Path):
         self.path, self.work = path, queue.SimpleQueue()
-        gpt.open_votes(path, create=True).close()  # an unusable file is found before anything else starts
+        open_votes(path).close()  # finds an unusable file before anything else starts
         self.thread = threading.Thread(target=self.run, name="votes", daemon=True)
         self.thread.start()
 
@@ -1242,7 +1530,7 @@ class Store:
         return await future
 
     def run(self):
-        connection = gpt.open_votes(self.path, create=True)
+        connection = open_votes(self.path)
         while batch := [self.work.get()]:
             with contextlib.suppress(queue.Empty):
                 while len(batch) < 128 and batch[-1]:
@@ -1294,7 +1582,7 @@ def now() -> str:
 
 
 def insert(connection, table: str, values: dict):
-    """Table and columns are this file's own words; values only ever travel beside the statement."""
+    """Add a row. Names of table and columns come from this file alone; values are never part of the statement."""
     places = ", ".join(f":{name}" for name in values)
     connection.execute(f"INSERT INTO {table} ({', '.join(values)}) VALUES ({places})", values)
 
@@ -1317,7 +1605,7 @@ def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
 
 
 def add_vote(connection, vote: FeedbackRequest) -> dict:
-    """Keep a vote; an earlier one of the same person on the same thing stays, as superseded."""
+    """Store a vote. An earlier vote of the same person on the same answers stays, marked as superseded by it."""
     found = {}
     for name in ("generation_a", "generation_b"):
         wanted = getattr(vote, name)
@@ -1354,7 +1642,7 @@ def check_vote(vote: FeedbackRequest):
 
 
 def remove_vote(connection, vote_id: str) -> dict:
-    """Undo: the vote and those that it had replaced are gone."""
+    """Undo a vote: delete it and those that it superseded."""
     ids, chain = [], [vote_id]
     while chain:
         chain = [row["id"] for row in connection.execute(
@@ -1364,13 +1652,13 @@ def remove_vote(connection, vote_id: str) -> dict:
     if not ids:
         raise ApiError(404, "there is no such vote", "id", "feedback_not_found")
     connection.execute("PRAGMA defer_foreign_keys = on")
-    # a vote that replaced this one stays, and what this one had replaced goes with it
+    # a vote that superseded this one stays
     connection.executemany("DELETE FROM feedback WHERE id = ?", [(i,) for i in ids])
     return {"id": vote_id, "deleted": True}
 
 
 def purge_session(connection, session_id: str) -> dict:
-    """Erase what a session said and was answered, and every vote about it."""
+    """Delete what a session asked and was answered, and every vote about it."""
     mine = "(SELECT id FROM generation WHERE session_id = ?)"
     connection.execute("PRAGMA defer_foreign_keys = on")
     votes = connection.execute(
@@ -1380,26 +1668,37 @@ def purge_session(connection, session_id: str) -> dict:
     return {"session_id": session_id, "generations": generations.rowcount, "feedback": votes.rowcount}
 
 
-def rows_of_kind(vote: dict, kind: str) -> list[dict]:
-    """What a vote teaches, by the rules that prepare.py follows too."""
-    try:
-        found, rows = gpt.vote_rows(vote)
-    except gpt.BadRow:
-        return []
-    return rows if found == kind else []
-
-
-def count_votes(connection) -> dict:
-    query = "SELECT kind, count(*) FROM feedback WHERE superseded_by IS NULL AND consent = 1 GROUP BY kind"
+def count_votes(connection) -> tuple[dict, bool]:
+    """Votes of each kind that were not changed later; whether they hold a pair to train on."""
+    query = "SELECT kind, count(*) FROM votes WHERE superseded_by IS NULL GROUP BY kind"
     counts = dict(tuple(row) for row in connection.execute(query))
-    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}
+    query = "SELECT EXISTS (SELECT 1 FROM training_rows WHERE kind = 'pairs' AND dropped IS NULL)"
+    (pairs,) = connection.execute(query).fetchone()
+    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}, bool(pairs)
+
+
+def export_votes(connection, kind: str | None, since="", model="", checkpoint="") -> list[dict]:
+    """Training rows of a kind, pairs or thumbs; without one every vote as it is, also those that teach nothing. Oldest
+    first. `since` is the beginning of an ISO time; `model` and `checkpoint` want one of the two sides."""
+    wanted = dict(kind=kind, since=since, model=model, checkpoint=checkpoint)
+    votes = (
+        "FROM votes WHERE created_at >= :since AND (:model = '' OR :model IN (model_a, model_b)) "
+        "AND (:checkpoint = '' OR :checkpoint IN (checkpoint_a, checkpoint_b))"
+    )
+    if kind is None:
+        return [dict(row) for row in connection.execute(f"SELECT * {votes} ORDER BY created_at, id", wanted)]
+    query = (
+        f"SELECT row FROM training_rows WHERE kind = :kind AND dropped IS NULL AND id IN (SELECT id {votes}) "
+        "ORDER BY created_at, id, number"
+    )
+    return [json.loads(row["row"]) for row in connection.execute(query, wanted)]
 
 
 # ------------------------------------------------------------------------------------------------------ the server
 
 
 class Server:
-    """The routes. What they need of each other: the engine, its models by name, the votes."""
+    """The routes, and what they share: the engine, its models by name, the votes."""
 
     def __init__(self, config: Config, store: Store):
         self.config, self.store = config, store
@@ -1410,18 +1709,18 @@ class Server:
         self.on_failure = lambda loading: None  # of the engine
 
     def app(self) -> Starlette:
-        both = lambda path, *args, **kwargs: [Route(prefix + path, *args, **kwargs) for prefix in ("", "/v1")]
+        also_v1 = lambda path, *args, **kwargs: [Route(prefix + path, *args, **kwargs) for prefix in ("", "/v1")]
         routes = [
             Route("/", self.page),
-            *both("/health", self.health),
-            *both("/models", self.list_models),
+            *also_v1("/health", self.health),
+            *also_v1("/models", self.list_models),
             Route("/v1/models/{model:path}", self.show_model),
             Route("/metrics", self.metrics),
             Route("/v1/completions", partial(self.complete, kind=CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self.complete, kind=ChatRequest), methods=["POST"]),
-            *both("/tokenizer_info", self.tokenizer_info),
-            *both("/tokenize", self.tokenize, methods=["POST"]),
-            *both("/detokenize", self.detokenize, methods=["POST"]),
+            *also_v1("/tokenizer_info", self.tokenizer_info),
+            *also_v1("/tokenize", self.tokenize, methods=["POST"]),
+            *also_v1("/detokenize", self.detokenize, methods=["POST"]),
             Route("/v1/feedback", self.vote, methods=["POST"]),
             Route("/v1/feedback/counts", self.counts),
             Route("/v1/feedback/export", self.export),
@@ -1429,7 +1728,7 @@ class Server:
             Route("/v1/sessions/{session}", self.purge, methods=["DELETE"]),
         ]
 
-        async def refuse(request, error):  # async: what is not is called in a thread
+        async def refuse(request, error):  # async, or Starlette would call it in a thread
             error = error if isinstance(error, ApiError) else ApiError(error.status_code, error.detail)
             return error.response()
 
@@ -1495,7 +1794,7 @@ class Server:
         return await self.answer(request, job)
 
     async def answer(self, request: Request, job: Job) -> Response:
-        """All choices at once, unless the client hangs up first."""
+        """Wait for all choices and answer with them, unless the client hangs up first."""
         work, hangup = asyncio.ensure_future(collect(job)), asyncio.ensure_future(gone(request))
         try:
             await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
@@ -1508,10 +1807,10 @@ class Server:
             job.cancel()
             work.cancel()
             hangup.cancel()
-        return reply(envelope(job, [whole_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+        return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
 
     async def log_generation(self, job: Job, choice: Choice):
-        """Before the client learns the id: what it votes on is there."""
+        """Store an answer that may be voted on. It is awaited before the client learns the id."""
         if choice.generation_id:
             await self.store.do(insert, "generation", generation_row(job, choice, job.request_id))
 
@@ -1557,11 +1856,11 @@ class Server:
         return reply(await self.store.do(purge_session, request.path_params["session"]))
 
     async def counts(self, request):
-        counts = await self.store.do(count_votes)
+        counts, pairs = await self.store.do(count_votes)
         data, init = "data/votes", next(iter(self.models.values())).path
         train = (
             f"dpo.py --init {shlex.quote(init)} --data {data}/pairs.jsonl --out out/dpo-votes"
-            if counts["pairs"] + counts["edits"]
+            if pairs
             else f"ipo_kto.py --loss kto --init {shlex.quote(init)} --data {data}/thumbs.jsonl --out out/kto-votes"
         )
         prepare = f"prepare.py --data {shlex.quote(str(self.config.feedback))} --out {data} --overwrite"
@@ -1573,9 +1872,7 @@ class Server:
         if query.get("format", "raw") not in kinds:
             raise ApiError(400, f"format is one of {', '.join(kinds)}", "format")
         wanted = (query.get(name, "") for name in ("since", "model", "checkpoint"))
-        rows = await self.store.do(gpt.votes, *wanted)
-        if kind := kinds[query.get("format", "raw")]:
-            rows = [row for vote in rows for row in rows_of_kind(vote, kind)]
+        rows = await self.store.do(export_votes, kinds[query.get("format", "raw")], *wanted)
         lines = b"".join(msgspec.json.encode(row) + b"\n" for row in rows)
         digest = hashlib.sha256(lines).hexdigest()
         LOG.info("exported %d rows, sha256 %s", len(rows), digest)
@@ -1600,17 +1897,17 @@ class Server:
 
 
 def model_names(folders: list[str]) -> list[str]:
-    """The folders' names, with their parents' where two are alike."""
-    parts = [Path(folder).absolute().parts for folder in folders]
+    """The folders' names; with their parents' names before them where two are alike."""
+    paths = [Path(folder).absolute().parts for folder in folders]
     for depth in (1, 2, 3):
-        names = ["/".join(part[-depth:]) for part in parts]
+        names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names):
             return names
     raise ValueError(f"--model {' '.join(folders)}: two of these are the same")
 
 
 def example_questions(path: str, most: int = 6) -> list[str]:
-    """The first different questions of a file of prompts; of a prompt in text, what its last human said."""
+    """The first few different questions in a file of prompts: of each prompt the last human turn."""
     found = {}
     for _, row in gpt.read_rows(path, "prompts"):
         prompt = row["prompt"]
@@ -1632,7 +1929,7 @@ def describe(model: Served) -> dict:
 
 
 def metric_lines(model: Served):
-    """Prometheus's text under vLLM's names, so that its dashboards read them."""
+    """The model's metrics in Prometheus's format, under vLLM's names, so that its dashboards read them."""
     labels = f'model_name="{model.name}"'
     for name, value in (("running", len(model.running)), ("waiting", len(model.waiting))):
         yield f"vllm:num_requests_{name}{{{labels}}} {value}"
@@ -1642,12 +1939,13 @@ def metric_lines(model: Served):
         yield f'vllm:request_success_total{{{labels},finished_reason="{reason}"}} {count}'
     yield from model.first_token.lines("vllm:time_to_first_token_seconds", labels)
     yield from model.between_tokens.lines("vllm:inter_token_latency_seconds", labels)
-    yield from model.whole.lines("vllm:e2e_request_latency_seconds", labels)
+    yield from model.request_time.lines("vllm:e2e_request_latency_seconds", labels)
 
 
 class Guard:
-    """What every request passes, before any route: who calls, by which name, from which page; and what becomes of an
-    exception. A plain ASGI wrapper: Starlette's BaseHTTPMiddleware buffers, and hides disconnects."""
+    """What every request passes before any route: checks of the host name, the key and the page it comes from. It also
+    logs the request and answers it if an exception reaches it. A plain ASGI wrapper, since Starlette's
+    BaseHTTPMiddleware buffers answers and hides disconnects."""
 
     OPEN = {"/", "/health", "/v1/health"}  # without a key: a browser has to get the page before it can send one
     LOCAL = {"localhost", "127.0.0.1", "::1"}
@@ -1693,7 +1991,7 @@ class Guard:
 
     def check(self, scope, headers: dict):
         host = headers.get("host", "")
-        if (urlsplit(f"//{host}").hostname or "") not in self.hosts:  # a page whose name was rebound to this address
+        if (urlsplit(f"//{host}").hostname or "") not in self.hosts:  # DNS rebinding: a page's host, this address
             raise ApiError(400, "this server is not called so: --allowed-host adds names", code="host_not_allowed")
         if self.config.api_key and scope["path"] not in self.OPEN:
             given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
@@ -1712,7 +2010,7 @@ class Guard:
 
 
 class Process(uvicorn.Server):
-    """Uvicorn, which on a signal first lets running requests end: new ones are turned away meanwhile."""
+    """Uvicorn that on a signal turns new requests away and lets running ones end, for at most --drain seconds."""
 
     def __init__(self, server: Server):
         config = server.config
@@ -1734,7 +2032,7 @@ class Process(uvicorn.Server):
         threading.Timer(self.server.config.drain, self.server.engine.cancel_all).start()
 
     def fail(self, loading: bool):
-        """A model that cannot be loaded ends the process. An engine that stops later does not: /health tells."""
+        """The engine failed: while loading a model, that ends the process; later, /health answers 503."""
         if loading:
             self.failed = self.should_exit = True
 
@@ -1743,8 +2041,8 @@ def check_config(config: Config):
     local = config.host in Guard.LOCAL or config.host.startswith("127.")
     if not local and not config.api_key and not config.insecure:
         raise ValueError(f"--host {config.host} lets other machines in: give an --api-key, or say --insecure")
-    if config.slots < 1 or config.max_queue < 0 or config.context < 0:
-        raise ValueError("--slots is 1 at least, --max-queue and --context are not negative")
+    if config.slots < 1 or config.max_queue < 0 or (config.context is not None and config.context < 1):
+        raise ValueError("--slots and --context are 1 at least, --max-queue is not negative")
     if config.quantize == "auto" and not config.quality:
         raise ValueError("--quantize auto needs --quality FILE: held-out rows on which to measure what it costs")
     if config.quality:
@@ -1756,7 +2054,7 @@ def check_config(config: Config):
 
 
 def main(config: Config):
-    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY", ""))
+    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY"))
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms

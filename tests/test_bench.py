@@ -11,6 +11,7 @@ import pytest
 
 import bench
 import gpt
+import serve
 import toy
 
 PEER = """
@@ -94,8 +95,8 @@ def test_a_decoded_token_reads_the_weights_and_the_cache():
     model = gpt.init(shape, jax.random.key(0))
     weights = 4 * (gpt.count_parameters(model) - model.wpe.size)
     assert bench.decoded_bytes(model, 3, 10) == weights + 3 * 10 * (2 * 2 * 16 * 4)
-    small = gpt.quantize(model, "w8a8")
-    assert bench.decoded_bytes(small, 0, 0) == gpt.size_in_bytes(small) - 4 * model.wpe.size
+    small = serve.quantize(model, "w8a8")
+    assert bench.decoded_bytes(small, 0, 0) == serve.size_in_bytes(small) - 4 * model.wpe.size
 
 
 def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch):

@@ -18,6 +18,7 @@ import grpo
 import ipo_kto
 import ppo
 import reward
+import serve
 import sft
 
 
@@ -77,7 +78,7 @@ def test_generation_is_that_of_the_merged_model(tiny_model):
 
 def test_quantised_is_the_merged_model(tiny_model):
     model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
-    ours, merged = gpt.quantize(model, "int8"), gpt.quantize(gpt.merge(model), "int8")
+    ours, merged = serve.quantize(model, "int8"), serve.quantize(gpt.merge(model), "int8")
     assert jax.tree.structure(ours) == jax.tree.structure(merged)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5), ours, merged)
 

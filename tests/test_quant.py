@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import gpt
+import serve
 
 HOWS = ("int8", "int4", "w8a8")
 # one row of each kind: what fits, a row of zeros, and rows of very different size (a scale along the wrong axis shows)
@@ -22,7 +23,7 @@ def quantised(kind, integers, matrix):
     return kind(*jax.jit(integers)(jnp.asarray(matrix)))
 
 
-def unpack(matrix: gpt.Int4, inputs: int) -> np.ndarray:
+def unpack(matrix: serve.Int4, inputs: int) -> np.ndarray:
     """Integers and scales of an Int4 read by loops, multiplied out: (O, I)."""
     values, scale = np.asarray(matrix.values), np.asarray(matrix.scale)
     out = np.zeros((len(values), inputs))
@@ -39,7 +40,7 @@ def unpack(matrix: gpt.Int4, inputs: int) -> np.ndarray:
 
 
 def test_int8_rounds_to_nearest_with_one_scale_a_row():
-    got = quantised(gpt.Int8, gpt.to_int8, TABLE)
+    got = quantised(serve.Int8, serve.to_int8, TABLE)
     np.testing.assert_array_equal(got.values, [[1, -127, 63, 0], [0] * 4, [127, -64, 32, 95], [-127, 42, 85, 0]])
     np.testing.assert_allclose(got.scale, [1, 1, 0.02 / 127, 3e3 / 127], rtol=1e-6)
     assert got.values.dtype == jnp.int8
@@ -47,7 +48,7 @@ def test_int8_rounds_to_nearest_with_one_scale_a_row():
 
 def test_int4_packs_both_halves_of_a_row_in_one_byte_each():
     row = np.array([[7, -7, 3, 0, -1, 14, -14, 2.9]], np.float32)  # groups of 2: scales 1, 3/7 | 2, 2
-    got = quantised(gpt.Int4, partial(gpt.to_int4, size=2), row)
+    got = quantised(serve.Int4, partial(serve.to_int4, size=2), row)
     np.testing.assert_allclose(got.scale, [[[1, 3 / 7], [2, 2]]], rtol=1e-6)
     integers = np.array([[7, -7, 7, 0], [0, 7, -7, 1]])  # low bits, high bits; -0.5 goes to the even 0
     np.testing.assert_array_equal(got.values, (integers[1:] % 16) << 4 | integers[:1] % 16)
@@ -58,46 +59,46 @@ def test_error_bounds():
     matrix = normal(6, 256)
     matrix[:, 3] *= 30  # spoils the int8 scale of all of its row, and the int4 scale of one group
     largest = np.abs(matrix).max(1, keepdims=True)
-    error = np.abs(quantised(gpt.Int8, gpt.to_int8, matrix).dense() - matrix)
+    error = np.abs(quantised(serve.Int8, serve.to_int8, matrix).dense() - matrix)
     assert (error <= largest / 254 * (1 + 1e-4)).all() and error.max() > largest.max() / 300
-    error = np.abs(quantised(gpt.Int4, gpt.to_int4, matrix).dense() - matrix)
+    error = np.abs(quantised(serve.Int4, serve.to_int4, matrix).dense() - matrix)
     groups = np.abs(matrix).reshape(6, 4, 64).max(-1).repeat(64, axis=-1)
     assert (error <= groups / 14 * (1 + 1e-4)).all() and error.max() > groups.max() / 20
 
 
 def test_groups_divide_the_halves_of_a_row():
-    scales = lambda n: jax.eval_shape(gpt.to_int4, jax.ShapeDtypeStruct((1, n), jnp.float32))[1]
+    scales = lambda n: jax.eval_shape(serve.to_int4, jax.ShapeDtypeStruct((1, n), jnp.float32))[1]
     shapes = {n: scales(n).shape for n in (768, 352, 172, 64)}
     assert shapes == {768: (1, 2, 6), 352: (1, 2, 4), 172: (1, 2, 2), 64: (1, 2, 1)}
     with pytest.raises(ValueError, match="width of 7 is odd"):
-        gpt.to_int4(jnp.ones((1, 7)))
+        serve.to_int4(jnp.ones((1, 7)))
 
 
 # products -------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 64), (2, 5, 64)])
-@pytest.mark.parametrize("rows", [10, 2 * gpt.PIECE + 1])
+@pytest.mark.parametrize("rows", [10, 2 * serve.CHUNK_ROWS + 1])
 def test_products_are_those_of_the_dense_matrix(rows, shape):
     matrix = normal(rows, 64) * np.exp(normal(rows, 1, seed=1))  # channels of different size
     x = normal(*shape, seed=2) * np.exp(normal(*shape[:-1], 1, seed=3))
     multiply = jax.jit(lambda matrix, x: matrix(x))
 
-    int4 = quantised(gpt.Int4, partial(gpt.to_int4, size=16), matrix)
+    int4 = quantised(serve.Int4, partial(serve.to_int4, size=16), matrix)
     np.testing.assert_allclose(multiply(int4, x), x @ unpack(int4, 64).T, rtol=1e-4, atol=1e-4)
 
-    int8 = quantised(gpt.Int8, gpt.to_int8, matrix)
+    int8 = quantised(serve.Int8, serve.to_int8, matrix)
     dense = np.asarray(int8.values, float) * np.asarray(int8.scale)[:, None]
     np.testing.assert_allclose(multiply(int8, x), x @ dense.T, rtol=1e-4, atol=1e-4)
 
     scale = np.abs(x).max(-1, keepdims=True) / 127
     rounded = np.round(x / scale) * scale  # activations as w8a8 sees them
-    w8a8 = quantised(gpt.W8A8, gpt.to_w8a8, matrix)
+    w8a8 = quantised(serve.W8A8, serve.to_w8a8, matrix)
     np.testing.assert_allclose(multiply(w8a8, x), rounded @ dense.T, rtol=1e-4, atol=1e-3)
 
 
 def test_w8a8_of_tokens_of_zeros_is_zero():
-    assert not np.asarray(quantised(gpt.W8A8, gpt.to_w8a8, normal(5, 8))(jnp.zeros((3, 8)))).any()
+    assert not np.asarray(quantised(serve.W8A8, serve.to_w8a8, normal(5, 8))(jnp.zeros((3, 8)))).any()
 
 
 # the two forms of the integer product: which one is taken follows the CPU, and is set here
@@ -105,7 +106,7 @@ def test_w8a8_of_tokens_of_zeros_is_zero():
 
 @pytest.fixture(params=[True, False], ids=["vnni", "plain"])
 def vnni(request, monkeypatch):
-    monkeypatch.setattr(gpt, "has_vnni", lambda: request.param)
+    monkeypatch.setattr(serve, "has_vnni", lambda: request.param)
     return request.param
 
 
@@ -115,22 +116,22 @@ def test_integer_products_are_exact(vnni, shape):
     x = rng.integers(-127, 128, shape).astype(np.int8)
     x[0], weights = 127, rng.integers(-127, 128, (70, shape[-1])).astype(np.int8)
     weights[:2] = [[127], [-127]]  # with the line above the largest sums there are
-    w8a8 = gpt.W8A8(jnp.asarray(weights), jnp.ones(70), jnp.asarray(weights.sum(1, dtype=np.int32)))
+    w8a8 = serve.W8A8(jnp.asarray(weights), jnp.ones(70), jnp.asarray(weights.sum(1, dtype=np.int32)))
     got = jax.jit(lambda matrix, x: matrix.integers(x))(w8a8, x)
     np.testing.assert_array_equal(got, x.astype(int) @ weights.T.astype(int))
 
 
 def test_operands_of_the_integer_product_stay_bytes(vnni):
     """JAX would make both int32, four times the bytes and no kernel for them, if the precision were not given."""
-    matrix = quantised(gpt.W8A8, gpt.to_w8a8, normal(5, 8))
+    matrix = quantised(serve.W8A8, serve.to_w8a8, normal(5, 8))
     text = jax.jit(lambda matrix, x: matrix(x)).lower(matrix, jnp.ones((3, 8))).as_text()
     product = next(line for line in text.splitlines() if "dot_general" in line)
     assert f"tensor<3x8x{'ui8' if vnni else 'i8'}>, tensor<5x8xi8>) -> tensor<3x5xi32>" in product
 
 
 def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
-    cpu, has_vnni = tmp_path / "cpuinfo", gpt.has_vnni.__wrapped__
-    monkeypatch.setattr(gpt, "Path", lambda name: {"/proc/cpuinfo": cpu}[name])
+    cpu, has_vnni = tmp_path / "cpuinfo", serve.has_vnni.__wrapped__
+    monkeypatch.setattr(serve, "Path", lambda name: {"/proc/cpuinfo": cpu}[name])
     assert not has_vnni()  # no such file: not Linux
     cpu.write_text("flags : fpu avx2 avx512f")
     assert not has_vnni()
@@ -140,7 +141,7 @@ def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
     assert not has_vnni()
 
 
-@pytest.mark.parametrize("kind, integers", [(gpt.Int8, gpt.to_int8), (gpt.Int4, gpt.to_int4)])
+@pytest.mark.parametrize("kind, integers", [(serve.Int8, serve.to_int8), (serve.Int4, serve.to_int4)])
 def test_rows_are_those_of_the_dense_table(kind, integers):
     table = quantised(kind, integers, normal(9, 12))
     index = np.array([[3, 0, 8], [3, 1, 2]])
@@ -153,9 +154,9 @@ def test_rows_are_those_of_the_dense_table(kind, integers):
 def dense_model(model: gpt.GPT) -> gpt.GPT:
     """The floats that a quantised model stands for, in a plain model."""
     linear = lambda x: (
-        gpt.Linear(x.weight.dense().swapaxes(-1, -2), x.bias) if isinstance(x, gpt.QuantisedLinear) else x
+        gpt.Linear(x.weight.dense().swapaxes(-1, -2), x.bias) if isinstance(x, serve.QuantisedLinear) else x
     )
-    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, gpt.QuantisedLinear))
+    blocks = jax.tree.map(linear, model.blocks, is_leaf=lambda x: isinstance(x, serve.QuantisedLinear))
     head = None if model.head is None else model.head.dense()
     return gpt.GPT(model.wte.dense(), model.wpe, blocks, model.norm, head, model.config)
 
@@ -171,23 +172,23 @@ logits = jax.jit(lambda model, tokens: model.logits(model(tokens)))
 
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_forward_pass_is_that_of_the_dense_model(model, how):
-    small = gpt.quantize(model, how)
+    small = serve.quantize(model, how)
     np.testing.assert_allclose(logits(small, TOKENS), logits(dense_model(small), TOKENS), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("how, off", [("int8", 0.04), ("w8a8", 0.05), ("int4", 0.5)])
 def test_logits_stay_near(model, how, off):
-    want, got = logits(model, TOKENS), logits(gpt.quantize(model, how), TOKENS)
+    want, got = logits(model, TOKENS), logits(serve.quantize(model, how), TOKENS)
     assert got.dtype == jnp.float32
     assert 0 < np.std(got - want) < off * np.std(want)
 
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeypatch, rows):
-    small, prompts = gpt.quantize(tiny_model, "w8a8"), np.random.default_rng(1).integers(4, 32, (rows, 5))
+    small, prompts = serve.quantize(tiny_model, "w8a8"), np.random.default_rng(1).integers(4, 32, (rows, 5))
     outs = []
     for vnni in (True, False):
-        monkeypatch.setattr(gpt, "has_vnni", lambda vnni=vnni: vnni)
+        monkeypatch.setattr(serve, "has_vnni", lambda vnni=vnni: vnni)
         ask = jax.jit(lambda m, p: gpt.generate.__wrapped__(m, p, p * 0 + 1, jax.random.key(0), 6, eos=-1))
         outs.append(ask(small, prompts.astype(np.int32)))
     jax.tree.map(np.testing.assert_array_equal, *outs)
@@ -196,7 +197,7 @@ def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeyp
 @pytest.mark.parametrize("how, rows", [("int8", 3), ("int4", 3), ("w8a8", 3), ("w8a8", 1)])
 def test_generate_samples_the_quantised_model(tiny_model, how, rows):
     """Its log-probs are those of a forward pass of the same weights (unstacked there, scanned here)."""
-    small = gpt.quantize(tiny_model, how)
+    small = serve.quantize(tiny_model, how)
     prompts = np.random.default_rng(1).integers(4, 32, (rows, 5)).astype(np.int32)
     out = gpt.generate(small, prompts, np.ones_like(prompts), jax.random.key(0), 6, eos=-1)
     tokens = np.concatenate([prompts, out.tokens], 1)
@@ -207,28 +208,28 @@ def test_generate_samples_the_quantised_model(tiny_model, how, rows):
 
 def test_norms_biases_positions_and_precision_stay(golden):
     model = gpt.cast(gpt.load(golden / "gpt2")[0], jnp.bfloat16)
-    small = gpt.quantize(model, "int4")
+    small = serve.quantize(model, "int4")
     assert small.head is None
     for name in ("wpe", "norm.scale", "blocks.norm1.scale", "blocks.norm2.bias", "blocks.q.bias", "blocks.down.bias"):
         np.testing.assert_array_equal(gpt._leaf(small, name), gpt._leaf(model, name))
     for how in HOWS:
-        small = jax.eval_shape(partial(gpt.quantize, how=how), model)
+        small = jax.eval_shape(partial(serve.quantize, how=how), model)
         assert jax.eval_shape(gpt.GPT.__call__, small, TOKENS).dtype == jnp.bfloat16
         assert jax.eval_shape(logits, small, TOKENS).dtype == jnp.float32
 
 
 def test_unknown_kind(tiny_model):
     with pytest.raises(ValueError, match="int8, int4 or w8a8"):
-        gpt.quantize(tiny_model, "int3")
+        serve.quantize(tiny_model, "int3")
 
 
 @pytest.mark.parametrize("how, most", [("int8", 0.55), ("w8a8", 0.55), ("int4", 0.36)])
 def test_bytes_of_gpt2(how, most):
     config = gpt.make_config(50257, 1024, 12, 12, 768, "gpt2")
     model = jax.eval_shape(lambda key: gpt.cast(gpt.init(config, key), jnp.bfloat16), jax.random.key(0))
-    assert gpt.size_in_bytes(model) == 2 * 124_439_808
-    small = jax.eval_shape(partial(gpt.quantize, how=how), model)
-    assert gpt.size_in_bytes(small) <= most * gpt.size_in_bytes(model)
+    assert serve.size_in_bytes(model) == 2 * 124_439_808
+    small = jax.eval_shape(partial(serve.quantize, how=how), model)
+    assert serve.size_in_bytes(small) <= most * serve.size_in_bytes(model)
 
 
 # quality --------------------------------------------------------------------------------------------------------------
@@ -236,7 +237,7 @@ def test_bytes_of_gpt2(how, most):
 
 def test_quality_is_that_of_whole_softmaxes(tiny_model):
     rng = np.random.default_rng(2)
-    other = gpt.quantize(tiny_model, "int4")
+    other = serve.quantize(tiny_model, "int4")
     batches, kl, same, nll, other_nll = [], [], [], [], []
     for _ in range(2):
         tokens, mask = rng.integers(4, 32, (3, 9)).astype(np.int32), rng.integers(0, 2, (3, 9)).astype(np.int32)
@@ -248,7 +249,7 @@ def test_quality_is_that_of_whole_softmaxes(tiny_model):
             same.append(a.argmax() == b.argmax())
             nll.append(-a[token])
             other_nll.append(-b[token])
-    got = gpt.quality(tiny_model, other, batches)
+    got = serve.quality(tiny_model, other, batches)
     want = dict(kl=np.mean(kl), top1=np.mean(same))
     want |= dict(perplexity=np.exp(np.mean(nll)), perplexity_quantised=np.exp(np.mean(other_nll)))
     assert got == pytest.approx(want, rel=1e-3) and 0 < want["top1"] < 1

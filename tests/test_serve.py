@@ -981,13 +981,13 @@ def test_what_is_measured_is_what_generate_would_be(measured, folder, heldout, h
     rows = [gpt.encode_row(row, "demos", tokenizer, 16)[0] for _, row in gpt.read_rows(heldout, "demos")
             if len(row["prompt"]) < 90]  # fmt: skip
     tokens, mask = (np.array(x, np.int32) for x in zip(*rows))
-    wanted = gpt.quality(
-        dense, gpt.quantize(dense, how), [dict(tokens=tokens, segments=np.ones_like(tokens), mask=mask)]
+    wanted = serve.quality(
+        dense, serve.quantize(dense, how), [dict(tokens=tokens, segments=np.ones_like(tokens), mask=mask)]
     )
     first, *others = measured.candidates
     found = next(c for c in others if c.how == how)
     assert found[2:5] == pytest.approx((wanted["kl"], wanted["top1"], wanted["perplexity_quantised"]), rel=0.02)
-    assert first[:2] == ("none", gpt.size_in_bytes(dense) / 1e6) and found.megabytes < first.megabytes
+    assert first[:2] == ("none", serve.size_in_bytes(dense) / 1e6) and found.megabytes < first.megabytes
     assert first[2:5] == pytest.approx((0, 1, wanted["perplexity"]), rel=1e-4, abs=1e-6) and found.speed > 0
     lines = serve.quality_table([measured], max_kl=found.kl * 0.99).splitlines()
     accepted = {line.split()[1]: line.split()[-1] for line in lines[1:]}
@@ -999,7 +999,7 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
     dense, tokenizer = gpt.load(folder / "one")
     prompts = np.array([tokenizer.encode(text) for text in ("a b c", "d e f", "h g b", "yes no a")])
     greedy = partial(gpt.generate, eos=tokenizer.eos_id, temperature=0)
-    out = greedy(gpt.quantize(dense, how), prompts, np.ones_like(prompts), jax.random.key(0), 12)
+    out = greedy(serve.quantize(dense, how), prompts, np.ones_like(prompts), jax.random.key(0), 12)
     choices = [serve.Choice(i, ids.tolist(), 12, None, np.inf, temperature=0.0) for i, ids in enumerate(prompts)]
     with compressed(measured, how) as model:
         model.waiting.extend(choices)
@@ -1011,7 +1011,7 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
 
 
 def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch):
-    seconds, real = iter([1.0, 0.3, 0.2, 0.1]), gpt.quantize  # none, int8, int4, w8a8
+    seconds, real = iter([1.0, 0.3, 0.2, 0.1]), serve.quantize  # none, int8, int4, w8a8
 
     def spoiled(model, how):
         """The fastest one has lost the scales of its embedding."""
@@ -1019,7 +1019,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
         return eqx.tree_at(lambda m: m.wte.scale, small, 0 * small.wte.scale) if how == "w8a8" else small
 
     monkeypatch.setattr(serve.Served, "step_seconds", lambda self: next(seconds))
-    monkeypatch.setattr(gpt, "quantize", spoiled)
+    monkeypatch.setattr(serve, "quantize", spoiled)
     model = loaded(folder, quantize="auto", quality=heldout)
     _, int8, int4, w8a8 = model.candidates
     assert int8.kl < int4.kl < w8a8.kl / 2
