@@ -1192,8 +1192,8 @@ def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
     model, tokenizer = load(path)
     if isinstance(model, ScoreModel):
         raise ValueError(
-            f"{path} is a reward model, not a language model: give a folder that sft.py, ppo.py, dpo.py or ipo_kto.py "
-            "wrote (evaluate.py --rewards compares reward models)"
+            f"{path} is a reward model, not a language model: give a folder that sft.py or a script that trains "
+            "policies wrote (evaluate.py --rewards compares reward models)"
         )
     if tokenizer_path or tokenizer is None:
         tokenizer = need_tokenizer(tokenizer_path or path)
@@ -1264,18 +1264,6 @@ def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> R
     return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
 
 
-COMMANDS = {  # what makes the folder of such a name
-    "base": "sft.py --init none --tokenizer data/toy --data data/toy/base.jsonl --steps 4200 --batch-size 16 "
-    "--length 48 --lr 2e-3 --warmup 50",
-    "sft": "sft.py", "reward": "reward.py", "ppo": "ppo.py", "dpo": "dpo.py", "ipo": "ipo_kto.py",
-    "kto": "ipo_kto.py --loss kto",
-    "judge": "sft.py --data data/toy/critiques.jsonl:0.75 data/toy/base.jsonl:0.25 --steps 1200 --batch-size 16 "
-    "--lr 1e-3 --warmup 50",
-    "sl-cai": "sft.py --data data/rlaif/revisions.jsonl:0.5 data/rlaif/helpful.jsonl:0.5",
-    "online": "rlaif.py --stage online", "rlaif": "ppo.py --init out/sl-cai --reward out/reward-ai",
-}  # fmt: skip
-
-
 def find_folder(path) -> Path:
     """A local model folder, downloaded first where `path` is a name on the Hub."""
     folder = Path(path)
@@ -1284,9 +1272,10 @@ def find_folder(path) -> Path:
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
         if list(folder.glob("member-*")):
             raise FileNotFoundError(f"{path} holds an ensemble, and one model is needed here: name one of its member-*")
-        command = next((c for name, c in COMMANDS.items() if name in folder.name), None)
-        hint = f": make it with `python {command} --out {path}`" if command else ": is the path right?"
-        raise FileNotFoundError(f"no model in {path} (config.json and model.safetensors){hint}")
+        raise FileNotFoundError(
+            f"no model in {path} (config.json and model.safetensors). The Makefile and README.md say which command "
+            "makes each folder of the toy world; for your own, train it first or check the path"
+        )
     from huggingface_hub import snapshot_download
 
     try:
@@ -1506,9 +1495,16 @@ def write_json(path: Path, value):
 KINDS = {
     "text": "{text}",
     "demos": "{prompt, completion} or {messages}",
-    "pairs": "{prompt, chosen, rejected} or {chosen, rejected} with a shared start",
+    "pairs": "{prompt, chosen, rejected}",
     "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
     "prompts": "{prompt}",
+}
+NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
+    "text": ["text"],
+    "demos": ["prompt", "completion"],
+    "pairs": ["prompt", "chosen", "rejected"],
+    "thumbs": ["prompt", "completion"],
+    "prompts": ["prompt"],
 }
 
 
@@ -1519,8 +1515,8 @@ class BadRow(ValueError):
 def open_text(path):
     path = Path(path)
     if not path.is_file():
-        hint = f": run `python {'toy' if 'toy' in path.parts else 'prepare'}.py` first" if not path.exists() else ""
-        raise FileNotFoundError(f"no data file {path}{hint}")
+        made = " (toy.py makes data/toy, rlaif.py data/rlaif, prepare.py rows from all other data)"
+        raise FileNotFoundError(f"no data file {path}{made if 'data' in path.parts and not path.exists() else ''}")
     return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
 
 
@@ -1553,94 +1549,53 @@ def parse_json(line: str) -> dict:
 
 
 def check_row(row: dict, kind: str) -> list[dict]:
-    """The row in the full form of its kind (thumbs from a pair are two), or BadRow."""
-    if kind == "text":
-        _need_text(row, "text")
-    elif kind == "demos" and "messages" in row:
-        _need_text(row, "messages")
-        if isinstance(row["messages"], str) or not any(m["role"] == "assistant" for m in row["messages"]):
-            raise BadRow("`messages` must be a list with at least one assistant turn")
-    elif kind == "demos":
-        _need_text(row, "prompt", "completion")
-        _need_one_turn(row, "completion")
-    elif kind == "prompts":
-        if "prompt" not in row and "chosen" in row:
-            row = split_implicit(row)
-        _need_text(row, "prompt")
-    elif kind == "pairs" or (kind == "thumbs" and "chosen" in row):
-        row = row if "prompt" in row else split_implicit(row)
-        _need_text(row, "prompt", "chosen", "rejected")
-        _need_one_turn(row, "chosen", "rejected")
-        _need_numbers(row)
-        if kind == "thumbs":
-            rest = {k: v for k, v in row.items() if k not in ("chosen", "rejected", "truncated")}
-            ends = lambda side: {"truncated": ["completion"]} if side in truncated_sides(row) else {}
-            answer = lambda side: {"completion": row[side], "label": side == "chosen"} | ends(side)
-            return [rest | answer(side) for side in ("chosen", "rejected")]
-    else:
-        _need_text(row, "prompt", "completion")
-        _need_one_turn(row, "completion")
-        _need_numbers(row)
-        if not isinstance(row.get("label"), bool):
-            raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
+    """[row], or the two thumbs of a pair; BadRow where what training reads is missing or of another type."""
+    if kind == "thumbs" and "chosen" in row:
+        return split_pair(*check_row(row, "pairs"))
+    for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
+        _check_text(row, name)
+    for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
+        value, most = row.get(name, 0), 1 if name == "label_p" else sys.float_info.max
+        if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
+            raise BadRow(f"`{name}` is {value!r}, not a number from 0 {'to 1' if most == 1 else 'up'}")
+    if kind == "thumbs" and not isinstance(row.get("label"), bool):
+        raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
     return [row]
 
 
-def _need_numbers(row):
-    for name in ("margin", "weight", "label_p"):
-        if name in row and (type(row[name]) not in (int, float) or not math.isfinite(row[name])):
-            raise BadRow(f"`{name}` is {row[name]!r}, not a number")
-        low, high = 0, 1 if name == "label_p" else math.inf
-        if not low <= row.get(name, low) <= high:
-            raise BadRow(f"`{name}` is {row[name]!r}, not within [{low}, {high}]")
+def _check_text(row: dict, name: str):
+    """The value is text that is not empty, or a list of messages; an answer is one assistant turn."""
+    if name not in row:
+        prepare = "run `python prepare.py --data FILE --out data/NAME`, which maps other shapes to this one"
+        if "chosen" in row:
+            prepare += " and splits off the prompt that both sides begin with"
+        raise BadRow(f"no `{name}` (found: {', '.join(row) or 'nothing'}): {prepare}")
+    value, answer = row[name], name in ("completion", "chosen", "rejected")
+    messages = [{"role": "assistant" if answer else "user", "content": value}] if isinstance(value, str) else value
+    if not isinstance(messages, list):
+        raise BadRow(f"`{name}` is {type(value).__name__}, not text or messages")
+    text = lambda m: isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+    if not messages or not all(map(text, messages)):
+        raise BadRow(f"`{name}` is a list, but not of {{role, content}} messages, or their content is not text")
+    roles = [message["role"] for message in messages]
+    if name == "messages" and "assistant" not in roles:
+        raise BadRow("`messages` must be a list with at least one assistant turn")
+    if answer and roles != ["assistant"]:  # only the last message would be trained on
+        found = f"{len(roles)} messages" if len(roles) > 1 else f"a message of role {roles[0]!r}"
+        raise BadRow(f"`{name}` holds {found}: an answer is one assistant turn; put earlier ones into the prompt")
+    if not any(message["content"].strip() for message in messages):
+        raise BadRow(f"`{name}` is empty")
 
 
-def _need_text(row, *names):
-    for name in names:
-        if name not in row:
-            raise BadRow(f"no `{name}` (found: {', '.join(row) or 'nothing'})")
-        value = row[name]
-        if isinstance(value, list):
-            if not value or not all(isinstance(m, dict) and {"role", "content"} <= m.keys() for m in value):
-                raise BadRow(f"`{name}` is a list, but not of {{role, content}} messages")
-            if not all(isinstance(m["content"], str) for m in value):
-                raise BadRow(f"`{name}` has a message whose content is not text")
-        elif not isinstance(value, str):
-            raise BadRow(f"`{name}` is {type(value).__name__}, not text")
-        elif not value.strip():
-            raise BadRow(f"`{name}` is empty")
+def split_pair(row: dict) -> list[dict]:
+    """A pair as two thumbs: the chosen answer with label true, the rejected one with label false."""
+    rest = {name: value for name, value in row.items() if name not in ("chosen", "rejected", "truncated")}
+    return [rest | completion_of(row, side) | {"label": side == "chosen"} for side in ("chosen", "rejected")]
 
 
-def _need_one_turn(row, *names):
-    """Only the last message of a list would be trained on: what stands before it belongs to the prompt."""
-    for name in names:
-        roles = [m["role"] for m in row[name]] if isinstance(row[name], list) else ["assistant"]
-        if roles != ["assistant"]:
-            found = f"{len(roles)} messages" if len(roles) > 1 else f"a message of role {roles[0]!r}"
-            raise BadRow(f"`{name}` holds {found}: an answer is one assistant turn; put earlier ones into the prompt")
-
-
-def split_implicit(row: dict) -> dict:
-    """{chosen, rejected} whole transcripts -> {prompt, chosen, rejected}: the prompt is what both share, up to the last
-    `Assistant:` turn (or message) that they have in common."""
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not chosen or type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
-        raise BadRow(f"a pair needs `chosen` and `rejected` of one type (found: {', '.join(row) or 'nothing'})")
-    if isinstance(chosen, str):
-        turn = "\n\nAssistant:"
-        cut = chosen.rfind(turn)
-        while cut >= 0 and not rejected.startswith(chosen[: cut + len(turn)]):
-            cut = chosen.rfind(turn, 0, cut)
-        if cut < 0:
-            raise BadRow("`chosen` and `rejected` share no `Assistant:` turn, and there is no `prompt`")
-        cut += len(turn)
-    else:
-        pairs = zip(chosen, rejected)
-        cut = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
-        cut = min(cut, len(chosen) - 1, len(rejected) - 1)
-        if cut < 1:
-            raise BadRow("`chosen` and `rejected` share no first message, and there is no `prompt`")
-    return row | {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
+def completion_of(row: dict, side: str) -> dict:
+    """One side of a pair as {completion}, marked as truncated where that side was."""
+    return {"completion": row[side]} | ({"truncated": ["completion"]} if side in truncated_sides(row) else {})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1829,21 +1784,23 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 
 
 def find_kind(data, kinds) -> str:
-    """Which of `kinds` the first row of the data is."""
+    """Which of `kinds` the first row of the data is; BadRow with a reason where it is none of them."""
     path = parse_sources(data)[0][0]
-    with open_text(path) as lines:
-        try:
+    reasons = []
+    try:
+        with open_text(path) as lines:
             row = parse_json(next((line for line in lines if line.strip()), "{}"))
-        except BadRow as error:
-            raise BadRow(f"{path}:1: {error}") from None
+    except BadRow as error:
+        raise BadRow(f"{path}:1: {error}") from None
     for kind in kinds:
         try:
             check_row(row, kind)
             return kind
-        except BadRow:
-            continue
+        except BadRow as error:
+            reasons.append(str(error))
+    reason = min(reasons, key=lambda text: text.startswith("no `"))  # of a kind whose keys the row has, if there is one
     known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
-    raise BadRow(f"{path}:1: keys {', '.join(row) or 'none'} fit none of what this script reads: {known}")
+    raise BadRow(f"{path}:1: {reason}. This script reads {known}")
 
 
 def heldout_file(data) -> str | None:

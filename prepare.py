@@ -2,35 +2,38 @@
 
     python prepare.py --data hh-rlhf/*/train.jsonl.gz --out data/hh          # then sft.py, reward.py, ppo.py, dpo.py
     python prepare.py --data hub:Anthropic/hh-rlhf --heldout-data hub:Anthropic/hh-rlhf/test --out data/hh
-    python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --out data/mix
+    python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --limit 100000 --out data/mix
     python prepare.py --data TinyStories.txt.gz --out data/stories           # documents between <|endoftext|>
     python prepare.py --data reviews.txt --separator '\\n' --out data/reviews # a document a line
     python prepare.py --data feedback.db --out data/votes                    # what people voted at serve.py
 
-Pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts; thumbs
-thumbs and prompts; text text.jsonl (so do transcripts, by --kind text); each with a NAME-heldout.jsonl, and report.json
-beside them. Sources are .jsonl,
-.json (also one big array) and plain text, all of them also .gz, hub:ORG/NAME[/SPLIT[/CONFIG]], and .db, the votes of
-serve.py, which become pairs.jsonl and thumbs.jsonl by the rules of its view `training_rows` (with --kind, one of the
-two; where nothing falls into a file, there is none). Rows come in the
-project's formats (gpt.py, section 7) or in these spellings; other keys than the texts and CARRIED are left out:
+Written: pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts;
+thumbs thumbs and prompts; text text.jsonl (so do transcripts, by --kind text). Each has its NAME-heldout.jsonl, and
+report.json counts what was read, kept, dropped and repaired, and the keys that were not read. Empty files are left out.
+
+Read: .jsonl, .json (also one big array) and plain text, each also as .gz; hub:ORG/NAME[/SPLIT[/CONFIG]]; and .db, the
+votes of serve.py: pairs and thumbs as its view `training_rows` gives them (one of the two by --kind). Rows have the
+project's formats (gpt.KINDS) or these:
+    {chosen, rejected}, HH-RLHF                        pairs; the prompt is the start that both sides share
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
-    {conversations: [{from, value}], chosen, rejected}, sharegpt                pairs; without the sides: demos
+    {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos
     {messages, label}                                  thumbs on the last message
-    {instruction, input, output}, alpaca               demos, as messages
+    {instruction, input, output}, Alpaca               demos, as messages
     {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
     {turns: [...]}, MT-bench                           prompts: the first turn
 
 Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
 --heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
 together. With --heldout-data the files decide, and training rows whose first turn occurs in those files are dropped.
-Mixing. Weighted sources are read in turn, so that at every point the rows kept so far have the given proportions; the
-mixture ends where the first source ends. Sources without weights are read one after the other.
-Memory. Rows stream; what stays is 8 bytes for each key of the exact-duplicate search in a table at most 3/4 full (three
-keys a pair: up to 64 bytes a row, 96 while the table doubles), however long the texts. The search for near duplicates
-remembers the last 131,072 rows in 50 MB, ratings wait for others of their prompt among the last 4,096 prompts, and a
-text document without a separator is cut after a million characters.
+
+Mixing. Sources with weights are read in turn, so that at every point the rows kept so far have the given proportions;
+the mixture ends where the first source ends. Sources without weights are read one after the other.
+
+Memory. Rows stream. What stays is a hash table of 64-bit keys against exact duplicates, three keys a pair: up to 64
+bytes a row (96 while the table doubles), however long the texts. --near-duplicates remembers the last 131,072 rows in
+50 MB, ratings wait for others among the last 4,096 prompts, and a text document without a separator is cut after a
+million characters.
 """
 
 import gzip
@@ -41,38 +44,34 @@ import os
 import re
 import shutil
 import sqlite3
-import sys
 import unicodedata
 import zlib
 from array import array
 from collections import Counter
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
-import tyro
 
 import gpt
 
 
 @dataclass(frozen=True)
 class Config:
-    """Clean rows from raw data."""
-
     data: tuple[str, ...]  # files or hub:ORG/NAME[/SPLIT], each with an optional weight (a.jsonl:0.7 b.jsonl:0.3)
     out: Path  # folder of the clean rows
     heldout_data: tuple[str, ...] = ()  # files whose rows are the held-out rows, instead of a share of --data
     heldout: float = 0.05  # share of prompts that is held out
     seed: int = 0  # of the split
     kind: Literal["auto", "text", "demos", "pairs", "thumbs", "prompts"] = "auto"  # auto: what the first row's keys say
-    separator: str = ""  # between plain text documents; empty: <|endoftext|> if the file has it, else a blank line
-    limit: int = 0  # stop after this many kept rows (0: none)
+    separator: str | None = None  # between plain text documents; else <|endoftext|> if the file has it, or a blank line
+    limit: int | None = None  # stop after this many kept rows
 
-    max_words: int = 2000  # longest prompt + answer; longer rows are dropped (0: no limit; documents have none)
-    max_chars: int = 0  # the same in characters, and for documents too (0: no limit)
-    truncate_words: int = 0  # drop pairs that agree in their first so many words, as training would cut them (0: never)
+    max_words: int | None = 2000  # drop rows whose prompt + answer are longer (documents of text may have any length)
+    truncate_words: int | None = None  # drop pairs whose sides agree in their first so many words, prompt included
     near_duplicates: bool = False  # drop rows whose 3-word shingles are 80% those of an earlier row
     skip_bad_rows: bool = False  # count rows that cannot be read instead of stopping at the first
     overwrite: bool = False  # replace the files of an earlier run
@@ -88,7 +87,7 @@ UNREADABLE = {".csv", ".tsv", ".parquet", ".arrow", ".zip", ".xlsx", ".zst"}
 DOCUMENT_LIMIT = 1_000_000  # characters of one plain-text document
 
 
-def read_source(name: str, separator: str = ""):
+def read_source(name: str, separator: str | None = None):
     """Yield ("file:line", raw row) of a file or a Hub data set."""
     if name.startswith("hub:"):
         yield from read_hub(name)
@@ -172,11 +171,12 @@ def read_array(file, name: str):
         raise gpt.BadRow(f"{name}:{line}: not JSON (the array breaks off in {buffer[:40]!r})")
 
 
-def read_documents(file, name: str, separator: str):
+def read_documents(file, name: str, separator: str | None):
     """Plain text: {text} rows between separators."""
     buffer, line = file.read(1 << 20), 1
-    separator = separator.replace("\\n", "\n") or ("<|endoftext|>" if "<|endoftext|>" in buffer else "")
-    split = re.compile(re.escape(separator) if separator else r"\n[ \t]*\n")
+    if separator is None and "<|endoftext|>" in buffer:
+        separator = "<|endoftext|>"
+    split = re.compile(re.escape(separator.replace("\\n", "\n")) if separator else r"\n[ \t]*\n")
     while buffer:
         chunk = file.read(1 << 20)
         position = 0
@@ -192,56 +192,141 @@ def read_documents(file, name: str, separator: str):
         buffer += chunk
 
 
-# ------------------------------------------------------------------------------------- foreign spellings to the formats
+# ---------------------------------------------------------------------------------------- other shapes to the formats
 
+HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # what opens the turns of a transcript
 ROLES = {"human": "user", "gpt": "assistant"}
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
-FORMATS = (
-    "{text}, {prompt, completion}, {messages}, {prompt, chosen, rejected}, {chosen, rejected}, {prompt}, "
-    "{prompt, completion, label}, {messages, label}, {prompt, completion, rating}, {instruction, input, output}, "
-    "{question, answer}, {conversations}, {conversations, chosen, rejected}, {turns}"
-)
 
 
-def convert(raw: str | dict) -> tuple[str, dict]:
-    """(kind, row in the project's spelling) of a line or an object; whatever is wrong with it comes as BadRow."""
+class Shape(NamedTuple):
+    """A shape that rows come in. What is neither in `keys` nor in `more` nor CARRIED is left out, and counted."""
+
+    kind: str  # of the row that it becomes; "ratings" become pairs with others of their prompt
+    keys: tuple[str, ...]  # a row has this shape if it has these keys
+    more: tuple[str, ...] = ()  # keys that are read where they are there
+    read: Callable[[dict], dict] | None = (
+        None  # row -> texts and label under the project's keys; None: `keys` are those
+    )
+
+
+def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
+    """A line or an object -> (kind, row in the project's format, keys left out); whatever is wrong comes as BadRow."""
     row = gpt.parse_json(raw) if isinstance(raw, str) else raw
     if not isinstance(row, dict):
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
+    row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
+    shape = next((shape for shape in SHAPES if row.keys() >= set(shape.keys)), None)
+    if shape is None:
+        known = ", ".join("{" + ", ".join(shape.keys) + "}" for shape in reversed(SHAPES))
+        raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {known}")
     try:
-        kind, texts = convert_texts(row)
+        texts = shape.read(row) if shape.read else take(row, *shape.keys)
     except (TypeError, AttributeError, LookupError) as error:
         raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
-    return kind, take(row, *(("source",) if kind == "text" else CARRIED)) | texts
+    carried = ("source",) if shape.kind == "text" else CARRIED
+    return shape.kind, take(row, *carried) | texts, row.keys() - {*shape.keys, *shape.more, *carried}
 
 
-def convert_texts(row: dict) -> tuple[str, dict]:
-    """ "ratings" are rows that become pairs with others of their prompt."""
-    if "chosen" in row and "rejected" in row:
-        return "pairs", convert_pair(row)
-    if {"prompt", "completion", "rating"} <= row.keys():
-        return "ratings", take(row, "prompt", "completion") | {"rating": number(row, "rating")}
-    if "label" in row and "messages" in row:
-        messages = to_messages(row["messages"])
-        return "thumbs", {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
-    if "label" in row and "completion" in row:
-        return "thumbs", take(row, "prompt", "completion", "label")
-    if "completion" in row:
-        return "demos", take(row, "prompt", "completion")
-    if "messages" in row or "conversations" in row:
-        return "demos", {"messages": to_messages(row.get("messages") or row["conversations"])}
-    if "instruction" in row and "output" in row:
-        return "demos", exchange("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
-    if "question" in row and "answer" in row:
-        result = {"answer": row["answer"].rpartition("####")[2].strip()} if "####" in row["answer"] else {}
-        return "demos", exchange(row["question"], row["answer"]) | result
-    if "prompt" in row:
-        return "prompts", take(row, "prompt")
-    if "turns" in row:
-        return "prompts", {"prompt": [{"role": "user", "content": row["turns"][0]}]}
-    if "text" in row:
-        return "text", take(row, "text")
-    raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {FORMATS}")
+def take(row: dict, *names: str) -> dict:
+    return {name: row[name] for name in names if name in row}
+
+
+def number(row: dict, name: str) -> float:
+    value = row[name]
+    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
+        raise gpt.BadRow(f"`{name}` is {value!r}, not a number")
+    return value
+
+
+def to_messages(value) -> list[dict]:
+    """{role, content} messages from those or from ShareGPT's {from, value}, also from a single one."""
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
+    messages = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+    if any(not isinstance(part, str) for message in messages for part in message):
+        raise gpt.BadRow("a message needs a role and a content that are text")
+    return [{"role": ROLES.get(role, role), "content": content} for role, content in messages]
+
+
+def read_pair(row: dict) -> dict:
+    chosen, rejected = (
+        side if isinstance(side, str) else to_messages(side) for side in (row["chosen"], row["rejected"])
+    )
+    prompt = row.get("prompt", row.get("conversations"))
+    if prompt is not None and not isinstance(prompt, str):
+        prompt = to_messages(prompt)
+    if isinstance(prompt, str) and isinstance(chosen, list):  # one message answers it, several begin with it
+        prompt = [{"role": "user", "content": prompt}] if len(chosen) == 1 else None
+    if prompt is None:
+        prompt, chosen, rejected = split_shared(chosen, rejected)
+    pair = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+    if "score_chosen" not in row or "score_rejected" not in row:
+        return pair
+    margin = round(number(row, "score_chosen") - number(row, "score_rejected"), 6)
+    if margin < 0:
+        raise Dropped("rated the other way round")
+    return pair | {"margin": margin}
+
+
+def split_shared(chosen, rejected) -> tuple:
+    """Two whole dialogues -> (prompt, chosen, rejected): the prompt is what both share, up to the last `Assistant:` of
+    a transcript, or the last message, that they have in common."""
+    if type(chosen) is not type(rejected):
+        raise gpt.BadRow("one of `chosen` and `rejected` is text, the other messages, and there is no `prompt`")
+    if not chosen or not rejected:
+        raise Dropped("empty")
+    if isinstance(chosen, str):
+        start = chosen.rfind(ASSISTANT)
+        while start >= 0 and not rejected.startswith(chosen[: start + len(ASSISTANT)]):
+            start = chosen.rfind(ASSISTANT, 0, start)
+        cut = start + len(ASSISTANT) if start >= 0 else 0
+    else:
+        shared = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], zip(chosen, rejected)))
+        cut = min(shared, len(chosen) - 1, len(rejected) - 1)  # an answer is left on both sides
+    if cut == 0:
+        raise Dropped("no prompt that both sides share")
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def read_rating(row: dict) -> dict:
+    return take(row, "prompt", "completion") | {"rating": number(row, "rating")}
+
+
+def read_labelled_messages(row: dict) -> dict:
+    messages = to_messages(row["messages"])
+    return {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
+
+
+def read_instruction(row: dict) -> dict:
+    return exchange("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
+
+
+def read_question(row: dict) -> dict:
+    _, marker, answer = row["answer"].rpartition("####")
+    return exchange(row["question"], row["answer"]) | ({"answer": answer.strip()} if marker else {})
+
+
+def exchange(question: str, answer: str) -> dict:
+    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
+    return {"prompt": [user], "completion": [assistant]}
+
+
+SHAPES = (  # a row has the first of them that fits
+    Shape("pairs", ("chosen", "rejected"), ("prompt", "conversations", "score_chosen", "score_rejected"), read_pair),
+    Shape("ratings", ("prompt", "completion", "rating"), read=read_rating),
+    Shape("thumbs", ("messages", "label"), read=read_labelled_messages),
+    Shape("thumbs", ("prompt", "completion", "label")),
+    Shape("demos", ("prompt", "completion")),
+    Shape("demos", ("messages",), read=lambda row: {"messages": to_messages(row["messages"])}),
+    Shape("demos", ("conversations",), read=lambda row: {"messages": to_messages(row["conversations"])}),
+    Shape("demos", ("instruction", "output"), ("input",), read_instruction),
+    Shape("demos", ("question", "answer"), read=read_question),
+    Shape("prompts", ("prompt",)),
+    Shape("prompts", ("turns",), read=lambda row: {"prompt": [{"role": "user", "content": row["turns"][0]}]}),
+    Shape("text", ("text",)),
+)
 
 
 def convert_vote(vote: dict, kind: str) -> list[dict]:
@@ -259,104 +344,41 @@ def row_kind(row: dict, kind: str) -> str:
     return kind if kind != "votes" else "pairs" if "chosen" in row else "thumbs"
 
 
-def take(row: dict, *names: str) -> dict:
-    return {name: row[name] for name in names if row.get(name) is not None}
-
-
-def number(row: dict, name: str) -> float:
-    value = row[name]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
-        raise gpt.BadRow(f"`{name}` is {value!r}, not a number")
-    return value
-
-
-def to_messages(value) -> list[dict]:
-    """{role, content} messages from those or from sharegpt's {from, value}, also from a single one."""
-    messages = [value] if isinstance(value, dict) else value
-    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
-        raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
-    messages = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
-    if any(not isinstance(part, str) for message in messages for part in message):
-        raise gpt.BadRow("a message needs a role and a content that are text")
-    return [{"role": ROLES.get(role, role), "content": content} for role, content in messages]
-
-
-def exchange(question: str, answer: str) -> dict:
-    user, assistant = {"role": "user", "content": question}, {"role": "assistant", "content": answer}
-    return {"prompt": [user], "completion": [assistant]}
-
-
-def convert_pair(row: dict) -> dict:
-    sides = {
-        name: row[name] if isinstance(row[name], str) else to_messages(row[name]) for name in ("chosen", "rejected")
-    }
-    prompt = row.get("prompt", row.get("conversations"))
-    if prompt is not None and not isinstance(prompt, str):
-        prompt = to_messages(prompt)
-    if isinstance(prompt, str) and isinstance(sides["chosen"], list):
-        # sides that are whole conversations repeat the prompt; sides that are single messages want one before them
-        prompt = to_messages({"role": "user", "content": prompt}) if len(sides["chosen"]) == 1 else None
-    if prompt is not None:
-        sides["prompt"] = prompt
-    else:
-        try:
-            sides = gpt.split_implicit(sides)
-        except gpt.BadRow:
-            if type(sides["chosen"]) is not type(sides["rejected"]):
-                raise
-            raise Dropped("empty" if not all(sides.values()) else "no prompt that both sides share") from None
-    if "score_chosen" in row and "score_rejected" in row:
-        sides["margin"] = round(number(row, "score_chosen") - number(row, "score_rejected"), 6)
-        if sides["margin"] < 0:
-            raise Dropped("rated the other way round")
-    return take(sides, "prompt", "chosen", "rejected", "margin")
-
-
 def as_kind(found: str, row: dict, kind: str) -> list[dict]:
-    """The row as one or more rows of the kind that is wanted."""
+    """A row of the kind `found` as rows of the kind that is wanted: two where thumbs are made of a pair."""
     if found == kind or (found, kind) == ("ratings", "pairs"):
         return [row]
     if kind == "prompts" and found != "text":
         return [prompt_row(row)]
-    if found == "pairs" and kind in ("demos", "thumbs"):
-        if kind == "demos":
-            return [demo_row(row)]
+    if (found, kind) == ("pairs", "demos"):
+        return [demo_row(row)]
+    if (found, kind) == ("pairs", "thumbs"):
         if row["chosen"] == row["rejected"]:
             raise Dropped("equal sides")
-        rest = take(row, "prompt", "id", "source", "weight")
-        sides = ("chosen", "rejected")
-        return [rest | {"completion": row[side], "label": side == "chosen"} | cut_answer(row, side) for side in sides]
+        return gpt.split_pair(take(row, "prompt", "chosen", "rejected", "id", "source", "weight", "truncated"))
     if kind == "text" and found in ("pairs", "demos"):
         return [transcript(demo_row(row) if found == "pairs" else row)]
     raise gpt.BadRow(f"this row holds {found}, not {kind}")
 
 
 def prompt_row(row: dict) -> dict:
+    """What a policy can be asked: of a conversation, all that stands before its last answer."""
     if "messages" in row:
-        roles = [message["role"] for message in row["messages"]]
-        last = len(roles) - 1 - roles[::-1].index("assistant") if "assistant" in roles else len(roles)
+        last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
         row = row | {"prompt": row["messages"][:last]}
     return take(row, "prompt", "answer", "id", "source")
 
 
 def demo_row(row: dict) -> dict:
-    return (
-        {"prompt": row["prompt"], "completion": row["chosen"]} | take(row, "id", "source") | cut_answer(row, "chosen")
-    )
-
-
-def cut_answer(row: dict, side: str) -> dict:
-    """What a row made of one side of a pair says where that side did not end: it gets no EOS."""
-    return {"truncated": ["completion"]} if side in gpt.truncated_sides(row) else {}
+    return {"prompt": row["prompt"]} | gpt.completion_of(row, "chosen") | take(row, "id", "source")
 
 
 def transcript(row: dict) -> dict:
-    """A dialogue as one text, to pretrain on. It opens with its first human turn, so that it is split as its row is."""
+    """A dialogue as one text, to pretrain on. Its split goes by its first human turn, as that of the dialogue does."""
     prompt, completion = row.get("prompt"), row.get("completion")
-    if not isinstance(prompt, str) or not isinstance(completion, str) or "\n\nHuman:" not in prompt:
-        raise gpt.BadRow(
-            "only transcripts (\\n\\nHuman: ... \\n\\nAssistant: ...) become text; sft.py reads other rows as they are"
-        )
+    if not isinstance(prompt, str) or not isinstance(completion, str) or HUMAN not in prompt:
+        transcripts = "transcripts (\\n\\nHuman: ... \\n\\nAssistant: ...)"
+        raise gpt.BadRow(f"only {transcripts} become text; sft.py reads other rows as they are")
     return {"text": prompt + completion} | take(row, "id", "source")
 
 
@@ -364,7 +386,7 @@ RATING_WINDOW = 4096  # prompts whose ratings are held until others of the same 
 
 
 def pair_ratings(rows, report):
-    """Rated answers -> a pair of every two answers to one prompt whose ratings differ."""
+    """Rated answers -> a pair of every two answers to one prompt whose ratings differ; other rows pass through."""
     groups: dict[int, list] = {}
     for where, row in rows:
         if "rating" not in row:
@@ -385,14 +407,15 @@ def pairs_of(group: list, report):
             report.count("dropped", "equal ratings", where, second)
             continue
         low, high = sorted((first, second), key=lambda row: row["rating"])
-        rest = take(high, "prompt", "id", "source", "weight")
-        margin = round(high["rating"] - low["rating"], 6)
-        yield where, rest | {"chosen": high["completion"], "rejected": low["completion"], "margin": margin}
+        margin = {"margin": round(high["rating"] - low["rating"], 6)}
+        sides = {"chosen": high["completion"], "rejected": low["completion"]}
+        yield where, take(high, "prompt", "id", "source", "weight") | sides | margin
 
 
 # ------------------------------------------------------------------------------------------------------------ cleaning
 
-TEXTS = ("prompt", "chosen", "rejected", "completion", "messages", "text")
+ANSWERS = ("chosen", "rejected", "completion")
+TEXTS = ("prompt", *ANSWERS, "messages", "text")  # the keys of a row that hold text or messages
 # Removed: controls, blanks of no width, direction marks, byte-order marks, lone surrogates, invisible tags. The two
 # joiners U+200C and U+200D stay: Persian and Indic words and composed emoji are spelt with them.
 INVISIBLE = re.compile(
@@ -434,8 +457,8 @@ def clean_value(value, name: str, repairs: set):
 def clean_row(row: dict, repairs: set) -> dict:
     """The row with clean texts. Answers of a transcript keep the one blank that follows `Assistant:`."""
     clean = row | {name: clean_value(row[name], name, repairs) for name in TEXTS if name in row}
-    if isinstance(clean.get("prompt"), str) and clean["prompt"].endswith("\n\nAssistant:"):
-        for name in ("chosen", "rejected", "completion"):
+    if isinstance(clean.get("prompt"), str) and clean["prompt"].endswith(ASSISTANT):
+        for name in ANSWERS:
             if isinstance(clean.get(name), str):
                 clean[name] = " " + clean[name].strip()
     return clean
@@ -454,31 +477,28 @@ def first_turn(row: dict) -> str:
     value = row.get("prompt") or row.get("messages") or row.get("text") or ""
     if isinstance(value, list):
         value = next((m["content"] for m in value if m["role"] == "user"), value[0]["content"])
-    elif "\n\nHuman:" in "\n\n" + value:  # a text has lost the blank lines in front
-        value = ("\n\n" + value).partition("\n\nHuman:")[2].partition("\n\nAssistant:")[0]
+    elif HUMAN in "\n\n" + value:  # a text has lost the blank lines in front
+        value = ("\n\n" + value).partition(HUMAN)[2].partition(ASSISTANT)[0]
     return " ".join(value.lower().split())
 
 
-def check(row: dict, texts: dict, words: dict, turn: str, config: Config):
-    """Raise Dropped for a row that is no use for training."""
-    values = [row[name] for name in TEXTS if name in row]
-    messages = [message for value in values if isinstance(value, list) for message in value]
+def check_use(row: dict, words: dict[str, list], turn: str, config: Config):
+    """Raise Dropped for a row that is no use for training; `words` are those of its texts."""
+    messages = [message for name in TEXTS if isinstance(row.get(name), list) for message in row[name]]
     if not all(words.values()) or not all(m["content"] for m in messages) or ("prompt" in row and not turn):
         raise Dropped("empty")
-    answers = [row[name] for name in ("chosen", "rejected", "completion") if name in row]
-    turns = lambda x: len(x) > 1 if isinstance(x, list) else "\n\nHuman:" in x or "\n\nAssistant:" in x
-    if any(map(turns, answers)):
+    answers = [row[name] for name in ANSWERS if name in row]
+    if any(len(x) > 1 if isinstance(x, list) else HUMAN in x or ASSISTANT in x for x in answers):
         raise Dropped("a further turn within an answer")
     prompt = len(words.get("prompt", ()))
-    length = prompt + max((len(w) for name, w in words.items() if name not in ("prompt", "text")), default=0)
-    chars = len(texts.get("prompt", "")) + max((len(t) for name, t in texts.items() if name != "prompt"), default=0)
-    if 0 < config.max_words < length or 0 < config.max_chars < chars:
+    longest = max((len(words[name]) for name in (*ANSWERS, "messages") if name in words), default=0)
+    if config.max_words is not None and prompt + longest > config.max_words:
         raise Dropped("over-long")
-    if "chosen" in row:
-        if words["chosen"] == words["rejected"]:
-            raise Dropped("equal sides")
+    if "chosen" in row and words["chosen"] == words["rejected"]:
+        raise Dropped("equal sides")
+    if "chosen" in row and config.truncate_words is not None:
         room = max(config.truncate_words - prompt, 0)
-        if config.truncate_words and words["chosen"][:room] == words["rejected"][:room]:
+        if words["chosen"][:room] == words["rejected"][:room]:
             raise Dropped("equal sides after truncation")
 
 
@@ -557,7 +577,7 @@ def near_text(row: dict) -> str:
     """What two comparisons must share to be near duplicates: the last human turn and the answers. With the whole
     dialogue, new answers late in a long dialogue would look like a repetition."""
     prompt = row.get("prompt", "")
-    prompt = prompt[-1]["content"] if isinstance(prompt, list) else prompt.rpartition("\n\nHuman:")[2]
+    prompt = prompt[-1]["content"] if isinstance(prompt, list) else prompt.rpartition(HUMAN)[2]
     return " ".join([prompt, *(text for name, text in texts_of(row).items() if name != "prompt")])
 
 
@@ -568,7 +588,8 @@ class Report:
     """Counts with up to three examples each; lengths as a histogram, so that percentiles are exact."""
 
     def __init__(self):
-        self.read, self.kept = Counter(), Counter()
+        self.read, self.kept = Counter(), Counter()  # by source
+        self.unread = Counter()  # keys that were left out
         self.dropped, self.repaired = {}, {}  # reason -> {count, examples}
         self.lengths: dict[str, Counter] = {}
         self.longer = Counter()  # of pairs with sides of unlike length: the longer side is the chosen one, or not
@@ -594,6 +615,7 @@ class Report:
             "kept": dict(self.kept),
             "dropped": by_count(self.dropped),
             "repaired": by_count(self.repaired),
+            "keys_not_read": dict(sorted(self.unread.items())),
             "words": {name: percentiles(counts) for name, counts in self.lengths.items()},
             "longer_side_chosen": self.longer[True] / self.longer.total() if self.longer else None,
             "files": files,
@@ -620,14 +642,14 @@ def print_report(report: dict):
         for reason, entry in report[title].items():
             example = entry["examples"][0]
             print(f"  {title:8} {entry['count']:>9,}  {reason:38} {example['at']}: {example['text'][:70]}")
+    if report["keys_not_read"]:
+        print("  keys not read: " + ", ".join(f"{key} ({n:,} rows)" for key, n in report["keys_not_read"].items()))
     for name, stats in report["words"].items():
         print(f"  words of {name:10} " + "  ".join(f"{key} {value:,}" for key, value in stats.items()))
     if report["longer_side_chosen"] is not None:
         print(f"  the longer side is the chosen one in {report['longer_side_chosen']:.1%}")
     for name, entry in report["files"].items():
         print(f"  {name:24} {entry['rows']:>9,} rows {entry['bytes'] / 1e6:10.1f} MB  sha256 {entry['sha256'][:16]}")
-        if not entry["rows"]:
-            print(f"  nothing fell into {name}: raise --heldout, or give --heldout-data")
 
 
 # -------------------------------------------------------------------------------------------------------- the pipeline
@@ -646,12 +668,17 @@ class Cleaner:
         for where, raw in read_source(name, self.config.separator):
             self.report.read[name] += 1
             try:
-                for row in convert_vote(raw, self.kind) if is_votes(name) else as_kind(*convert(raw), self.kind):
+                for row in convert_vote(raw, self.kind) if is_votes(name) else self.convert(raw):
                     yield where, row
             except Dropped as reason:
                 self.report.count("dropped", str(reason), where, raw)
             except gpt.BadRow as error:
                 self.bad(where, error)
+
+    def convert(self, raw) -> list[dict]:
+        found, row, unread = convert(raw)
+        self.report.unread.update(unread)
+        return as_kind(found, row, self.kind)
 
     def bad(self, where: str, error: Exception):
         if not self.config.skip_bad_rows:
@@ -670,7 +697,7 @@ class Cleaner:
                 texts = texts_of(row)
                 words = {field: text.split() for field, text in texts.items()}
                 turn = first_turn(row)
-                check(row, texts, words, turn, self.config)
+                check_use(row, words, turn, self.config)
                 gpt.check_row(row, row_kind(row, self.kind))
                 self.check_duplicates(row, texts, turn, heldout)
             except Dropped as reason:
@@ -684,8 +711,8 @@ class Cleaner:
             self.report.keep(words)
             self.report.kept[name] += 1
             share = 0 if self.config.heldout_data else self.config.heldout
-            out = heldout or key_of(str(self.config.seed), turn) < share * 2**64
-            yield row | {"source": row.get("source", source)} if source else row, out
+            in_share = key_of(str(self.config.seed), turn) < share * 2**64
+            yield row | {"source": row.get("source", source)} if source else row, heldout or in_share
 
     def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool):
         if heldout:
@@ -721,52 +748,42 @@ FILES = {kind: (kind, *DERIVED.get(kind, ())) for kind in gpt.KINDS} | {
 
 
 class Outputs:
-    """The files of OUT, written in OUT/.partial and moved into place at the end: a kill leaves the old ones alone."""
+    """The files of OUT, written in OUT/.partial and moved into place at the end: a kill leaves the old ones alone.
+    Empty ones are left out."""
 
     def __init__(self, out: Path, kind: str, splits: tuple[str, ...]):
-        self.out, self.partial, self.kind = out, out / ".partial", kind
+        self.out, self.partial, self.counts = out, out / ".partial", Counter()
         shutil.rmtree(self.partial, ignore_errors=True)
         self.partial.mkdir(parents=True)
         names = [f"{name}{split}.jsonl" for name in FILES[kind] for split in splits]
         self.files = {name: open(self.partial / name, "wb") for name in names}
-        self.hashes = {name: hashlib.sha256() for name in names}
-        self.counts, self.sizes = Counter(), Counter()
 
     def write(self, name: str, row: dict):
-        line = ENCODE(row).encode() + b"\n"
-        self.files[name].write(line)
-        self.hashes[name].update(line)
+        self.files[name].write(ENCODE(row).encode() + b"\n")
         self.counts[name] += 1
-        self.sizes[name] += len(line)
 
     def close(self) -> dict:
         for file in self.files.values():
             file.flush()
             os.fsync(file.fileno())
             file.close()
-        return {
-            name: {"rows": self.counts[name], "bytes": self.sizes[name], "sha256": self.hashes[name].hexdigest()}
-            for name in self.files
-            if self.wanted(name)
-        }
-
-    def wanted(self, name: str) -> bool:
-        """Votes of one kind alone leave no empty file of the other."""
-        return name in self.files and (self.counts[name] > 0 or self.kind != "votes")
+        written = {name: self.partial / name for name in self.files if self.counts[name]}
+        size_and_hash = lambda path: {"bytes": path.stat().st_size, "sha256": gpt.file_hash(path)}
+        return {name: {"rows": self.counts[name]} | size_and_hash(path) for name, path in written.items()}
 
     def move(self):
         for kind, split in itertools.product(gpt.KINDS, ("", "-heldout")):
             name = f"{kind}{split}.jsonl"
-            if self.wanted(name):
+            if self.counts[name]:
                 (self.partial / name).replace(self.out / name)
             else:  # of an earlier run on other data
                 (self.out / name).unlink(missing_ok=True)
 
 
-def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int):
+def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int | None):
     """Write each row and what follows from it; several pairs of one prompt give it once."""
     with gpt.progress(unit=" rows") as bar:
-        for row, heldout in itertools.islice(rows, limit or None):
+        for row, heldout in itertools.islice(rows, limit):
             split = "-heldout" if heldout else ""
             found = row_kind(row, kind)
             outputs.write(f"{found}{split}.jsonl", row)
@@ -824,11 +841,13 @@ def main(config: Config) -> dict:
     try:
         # held-out files come first: what is in them is then known when the training rows pass
         for name in heldout:
-            write_rows(cleaner.rows(name, None, heldout=True), outputs, kind, cleaner.seen, 0)
+            write_rows(cleaner.rows(name, None, heldout=True), outputs, kind, cleaner.seen, None)
         write_rows(mix(streams, [weight for _, weight in sources]), outputs, kind, cleaner.seen, config.limit)
         report = cleaner.report.as_dict(kind, outputs.close())
         print_report(report)
-        if not any(report["files"].get(f"{name}.jsonl", {}).get("rows") for name in FILES[kind]):
+        if (heldout or config.heldout) and not any(name.endswith("-heldout.jsonl") for name in report["files"]):
+            print("  no row was held out: raise --heldout, or give --heldout-data")
+        if not any(f"{name}.jsonl" in report["files"] for name in FILES[kind]):
             raise ValueError(f"no row is left for {config.out}/{FILES[kind][0]}.jsonl: see the reasons above")
         outputs.move()
     finally:
@@ -838,7 +857,4 @@ def main(config: Config) -> dict:
 
 
 if __name__ == "__main__":
-    try:
-        main(tyro.cli(Config))
-    except (ValueError, OSError) as error:
-        sys.exit(f"prepare.py: {error}")
+    gpt.cli(main, Config, __doc__)

@@ -634,8 +634,8 @@ def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monk
         (dict(frontier=("out/ppo",), judge="none"), "--frontier draws gold: it needs a --judge"),
         (dict(models=()), "nothing to evaluate: give --models, --frontier or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
-        (dict(models=("out/nowhere",)), "no model in out/nowhere .*is the path right"),
-        (dict(ref="out/no-kto"), "no model in .*make it with `python ipo_kto.py --loss kto --out out/no-kto`"),
+        (dict(models=("out/nowhere",)), "no model in out/nowhere .*check the path"),
+        (dict(ref="out/no-kto"), "no model in out/no-kto .*Makefile and README.md say which command"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):

@@ -20,6 +20,7 @@ import evaluate
 import gpt
 import ipo_kto
 import ppo
+import prepare
 import reward
 import sft
 
@@ -175,9 +176,13 @@ def test_what_the_model_cannot_compute_is_refused(change, named, golden):
         gpt.config_from_hf(config | change)
 
 
-def test_a_missing_model_names_the_command_that_makes_it(tmp_path):
-    with pytest.raises(FileNotFoundError, match=r"python reward.py --out .*/reward"):
-        gpt.load(tmp_path / "reward")
+@pytest.mark.parametrize("name", ["reward", "reward-ai", "mine"])
+def test_a_missing_model_says_where_models_come_from_and_guesses_no_command(name, tmp_path):
+    """A command guessed by the folder's name can be that of another experiment."""
+    where = f"{name} \\(config.json and model.safetensors\\).*Makefile and README.md say which command.*train it first"
+    with pytest.raises(FileNotFoundError, match=where) as error:
+        gpt.load(tmp_path / name)
+    assert ".py" not in str(error.value)
 
 
 def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_model, tmp_path):
@@ -488,6 +493,7 @@ def test_a_completion_ends_with_exactly_one_eos(words, plain, tmp_path):
 ASK = "\n\nHuman: a\n\nAssistant:"
 MESSAGES = [{"role": "user", "content": "a"}]
 ANSWER = [{"role": "assistant", "content": "yes"}]
+NO = [{"role": "assistant", "content": "no"}]
 
 
 def write_rows(path, rows):
@@ -503,22 +509,7 @@ def write_rows(path, rows):
         ("demos", {"prompt": MESSAGES, "completion": ANSWER}, None),
         ("demos", {"messages": MESSAGES + ANSWER}, None),
         ("pairs", {"prompt": "a", "chosen": " b", "rejected": " c", "margin": 1, "label_p": 0.7}, None),
-        ("pairs", {"chosen": ASK + " b", "rejected": ASK + " c"}, {"prompt": ASK, "chosen": " b", "rejected": " c"}),
-        (
-            "pairs",
-            {"chosen": ASK + " b" + ASK + " c", "rejected": ASK + " b" + ASK + " d"},
-            {"prompt": ASK + " b" + ASK, "chosen": " c", "rejected": " d"},
-        ),
-        (
-            "pairs",
-            {"chosen": ASK + " b" + ASK + " c", "rejected": ASK + " d" + ASK + " c"},
-            {"prompt": ASK, "chosen": " b" + ASK + " c", "rejected": " d" + ASK + " c"},
-        ),
-        (
-            "pairs",
-            {"chosen": MESSAGES + ANSWER, "rejected": MESSAGES + [{"role": "assistant", "content": "no"}]},
-            {"prompt": MESSAGES, "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "no"}]},
-        ),
+        ("pairs", {"prompt": MESSAGES, "chosen": ANSWER, "rejected": [{"role": "assistant", "content": "no"}]}, None),
         ("thumbs", {"prompt": "a", "completion": " b", "label": False}, None),
         ("prompts", {"prompt": "a", "answer": 42}, None),
         ("prompts", {"prompt": MESSAGES}, None),
@@ -531,9 +522,29 @@ def test_every_documented_form_of_a_row_is_read(kind, row, want, tmp_path):
 
 
 def test_a_pair_is_two_thumbs():
-    up, down = gpt.check_row({"prompt": "a", "chosen": " b", "rejected": " c", "weight": 2}, "thumbs")
+    pair = {"prompt": "a", "chosen": " b", "rejected": " c", "weight": 2, "truncated": ["rejected"]}
+    up, down = gpt.check_row(pair, "thumbs")
     assert up == {"prompt": "a", "completion": " b", "label": True, "weight": 2}
-    assert down == {"prompt": "a", "completion": " c", "label": False, "weight": 2}
+    assert down == {"prompt": "a", "completion": " c", "label": False, "weight": 2, "truncated": ["completion"]}
+
+
+@pytest.mark.parametrize(
+    "chosen, rejected, want",
+    [
+        (ASK + " b", ASK + " c", {"prompt": ASK, "chosen": " b", "rejected": " c"}),
+        (MESSAGES + ANSWER, MESSAGES + NO, {"prompt": MESSAGES, "chosen": ANSWER, "rejected": NO}),
+    ],
+)
+def test_whole_dialogues_are_refused_with_the_command_that_makes_pairs_of_them(chosen, rejected, want, tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", [{"chosen": chosen, "rejected": rejected}])
+    command = r"rows.jsonl:1: .*no `prompt`.*`python prepare.py --data FILE --out data/NAME`.* splits off the prompt"
+    for kind in ("pairs", "thumbs", "prompts"):
+        with pytest.raises(gpt.BadRow, match=command):
+            list(gpt.read_rows(path, kind))
+        with pytest.raises(gpt.BadRow, match=command):
+            gpt.find_kind([path], (kind,))
+    prepare.main(prepare.Config((str(path),), tmp_path / "out", heldout=0))
+    assert list(gpt.read_rows(tmp_path / "out/pairs.jsonl", "pairs")) == [(1, want)]
 
 
 PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
@@ -563,14 +574,15 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("pairs", PAIR | {"margin": -0.5}, "`margin` is -0.5"),
         ("pairs", PAIR | {"weight": -1}, "`weight` is -1"),
         ("pairs", PAIR | {"label_p": 1.5}, "`label_p` is 1.5"),
-        ("pairs", {"chosen": "a", "rejected": "b"}, "share no `Assistant:` turn"),
-        ("pairs", {"chosen": MESSAGES, "rejected": ANSWER}, "share no first message"),
-        ("pairs", {"chosen": 1, "rejected": 2}, "a pair needs"),
-        ("pairs", {"chosen": "a", "rejected": ANSWER}, "a pair needs"),
+        ("demos", {"prompt": "a", "completion": [{"role": "assistant", "content": " "}]}, "`completion` is empty"),
+        ("demos", {"prompt": "a", "completion": [{"role": None, "content": "b"}]}, "not of {role, content}"),
+        ("pairs", {"chosen": "a", "rejected": "b"}, "no `prompt`.*prepare.py"),
+        ("pairs", {"prompt": "a", "chosen": 1, "rejected": 2}, "`chosen` is int"),
+        ("pairs", PAIR | {"weight": 10**400}, "`weight` is 1000"),
         ("pairs", {"prompt": "a", "chosen": ANSWER * 3, "rejected": ANSWER}, "`chosen` holds 3 messages"),
         (
             "thumbs",
-            {"chosen": MESSAGES + ANSWER, "rejected": MESSAGES + MESSAGES + ANSWER},
+            {"prompt": MESSAGES, "chosen": ANSWER, "rejected": MESSAGES + ANSWER},
             "`rejected` holds 2 messages: an answer is one assistant turn",
         ),
         ("demos", {"prompt": "a", "completion": MESSAGES}, "`completion` holds a message of role 'user'"),
@@ -597,6 +609,9 @@ def test_the_kind_of_a_file_is_found_from_its_first_row(tmp_path):
     for row in ({"label": 1}, "{"):
         with pytest.raises(gpt.BadRow, match=r"rows.jsonl:1: "):
             gpt.find_kind([write_rows(tmp_path / "rows.jsonl", [row])], ("text", "demos"))
+    empty = write_rows(tmp_path / "rows.jsonl", [PAIR | {"chosen": " "}])
+    with pytest.raises(gpt.BadRow, match="`chosen` is empty. This script reads pairs: {prompt, chosen, rejected}"):
+        gpt.find_kind([empty], ("pairs",))
 
 
 def test_mixtures_need_a_weight_for_every_file_or_for_none():
@@ -843,9 +858,11 @@ def test_tokens_are_cached_until_something_changes(demos, words, plain, tmp_path
     assert rewrites() == 0
 
 
-def test_a_missing_file_names_the_command_that_makes_it(plain, tmp_path):
-    with pytest.raises(FileNotFoundError, match="toy.py"):
-        gpt.token_data(tmp_path / "toy" / "demos.jsonl", "demos", plain, 16)
+def test_a_missing_data_file_says_what_writes_such_files(plain, tmp_path):
+    with pytest.raises(FileNotFoundError, match="toy.py makes data/toy.*prepare.py rows from all other"):
+        gpt.token_data(tmp_path / "data" / "toy" / "demos.jsonl", "demos", plain, 16)
+    with pytest.raises(FileNotFoundError, match="no data file .*/toys.jsonl$"):
+        gpt.token_data(tmp_path / "toys.jsonl", "demos", plain, 16)
 
 
 # optimiser ------------------------------------------------------------------------------------------------------------

@@ -126,7 +126,7 @@ def test_at_most_three_examples(tmp_path):
 
 def test_limits(tmp_path):
     rows = [pair("a b c", chosen=" d e f g", rejected=" h"), pair("a", chosen=" b", rejected=" c")]
-    for options, kept in ((dict(max_words=8), 1), (dict(max_words=9), 2), (dict(max_chars=30), 1), (dict(limit=1), 1)):
+    for options, kept in ((dict(max_words=8), 1), (dict(max_words=9), 2), (dict(limit=1), 1)):
         _, written = run(tmp_path, rows, heldout=0, overwrite=True, **options)
         assert len(written["pairs"]) == kept, options
 
@@ -236,11 +236,22 @@ def assistant(text):
 
 
 TURN = [{"from": "human", "value": "q"}]
+ASK = HH.format("q")
 
 
 @pytest.mark.parametrize(
     "raw, kind, row",
     [
+        (
+            {"chosen": ASK + " b" + ASK + " c", "rejected": ASK + " b" + ASK + " d"},
+            "pairs",
+            {"prompt": ASK + " b" + ASK, "chosen": " c", "rejected": " d"},
+        ),
+        (
+            {"chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "pairs",
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        ),
         ({"text": "t", "title": "x", "source": "s"}, "text", {"text": "t", "source": "s"}),
         ({"prompt": "q"}, "prompts", {"prompt": "q"}),
         ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")]}),
@@ -298,6 +309,28 @@ def test_prompts_of_conversations_end_before_the_last_answer(tmp_path):
     assert rows["prompts"] == [{"prompt": turns[:3]}]
 
 
+def test_dialogues_that_part_early_share_a_short_prompt():
+    """The rest of both, further turns included, is left to the sides: cleaning drops such a row."""
+    sides = ASK + " b" + ASK + " c", ASK + " d" + ASK + " c"
+    assert prepare.split_shared(*sides) == (ASK, " b" + ASK + " c", " d" + ASK + " c")
+    with pytest.raises(prepare.Dropped, match="no prompt that both sides share"):
+        prepare.split_shared([user("q"), assistant("a")], [assistant("a")])
+
+
+def test_null_columns_are_absent_and_keys_that_are_not_read_are_named(tmp_path, capsys):
+    empty = dict.fromkeys(("chosen", "rejected", "messages", "label"))
+    rows = [empty | {"prompt": "q", "completion": f"a {i}", "topic": "sums", "id": i} for i in range(3)]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert written["demos"] == [{"id": i, "prompt": "q", "completion": f"a {i}"} for i in range(3)]
+    assert report["keys_not_read"] == {"topic": 3} and "keys not read: topic (3 rows)" in capsys.readouterr().out
+
+
+def test_too_few_rows_for_a_heldout_file_leave_none(tmp_path, capsys):
+    report, written = run(tmp_path, [pair("a")], heldout=1e-9)
+    assert set(written) == {"pairs", "prompts", "demos"} and set(report["files"]) == {f"{n}.jsonl" for n in written}
+    assert "no row was held out: raise --heldout" in capsys.readouterr().out
+
+
 def test_kind_can_be_asked_for(tmp_path):
     _, rows = run(tmp_path, [pair("a")], heldout=0, kind="thumbs")
     row = {"prompt": HH.format("a")}
@@ -323,20 +356,20 @@ def test_json_array(tmp_path, gap):
     """Also where objects lie across the borders of what is read at once."""
     rows = [{"instruction": f"do {i}", "input": "", "output": f"did {i} [}}" + " x" * gap} for i in range(30)]
     (tmp_path / "a.json").write_text(json.dumps(rows, indent=1))
-    _, written = run(tmp_path, str(tmp_path / "a.json"), heldout=0, max_words=0)
+    _, written = run(tmp_path, str(tmp_path / "a.json"), heldout=0, max_words=None)
     assert [row["completion"][0]["content"] for row in written["demos"]] == [row["output"] for row in rows]
     where = [place for place, _ in prepare.read_source(str(tmp_path / "a.json"))]
     assert where[:2] == [f"{tmp_path}/a.json:2", f"{tmp_path}/a.json:7"]
     (tmp_path / "b.json").write_text(json.dumps(rows, indent=1)[:-9])
     with pytest.raises(gpt.BadRow, match=r"b\.json:147: not JSON"):
-        run(tmp_path, str(tmp_path / "b.json"), heldout=0, out="b", max_words=0)
+        run(tmp_path, str(tmp_path / "b.json"), heldout=0, out="b", max_words=None)
 
 
 @pytest.mark.parametrize(
     "text, separator, documents",
     [
-        ("one\ntwo\n\n \nthree\r\n\r\nfour\n", "", ["one\ntwo", "three", "four"]),
-        ("one\n\ntwo\n<|endoftext|>\nthree", "", ["one\n\ntwo", "three"]),
+        ("one\ntwo\n\n \nthree\r\n\r\nfour\n", None, ["one\ntwo", "three", "four"]),
+        ("one\n\ntwo\n<|endoftext|>\nthree", None, ["one\n\ntwo", "three"]),
         ("one\ntwo\n\nthree", "\\n", ["one", "two", "three"]),
         ("one==two==", "==", ["one", "two"]),
     ],
@@ -431,7 +464,7 @@ def test_seen_is_a_set():
 
 def test_memory_does_not_grow_with_the_rows(tmp_path, monkeypatch):
     def source(rows):
-        return lambda name, separator="": (
+        return lambda name, separator=None: (
             (f"{name}:{i}", pair(f"question {i}", chosen=f" {i}" * 200, rejected=" no" * 200)) for i in range(rows)
         )
 
@@ -464,7 +497,12 @@ def test_same_input_same_bytes(tmp_path):
         ('{"prompt": "q", "chosen": 3, "rejected": "b"}', r"in\.jsonl:3: .* is not a list of messages"),
         ('{"prompt": 3, "chosen": "a", "rejected": "b"}', r"in\.jsonl:3: .* is not a list of messages"),
         ('{"prompt": "q", "completion": "a"}', r"in\.jsonl:3: this row holds demos, not pairs"),
-        ('{"completion": "a", "rejected": "b"}', r"in\.jsonl:3: this row holds demos, not pairs"),
+        (
+            '{"completion": "a", "rejected": "b"}',
+            r"in\.jsonl:3: unknown format, with the keys completion, rejected; known",
+        ),
+        ('{"chosen": "a", "rejected": [{"role": "user", "content": "b"}]}', r"in\.jsonl:3: one of `chosen` and"),
+        ('{"chosen": 1, "rejected": 2}', r"in\.jsonl:3: '1' is not a list of messages"),
         ('{"question": "q", "answer": 2}', r"in\.jsonl:3: a value is not of the type that its format has"),
         ('{"a": 1, "b": 2}', r"in\.jsonl:3: unknown format, with the keys a, b; known are \{text\}"),
         (
@@ -497,7 +535,7 @@ def test_errors_before_any_work(tmp_path):
         ([str(tmp_path / "cut.jsonl.gz")], {}, ValueError, "not whole UTF-8 text"),
         ([str(tmp_path / "empty.jsonl")], {}, ValueError, "holds no rows"),
         ([[{"a": 1}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys a;"),
-        ([[{"completion": "a"}]], {}, gpt.BadRow, r"in0\.jsonl:1: no `prompt` \(found: completion\)"),
+        ([[{"completion": "a"}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys completion; known"),
         ([one, demo], {}, ValueError, "in0.jsonl holds pairs, .*in1.jsonl holds demos: .*--kind"),
         (["a.jsonl:0.5", "b.jsonl"], {}, ValueError, "weight above 0"),
         ([one], {"heldout": 1.5}, ValueError, "not a share"),
@@ -535,7 +573,18 @@ def test_command_line(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0 and "pairs: 50 rows read, 50 kept" in done.stdout
     again = subprocess.run(command, capture_output=True, text=True)
-    assert again.returncode == 1 and again.stderr.startswith("prepare.py: ") and "Traceback" not in again.stderr
+    assert (
+        again.returncode == 1
+        and again.stderr.count("\n") == 1
+        and again.stderr.startswith("error: ")
+        and "Traceback" not in again.stderr
+    )
+
+
+def test_help_shows_the_docstring():
+    done = subprocess.run([sys.executable, prepare.__file__, "--help"], capture_output=True, text=True)
+    assert done.returncode == 0 and "python prepare.py --data hub:" in done.stdout and "Alpaca" in done.stdout
+    assert subprocess.run([sys.executable, prepare.__file__], capture_output=True).returncode == 2  # no --data
 
 
 # ---- real files

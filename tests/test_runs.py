@@ -416,10 +416,10 @@ def test_usage_errors_exit_with_2_and_failures_with_1(tmp_path):
     assert err.startswith("error: ") and "test_runs.py:1: not JSON" in err
 
 
-def test_a_missing_model_names_the_command_to_run(text, tmp_path):
+def test_a_missing_model_is_one_line_that_says_where_models_come_from(text, tmp_path):
     code, _, err = run_python("sft.py", "--init", tmp_path / "sft", "--data", text, "--out", tmp_path / "out")
     assert code == 1
-    assert err.count("\n") == 1 and f"python sft.py --out {tmp_path / 'sft'}" in err
+    assert err.count("\n") == 1 and f"no model in {tmp_path / 'sft'}" in err and "Makefile and README.md" in err
     assert not (tmp_path / "out").exists()
 
 

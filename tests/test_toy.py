@@ -2,6 +2,8 @@
 
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -318,3 +320,24 @@ def test_chat_template(folder):
     render = jinja2.Template(template, keep_trailing_newline=True).render
     assert render(messages=messages[:1], add_generation_prompt=True) == ask("hi .")
     assert render(messages=messages) == ask("hi .") + " good day to you ."
+
+
+def test_the_judge_is_imported_without_jax():
+    """Reward functions are loaded by name in every script, and other people's programs may want the judge alone."""
+    code = "import sys, toy; assert 'jax' not in sys.modules; print(toy.score(['hi .'], [' good day to you .']))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(toy.__file__).parent, capture_output=True, text=True)
+    assert done.stdout == "[1.0]\n", done.stderr
+
+
+def test_help_shows_the_docstring_and_failures_exit_as_in_other_scripts(tmp_path):
+    run = lambda *args: subprocess.run([sys.executable, toy.__file__, *args], capture_output=True, text=True)  # noqa: E731
+    done = run("--help")
+    assert (
+        done.returncode == 0
+        and "python toy.py --disfluent 0.1" in done.stdout
+        and "whose judge is known" in done.stdout
+    )
+    assert run("--no-such-option", "1").returncode == 2
+    (tmp_path / "file").write_text("")
+    done = run("--out", str(tmp_path / "file"))
+    assert done.returncode == 1 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1
