@@ -49,7 +49,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
+# =====================================================================================================================
+# Part I. The model: what it is, what it says of a text, how it is sampled
+# =====================================================================================================================
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -96,74 +98,10 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Model
+# 2. The transformer
 
 
-def sums(dtype):
-    """The precision to ask of a product that is wanted in `dtype`: XLA:CPU's bf16 kernel (YNNPACK) returns fp32, and
-    without it a product takes 10 times as long."""
-    return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
-
-
-def dot(a, b, axes, dtype=None, precision=None):
-    """Sums of products over an axis of a and one of b, of as many axes each as there are: -> `dtype`, or a's."""
-    dtype = dtype or a.dtype
-    contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
-    form = contract, ((), ())
-    return lax.dot_general(a, b, form, precision, preferred_element_type=sums(dtype)).astype(dtype)
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x, weight, dtype=None, rows=False):
-    """x (..., I) times weight (I, O), or (O, I) with `rows`: -> (..., O) in `dtype`, or x's. The backward pass is
-    written out, because XLA would spoil it.
-
-    XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the weight
-    gradient; those copies take half of a training step. The barriers keep the operands as plain matrices. And behind
-    logits in fp32 every backend would multiply a bf16 head in fp32: the cotangent is rounded to the weight's precision.
-    """
-    return dot(x, weight, (-1, 1 if rows else 0), dtype)
-
-
-def _matmul_forward(x, weight, dtype, rows):
-    # where nobody asks for the gradient of a (frozen) weight, its input is not kept and its product not formed
-    saved = x.value if weight.perturbed else None, weight.value
-    return matmul(x.value, weight.value, dtype, rows), saved
-
-
-def _matmul_backward(dtype, rows, saved, g):
-    x, weight = saved
-    g, weight_grad = g.astype(weight.dtype), None
-    if x is not None:
-        if jax.default_backend() == "cpu":
-            x, g = lax.optimization_barrier((x, g))
-        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
-    return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
-
-
-def dot_tokens(a, b):
-    """a (N, I) and b (N, O) -> (I, O). The bf16 kernel of XLA:CPU wants sums along a's rows: turn a, and keep XLA from
-    seeing that the turn could be left out."""
-    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
-        return dot(lax.optimization_barrier(a.T.reshape(-1)).reshape(a.shape[::-1]), b, (1, 0))
-    return dot(a, b, (0, 0))
-
-
-matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
-
-
-def predict(x, table, dtype):
-    """x (..., D) times the rows of a table (V, D), the product by which words are predicted: -> (..., V) in `dtype`.
-
-    A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes almost three times as long as
-    with 50,304. What is added is cut off again, inside whatever reads the logits. For the few rows of a decoding step
-    a larger copy of the table would cost more than it saves.
-    """
-    V = len(table)
-    if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
-        table = jnp.pad(table, ((0, -V % 128), (0, 0)))
-    return matmul(x, table, dtype, rows=True)[..., :V]
+MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
 
 
 class Linear(eqx.Module):
@@ -176,36 +114,6 @@ class Linear(eqx.Module):
             return y
         # in fp32, so that its gradient, a sum over all tokens, is: in bf16 XLA:CPU takes 10 to 30 times as long for it
         return (y.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(y.dtype)
-
-
-class LoraLinear(eqx.Module):
-    """A frozen linear layer and a low-rank correction that learns: y = base(x) + alpha / r (x A) B, B zero at first
-    (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
-
-    base: Linear | None  # None within an `Adapter`, which is kept apart from its base
-    a: Array  # (I, r)
-    b: Array  # (r, O)
-    scale: float = eqx.field(static=True)  # alpha / r
-
-    def __call__(self, x):
-        return self.base(x) + self.scale * matmul(matmul(x, self.a), self.b)
-
-
-class LoraTable(eqx.Module):
-    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. A text is read by `rows`, and
-    predicted by a product with all of them."""
-
-    base: Array | None
-    a: Array  # (V, r)
-    b: Array  # (r, D)
-    scale: float = eqx.field(static=True)
-
-    def rows(self, index):
-        return self.base[index] + self.scale * matmul(self.a[index], self.b)
-
-    def __call__(self, x, dtype):
-        change = predict(matmul(x, self.b, rows=True), self.a, dtype)
-        return predict(x, self.base, dtype) + self.scale * change
 
 
 class Norm(eqx.Module):
@@ -223,23 +131,6 @@ class Norm(eqx.Module):
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
-def einsum(form: str, a, b, dtype=None):
-    """jnp.einsum of two arrays: -> `dtype`, or a's. As in `matmul`, products of its backward pass are in a's precision,
-    whatever the result's."""
-    dtype = dtype or a.dtype
-    return jnp.einsum(form, a, b, preferred_element_type=sums(dtype)).astype(dtype)
-
-
-def _einsum_backward(form, dtype, saved, g):
-    (a, b), (left, right, out) = saved, re.split(",|->", form)
-    g = g.astype(a.dtype)
-    return einsum(f"{out},{right}->{left}", g, b), einsum(f"{left},{out}->{right}", a, g)
-
-
-einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _einsum_backward)
-
-
 def attention(q, k, v, mask, causal=False):
     """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B or 1, T, S) True where a query may look.
     `causal`: none looks ahead, so that a kernel may leave out half of the scores."""
@@ -252,29 +143,6 @@ def attention(q, k, v, mask, causal=False):
     scores = jnp.where(mask[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
-
-
-def flash_attention(q, k, v, mask, causal):
-    """The same by cuDNN, which never writes the scores (T, S) to memory. It wants even lengths: one place more, that
-    nobody sees; and q, k, v and mask spread alike over the devices."""
-    (B, _, T, _), S = q.shape, k.shape[2]
-    even = lambda x: jnp.pad(shard_batch(x, "tensor"), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
-    mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
-    options = dict(mask=shard_batch(mask)[:, None], is_causal=causal, implementation="cudnn")
-    return jax.nn.dot_product_attention(even(q), even(k), even(v), **options)[:, :T].swapaxes(1, 2)
-
-
-def has_flash_attention(q, k) -> bool:
-    """Whether cuDNN has a kernel for it: on NVIDIA from Ampere on, in half precision, and with whole heads and rows on
-    each device. For the one query of a decoding step there is nothing to save."""
-    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
-        return False
-    device, mesh = jax.local_devices()[0], jax.sharding.get_abstract_mesh()
-    if "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
-        return False
-    data, tensor = (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["tensor"])
-    fits = q.shape[2] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    return fits and len(q) % data == 0 and k.shape[1] % tensor == 0
 
 
 def rope_angles(config: Config, positions):
@@ -295,13 +163,6 @@ def rotate(x, rope):
     cos, sin = (r.astype(x.dtype) for r in rope)
     a, b = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
-
-
-def write_cache(cache, new, slot):
-    """new (B, K, T, E) put into cache (B, K, S, E) at place `slot`, or at places (B,) of their own."""
-    if jnp.ndim(slot) == 0:
-        return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
-    return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
 
 
 class Block(eqx.Module):
@@ -487,141 +348,8 @@ def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> Scor
     return ScoreModel(body, head, query, jnp.zeros(()), pool, tuple(suffix))
 
 
-class Adapter(eqx.Module):
-    """The low-rank corrections by which a fine-tuned GPT differs from its frozen base: all that learns of it. Several
-    adapters share one base: `attach` makes the model of the base and one of them; the base alone is the model with
-    none."""
-
-    blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
-    tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
-
-
-LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
-TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
-
-
-def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
-    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
-    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
-    unknown = set(targets) - set(TARGETS)
-    if unknown or rank < 1:
-        raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
-                         f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
-    adapter, scale = Adapter({}, {}), 2.0
-    for i, name in enumerate(TARGETS):
-        layer = getattr(base.blocks if name in LINEARS else base, name)
-        if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
-            continue
-        uniform = partial(jax.random.uniform, jax.random.fold_in(key, i), minval=-1, maxval=1)
-        if name in TABLES:
-            V, D = layer.shape
-            adapter.tables[name] = LoraTable(None, jnp.zeros((V, rank)), uniform((rank, D)) / np.sqrt(D), scale)
-        else:
-            L, I, O = layer.weight.shape
-            a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
-            adapter.blocks[name] = LoraLinear(None, a, b, scale)
-    if not jax.tree.leaves(adapter):
-        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own; "
-                         f"name some of {', '.join(TARGETS)} (a tied head moves with wte)")  # fmt: skip
-    return adapter
-
-
-def attach(adapter, base: GPT | None):
-    """The model that an adapter makes of its base: the base's layers with the adapter's corrections beside them. A
-    score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
-    is, and needs no base."""
-    if isinstance(adapter, ScoreModel):
-        return dataclasses.replace(adapter, body=attach(adapter.body, base))
-    if not isinstance(adapter, Adapter):
-        return adapter
-    blocks = put_on(adapter.blocks, base.blocks)
-    return put_on(adapter.tables, dataclasses.replace(base, blocks=blocks))
-
-
-def put_on(corrections: dict, module):
-    """`module` with each correction in the place of the layer of its name, which becomes its base."""
-    layers = {name: dataclasses.replace(x, base=getattr(module, name)) for name, x in corrections.items()}
-    return dataclasses.replace(module, **layers)
-
-
-def merge(tree):
-    """The same model with plain layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
-    kinds = LoraLinear, LoraTable
-
-    def plain(layer):
-        if not isinstance(layer, kinds):
-            return layer
-        linear = isinstance(layer.base, Linear)
-        weight = layer.base.weight if linear else layer.base
-        change = layer.scale * (layer.a.astype(jnp.float32) @ layer.b.astype(jnp.float32))
-        weight = (weight.astype(jnp.float32) + change).astype(weight.dtype)
-        return dataclasses.replace(layer.base, weight=weight) if linear else weight
-
-    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
-
-
-def trainable(model: GPT, rank: int, dtype: str, key, targets=TARGETS):
-    """(what learns, its frozen base): with a rank of 0 all of the model, and None. With a higher one a fresh adapter of
-    that rank on the layers `targets`, and the model in the precision of the forward pass, as in `compute_dtype`."""
-    if rank == 0:
-        return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    return shard(init_adapter(model, rank, key, targets)), shard(cast(model, compute_dtype(dtype)))
-
-
-def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
-    """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
-
-    The EOS of a finished response is where the score is read; a `suffix` takes its place. As in `encode_row`: a reward
-    model that is trained on one rule and asked by another reads a state that it has never seen.
-    """
-    S, start = len(suffix), prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
-    end = start + mask.sum(1)
-    if suffix:
-        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
-    index = jnp.arange(tokens.shape[1])
-    for i, token in enumerate(suffix):
-        tokens = jnp.where(index == end[:, None] + i, token, tokens)
-    response_part = (index >= start) & (index < end[:, None] + S)
-    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
-
-
-@partial(jax.jit, static_argnames=("eos", "chunks"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `chunks`: as for
-    `map_chunks`."""
-    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
-
-
-def count_parameters(model) -> int:
-    return sum(x.size for x in jax.tree.leaves(model))
-
-
-def cast(tree, dtype):
-    """Every floating array of a pytree in another precision: fp32 master weights -> a bf16 copy at the point of use."""
-    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
-
-
-def compute_dtype(name: str):
-    """ "auto" is bf16 where the hardware multiplies it fast, fp32 on a CPU."""
-    if name == "auto":
-        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
-    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 3. Log-probabilities
-
-HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
-
-
-def head_budget(memory: float = 0) -> int:
-    """HEAD_BUDGET, or on an accelerator, of so many bytes (it is asked where none are given), the power of two below an
-    eighth of its memory, in fp32: to compute GPT-2's head again is a tenth of a training step. (A power of two, lest
-    processes plan differently for a few bytes.)"""
-    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU tells nothing
-    return 2 ** int(math.log2(max(HEAD_BUDGET, memory / 8 / 4)))
 
 
 def token_logprobs(
@@ -704,24 +432,6 @@ def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Fl
     return map_columns(piece, 2 * model.config.vocab_size, hidden, other_hidden)
 
 
-def map_columns(piece, width: int, *arrays):
-    """piece(*arrays) over (B, T, ...) arrays, in pieces of T columns small enough that B * columns * width floats fit
-    `head_budget`. Columns, not rows: rows may live on different devices."""
-    B, T = arrays[0].shape[:2]
-    pieces = -(-B * T * width // head_budget())
-    if pieces <= 1:
-        return piece(*arrays)
-    columns = -(-T // min(pieces, T))
-    pieces = -(-T // columns)
-
-    def split(x):  # (B, T, ...) -> (pieces, B, columns, ...), zero-padded
-        x = jnp.pad(x, [(0, 0), (0, pieces * columns - T)] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(B, pieces, columns, *x.shape[2:]).swapaxes(0, 1)
-
-    outs = lax.map(lambda xs: jax.checkpoint(piece)(*xs), tuple(split(x) for x in arrays))
-    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, pieces * columns, *y.shape[3:])[:, :T], outs)
-
-
 def masked_mean(x, mask):
     """Mean of x where mask is 1; 0 where nothing is."""
     return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)
@@ -733,7 +443,7 @@ def weighted_mean(x, weight):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Generation
+# 4. Sampling
 
 
 class Generation(NamedTuple):
@@ -742,7 +452,7 @@ class Generation(NamedTuple):
     logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature", "top_k", "top_p"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature"))
 def generate(
     model: GPT,
     prompts: Int[Array, "B T"],
@@ -753,14 +463,12 @@ def generate(
     eos: int,
     pad: int = 0,
     temperature: float = 1.0,
-    top_k: int = 0,
-    top_p: float = 1.0,
     rows=None,
 ) -> Generation:
     """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
 
-    temperature 0 is greedy. top_k and top_p cut the distribution: never use them for rollouts, whose log-probs must be
-    those of the whole softmax. `rows` (B,) are the rows' global numbers: noise is folded from (key, row, token), so a
+    temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
+    softmax (serve.py has both). `rows` (B,) are the rows' global numbers: noise is folded from (key, row, token), so a
     row's text does not depend on how rows are batched or on how many devices there are. Stops when every row is done.
     """
     B, T = prompts.shape
@@ -774,11 +482,10 @@ def generate(
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
     layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
     model = merge(dataclasses.replace(model, blocks=None))
-    pick = partial(sample_token, temperature=temperature, top_k=top_k, top_p=top_p)
 
     def draw(logits, t, done):
         u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
-        token, logprob = pick(logits, u)
+        token, logprob = sample_token(logits, u, temperature)
         return jnp.where(done, pad, token), jnp.where(done, 0.0, logprob), done | (token == eos)
 
     hidden, caches = prefill(model, layers, prompts, prompt_mask, S)
@@ -824,17 +531,19 @@ def prefill(model: GPT, layers, tokens, mask, slots: int):
     return model.norm(x), tuple(caches)
 
 
-def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature=1.0, top_k=0, top_p=1.0):
-    """One token a row by inverse CDF from one uniform u a row, and its log-prob under the (cut) distribution."""
+def write_cache(cache, new, slot):
+    """new (B, K, T, E) put into cache (B, K, S, E) at place `slot`, or at places (B,) of their own."""
+    if jnp.ndim(slot) == 0:
+        return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
+    return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
+
+
+def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature=1.0):
+    """One token a row by inverse CDF from one uniform u a row, and its log-prob under softmax(logits / temperature)."""
     if temperature == 0:
         token = jnp.argmax(logits, -1)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
     logits = logits / temperature
-    if top_k:
-        logits = jnp.where(logits < lax.top_k(logits, min(top_k, logits.shape[-1]))[0][:, -1:], MASKED, logits)
-    if top_p < 1:
-        logits = jax.nn.log_softmax(logits)
-        logits = jnp.where(logits < nucleus_threshold(logits, top_p), MASKED, logits)
     top = logits.max(-1, keepdims=True)
     p = jnp.exp(logits - top)
     token = inverse_cdf(p, u)
@@ -861,29 +570,31 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256)
     return which * block + inside
 
 
-def nucleus_threshold(logp: Float[Array, "B V"], top_p: float) -> Float[Array, "B 1"]:
-    """The largest cut such that what is at or above it has probability >= top_p: bisection, no sort of a vocabulary."""
-    low, high = jnp.full_like(logp[:, :1], -50.0), jnp.zeros_like(logp[:, :1])
-    for _ in range(30):
-        middle = (low + high) / 2
-        enough = jnp.where(logp >= middle, jnp.exp(logp), 0).sum(-1, keepdims=True) >= top_p
-        low, high = jnp.where(enough, middle, low), jnp.where(enough, high, middle)
-    return low
+# =====================================================================================================================
+# Part II. Files: tokenizers, model folders, rows, batches
+# =====================================================================================================================
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Tokenizers and chat
+# 5. Tokenizers and chat
+
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
+
+
 PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
     r"{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
     r"{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
     r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
+
+
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
+
+
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
 
 
@@ -1068,8 +779,30 @@ def _huggingface_tokenizer(spec, raw):
     return encode(plain), encode(special), decode, special.get_vocab_size(), specials
 
 
+def need_tokenizer(path) -> Tokenizer:
+    tokenizer = load_tokenizer(path)
+    if tokenizer is None:
+        raise FileNotFoundError(
+            f"no tokenizer in {path}: it takes tokenizer.json, or vocab.json and merges.txt; copy them there"
+        )
+    return tokenizer
+
+
+def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, their_name):
+    if theirs is None or ours.fingerprint != theirs.fingerprint:
+        raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
+
+
+def check_reference(tokenizer: Tokenizer, init, ref):
+    """--ref and --init must read the same ids."""
+    try:
+        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
+    except ValueError as error:
+        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Weights in and out: the Hugging Face layout
+# 6. Model folders, in the layout of Hugging Face
 
 
 def layout(config: Config) -> list[tuple[str, str, bool]]:
@@ -1205,63 +938,10 @@ def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
     return model, tokenizer
 
 
-def need_tokenizer(path) -> Tokenizer:
-    tokenizer = load_tokenizer(path)
-    if tokenizer is None:
-        raise FileNotFoundError(
-            f"no tokenizer in {path}: it takes tokenizer.json, or vocab.json and merges.txt; copy them there"
-        )
-    return tokenizer
-
-
 def load_frozen(path, dtype: str) -> GPT:
     """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
     of its own, since those of a model that learns are donated."""
     return shard(cast(load_policy(path)[0], compute_dtype(dtype)))
-
-
-def ensemble_folders(path) -> list:
-    """The members of an ensemble's folder; the path itself where it holds one model."""
-    return sorted(Path(path).glob("member-*")) or [path]
-
-
-def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `adapters`: its adapter and head
-    alone, to be attached to the model of `ours`, if PATH has an adapter on it."""
-    model = load_adapter(path, ours) if adapters else None
-    if adapters and model is None:
-        command = f"reward.py --init {ours} --lora-rank 8"
-        print(f"{path} has no adapter on {ours} and stays a model of its own ({command} makes one that shares it)")
-    model, theirs = load(path) if model is None else (model, load_tokenizer(path))
-    if not isinstance(model, ScoreModel):
-        raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
-    check_same_tokenizer(tokenizer, theirs, ours, path)
-    return shard(cast(model, compute_dtype(dtype)))
-
-
-class Reward(NamedTuple):
-    """What scores responses: frozen reward models (the members of an ensemble, if there are several) or a function."""
-
-    models: list[ScoreModel]
-    function: Callable | None  # (prompts, responses, rows) -> floats, one a response
-
-    def __call__(self, batch, generation: Generation, texts, rows, eos: int, chunks: int = 1):
-        """(members, B) scores of the generation; `texts` are this process's (prompts, responses), `rows` their rows as
-        they were written. `chunks`: as for `map_chunks`."""
-        if self.function:
-            scores = gather_rows(check_scores(self.function(*texts, rows), len(rows)))
-            return put_batch({"scores": scores})["scores"][None]
-        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks
-        return jnp.stack([score(model, *inputs) for model in self.models])
-
-
-def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
-    """Reward-model folders (several, or one of an ensemble: its members are asked side by side), or one
-    module:function; the rest as for `load_reward_model`."""
-    if len(names) == 1 and ":" in names[0]:
-        return Reward([], load_function(names[0]))
-    folders = [folder for name in names for folder in ensemble_folders(name)]
-    return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
 
 
 def find_folder(path) -> Path:
@@ -1286,6 +966,11 @@ def find_folder(path) -> Path:
             f"{path} is neither a model folder here nor a model that the Hub could give ({type(error).__name__}). "
             f"Without a network, download it elsewhere and give the folder's path."
         ) from error
+
+
+def ensemble_folders(path) -> list:
+    """The members of an ensemble's folder; the path itself where it holds one model."""
+    return sorted(Path(path).glob("member-*")) or [path]
 
 
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
@@ -1409,7 +1094,7 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         write_json(path / "config.json", hf | (extra or {}))
 
 
-def save_adapter(path, model: Adapter | ScoreModel, base):
+def save_adapter(path, model: "Adapter | ScoreModel", base):
     """Write an adapter, or a score model whose body is one, into the folder `path`: adapter.safetensors with each array
     under its name ("blocks.q.a" (L, I, r), "tables.wte.b" (r, D), a score's "head" (D,)), and adapter.json. `base` is
     the folder of the frozen model, which is named there by a hash of its weights too. `convert.py` exports to PEFT."""
@@ -1432,7 +1117,7 @@ def save_adapter(path, model: Adapter | ScoreModel, base):
         write_json(path / "adapter.json", about)
 
 
-def load_adapter(path, base) -> Adapter | ScoreModel | None:
+def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     """The adapter in PATH/adapter, to be attached to the model of the folder `base`; None where there is none, or where
     it was trained on other weights than those."""
     folder = Path(path) / "adapter"
@@ -1459,13 +1144,15 @@ def weights_hash(folder: Path) -> str:
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
-def _to_host(array):
-    """The whole array on this machine, also when other processes hold parts of it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        from jax.experimental.multihost_utils import process_allgather
+def file_hash(path) -> str:
+    stat = os.stat(path)
+    return _file_hash(path, stat.st_mtime_ns, stat.st_size)
 
-        return process_allgather(array, tiled=True)
-    return jax.device_get(array)
+
+@lru_cache
+def _file_hash(path, *state) -> str:
+    with open(path, "rb") as f:
+        return hashlib.file_digest(f, "sha256").hexdigest()
 
 
 def write_atomic(path: Path, write):
@@ -1489,8 +1176,13 @@ def write_json(path: Path, value):
     write_atomic(Path(path), lambda file: Path(file).write_text(json.dumps(value, indent=2, default=str) + "\n"))
 
 
+def remove(path: Path):
+    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Rows: one JSON object a line, in the formats that TRL documents
+# 7. Rows: one JSON object a line, in the formats that TRL documents
+
 
 KINDS = {
     "text": "{text}",
@@ -1499,6 +1191,8 @@ KINDS = {
     "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
     "prompts": "{prompt}",
 }
+
+
 NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
     "text": ["text"],
     "demos": ["prompt", "completion"],
@@ -1598,8 +1292,52 @@ def completion_of(row: dict, side: str) -> dict:
     return {"completion": row[side]} | ({"truncated": ["completion"]} if side in truncated_sides(row) else {})
 
 
+def find_kind(data, kinds) -> str:
+    """Which of `kinds` the first row of the data is; BadRow with a reason where it is none of them."""
+    path = parse_sources(data)[0][0]
+    reasons = []
+    try:
+        with open_text(path) as lines:
+            row = parse_json(next((line for line in lines if line.strip()), "{}"))
+    except BadRow as error:
+        raise BadRow(f"{path}:1: {error}") from None
+    for kind in kinds:
+        try:
+            check_row(row, kind)
+            return kind
+        except BadRow as error:
+            reasons.append(str(error))
+    reason = min(reasons, key=lambda text: text.startswith("no `"))  # of a kind whose keys the row has, if there is one
+    known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
+    raise BadRow(f"{path}:1: {reason}. This script reads {known}")
+
+
+def heldout_file(data) -> str | None:
+    """NAME-heldout.jsonl beside NAME.jsonl, where it exists."""
+    path = Path(parse_sources(data)[0][0])
+    name, dot, rest = path.name.partition(".")
+    beside = path.with_name(f"{name}-heldout{dot}{rest}")
+    return str(beside) if beside.is_file() else None
+
+
+def parse_sources(data) -> list[tuple[str, float | None]]:
+    """["a.jsonl:0.7", "b.jsonl:0.3"] -> [("a.jsonl", 0.7), ("b.jsonl", 0.3)]; None where no weight is given."""
+    sources = []
+    for item in [data] if isinstance(data, str | Path) else data:
+        name, colon, weight = str(item).rpartition(":")
+        try:
+            sources.append((name, float(weight)) if colon and name else (str(item), None))
+        except ValueError:
+            sources.append((str(item), None))
+    weights = [w for _, w in sources]
+    if any(w is not None and not w > 0 for w in weights) or (None in weights and set(weights) != {None}):
+        raise ValueError(f"--data {' '.join(map(str, data))}: give every file a weight above 0 (name:0.7), or none")
+    return sources
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Token cache and batches
+# 8. Tokens: rows as ids, cached on disk
+
 
 EXTRAS = ("margin", "weight", "label_p", "label")  # numbers that may ride on a row; absent: 0, 1, 1, 1
 
@@ -1783,71 +1521,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped)))
 
 
-def find_kind(data, kinds) -> str:
-    """Which of `kinds` the first row of the data is; BadRow with a reason where it is none of them."""
-    path = parse_sources(data)[0][0]
-    reasons = []
-    try:
-        with open_text(path) as lines:
-            row = parse_json(next((line for line in lines if line.strip()), "{}"))
-    except BadRow as error:
-        raise BadRow(f"{path}:1: {error}") from None
-    for kind in kinds:
-        try:
-            check_row(row, kind)
-            return kind
-        except BadRow as error:
-            reasons.append(str(error))
-    reason = min(reasons, key=lambda text: text.startswith("no `"))  # of a kind whose keys the row has, if there is one
-    known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
-    raise BadRow(f"{path}:1: {reason}. This script reads {known}")
-
-
-def heldout_file(data) -> str | None:
-    """NAME-heldout.jsonl beside NAME.jsonl, where it exists."""
-    path = Path(parse_sources(data)[0][0])
-    name, dot, rest = path.name.partition(".")
-    beside = path.with_name(f"{name}-heldout{dot}{rest}")
-    return str(beside) if beside.is_file() else None
-
-
-def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, their_name):
-    if theirs is None or ours.fingerprint != theirs.fingerprint:
-        raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
-
-
-def check_reference(tokenizer: Tokenizer, init, ref):
-    """--ref and --init must read the same ids."""
-    try:
-        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
-
-
-def file_hash(path) -> str:
-    stat = os.stat(path)
-    return _file_hash(path, stat.st_mtime_ns, stat.st_size)
-
-
-@lru_cache
-def _file_hash(path, *state) -> str:
-    with open(path, "rb") as f:
-        return hashlib.file_digest(f, "sha256").hexdigest()
-
-
-def parse_sources(data) -> list[tuple[str, float | None]]:
-    """["a.jsonl:0.7", "b.jsonl:0.3"] -> [("a.jsonl", 0.7), ("b.jsonl", 0.3)]; None where no weight is given."""
-    sources = []
-    for item in [data] if isinstance(data, str | Path) else data:
-        name, colon, weight = str(item).rpartition(":")
-        try:
-            sources.append((name, float(weight)) if colon and name else (str(item), None))
-        except ValueError:
-            sources.append((str(item), None))
-    weights = [w for _, w in sources]
-    if any(w is not None and not w > 0 for w in weights) or (None in weights and set(weights) != {None}):
-        raise ValueError(f"--data {' '.join(map(str, data))}: give every file a weight above 0 (name:0.7), or none")
-    return sources
+# ---------------------------------------------------------------------------------------------------------------------
+# 9. Batches
 
 
 class Batches:
@@ -2047,6 +1722,11 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
     return rows
 
 
+# =====================================================================================================================
+# Part III. Running: devices, fast products, optimiser, adapters, rewards, the run folder
+# =====================================================================================================================
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # 10. Devices: one mesh, one rule, the same code on one CPU and on many hosts
 
@@ -2177,17 +1857,20 @@ def to_numpy(tree):
     return jax.tree.map(lambda x: np.asarray(_to_host(x)), tree)
 
 
+def _to_host(array):
+    """The whole array on this machine, also when other processes hold parts of it."""
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+        from jax.experimental.multihost_utils import process_allgather
+
+        return process_allgather(array, tiled=True)
+    return jax.device_get(array)
+
+
 def own_rows(rows):
     """This process's share of a batch's rows: those that it writes out as text and asks functions about, so that a
     judge reads each answer once. All rows where there is one process."""
     share = len(rows) // jax.process_count()
     return rows[jax.process_index() * share :][:share]
-
-
-def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """This process's share of a rollout as text: (prompts, responses), from a batch of prompts on the host."""
-    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
-    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
 
 
 def gather_rows(own) -> np.ndarray:
@@ -2234,8 +1917,166 @@ def check_batch_size(batch_size: int, name="--batch-size"):
             raise ValueError(f"{name} {batch_size} is not divisible by the {n} {what}")
 
 
+def device_note() -> str:
+    mesh, count = jax.sharding.get_mesh(), jax.device_count()
+    tensor = 1 if mesh.empty else mesh.shape["tensor"]
+    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Optimiser
+# 11. Precision, and products as XLA is fast at them
+
+
+def cast(tree, dtype):
+    """Every floating array of a pytree in another precision: fp32 master weights -> a bf16 copy at the point of use."""
+    return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+
+
+def compute_dtype(name: str):
+    """ "auto" is bf16 where the hardware multiplies it fast, fp32 on a CPU."""
+    if name == "auto":
+        return jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16
+    return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
+
+
+def sums(dtype):
+    """The precision to ask of a product that is wanted in `dtype`: XLA:CPU's bf16 kernel (YNNPACK) returns fp32, and
+    without it a product takes 10 times as long."""
+    return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
+
+
+def dot(a, b, axes, dtype=None, precision=None):
+    """Sums of products over an axis of a and one of b, of as many axes each as there are: -> `dtype`, or a's."""
+    dtype = dtype or a.dtype
+    contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
+    form = contract, ((), ())
+    return lax.dot_general(a, b, form, precision, preferred_element_type=sums(dtype)).astype(dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def matmul(x, weight, dtype=None, rows=False):
+    """x (..., I) times weight (I, O), or (O, I) with `rows`: -> (..., O) in `dtype`, or x's. The backward pass is
+    written out, because XLA would spoil it.
+
+    XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the weight
+    gradient; those copies take half of a training step. The barriers keep the operands as plain matrices. And behind
+    logits in fp32 every backend would multiply a bf16 head in fp32: the cotangent is rounded to the weight's precision.
+    """
+    return dot(x, weight, (-1, 1 if rows else 0), dtype)
+
+
+def _matmul_forward(x, weight, dtype, rows):
+    # where nobody asks for the gradient of a (frozen) weight, its input is not kept and its product not formed
+    saved = x.value if weight.perturbed else None, weight.value
+    return matmul(x.value, weight.value, dtype, rows), saved
+
+
+def _matmul_backward(dtype, rows, saved, g):
+    x, weight = saved
+    g, weight_grad = g.astype(weight.dtype), None
+    if x is not None:
+        if jax.default_backend() == "cpu":
+            x, g = lax.optimization_barrier((x, g))
+        flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
+        weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
+    return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
+
+
+def dot_tokens(a, b):
+    """a (N, I) and b (N, O) -> (I, O). The bf16 kernel of XLA:CPU wants sums along a's rows: turn a, and keep XLA from
+    seeing that the turn could be left out."""
+    if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        return dot(lax.optimization_barrier(a.T.reshape(-1)).reshape(a.shape[::-1]), b, (1, 0))
+    return dot(a, b, (0, 0))
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 3))
+def einsum(form: str, a, b, dtype=None):
+    """jnp.einsum of two arrays: -> `dtype`, or a's. As in `matmul`, products of its backward pass are in a's precision,
+    whatever the result's."""
+    dtype = dtype or a.dtype
+    return jnp.einsum(form, a, b, preferred_element_type=sums(dtype)).astype(dtype)
+
+
+def _einsum_backward(form, dtype, saved, g):
+    (a, b), (left, right, out) = saved, re.split(",|->", form)
+    g = g.astype(a.dtype)
+    return einsum(f"{out},{right}->{left}", g, b), einsum(f"{left},{out}->{right}", a, g)
+
+
+einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _einsum_backward)
+
+
+def predict(x, table, dtype):
+    """x (..., D) times the rows of a table (V, D), the product by which words are predicted: -> (..., V) in `dtype`.
+
+    A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes almost three times as long as
+    with 50,304. What is added is cut off again, inside whatever reads the logits. For the few rows of a decoding step
+    a larger copy of the table would cost more than it saves.
+    """
+    V = len(table)
+    if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
+        table = jnp.pad(table, ((0, -V % 128), (0, 0)))
+    return matmul(x, table, dtype, rows=True)[..., :V]
+
+
+def flash_attention(q, k, v, mask, causal):
+    """The same by cuDNN, which never writes the scores (T, S) to memory. It wants even lengths: one place more, that
+    nobody sees; and q, k, v and mask spread alike over the devices."""
+    (B, _, T, _), S = q.shape, k.shape[2]
+    even = lambda x: jnp.pad(shard_batch(x, "tensor"), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
+    mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
+    options = dict(mask=shard_batch(mask)[:, None], is_causal=causal, implementation="cudnn")
+    return jax.nn.dot_product_attention(even(q), even(k), even(v), **options)[:, :T].swapaxes(1, 2)
+
+
+def has_flash_attention(q, k) -> bool:
+    """Whether cuDNN has a kernel for it: on NVIDIA from Ampere on, in half precision, and with whole heads and rows on
+    each device. For the one query of a decoding step there is nothing to save."""
+    if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
+        return False
+    device, mesh = jax.local_devices()[0], jax.sharding.get_abstract_mesh()
+    if "cuda" not in device.client.platform_version or float(device.compute_capability) < 8:
+        return False
+    data, tensor = (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["tensor"])
+    fits = q.shape[2] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    return fits and len(q) % data == 0 and k.shape[1] % tensor == 0
+
+
+HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
+
+
+def head_budget(memory: float = 0) -> int:
+    """HEAD_BUDGET, or on an accelerator, of so many bytes (it is asked where none are given), the power of two below an
+    eighth of its memory, in fp32: to compute GPT-2's head again is a tenth of a training step. (A power of two, lest
+    processes plan differently for a few bytes.)"""
+    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU tells nothing
+    return 2 ** int(math.log2(max(HEAD_BUDGET, memory / 8 / 4)))
+
+
+def map_columns(piece, width: int, *arrays):
+    """piece(*arrays) over (B, T, ...) arrays, in pieces of T columns small enough that B * columns * width floats fit
+    `head_budget`. Columns, not rows: rows may live on different devices."""
+    B, T = arrays[0].shape[:2]
+    pieces = -(-B * T * width // head_budget())
+    if pieces <= 1:
+        return piece(*arrays)
+    columns = -(-T // min(pieces, T))
+    pieces = -(-T // columns)
+
+    def split(x):  # (B, T, ...) -> (pieces, B, columns, ...), zero-padded
+        x = jnp.pad(x, [(0, 0), (0, pieces * columns - T)] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(B, pieces, columns, *x.shape[2:]).swapaxes(0, 1)
+
+    outs = lax.map(lambda xs: jax.checkpoint(piece)(*xs), tuple(split(x) for x in arrays))
+    return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, pieces * columns, *y.shape[3:])[:, :T], outs)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 12. Optimiser
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
@@ -2318,31 +2159,207 @@ def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 12. The run folder
-
-CACHE_NOTE = "compiling the first step"
+# 13. Adapters: what learns on a frozen model
 
 
-def progress(total=None, **options):
-    """A progress bar on a terminal and silence in a log file."""
-    from tqdm import tqdm
+class LoraLinear(eqx.Module):
+    """A frozen linear layer and a low-rank correction that learns: y = base(x) + alpha / r (x A) B, B zero at first
+    (Hu et al. 2021, arXiv:2106.09685, section 4.1)."""
 
-    silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
-    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
+    base: Linear | None  # None within an `Adapter`, which is kept apart from its base
+    a: Array  # (I, r)
+    b: Array  # (r, O)
+    scale: float = eqx.field(static=True)  # alpha / r
+
+    def __call__(self, x):
+        return self.base(x) + self.scale * matmul(matmul(x, self.a), self.b)
 
 
-def cli(main, config_class, description: str):
-    """Parse the command line and run. Exit codes: 0 done, 1 the run failed (one line; DEBUG=1 shows where), 2 usage."""
-    import tyro
+class LoraTable(eqx.Module):
+    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. A text is read by `rows`, and
+    predicted by a product with all of them."""
 
-    config = tyro.cli(config_class, description=description)
+    base: Array | None
+    a: Array  # (V, r)
+    b: Array  # (r, D)
+    scale: float = eqx.field(static=True)
+
+    def rows(self, index):
+        return self.base[index] + self.scale * matmul(self.a[index], self.b)
+
+    def __call__(self, x, dtype):
+        change = predict(matmul(x, self.b, rows=True), self.a, dtype)
+        return predict(x, self.base, dtype) + self.scale * change
+
+
+class Adapter(eqx.Module):
+    """The low-rank corrections by which a fine-tuned GPT differs from its frozen base: all that learns of it. Several
+    adapters share one base: `attach` makes the model of the base and one of them; the base alone is the model with
+    none."""
+
+    blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
+    tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
+
+
+LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
+
+
+TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
+
+
+def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
+    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
+    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
+    unknown = set(targets) - set(TARGETS)
+    if unknown or rank < 1:
+        raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
+                         f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
+    adapter, scale = Adapter({}, {}), 2.0
+    for i, name in enumerate(TARGETS):
+        layer = getattr(base.blocks if name in LINEARS else base, name)
+        if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
+            continue
+        uniform = partial(jax.random.uniform, jax.random.fold_in(key, i), minval=-1, maxval=1)
+        if name in TABLES:
+            V, D = layer.shape
+            adapter.tables[name] = LoraTable(None, jnp.zeros((V, rank)), uniform((rank, D)) / np.sqrt(D), scale)
+        else:
+            L, I, O = layer.weight.shape
+            a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
+            adapter.blocks[name] = LoraLinear(None, a, b, scale)
+    if not jax.tree.leaves(adapter):
+        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own; "
+                         f"name some of {', '.join(TARGETS)} (a tied head moves with wte)")  # fmt: skip
+    return adapter
+
+
+def attach(adapter, base: GPT | None):
+    """The model that an adapter makes of its base: the base's layers with the adapter's corrections beside them. A
+    score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
+    is, and needs no base."""
+    if isinstance(adapter, ScoreModel):
+        return dataclasses.replace(adapter, body=attach(adapter.body, base))
+    if not isinstance(adapter, Adapter):
+        return adapter
+    blocks = put_on(adapter.blocks, base.blocks)
+    return put_on(adapter.tables, dataclasses.replace(base, blocks=blocks))
+
+
+def put_on(corrections: dict, module):
+    """`module` with each correction in the place of the layer of its name, which becomes its base."""
+    layers = {name: dataclasses.replace(x, base=getattr(module, name)) for name, x in corrections.items()}
+    return dataclasses.replace(module, **layers)
+
+
+def merge(tree):
+    """The same model with plain layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
+    kinds = LoraLinear, LoraTable
+
+    def plain(layer):
+        if not isinstance(layer, kinds):
+            return layer
+        linear = isinstance(layer.base, Linear)
+        weight = layer.base.weight if linear else layer.base
+        change = layer.scale * (layer.a.astype(jnp.float32) @ layer.b.astype(jnp.float32))
+        weight = (weight.astype(jnp.float32) + change).astype(weight.dtype)
+        return dataclasses.replace(layer.base, weight=weight) if linear else weight
+
+    return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
+
+
+def trainable(model: GPT, rank: int, dtype: str, key, targets=TARGETS):
+    """(what learns, its frozen base): with a rank of 0 all of the model, and None. With a higher one a fresh adapter of
+    that rank on the layers `targets`, and the model in the precision of the forward pass, as in `compute_dtype`."""
+    if rank == 0:
+        return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
+    return shard(init_adapter(model, rank, key, targets)), shard(cast(model, compute_dtype(dtype)))
+
+
+def count_parameters(model) -> int:
+    return sum(x.size for x in jax.tree.leaves(model))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 14. Rewards: what scores a sampled response
+
+
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+    """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
+
+    The EOS of a finished response is where the score is read; a `suffix` takes its place. As in `encode_row`: a reward
+    model that is trained on one rule and asked by another reads a state that it has never seen.
+    """
+    S, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    end = start + mask.sum(1)
+    if suffix:
+        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+    index = jnp.arange(tokens.shape[1])
+    for i, token in enumerate(suffix):
+        tokens = jnp.where(index == end[:, None] + i, token, tokens)
+    response_part = (index >= start) & (index < end[:, None] + S)
+    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
+
+
+@partial(jax.jit, static_argnames=("eos", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `chunks`: as for
+    `map_chunks`."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+
+
+def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False) -> ScoreModel:
+    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `adapters`: its adapter and head
+    alone, to be attached to the model of `ours`, if PATH has an adapter on it."""
+    model = load_adapter(path, ours) if adapters else None
+    if adapters and model is None:
+        command = f"reward.py --init {ours} --lora-rank 8"
+        print(f"{path} has no adapter on {ours} and stays a model of its own ({command} makes one that shares it)")
+    model, theirs = load(path) if model is None else (model, load_tokenizer(path))
+    if not isinstance(model, ScoreModel):
+        raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
+    check_same_tokenizer(tokenizer, theirs, ours, path)
+    return shard(cast(model, compute_dtype(dtype)))
+
+
+class Reward(NamedTuple):
+    """What scores responses: frozen reward models (the members of an ensemble, if there are several) or a function."""
+
+    models: list[ScoreModel]
+    function: Callable | None  # (prompts, responses, rows) -> floats, one a response
+
+    def __call__(self, batch, generation: Generation, texts, rows, eos: int, chunks: int = 1):
+        """(members, B) scores of the generation; `texts` are this process's (prompts, responses), `rows` their rows as
+        they were written. `chunks`: as for `map_chunks`."""
+        if self.function:
+            scores = gather_rows(check_scores(self.function(*texts, rows), len(rows)))
+            return put_batch({"scores": scores})["scores"][None]
+        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks
+        return jnp.stack([score(model, *inputs) for model in self.models])
+
+
+def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
+    """Reward-model folders (several, or one of an ensemble: its members are asked side by side), or one
+    module:function; the rest as for `load_reward_model`."""
+    if len(names) == 1 and ":" in names[0]:
+        return Reward([], load_function(names[0]))
+    folders = [folder for name in names for folder in ensemble_folders(name)]
+    return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
+
+
+def load_function(name: str):
+    """`module:function` -> the function; modules are looked up in the working directory too."""
+    module, colon, function = name.partition(":")
+    if not colon:
+        raise ValueError(f"{name!r} is not module:function")
+    sys.path.insert(0, os.getcwd())
     try:
-        main(config)
-    except (ValueError, OSError, FloatingPointError) as error:
-        if os.environ.get("DEBUG"):
-            raise
-        print(f"error: {error}", file=sys.stderr)
-        raise SystemExit(1) from None
+        return getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot load {name}: {error}") from None
+    finally:
+        sys.path.pop(0)
 
 
 def check_scores(scores, n: int) -> np.ndarray:
@@ -2365,18 +2382,70 @@ def mean_parts(values, prefix: str) -> dict[str, float]:
     return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
 
 
-def load_function(name: str):
-    """`module:function` -> the function; modules are looked up in the working directory too."""
-    module, colon, function = name.partition(":")
-    if not colon:
-        raise ValueError(f"{name!r} is not module:function")
-    sys.path.insert(0, os.getcwd())
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
+    """This process's share of a rollout as text: (prompts, responses), from a batch of prompts on the host."""
+    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+
+
+class Watch:
+    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
+
+    def __init__(self, warn):
+        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
+
+    def __call__(self, metrics: dict):
+        length = metrics["response_length"]
+        self.first_length = self.first_length or length
+        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
+        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
+        faults = {
+            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
+                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
+            "shrank": (length < 0.4 * self.first_length, moved),
+            "grew": (length > 2.5 * self.first_length, moved),
+            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos"),
+        }  # fmt: skip
+        for name, (wrong, text) in faults.items():
+            if wrong and name not in self.said:
+                self.said.add(name)
+                self.warn(text)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 15. The run folder
+
+
+CACHE_NOTE = "compiling the first step"
+
+
+SHOWN = {
+    "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
+    "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
+}  # fmt: skip
+
+
+def progress(total=None, **options):
+    """A progress bar on a terminal and silence in a log file."""
+    from tqdm import tqdm
+
+    silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
+    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
+
+
+def cli(main, config_class, description: str):
+    """Parse the command line and run. Exit codes: 0 done, 1 the run failed (one line; DEBUG=1 shows where), 2 usage."""
+    import tyro
+
+    config = tyro.cli(config_class, description=description)
     try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load {name}: {error}") from None
-    finally:
-        sys.path.pop(0)
+        main(config)
+    except (ValueError, OSError, FloatingPointError) as error:
+        if os.environ.get("DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def empty_out(out, resume: bool, overwrite: bool, *more: str):
@@ -2610,43 +2679,6 @@ class Run:
             self._log.close()
 
 
-class Watch:
-    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
-
-    def __init__(self, warn):
-        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
-
-    def __call__(self, metrics: dict):
-        length = metrics["response_length"]
-        self.first_length = self.first_length or length
-        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
-        faults = {
-            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
-                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
-            "shrank": (length < 0.4 * self.first_length, moved),
-            "grew": (length > 2.5 * self.first_length, moved),
-            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos"),
-        }  # fmt: skip
-        for name, (wrong, text) in faults.items():
-            if wrong and name not in self.said:
-                self.said.add(name)
-                self.warn(text)
-
-
-SHOWN = {
-    "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
-    "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
-}  # fmt: skip
-
-
-def device_note() -> str:
-    mesh, count = jax.sharding.get_mesh(), jax.device_count()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
-
-
 def _main_thread():
     import threading
 
@@ -2658,10 +2690,6 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")  # a line cut short by a kill
-
-
-def remove(path: Path):
-    shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 
 
 def start_tracker(kind: str | None, out: Path, info: dict):
