@@ -416,20 +416,21 @@ def best_of_curve(rows: dict) -> dict:
 
 
 def pick_winners(rounds: list[Answers], tokenizer) -> list[dict]:
-    """The candidate of each prompt that the reward model likes best, as demonstrations (rejection sampling).
-
-    A candidate that did not end, or with a special token inside, of which its text says nothing, or with a character
-    cut in two (U+FFFD), would teach something that was never scored: it cannot win.
-    """
+    """The candidate of each prompt that the reward model likes best, as demonstrations (rejection sampling)."""
     winners = []
     for i, row in enumerate(rounds[0].rows):
-        usable = [r for r in rounds if r.numbers["eos"][i] and r.responses[i].strip()]
-        usable = [r for r in usable if not tokenizer.special_ids & set(r.tokens[i]) and "\ufffd" not in r.responses[i]]
-        if usable:
-            best = max(usable, key=lambda r: r.numbers["reward"][i])
-            winner = {"prompt": row["prompt"], "completion": best.responses[i]}
-            winners.append(winner | {"reward": float(best.numbers["reward"][i])})
+        complete = [r for r in rounds if r.numbers["eos"][i] and usable(r.responses[i], r.tokens[i], tokenizer)]
+        if complete:
+            best = max(complete, key=lambda r: r.numbers["reward"][i])
+            reward = float(best.numbers["reward"][i])
+            winners.append({"prompt": row["prompt"], "completion": best.responses[i], "reward": reward})
     return winners
+
+
+def usable(text: str, ids: list[int], tokenizer) -> bool:
+    """Does the text say what was sampled and scored? Not with a special token inside, which texts leave out, nor with a
+    character cut in two (U+FFFD), nor where it is empty."""
+    return bool(text.strip()) and "\ufffd" not in text and not tokenizer.special_ids & set(ids)
 
 
 def write_winners(rounds: list[Answers], exam: Exam):
@@ -763,6 +764,7 @@ def write_text(path: Path, text: str):
 
 
 UNRELATED = ("models", "best_of", "winners", "rewards", "out")  # settings that no model's row depends on
+CODE = [gpt.file_hash(file) for file in (__file__, gpt.__file__)]  # as it was when it was loaded
 
 
 def remember(exam: Exam, name: str, measure: Callable, *what):
@@ -788,13 +790,13 @@ def fingerprint(exam: Exam, *what) -> str:
     judges = [config.judge, config.pairwise, config.reward, config.conduct if config.harmful else None]
     judges = [name for name in judges if name and ":" in name]
     modules = [sys.modules[gpt.load_function(name).__module__] for name in judges]
-    files = [__file__, gpt.__file__, *(module.__file__ for module in modules if getattr(module, "__file__", None))]
+    files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
     files += filter(None, [config.data, config.harmful, config.harmless, *config.perplexity, *config.questions])
     folders = [config.ref, config.baseline or config.ref, *(x for x in what[1:] if isinstance(x, str))]
     folders += gpt.ensemble_folders(config.reward) if config.reward and config.reward not in judges else []
     hashes = [gpt.file_hash(file) for file in files]
     hashes += [gpt.weights_hash(gpt.find_folder(folder)) for folder in folders]
-    everything = [settings, hashes, what, exam.tokenizer.fingerprint, jax.default_backend()]
+    everything = [settings, CODE, hashes, what, exam.tokenizer.fingerprint, jax.default_backend()]
     return hashlib.sha256(json.dumps(everything, default=str).encode()).hexdigest()[:16]
 
 

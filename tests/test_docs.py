@@ -17,7 +17,7 @@ def table_rows():
 @pytest.mark.parametrize("row", table_rows(), ids=lambda row: row[0][:40])
 def test_every_function_and_test_of_the_papers_table_exists(row):
     _, _, function, test = row
-    module, name = function.strip("`").split(".")
+    module, _, name = function.strip("`").rpartition(".")
     assert callable(getattr(importlib.import_module(module), name))
     file, name = test.strip("`").split("::")
     assert f"def {name}(" in (ROOT / file).read_text()

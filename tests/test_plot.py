@@ -139,6 +139,7 @@ def test_every_picture_is_drawn(report, tmp_path):
     assert pictures == {"frontier", "overoptimization", "conduct", "curves", "lengths"}
     text = (report / "report.md").read_text()
     assert text.startswith("# A table\n\n| a |\n\n## Samples\n\n| b |\n\n## Lengths\n\n![lengths](lengths.png)\n")
+    assert text.count("\n\n## ") == text.count("## ") == 6  # the samples and five pictures
     for name in pictures:
         assert text.count(f"({name}.png)") == 1
         assert (report / f"{name}.png").read_bytes().startswith(b"\x89PNG")

@@ -5,12 +5,12 @@
     python tools/plot.py curves out/ppo out/dpo                  # metrics of any runs over their steps
     python tools/plot.py overoptimization out/chase-weak out/chase-strong --out out/overoptimization
 
-lengths          how long each model's answers are
-conduct          helpful where no harm is asked, against not complying with requests for harm
-frontier         gold against KL, a line for each method over its betas
-overoptimization reward and gold against KL along PPO runs (watched by a judge: ppo.py --monitor) and of best of n, with
-                 the curves of Gao et al. 2022 (arXiv:2210.10760) fitted to them; best of n is that of --out's report
-curves           the main metrics of runs
+    lengths          how long each model's answers are
+    conduct          helpful where no harm is asked, against not complying with requests for harm
+    frontier         gold against KL, a line for each method over its betas
+    overoptimization reward and gold against KL along PPO runs (watched by a judge: ppo.py --monitor) and of best of n
+                     (of the report in --out), with the curves of Gao et al. 2022 (arXiv:2210.10760) fitted to them
+    curves           the main metrics of runs
 
 A picture goes into its report's folder as NAME.png, or into --out, and report.md there shows it.
 """
@@ -429,7 +429,7 @@ def add_section(folder: Path, name: str, tables):
     """Show a picture in the folder's report.md, below its tables, in the place of an older one of that name."""
     report, title = folder / "report.md", name.capitalize()
     text = report.read_text() if report.is_file() else ""
-    text = re.sub(rf"\n*## {title}\n.*?(?=\n## |\Z)", "", text, flags=re.S).rstrip("\n")
+    text = re.sub(rf"\n*## {title}\n.*?(?=\n\n## |\Z)", "", text, flags=re.S).rstrip("\n")
     report.write_text("\n\n".join([*filter(None, [text]), f"## {title}", *tables, f"![{name}]({name}.png)"]) + "\n")
 
 
