@@ -30,9 +30,11 @@ demo: .venv/done
 	$(PY) ipo_kto.py --loss kto --seed $(SEED) --overwrite
 	$(MAKE) rlaif
 	$(PY) evaluate.py --models $(addprefix out/,sft ppo dpo ipo kto sl-cai rlaif online) --best-of 4 16 \
-	  --reward out/reward --curves $(addprefix out/,ppo dpo ipo kto rlaif online) \
+	  --reward out/reward \
 	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl \
 	  --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
+	$(PY) tools/plot.py out/report
+	$(PY) tools/plot.py curves $(addprefix out/,ppo dpo ipo kto rlaif online)
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
@@ -63,6 +65,7 @@ principles: .venv/done
 	$(PY) evaluate.py --models $(addprefix out/principles/,none harmless honest polite) out/sl-cai \
 	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl --out out/principles-report \
 	  --seed $(SEED)
+	$(PY) tools/plot.py out/principles-report
 
 R = $(PY) reward.py --seed $(SEED) --overwrite --out out/rewards
 rewards: .venv/done
@@ -93,7 +96,9 @@ overoptimization: .venv/done
 	$(CHASE) --out out/chase-ensemble --reward out/reward-weak-ensemble --combine worst --beta 0.001
 	$(CHASE) --out out/chase-disfluent --reward out/reward-weak-disfluent --beta 0.001
 	$(CHASE) --out out/chase-strong --reward out/reward --beta 0.001
-	$(PY) evaluate.py --models out/sft $(CHASES) --runs $(CHASES) --out out/overoptimization --seed $(SEED)
+	$(PY) evaluate.py --models out/sft $(CHASES) --out out/overoptimization --seed $(SEED)
+	$(PY) tools/plot.py out/overoptimization
+	$(PY) tools/plot.py overoptimization $(CHASES) --out out/overoptimization
 
 FRONTIER = --seed $(SEED) --overwrite --out out/frontier
 frontier: .venv/done
@@ -103,8 +108,9 @@ frontier: .venv/done
 	for t in 0.1 0.2 0.5 1 2; do \
 	  $(PY) ipo_kto.py --reduction mean --tau $$t $(FRONTIER)/ipo-mean-$$t || exit 1; done
 	for b in 0.2 0.5 1 2 5; do $(PY) ipo_kto.py --loss kto --beta $$b $(FRONTIER)/kto-$$b || exit 1; done
-	$(PY) evaluate.py --models out/sft --frontier "out/frontier/*" --best-of 2 4 8 16 32 64 --reward out/reward \
+	$(PY) evaluate.py --models out/sft out/frontier/* --best-of 2 4 8 16 32 64 --reward out/reward \
 	  --out out/frontier-report --seed $(SEED)
+	$(PY) tools/plot.py out/frontier-report
 
 test: .venv/done
 	.venv/bin/python -m pytest

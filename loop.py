@@ -5,7 +5,8 @@ Each round:
     2 rows    prepare.py turns the votes in feedback.db into preference pairs
     3 reward  reward.py, from the pretrained model, on all labels so far: the old ones and every round's votes
     4 train   ppo.py against that reward model, and dpo.py on the same pairs, both from the SFT model
-    5 gate    evaluate.py: the better of the two is served from now on, if it beats what is served beyond doubt
+    5 gate    evaluate.py's win rates: the better of the two is served from now on, if it beats what is served beyond
+              doubt
 
 Here a voter is a program that prefers as the toy world's people do (`toy.prefer`: by gold, noisily, a little too fond
 of long answers); the page at / collects the same votes from people. docs/loop.md says how to do a round by hand.
@@ -17,6 +18,7 @@ of long answers); the page at / collects the same votes from people. docs/loop.m
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -137,7 +139,48 @@ def play_round(config: Config, number: int):
     script("ppo.py", "--init", config.init, "--reward", folder / "reward", "--out", folder / "ppo", *practice)
     script("dpo.py", "--init", config.init, "--out", folder / "dpo", *labels)
     candidates = ["--models", served, folder / "ppo", folder / "dpo", "--ref", config.init]
-    script("evaluate.py", *candidates, "--baseline", served, "--gate", served, "--out", folder / "report")
+    script("evaluate.py", *candidates, "--baseline", served, "--out", folder / "report")
+    pass_gate(folder / "report", served)
+
+
+# ---------------------------------------------------------------------------------------------------- the gate
+
+
+def winner(models: dict) -> str | None:
+    """The model that beats what is served by most, if one does beyond doubt: the 95% interval of its win rate by gold
+    is above 1/2 as a whole. `models` are the rows of summary.json."""
+    won = {name: row["win"]["gold"] for name, row in models.items() if "gold" in row.get("win", {})}
+    sure = {name: win["rate"] for name, win in won.items() if win["interval"][0] > 0.5}
+    return max(sure, key=sure.get, default=None)
+
+
+def pass_gate(report: Path, served: Path):
+    """Put the winner's folder in the place of what is served; without a winner that stays. gate.json says which."""
+    models = json.loads((report / "summary.json").read_text())["models"]
+    name = winner(models)
+    if name is None:
+        print(f"gate: none of them beats {served} beyond doubt: it stays as it is")
+    else:
+        replace_folder(served, models[name]["folder"])
+        won = models[name]["win"]["gold"]
+        rate = "{:.3f} [{:.3f}, {:.3f}]".format(won["rate"], *won["interval"])
+        print(f"gate: {name} wins {rate} of its comparisons and is now {served}")
+    gpt.write_json(report / "gate.json", {"winner": name, "served": str(served)})  # last: a round with it is finished
+
+
+def replace_folder(old: Path, new):
+    """A copy of the model folder `new` where `old` was; at no time is there half a model."""
+    fresh, past = old.with_name(f".{old.name}.new"), old.with_name(f".{old.name}.old")
+    gpt.remove(fresh)
+    gpt.remove(past)
+    shutil.copytree(new, fresh, ignore=shutil.ignore_patterns("checkpoint"))
+    if old.exists():
+        old.rename(past)
+    fresh.rename(old)
+    gpt.remove(past)
+
+
+# ---------------------------------------------------------------------------------------------------- the table
 
 
 def summary(config: Config) -> str:
@@ -145,14 +188,14 @@ def summary(config: Config) -> str:
     rows = [["round", "votes", "reward model", "served: gold", "PPO: gold", "wins", "DPO: gold", "wins", "served next"]]
     rows.append(["---"] * len(rows[0]))
     for folder in sorted(config.out.glob("round-*")):
-        report = json.loads((folder / "report" / "summary.json").read_text())
+        models = json.loads((folder / "report" / "summary.json").read_text())["models"]
         accuracy = json.loads((folder / "reward" / "report.json").read_text())["accuracy"]
         count = sum(1 for _ in open(folder / "votes" / "pairs.jsonl"))
-        row = [folder.name.split("-")[1], str(count), f"{accuracy:.3f}", f"{report['served']['gold']:.3f}"]
+        row = [folder.name.split("-")[1], str(count), f"{accuracy:.3f}", f"{models['served']['gold']:.3f}"]
         for name in ("ppo", "dpo"):
-            won = report[name]["win"]["gold"]
+            won = models[name]["win"]["gold"]
             low, high = won["interval"]
-            row += [f"{report[name]['gold']:.3f}", f"{won['rate']:.1%} [{low:.1%}, {high:.1%}]"]
+            row += [f"{models[name]['gold']:.3f}", f"{won['rate']:.1%} [{low:.1%}, {high:.1%}]"]
         gate = json.loads((folder / "report" / "gate.json").read_text())
         rows.append([*row, gate["winner"] or "the same"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)

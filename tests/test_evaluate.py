@@ -4,8 +4,8 @@ import dataclasses
 import inspect
 import itertools
 import json
-import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -94,7 +94,6 @@ def report(world):
     before = jax.sharding.get_mesh()
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(world)
-        write_run(world / "run", [0.1, 0.5, 0.7, 0.6, 0.5])
         files = {kind: [str(world / f"{name}.jsonl") for name in names.split()] for kind, names in ASKED.items()}
         evaluate.main(
             settings(
@@ -102,24 +101,22 @@ def report(world):
                 "report",
                 reward="my_judge:late",
                 pairwise="my_judge:longer",
-                best_of=(1, 2, 3),
-                candidates=4,
+                best_of=(1, 2, 3, 4),
                 winners=world / "winners.jsonl",
-                frontier=(str(world / "train*"),),
-                runs=(str(world / "run"),),
-                curves=(str(world / "run"),),
                 **files,
             )  # fmt: skip
         )
     jax.set_mesh(before)
-    return json.loads((world / "report" / "summary.json").read_text())
+    return json.loads((world / "report" / "summary.json").read_text())["models"]
 
 
 def test_every_prompt_counts_once_and_gold_is_the_mean_of_the_judge(report):
     import my_judge
 
-    assert [s["count"] for s in report.values()] == [7] * 5
-    batches = iter(my_judge.asked)  # two batches of 4 for each of: start sampled, greedy, trained sampled, greedy
+    assert [s["count"] for s in report.values()] == [7] * 6
+    batches = iter(
+        my_judge.asked[2:]
+    )  # after the baseline's: two of 4 for start sampled, greedy, trained sampled, greedy
     for s in (report["start"], report["start"]["greedy"], report["trained"], report["trained"]["greedy"]):
         pairs = (next(batches) + next(batches))[:7]  # the eighth row fills the batch
         assert len({prompt for prompt, _ in pairs}) == 7
@@ -143,7 +140,7 @@ def test_the_report_holds_the_table_and_samples_of_both(report, world):
 def test_a_judge_of_plain_numbers_sees_the_rows(world, monkeypatch):
     monkeypatch.syspath_prepend(world)
     evaluate.main(settings(world, "numbers", judge="my_judge:numbers", models=(str(world / "start"),)))
-    summary = json.loads((world / "numbers" / "summary.json").read_text())
+    summary = json.loads((world / "numbers" / "summary.json").read_text())["models"]
     assert summary["start"]["gold"] == pytest.approx((0 + 1 / 8 + 2 / 8 + 3 / 8 + 3 * 0.5) / 7)
 
 
@@ -175,7 +172,7 @@ def judged(start: int) -> list[tuple[str, str]]:
     return [pair for batch in my_judge.asked[start : start + 2] for pair in batch][:7]
 
 
-BASELINE, CANDIDATES = 8, 10  # passes: start, greedy, trained, greedy; then the baseline's and 4 candidates
+BASELINE, START, TRAINED, CANDIDATES = 0, 2, 6, 10  # passes: the baseline, start, greedy, trained, greedy, candidates
 
 
 def share_of_a(text):
@@ -183,8 +180,8 @@ def share_of_a(text):
 
 
 def test_win_rates_are_counted_against_independent_answers_of_the_baseline(report, world):
-    ours, theirs = judged(4), judged(BASELINE)
-    assert theirs != judged(0)  # the reference's own row has other noise
+    ours, theirs = judged(TRAINED), judged(BASELINE)
+    assert theirs != judged(START)  # the reference's own row has other noise
     gaps = [share_of_a(x) - share_of_a(y) for (_, x), (_, y) in zip(ours, theirs)]
     found = report["trained"]["win"]
     assert found["gold"]["rate"] == pytest.approx(np.mean([(gap > 0) + 0.5 * (gap == 0) for gap in gaps]))
@@ -263,7 +260,7 @@ def test_best_of_n_is_the_mean_over_all_subsets(n):
 
 
 def test_best_of_more_than_there_is_says_so():
-    with pytest.raises(ValueError, match="the best of 7 cannot be estimated from 6 samples: raise --candidates"):
+    with pytest.raises(ValueError, match="the best of 7 cannot be estimated from 6 samples"):
         evaluate.best_of_n_weights(np.arange(6), 7)
 
 
@@ -330,8 +327,8 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
 def test_an_answer_with_a_character_cut_in_two_cannot_win(world):
     numbers = lambda reward: {"eos": [1], "reward": [reward]}
     rounds = [
-        evaluate.Answers(numbers(2.0), ["q"], ["a \ufffd"], [[1]], [{"prompt": "q"}]),
-        evaluate.Answers(numbers(1.0), ["q"], ["a"], [[1]], [{"prompt": "q"}]),
+        evaluate.Answers(numbers(2.0), ["q"], ["a \ufffd"], [{"prompt": "q"}], [[1]]),
+        evaluate.Answers(numbers(1.0), ["q"], ["a"], [{"prompt": "q"}], [[1]]),
     ]
     (winner,) = evaluate.pick_winners(rounds, gpt.load_tokenizer(world / "start"))
     assert winner["completion"] == "a"
@@ -374,7 +371,7 @@ def test_multiple_choice_by_log_prob(report, world):
         prompt = gpt.encode_prompt(q["messages"], tokenizer)
         ids = [tokenizer.encode(choice) for choice in q["choices"]]
         expected.append([row_logprob(model, prompt + i, len(i)) for i in ids])
-    exam = evaluate.Exam(settings(world, "x"), tokenizer, model, *[None] * 3)
+    exam = evaluate.Exam(settings(world, "x"), tokenizer, model, [], None)
     found = evaluate.choice_logprobs(exam, model, questions, 32)
     np.testing.assert_allclose(np.concatenate(found), np.concatenate(expected), rtol=1e-4)
     hits = {"accuracy": [], "normalised": []}
@@ -393,13 +390,14 @@ def test_multiple_choice_by_log_prob(report, world):
 
 def test_questions_that_do_not_fit_are_left_out_and_counted(world, capsys):
     model, tokenizer = gpt.load(world / "trained")
-    exam = evaluate.Exam(settings(world, "x", length=4), tokenizer, model, *[None] * 3)
-    found = evaluate.multiple_choice(exam, model, world / "questions.jsonl")  # "c c" is the fifth token
+    asked = {"mine": evaluate.read_questions(world / "questions.jsonl")}
+    exam = evaluate.Exam(settings(world, "x", length=4), tokenizer, model, [], None, questions=asked)
+    found = evaluate.multiple_choice(exam, model, "mine")  # "c c" is the fifth token
     assert (found["questions"], found["left_out"]) == (1, 8)
     assert "8 questions left out: more than 4 tokens" in capsys.readouterr().err
     exam = exam._replace(config=settings(world, "x", length=3))
     with pytest.raises(ValueError, match="no question fits 3 tokens: raise --length"):
-        evaluate.multiple_choice(exam, model, world / "questions.jsonl")
+        evaluate.multiple_choice(exam, model, "mine")
 
 
 def test_behaviour_questions_report_the_share_that_matches(report, world):
@@ -432,127 +430,50 @@ def test_a_question_of_the_wrong_shape_is_named_by_file_and_line(row, reason, tm
         evaluate.read_questions(tmp_path / "q.jsonl")
 
 
-@pytest.mark.parametrize("kind, peak", [("rl", math.exp(1.2 / 0.5 - 1)), ("bon", 1.2 / (2 * 0.5))])
-def test_the_fit_recovers_its_coefficients_and_the_other_form_does_not(kind, peak):
-    d = np.linspace(0, 5, 60)
-    gain = d * (1.2 - 0.5 * (np.log(np.maximum(d, 1e-9)) if kind == "rl" else d))  # Gao et al., written out
-    np.testing.assert_allclose(evaluate.fit_overoptimization(d, gain, kind), (1.2, 0.5), rtol=1e-9)
-    np.testing.assert_allclose(evaluate.overoptimization(d, 1.2, 0.5, kind), gain, atol=1e-9)
-    other = {"rl": "bon", "bon": "rl"}[kind]
-    wrong = evaluate.overoptimization(d, *evaluate.fit_overoptimization(d, gain, other), other)
-    assert np.abs(wrong - gain).max() > 0.2
-    assert evaluate.fitted_peak(1.2, 0.5, kind) == pytest.approx(peak**2)
-    dense = np.linspace(0.01, 6, 60_000)
-    assert dense[evaluate.overoptimization(dense, 1.2, 0.5, kind).argmax()] == pytest.approx(peak, abs=1e-3)
-    assert evaluate.fitted_peak(1.2, -0.1, kind) == math.inf
-
-
-def test_fits_count_the_gain_from_the_start_of_the_curve(tmp_path):
-    kl = np.arange(9) * 0.5
-    gold = 0.3 + np.sqrt(kl) * (0.8 - 0.2 * np.log(np.maximum(np.sqrt(kl), 1e-9)))
-    write_run(tmp_path / "run", gold, scale=2)
-    curve = {"kl": kl, "reward": 1 + np.sqrt(kl) * (0.9 - 0.1 * np.sqrt(kl))}
-    fits = evaluate.fit_curves({"run": tmp_path / "run"}, curve)
-    np.testing.assert_allclose(fits["run"]["gold"], (0.3, 0.8, 0.2), rtol=1e-6)
-    np.testing.assert_allclose(fits["best of n"]["score"], (1, 0.9, 0.1), rtol=1e-6)
-    assert "gold" not in fits["best of n"] and "d (alpha - beta log d) | 0.800 | 0.200 |" in evaluate.fits_table(fits)
-
-
-@pytest.mark.parametrize(
-    "script, settings, expected",
-    [
-        ("ppo.py", {"beta": "0.05"}, {"name": "PPO", "symbol": "beta", "price": 0.05}),
-        ("dpo.py", {"beta": "0.5", "kind": "dpo"}, {"name": "DPO", "symbol": "beta", "price": 0.5}),
-        ("dpo.py", {"beta": "1", "label_smoothing": "0.1"}, {"name": "cDPO", "symbol": "beta", "price": 1.0}),
-        (
-            "dpo.py",
-            {"beta": "1", "label_smoothing": "0.1", "kind": "robust", "rounds": "3"},
-            {"name": "rDPO, 3 rounds", "symbol": "beta", "price": 1.0},
-        ),
-        (
-            "ipo_kto.py",
-            {"loss": "ipo", "tau": "0.1", "beta": "1.0", "reduction": "sum"},
-            {"name": "IPO", "symbol": "tau", "price": 0.1},
-        ),
-        (
-            "ipo_kto.py",
-            {"loss": "ipo", "tau": "1", "reduction": "mean"},
-            {"name": "IPO, mean", "symbol": "tau", "price": 1.0},
-        ),
-        (
-            "ipo_kto.py",
-            {"loss": "kto", "tau": "0.1", "beta": "0.3"},
-            {"name": "KTO", "symbol": "beta", "price": 0.3},
-        ),
-        ("sft.py", {}, {"name": "SFT"}),
-    ],
-)
-def test_a_run_folder_names_its_method_and_price(script, settings, expected, tmp_path):
-    (tmp_path / "config.json").write_text(json.dumps({"run": {"script": script, "config": settings}}))
-    found = evaluate.method_of(tmp_path)
-    assert {k: v for k, v in found.items() if k != "settings"} == expected
-    assert evaluate.method_of(tmp_path / "elsewhere") == {}
-
-
-def test_seeds_of_one_price_are_one_point_of_the_frontier(report):
-    method = lambda beta: {"name": "DPO", "symbol": "beta", "price": beta}
-    intervals = lambda kl: {"kl": [kl - 1, kl + 1], "gold": [0, 1]}
-    entry = lambda beta, kl, gold: dict(method=method(beta), kl=kl, gold=gold, intervals=intervals(kl))
-    summary = {"a": entry(0.1, 4.0, 0.5), "b": entry(0.5, 2.0, 0.6), "c": entry(0.1, 6.0, 0.9)}
-    cheap, dear = evaluate.frontier_points(summary, ["b", "a", "c"])["DPO"][::-1]
-    assert (cheap["kl"], cheap["kl_low"], cheap["kl_high"], cheap["runs"]) == (5.0, 4.0, 6.0, 2)
-    assert (cheap["gold"], cheap["gold_low"], cheap["gold_high"]) == (pytest.approx(0.7), 0.5, 0.9)
-    assert (dear["price"], dear["kl_low"], dear["gold_high"], dear["runs"]) == (0.5, 1.0, 1, 1)
-    assert report["trained"]["method"] == method(0.3) | {"settings": {"kind": "dpo", "rounds": "1"}}
-    alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its price is no part of the judge's
+def test_a_row_holds_what_pictures_need(report):
+    assert report["trained"]["run"] == {"script": "dpo.py", "config": {"beta": "0.3", "kind": "dpo", "rounds": "1"}}
+    assert report["start"]["run"] == {}
+    lengths = report["trained"]["lengths"]
+    assert sum(lengths) == 7 and np.arange(len(lengths)) @ lengths / 7 == pytest.approx(report["trained"]["length"])
+    alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its settings are no part of the judge's
     assert alone[0] == evaluate.table(report).splitlines()[0]
 
 
-def test_runs_that_differ_by_more_than_a_seed_are_lines_of_their_own(tmp_path):
-    summary = {}
-    for i, reward_model in enumerate(["('out/seed-1/weak',)", "('out/seed-2/weak',)", "('out/seed-1/strong',)"]):
-        config = {"beta": "0.1", "reward": reward_model, "lr": "0.001", "seed": str(i), "out": f"out/{i}"}
-        (tmp_path / str(i)).mkdir()
-        (tmp_path / str(i) / "config.json").write_text(json.dumps({"run": {"script": "ppo.py", "config": config}}))
-        method = evaluate.method_of(tmp_path / str(i))
-        summary[str(i)] = dict(method=method, kl=float(i), gold=0.5, intervals={"kl": [0, 4], "gold": [0, 1]})
-    points = evaluate.frontier_points(summary, summary)
-    assert {label: [p["runs"] for p in line] for label, line in points.items()} == {
-        "PPO, reward out/seed-*/weak": [2],
-        "PPO, reward out/seed-*/strong": [1],
-    }
+def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(world)
+    import my_judge
 
+    def asked(**options) -> int:
+        """How often the judge was asked, two batches a pass."""
+        before, mesh = len(my_judge.asked), jax.sharding.get_mesh()
+        evaluate.main(settings(world, "growing", reward="my_judge:late", **options))
+        jax.set_mesh(mesh)
+        return (len(my_judge.asked) - before) // 2
 
-def test_every_picture_is_drawn(report, world):
-    pictures = {path.stem for path in (world / "report").glob("*.png")}
-    assert pictures == {"frontier", "overoptimization", "curves", "lengths"}
-    text = (world / "report" / "report.md").read_text()
-    for name in pictures:
-        assert f"({name}.png)" in text
-        assert (world / "report" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-
-
-def write_run(folder: Path, gold, scale=1, **more):
-    folder.mkdir()
-    names = {"objective/kl_exact": 0.25 * scale, "objective/scores": 0.1, "step": 1}
-    rows = [{name: i * x for name, x in names.items()} | {"eval/gold": g} | more for i, g in enumerate(gold)]
-    write_rows(folder / "metrics.jsonl", rows)
-
-
-def test_the_runs_table_finds_the_peak_of_gold(tmp_path):
-    write_run(tmp_path / "hill", [0.0] * 5 + [1.0] * 5 + [-1.0] * 10)
-    table = evaluate.runs_table([tmp_path / "hill"]).splitlines()[2:]
-    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in table]
-    # means of the last five: gold is 1 over iterations 5-9, where the KL is 0.25 x 7 and the score 0.1 x 7
-    assert cells[1] == ["hill", "highest gold", "9", "1.75", "0.70", "1.00"]
-    assert cells[2] == ["hill", "end", "19", "4.25", "1.70", "-1.00"]
-
-
-def test_a_run_that_nobody_watched_is_named(tmp_path):
-    (tmp_path / "blind").mkdir()
-    (tmp_path / "blind" / "metrics.jsonl").write_text('{"objective/kl_exact": 0.0, "objective/scores": 1.0}\n')
-    with pytest.raises(ValueError, match=r"blind is not a PPO run that was watched by a judge \(--monitor"):
-        evaluate.runs_table([tmp_path / "blind"])
+    read = lambda: json.loads((world / "growing" / "summary.json").read_text())
+    start, trained = str(world / "start"), str(world / "trained")
+    assert asked(models=(start,), best_of=(2,)) == 1 + 2 + 2  # the baseline; sampled and greedy; two candidates
+    first = read()
+    assert asked(models=(start, trained), best_of=(2,)) == 2
+    assert "start: nothing has changed" in capsys.readouterr().out
+    second = read()
+    assert list(second["models"]) == ["start", "trained", "best-of-2"]
+    assert second["models"]["start"] == first["models"]["start"] and second["best_of"] == first["best_of"]
+    text = (world / "growing" / "report.md").read_text()
+    for path in (world / "growing" / "answers").glob("*.json"):
+        path.unlink()
+    assert asked(models=(start, trained), best_of=(2,)) == 7
+    assert read() == second and (world / "growing" / "report.md").read_text() == text
+    assert asked(models=(trained,), best_of=()) == 1  # the reference's gold, as it has no row
+    assert asked(models=(trained,), best_of=()) == 0 and read()["models"]["trained"] == second["models"]["trained"]
+    assert asked(models=(trained,), best_of=(), seed=2) == 4  # other settings: baseline, sampled, greedy, reference
+    model, tokenizer = gpt.load(world / "trained")
+    gpt.save(world / "again" / "trained", jax.tree.map(lambda x: 1.01 * x, model), tokenizer)
+    assert asked(models=(str(world / "again" / "trained"),), seed=2) == 2  # other weights
+    winners = world / "growing.jsonl"
+    for _ in range(2):  # a file of winners is always written
+        winners.unlink(missing_ok=True)
+        assert asked(models=(), best_of=(2,), seed=2, winners=winners) == 2 and winners.exists()
 
 
 def test_reward_models_beside_each_other(tmp_path):
@@ -581,16 +502,16 @@ def reward_model(world):
     return model, tokenizer
 
 
-def test_a_reward_model_on_any_pairs(world, reward_model, monkeypatch):
+def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world, reward_model, monkeypatch):
     monkeypatch.syspath_prepend(world)
     model, tokenizer = reward_model
     letters = np.random.default_rng(0).permutation([(a, b) for a in "abcdefgh" for b in "abcdefgh" if a != b])
     rows = [{"prompt": "Human: a", "chosen": a, "rejected": f"{b} {b}"} for a, b in letters.tolist()[:24]]
     write_rows(world / "pairs.jsonl", rows)
-    folders, pairs = (str(world / "rm"),), str(world / "pairs.jsonl")
-    evaluate.main(
-        evaluate.Config(rewards=folders, pairs=pairs, judge="my_judge:letters", batch_size=5, out=world / "rewards")
-    )
+    pairs = gpt.Batches(str(world / "pairs.jsonl"), "pairs", tokenizer, 5, 32, 0, suffix=model.suffix)
+    measured = reward.report([model], pairs, tokenizer, SimpleNamespace(gold="my_judge:letters"))
+    gpt.write_json(world / "rm" / "report.json", measured)
+    evaluate.main(evaluate.Config(rewards=(str(world / "rm"),), out=world / "rewards"))
     found = json.loads((world / "rewards" / "rewards.json").read_text())["rm"]
     pad = lambda ids: (ids + [0] * 8)[:8]
     sequences = [s for row in rows for s, _ in gpt.encode_row(row, "pairs", tokenizer, 32, (15,))]
@@ -608,9 +529,9 @@ def test_a_reward_model_on_any_pairs(world, reward_model, monkeypatch):
 def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monkeypatch):
     monkeypatch.syspath_prepend(world)
     model, tokenizer = reward_model
-    options = dict(models=(str(world / "start"),), samples=4, judge="none", reward=str(world / "rm"))
+    options = dict(models=(str(world / "start"),), samples=4, judge=None, reward=str(world / "rm"))
     evaluate.main(settings(world, "rated", **options))
-    summary = json.loads((world / "rated" / "summary.json").read_text())
+    summary = json.loads((world / "rated" / "summary.json").read_text())["models"]
     assert "gold" not in summary["start"] and summary["start"]["closed"] is None
     exam = evaluate.set_exam(settings(world, "rated", **options))
     answers = evaluate.answer(exam, exam.ref, 1.0)
@@ -629,10 +550,7 @@ def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monk
         (dict(best_of=(4,)), "--best-of needs --reward"),
         (dict(winners=Path("w.jsonl")), "--winners needs --best-of"),
         (dict(best_of=(0, 2), reward="out/reward"), "--best-of takes numbers from 1 up"),
-        (dict(best_of=(4, 64), candidates=16, reward="out/reward"), "--candidates 16 are fewer than --best-of 64"),
-        (dict(pairs="pairs.jsonl"), "--pairs needs --rewards"),
-        (dict(frontier=("out/ppo",), judge="none"), "--frontier draws gold: it needs a --judge"),
-        (dict(models=()), "nothing to evaluate: give --models, --frontier or --best-of"),
+        (dict(models=()), "nothing to evaluate: give --models or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
         (dict(models=("out/nowhere",)), "no model in out/nowhere .*check the path"),
         (dict(ref="out/no-kto"), "no model in out/no-kto .*Makefile and README.md say which command"),
@@ -646,7 +564,7 @@ def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):
 def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
     with pytest.raises(ValueError, match="start is a language model, not a reward model: train one with reward.py"):
         evaluate.set_exam(settings(world, "x", reward=str(world / "start")))
-    exam = evaluate.set_exam(settings(world, "x", judge="none"))
+    exam = evaluate.set_exam(settings(world, "x", judge=None))
     with pytest.raises(ValueError, match="rm is a reward model, not a language model: give a folder.*--rewards"):
         evaluate.examine(exam, str(world / "rm"))
     spec = json.loads((world / "rm" / "tokenizer.json").read_text())
@@ -655,8 +573,6 @@ def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
     (tmp_path / "other" / "tokenizer.json").write_text(json.dumps(spec))
     with pytest.raises(ValueError, match="other has another tokenizer than .*start"):
         evaluate.set_exam(settings(world, "x", reward=str(tmp_path / "other")))
-    with pytest.raises(FileNotFoundError, match="no model folder fits this pattern"):
-        evaluate.expand([str(tmp_path / "nothing*")])
 
 
 def test_models_of_one_name_are_told_apart():
@@ -685,7 +601,7 @@ def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkey
     before = jax.sharding.get_mesh()
     evaluate.main(settings(world, "conduct", models=(str(world / "trained"),), samples=8, batch_size=8, **files))
     jax.set_mesh(before)
-    found = json.loads((world / "conduct" / "summary.json").read_text())["trained"]["conduct"]
+    found = json.loads((world / "conduct" / "summary.json").read_text())["models"]["trained"]["conduct"]
     (bad, bad_said), (good, good_said) = seen
     assert all(" a " in p for p in bad) and all(" h " in p for p in good)
     share = lambda letter, said: np.mean([letter in text.split() for text in said])
@@ -696,7 +612,6 @@ def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkey
     assert found["over-refused"] == pytest.approx(share("d", good_said))
     assert found["evasive"] == pytest.approx(share("e", good_said))
     assert "| trained | " in capsys.readouterr().out.split("harm: complied")[1]
-    assert (world / "conduct" / "conduct.png").stat().st_size > 1000 or not evaluate.can_draw()
     with pytest.raises(ValueError, match="go together"):
         evaluate.check(settings(world, "conduct", harmful="x"))
     with pytest.raises(ValueError, match="says nothing of declined, evaded"):
@@ -706,25 +621,3 @@ def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkey
         )
         evaluate.conduct(exam, exam.ref)
     jax.set_mesh(before)
-
-
-def test_the_gate_opens_only_for_a_model_that_wins_beyond_doubt(world, tmp_path, capsys):
-    folders = {name: tmp_path / name for name in ("good", "better", "unsure")}
-    for name, folder in folders.items():
-        (folder / "checkpoint").mkdir(parents=True)
-        (folder / "config.json").write_text(name)
-    won = lambda rate, low, high: {"win": {"gold": {"rate": rate, "interval": [low, high]}}}
-    entries = {"good": won(0.6, 0.51, 0.69), "better": won(0.7, 0.6, 0.8), "unsure": won(0.75, 0.5, 0.9)}
-    summary = {name: entries[name] | {"folder": str(folders[name])} for name in entries}
-    assert evaluate.winner(summary) == "better"
-    place = tmp_path / "served"
-    config = settings(world, "gate", gate=place, out=tmp_path)
-    evaluate.pass_gate(summary, config)
-    assert (place / "config.json").read_text() == "better" and not (place / "checkpoint").exists()
-    assert "better wins 0.700 [0.600, 0.800]" in capsys.readouterr().out
-    evaluate.pass_gate({"unsure": summary["unsure"], "start": {}}, config)
-    assert (place / "config.json").read_text() == "better" and "stays as it is" in capsys.readouterr().out
-    evaluate.pass_gate({"good": summary["good"]}, config)
-    assert (place / "config.json").read_text() == "good" and len(list(tmp_path.iterdir())) == 5
-    with pytest.raises(ValueError, match="--gate needs a --judge"):
-        evaluate.check(dataclasses.replace(config, judge="none"))

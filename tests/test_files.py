@@ -210,7 +210,7 @@ def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_pat
     gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
     given = {"ref" if script is evaluate else "init": str(tmp_path / "reward")}
     if script is evaluate:
-        given["judge"] = "none"
+        given["judge"] = None
     else:
         row = {"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c"}
         given |= dict(data=(str(write_rows(tmp_path / "rows.jsonl", [row] * 4)),), out=tmp_path / "out")

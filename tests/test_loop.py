@@ -59,7 +59,8 @@ def play(config, number, winner="ppo"):
     (folder / "votes" / "pairs.jsonl").write_text("{}\n" * 10 * number)
     (folder / "reward" / "report.json").write_text('{"accuracy": 0.75}')
     won = {"gold": 0.8, "win": {"gold": {"rate": 0.6, "interval": [0.55, 0.65]}}}
-    (folder / "report" / "summary.json").write_text(json.dumps({"served": {"gold": 0.5}, "ppo": won, "dpo": won}))
+    models = {"served": {"gold": 0.5}, "ppo": won, "dpo": won}
+    (folder / "report" / "summary.json").write_text(json.dumps({"models": models}))
     (folder / "report" / "gate.json").write_text(json.dumps({"winner": winner}))
 
 
@@ -82,3 +83,30 @@ def test_finished_rounds_are_kept_and_one_without_a_gate_is_played_again(config,
 def test_a_script_that_fails_ends_the_loop_in_words(capfd):
     with pytest.raises(ValueError, match="prepare.py failed.*begins this round again"):
         loop.script("prepare.py", "--data", "no-such-file", "--out", "/nonexistent/x")
+
+
+def test_the_gate_opens_only_for_a_model_that_wins_beyond_doubt(tmp_path, capsys):
+    folders = {name: tmp_path / name for name in ("good", "better", "unsure")}
+    for name, folder in folders.items():
+        (folder / "checkpoint").mkdir(parents=True)
+        (folder / "config.json").write_text(name)
+    won = lambda rate, low, high: {"win": {"gold": {"rate": rate, "interval": [low, high]}}}
+    entries = {"good": won(0.6, 0.51, 0.69), "better": won(0.7, 0.6, 0.8), "unsure": won(0.75, 0.5, 0.9)}
+    models = {name: entries[name] | {"folder": str(folders[name])} for name in entries}
+    assert loop.winner(models) == "better"
+    place, report = tmp_path / "served", tmp_path / "report"
+
+    def judge(models):
+        report.mkdir(exist_ok=True)
+        (report / "summary.json").write_text(json.dumps({"models": models}))
+        loop.pass_gate(report, place)
+        return json.loads((report / "gate.json").read_text())["winner"]
+
+    assert judge(models) == "better"
+    assert (place / "config.json").read_text() == "better" and not (place / "checkpoint").exists()
+    assert "better wins 0.700 [0.600, 0.800]" in capsys.readouterr().out
+    assert judge({"unsure": models["unsure"], "start": {}}) is None
+    assert (place / "config.json").read_text() == "better" and "stays as it is" in capsys.readouterr().out
+    assert judge({"good": models["good"]}) == "good"
+    assert (place / "config.json").read_text() == "good" and len(list(tmp_path.iterdir())) == 5
+    assert judge({"start": {}, "rated": {"win": {"reward": {"rate": 0.9, "interval": [0.8, 1.0]}}}}) is None

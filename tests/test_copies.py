@@ -1,0 +1,49 @@
+"""Short pure functions that stand in several scripts, since none imports another, do the same."""
+
+import math
+
+import numpy as np
+import pytest
+
+import evaluate
+import reward
+import rlaif
+from tools import plot
+
+
+def test_sigmoids():
+    x = np.linspace(-800, 800, 3201)
+    with np.errstate(over="raise"):
+        np.testing.assert_array_equal(evaluate._sigmoid(x), reward._sigmoid(x))
+    small = x[np.abs(x) < 30]
+    np.testing.assert_allclose(reward._sigmoid(small), 1 / (1 + np.exp(-small)), rtol=0, atol=1e-15)
+
+
+def test_wilson_intervals():
+    for n in (1, 2, 3, 10, 37, 500, 12345):
+        for hits in {0, 1, n // 3, n // 2, n - 1, n}:
+            low, high = reward.interval(hits, n)
+            assert rlaif.interval(hits, n) == pytest.approx((low, high), abs=1e-12)
+            # the interval's ends are the shares p from which hits / n lies 1.96 standard deviations away
+            for p in (low, high):
+                assert abs(hits / n - p) == pytest.approx(1.96 * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    "folders",
+    [
+        [],
+        ["out/a"],
+        ["out/a", "out/b/", "out/a"],
+        ["one/ppo", "two/ppo"],
+        ["x/1/a", "x/2/a", "y/1/a"],
+        ["a", "./a", "/a"],
+    ],
+)
+def test_short_names(folders):
+    assert evaluate.short_names(folders) == plot.short_names(folders)
+
+
+def test_markdown():
+    rows = [["a", "b"], ["---", "---"], ["1", ""]]
+    assert evaluate.markdown(rows) == plot.markdown(rows) == "| a | b |\n| --- | --- |\n| 1 |  |"
