@@ -52,7 +52,8 @@ rlaif: .venv/done
 	  --out out/reward-ai --seed $(SEED) --overwrite
 	$(PY) ppo.py --init out/sl-cai --reward out/reward-ai --data $(BOTH) --steps 60 --out out/rlaif \
 	  --seed $(SEED) --overwrite
-	$(PY) rlaif.py --stage online --seed $(SEED) --overwrite
+	RLAIF_JUDGE=out/judge $(PY) online.py --init out/sl-cai --judge rlaif:preference --out out/online \
+	  --data data/toy/harmless.jsonl:0.6 data/toy/harmful.jsonl:0.4 --seed $(SEED) --overwrite
 
 # Which principle moves which behaviour: the revise stage with one of them at a time, and with none of their revisions.
 principles: .venv/done

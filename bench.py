@@ -651,9 +651,9 @@ def measure_dpo(table: Table, config: Config, limits: dict):
             optimizer = gpt.adamw(settings.lr, clip=settings.clip_norm)
             state = dpo.State(model, gpt.shard(optimizer.init(model)))
             start = time.perf_counter()
-            compiled = dpo.make_train_step(optimizer, settings).lower(state, ref, batch).compile()
+            compiled = dpo.train_step.lower(state, None, ref, batch, optimizer, settings).compile()
             first = time.perf_counter() - start
-            step = repeated(lambda state, batch, c=compiled, ref=ref: c(state, ref, batch), state, batch)
+            step = repeated(lambda state, batch, c=compiled, ref=ref: c(state, None, ref, batch), state, batch)
             memory = peak_memory(compiled)
             del model, state, ref
             with start_peer(config.dpo_peers, config, **work) as peer:

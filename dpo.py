@@ -17,13 +17,11 @@ Details that matter:
    file, and the reference leaves memory.
 5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
    gradients are those of two whole rows (--no-share-prefix).
-6. --rounds N goes on with pairs of its own: sample candidates from the current policy, have them scored, train on best
-   against worst (iterative DPO, Xu et al. 2023, arXiv:2312.16682). The reference stays the first one, so that the
-   KL that beta prices is to the model you started from.
+6. A soft label p = P(chosen is better), `label_p` on a row, is the pair both ways round: p L(h) + (1 - p) L(-h).
+
+Pairs of the policy's own answers, made as it learns: online.py.
 
     python dpo.py                                                            # out/sft + data/toy/pairs.jsonl -> out/dpo
-    python dpo.py --rounds 3 --reward out/reward --out out/dpo-rounds        # then two rounds on pairs of its own
-    python dpo.py --data none --rounds 4 --reward mine:judge --out out/dpo-own
     python dpo.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-dpo --length 512 --lr 1e-6 --beta 0.1
 """
 
@@ -43,10 +41,10 @@ import gpt
 class Config:
     init: str = "out/sft"  # policy to start from
     ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
-    data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several; none: rounds alone
+    data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
     heldout: str | None = None  # pairs for validation (default: NAME-heldout.jsonl beside --data, if there)
     out: Path = Path("out/dpo")  # run folder
-    steps: int | None = None  # optimiser steps on --data (default: one epoch)
+    steps: int | None = None  # optimiser steps (default: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
@@ -60,16 +58,6 @@ class Config:
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
-
-    rounds: int = 1  # 1: --data alone. More: each further round on fresh pairs of the current policy
-    reward: str = "out/reward"  # who labels them: a reward-model folder, or module:function
-    prompts: str = "data/toy/prompts.jsonl"  # what the candidates answer
-    round_steps: int = 60  # optimiser steps of each further round
-    round_prompts: int = 2048  # prompts of each
-    candidates: int = 4  # answers a prompt; the best and the worst become a pair
-    prompt_length: int = 16  # longer prompts are left out, and counted
-    response_length: int = 24  # tokens a candidate may have
-    keep_truncated: bool = False  # candidates that did not end by then count too (for models that rarely end)
 
     share_prefix: bool = True  # compute a pair's prompt once for both answers
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -93,22 +81,24 @@ class State(NamedTuple):
 
 def dpo_loss(
     policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind: str = "dpo",
-    weight=None,
+    label_p=1.0, weight=None,
 ):  # fmt: skip
     """The losses of the box above from summed log-probs, each (B,): -> ((B,), metrics).
 
-    A batch's loss is the mean of its `losses`, which the caller takes; `weight` (B,) weighs the means in metrics.
+    `label_p` (B,) is P(chosen is better), where labels are soft. A batch's loss is the mean of its `losses`, which the
+    caller takes; `weight` (B,) weighs the means in metrics.
     """
     chosen_rewards = beta * (policy_chosen - ref_chosen)  # implicit rewards, up to a function of the prompt
     rejected_rewards = beta * (policy_rejected - ref_rejected)
     margins = chosen_rewards - rejected_rewards
-    right, wrong = -jax.nn.log_sigmoid(margins), -jax.nn.log_sigmoid(-margins)
+    e, log_sigmoid = label_smoothing, jax.nn.log_sigmoid
     if kind == "dpo":
-        losses = (1 - label_smoothing) * right + label_smoothing * wrong
+        loss = lambda h: -(1 - e) * log_sigmoid(h) - e * log_sigmoid(-h)
     elif kind == "robust":
-        losses = ((1 - label_smoothing) * right - label_smoothing * wrong) / (1 - 2 * label_smoothing)
+        loss = lambda h: (-(1 - e) * log_sigmoid(h) + e * log_sigmoid(-h)) / (1 - 2 * e)
     else:
         raise ValueError(f"unknown kind {kind!r}: dpo or robust")
+    losses = label_p * loss(margins) + (1 - label_p) * loss(-margins)
     mean = partial(gpt.weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(chosen_rewards),
@@ -120,41 +110,45 @@ def dpo_loss(
     }
 
 
+# ---------------------------------------------------------------------------------------------------- the step
+
+
 def pair_logprobs(model, batch, config: Config):
     """log p of both completions (B, 2) of a batch of pairs, in one forward pass."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     return gpt.completion_logprobs(model, batch, config.remat)[0]
 
 
-def add_ref(ref, batch, config: Config):
-    """The batch with the reference's log-probs, unless they came with it."""
+def with_ref(ref, batch, config: Config):
+    """The batch with the reference's log-probs, "ref_logps" (B, 2), unless they came with it."""
     return batch if ref is None else batch | {"ref_logps": pair_logprobs(ref, batch, config)}
 
 
 def forward(policy, batch, config: Config):
-    """(loss, metrics) of a batch of pairs with the reference's log-probs, batch["ref_logps"] (B, 2)."""
+    """(loss, metrics) of a batch of pairs `with_ref`."""
     chosen, rejected = pair_logprobs(policy, batch, config).T
     ref_chosen, ref_rejected = batch["ref_logps"].T
-    options = dict(
-        beta=config.beta, label_smoothing=config.label_smoothing, kind=config.kind, weight=batch["weight"]
+    losses, metrics = dpo_loss(
+        chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind,
+        batch["label_p"], batch["weight"],
     )  # fmt: skip
-    losses, metrics = dpo_loss(chosen, rejected, ref_chosen, ref_rejected, **options)
-    swapped, _ = dpo_loss(rejected, chosen, ref_rejected, ref_chosen, **options)
-    p = batch["label_p"]  # a soft label p = P(chosen is better), 1 where a row has none: the pair both ways round
-    loss = gpt.weighted_mean(p * losses + (1 - p) * swapped, batch["weight"])
+    loss = gpt.weighted_mean(losses, batch["weight"])
     return loss, metrics | {"loss": loss}
 
 
-def make_train_step(optimizer, config: Config):
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, ref, batch, base=None):
-        batch = add_ref(ref, batch, config)
-        count = lambda batch: batch["weight"].sum()
-        loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
-        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-        return State(*state), metrics
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+def train_step(state: State, base, ref, batch, optimizer, config: Config):
+    """(state, metrics) after an optimiser step on a batch. `base` is the frozen model below adapters, else None."""
+    objective = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
+    count = lambda batch: batch["weight"].sum()
+    batch = with_ref(ref, batch, config)
+    *state, metrics = gpt.descend(optimizer, objective, *state, batch, config.micro_batches, count)
+    return State(*state), metrics
 
-    return train_step
+
+@partial(jax.jit, static_argnames="config")
+def eval_step(policy, base, ref, batch, config: Config):
+    return forward(gpt.attach(policy, base), with_ref(ref, batch, config), config)[1]
 
 
 # ---------------------------------------------------------------------------------------------------- reference
@@ -196,8 +190,8 @@ def write_array(path, table):
         np.save(file, table)
 
 
-def place(batch, batches, tables, config: Config):
-    """The batch on the devices, a pair's prompt once (unless --no-share-prefix), with its rows' reference log-probs
+def place(batch, batches: gpt.Batches, tables, config: Config):
+    """The batch on the devices: a pair's prompt once (unless --no-share-prefix), with its rows' reference log-probs
     where they are precomputed."""
     if config.share_prefix:
         batch = gpt.split_prompt(batch, config.length, batches.pad)
@@ -206,121 +200,19 @@ def place(batch, batches, tables, config: Config):
     return gpt.put_batch(batch)
 
 
-# ---------------------------------------------------------------------------------------------------- rounds
-
-
-def load_labeller(config: Config, tokenizer):
-    """(batch, generation, texts, rows) -> scores (B,): a reward-model folder or module:function."""
-    if ":" in config.reward:
-        function = gpt.load_function(config.reward)
-        own = gpt.own_rows
-        ask = lambda texts, rows: gpt.check_scores(function(*map(own, texts), own(rows)), len(own(rows)))
-        return lambda batch, generation, texts, rows: gpt.gather_rows(ask(texts, rows))
-    model = gpt.load_reward_model(config.reward, tokenizer, config.init, config.dtype)
-    return lambda batch, generation, texts, rows: gpt.to_numpy(
-        gpt.score(model, batch["tokens"], batch["segments"], generation.tokens, generation.mask, tokenizer.eos_id)
-    )
-
-
-class Candidate(NamedTuple):
-    score: float
-    text: str
-    ended: bool
-
-
-def sample_candidates(policy, tokenizer, labeller, prompts, host, key, config: Config) -> list[list[Candidate]]:
-    """--candidates answers of the current policy to each prompt of a batch, scored. Left out are those that did not end
-    (see --keep-truncated) and those with a special token inside, of which their text says nothing.
-
-    Rows hold text: a byte-pair tokenizer may read an answer back as other ids than the policy sampled it in.
-    """
-    K = config.candidates
-    asked = [row for row in prompts.rows(host) for _ in range(K)]  # row r of the batch is K rows from r * K
-    batch = gpt.put_batch({name: np.repeat(host[name], K, axis=0) for name in ("tokens", "segments")})
-    out = gpt.generate(
-        policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
-        pad=tokenizer.pad_id,
-    )  # fmt: skip
-    sampled = [ids[m > 0].tolist() for ids, m in zip(*gpt.to_numpy((out.tokens, out.mask)))]
-    questions, texts = tokenizer.decode_rows(batch["tokens"], batch["segments"]), list(map(tokenizer.decode, sampled))
-    scores = labeller(batch, out, (questions, texts), asked).tolist()
-    groups = [[] for _ in range(len(asked) // K)]
-    for i, (score, text, ids) in enumerate(zip(scores, texts, sampled)):
-        ended = ids[-1] == tokenizer.eos_id
-        inside = ids[:-1] if ended else ids
-        # a character cut in two decodes as U+FFFD, which reads back as tokens that were never sampled
-        whole = text.strip() and "\ufffd" not in text
-        if whole and not tokenizer.special_ids & set(inside) and (ended or config.keep_truncated):
-            groups[i // K].append(Candidate(score, text, ended))
-    return groups
-
-
-def best_against_worst(prompt, candidates: list[Candidate]) -> dict | None:
-    """A row of the pairs' format; none where all scores are equal."""
-    ranked = sorted(candidates)
-    if not ranked or ranked[0].score == ranked[-1].score:
-        return None
-    sides = {"chosen": ranked[-1], "rejected": ranked[0]}
-    row = {"prompt": prompt} | {side: c.text for side, c in sides.items()}
-    row |= {f"score_{side}": c.score for side, c in sides.items()}
-    return row | {"truncated": [side for side, c in sides.items() if not c.ended]}
-
-
-def sample_pairs(policy, tokenizer, labeller, round: int, path: Path, config: Config):
-    """Best against worst of each prompt's candidates, as the current policy writes them: rows in `path`."""
-    prompts = gpt.Batches(
-        config.prompts, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed + round
-    )
-    rows = []
-    bar = gpt.progress(total=config.round_prompts, desc=f"round {round}: candidates", unit=" prompts")
-    for i in range(-(-config.round_prompts // config.batch_size)):
-        host, key = prompts(i), jax.random.fold_in(jax.random.key(config.seed), round * 1_000_000 + i)
-        groups = sample_candidates(policy, tokenizer, labeller, prompts, host, key, config)
-        pairs = (best_against_worst(row["prompt"], group) for row, group in zip(prompts.rows(host), groups))
-        rows += [pair for pair in pairs if pair]
-        bar.update(config.batch_size)
-    bar.close()
-    if len(rows) < config.batch_size:
-        raise ValueError(
-            f"round {round}: {len(rows)} of {config.round_prompts} prompts had two usable answers of different score, "
-            f"fewer than --batch-size {config.batch_size}: raise --candidates, --round-prompts or --response-length, "
-            "or --keep-truncated where the model rarely ends"
-        )
-    if jax.process_index() == 0:
-        gpt.write_rows(path, rows)
-    gpt.barrier("pairs")
-    print(f"round {round}: {len(rows):,} pairs from {config.round_prompts:,} prompts -> {path}")
-
-
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def evaluate(policy, ref, batches: gpt.Batches, tables, eval_step, config: Config, most: int = 20) -> dict:
+def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    means = gpt.heldout_means(
-        batches, lambda batch: eval_step(policy, ref, place(batch, batches, tables, config)), most
-    )
-    return {f"val/{name}": value for name, value in means.items()}
-
-
-def round_at(step: int, first_round: int, config: Config) -> tuple[int, int]:
-    """(round, step within it)."""
-    if step < first_round:
-        return 0, step
-    round, at = divmod(step - first_round, config.round_steps)
-    return round + 1, at
+    step = lambda batch: eval_step(policy, base, ref, place(batch, batches, tables, config), config)
+    return {f"val/{name}": value for name, value in gpt.heldout_means(batches, step, most).items()}
 
 
 def check(config: Config):
     gpt.check_batch_size(config.batch_size)
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
-    if config.rounds > 1:
-        gpt.open_text(config.prompts).close()  # missed now, and not after the first round
-    if config.data == ("none",):
-        if config.rounds < 2:
-            raise ValueError("--data none leaves the policy's own pairs to learn from: give --rounds 2 or more")
-        return
     try:
         config.skip_bad_rows or gpt.find_kind(config.data, ("pairs",))
     except gpt.BadRow as error:
@@ -331,7 +223,7 @@ def check(config: Config):
 
 
 def main(config: Config):
-    gpt.start(config.seed)
+    key = gpt.start(config.seed)
     check(config)
     policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
@@ -339,47 +231,31 @@ def main(config: Config):
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
         seed=config.seed, skip_bad=config.skip_bad_rows,
     )  # fmt: skip
-    batches = None if config.data == ("none",) else load_pairs(config.data)
-    heldout = config.heldout or (gpt.heldout_file(config.data) if batches else None)
+    pairs, heldout = load_pairs(config.data), config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
-    for pairs in filter(None, (batches, heldout)):
-        gpt.check_context(policy, pairs)
-    labeller = load_labeller(config, tokenizer) if config.rounds > 1 else None
+    for batches in filter(None, (pairs, heldout)):
+        gpt.check_context(policy, batches)
 
-    first_round = (config.steps or batches.steps_per_epoch) if batches else 0
-    steps = first_round + (config.rounds - 1) * config.round_steps
+    steps = config.steps or pairs.steps_per_epoch
     lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
+    policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, key)
     state = State(policy, gpt.shard(optimizer.init(policy)))
-    train_step = make_train_step(optimizer, config)
-    eval_step = jax.jit(lambda policy, ref, batch: forward(policy, add_ref(ref, batch, config), config)[1])
 
-    run = gpt.Run(
-        batches.hashes if batches else {config.prompts: gpt.file_hash(config.prompts)},
-        **vars(config) | dict(steps=steps),
-    )
+    run = gpt.Run(pairs.hashes, **vars(config) | dict(steps=steps))
     state, first = run.restore(state)
-    if first == 0:
-        for file in config.out.glob("pairs-round-*.jsonl"):  # of the run before
-            file.unlink(missing_ok=True)
-    ref = None if config.precompute_ref else load_ref(config, base)
-    tables_of = lambda batches: precompute(batches, config) if config.precompute_ref and batches else None
-    tables, heldout_tables = tables_of(batches), tables_of(heldout)
+    ref = tables = heldout_tables = None  # the reference is a model, or tables of what it says of each pair
+    if config.precompute_ref:
+        tables, heldout_tables = precompute(pairs, config), precompute(heldout, config) if heldout else None
+    else:
+        ref = load_ref(config, base)
+    stream = pairs.stream(first, steps)
     for step in run.steps(first):
-        round, at = round_at(step, first_round, config)
-        if at == 0 or step == first:
-            if round:
-                pairs = config.out / f"pairs-round-{round}.jsonl"
-                if at == 0:  # a run resumed within a round goes on with the pairs it has
-                    sample_pairs(gpt.attach(state.policy, base), tokenizer, labeller, round, pairs, config)
-                batches = load_pairs(pairs)
-                tables = tables_of(batches)
-            stream = batches.stream(at, config.round_steps if round else first_round)
-        state, metrics = train_step(state, ref, place(next(stream), batches, tables, config), base)
+        batch = place(next(stream), pairs, tables, config)
+        state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
-            metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, heldout_tables, eval_step, config)
+            metrics |= evaluate(state.policy, base, ref, heldout, heldout_tables, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.policy, tokenizer, config.init)

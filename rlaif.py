@@ -9,19 +9,25 @@ the other scripts, and each stage ends with the command that comes next:
     --stage label     two answers of that model to each prompt; the judge says which keeps better to a principle
                       -> pairs.jsonl with soft labels, P(chosen is better) in `label_p`
                       then reward.py on these and on human labels of helpfulness, then ppo.py: the RL-CAI model
-    --stage online    both at once: sample two answers, ask the judge, take a DPO step (Guo et al. 2024,
-                      arXiv:2402.04792), with no reward model and no data set between
     --stage agree     how often the judge agrees with the labels of pairs that people (or gold) labelled
 
 The judge (--judge) is a model folder, read by the log-probs of the answer options; an OpenAI-compatible endpoint
-(http://host/v1); or module:function. With ppo.py it can also be the reward itself (d-RLAIF): --reward rlaif:reward.
+(http://host/v1, asked by its chat route, or http://host/v1/completions); or module:function(texts, options).
+
+Two functions ask the judge while a policy learns:
+    ppo.py --reward rlaif:reward            the judge's mark of an answer is its score: d-RLAIF
+    online.py --judge rlaif:preference      the judge prefers one of two answers: online AI feedback
+                                            (evaluate.py --pairwise rlaif:preference: win rates by the same judge)
+They have no command line of their own. Any option below is given to them by an environment variable, its name in
+capitals after RLAIF_: RLAIF_JUDGE=out/judge is --judge out/judge, RLAIF_COMPARE=pair is --compare pair.
 
 Choices where code bases disagree:
 1. Both orders of a pair are asked and averaged; the share of pairs where the judge sides with a place is reported.
 2. Soft labels: the loss is cross-entropy to the judge's probability. After a chain of thought, which makes a judge too
    sure, probabilities are clamped to [0.4, 0.6] (Bai et al., section 4.1).
-3. The next revision starts from the last one, not from the first answer, and a principle is drawn anew for each.
-   Revisions that are empty, cut short, repeat the request or change nothing are left out, and counted.
+3. The next revision starts from the last one, not from the first answer, and a principle is drawn anew for each. The
+   last one alone is trained on (Bai et al. train on all). Revisions that are empty, cut short, repeat the request or
+   change nothing are left out, and counted.
 4. --compare: "pair" shows both answers at once (Bai et al.; for models that can weigh two texts). "each" asks the
    critique's question about each answer alone, which small models can answer long before they can compare two. With
    verdicts drawn independently and ties split, P(a is better) = 1/2 + (P(a is good) - P(b is good)) / 2.
@@ -29,8 +35,7 @@ Choices where code bases disagree:
    stays as it is. Without this a small model rewrites right answers into wrong ones.
 
     python rlaif.py                                                    # the toy world's judge and constitution
-    python rlaif.py --show 5                                           # read five transcripts
-    python rlaif.py --stage label --init out/sl-cai
+    python rlaif.py --stage label
     python rlaif.py --stage label --judge http://localhost:8000/v1 --judge-model qwen --compare pair \\
         --constitution constitution.json --init out/mine-sl --data data/mine/prompts.jsonl --out data/mine-ai
 """
@@ -43,18 +48,19 @@ import json
 import math
 import os
 import re
+import shlex
 import textwrap
 import threading
 import time
+import zlib
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import lru_cache
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 import gpt
@@ -62,52 +68,37 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    stage: Literal["revise", "label", "online", "agree"] = "revise"
-    init: str | None = None  # model that answers (default: out/sft for revise, out/sl-cai for the others)
+    stage: Literal["revise", "label", "agree"] = "revise"
+    init: str | None = None  # model that answers (default: out/sft for revise, out/sl-cai for label)
+    data: tuple[str, ...] = ("data/toy/harmless.jsonl:0.6", "data/toy/harmful.jsonl:0.4")  # prompts; agree: pairs
+    out: Path = Path("data/rlaif")  # folder of the rows
+    prompts: int = 2048  # prompts that are revised or labelled
+    batch_size: int = 128  # prompts, or questions to a judge in this process, at a time
+    prompt_length: int = 16  # longer prompts are left out, and counted
+    response_length: int = 24  # tokens that an answer, a critique or a revision may have
+    rounds: int = 4  # revise: revisions of each answer
+    helpful: tuple[str, ...] | None = ("data/toy/harmless.jsonl",)  # revise: prompts answered without revision
+
     judge: str = "out/judge"  # who criticises and judges: model folder, http://host/v1, or module:function
+    judge_model: str = "default"  # the endpoint's name of the model
+    concurrency: int = 8  # requests to the endpoint under way at once
     constitution: tuple[str, ...] = ("data/toy/constitution.json",)  # files of principles; several are joined
     principles: str = "*"  # pattern of the names of those to draw from
     examples: bool = True  # put the constitution's examples before each question (they need a long context)
-    data: tuple[str, ...] = ("data/toy/harmless.jsonl:0.6", "data/toy/harmful.jsonl:0.4")  # prompts; agree: pairs
-    out: Path | None = None  # rows: data/rlaif, of online: the run folder out/online
-
-    prompts: int = 2048  # prompts that are revised or labelled
-    batch_size: int = 128  # prompts at a time; of online: prompts a step
-    prompt_length: int = 16  # longer prompts are left out, and counted
-    response_length: int = 24  # tokens that an answer, a critique or a revision may have
-    temperature: float = 1.0  # of answers, critiques and revisions
-    rounds: int = 4  # revisions of each answer
-    helpful: tuple[str, ...] = ("data/toy/harmless.jsonl",)  # revise: prompts answered without revision; or none
-    helpful_samples: int = 2  # answers to each of them, as many prompts as are revised
-    keep: Literal["last", "all"] = "last"  # revisions that become rows: all is the paper's, for principles that agree
     compare: Literal["each", "pair"] = "each"  # ask about each answer alone, or show the judge both
     chain_of_thought: bool = False  # let the judge reason before it chooses
-    clamp: tuple[float, float] = (0.4, 0.6)  # range of its probabilities then
-    gold: str = "toy:parts"  # module:function that the judge is compared with, never trained on; none elsewhere
+    gold: str | None = "toy:parts"  # module:function that the judge is compared with, never trained on
 
-    judge_model: str = "default"  # the endpoint's name of the model
-    api: Literal["chat", "completions"] = "chat"  # which of the endpoint's routes
-    concurrency: int = 8  # requests under way at once
-    timeout: float = 60.0  # seconds a request may take
-    retries: int = 6  # of a request that failed, was refused for its rate (429) or came back malformed
-    price: tuple[float, float] = (0.0, 0.0)  # dollars a million tokens in and out, for the bill that is printed
-
-    beta: float = 0.1  # online: price of one nat of KL to --init
-    lr: float = 3e-4  # online: learning rate, linear to 0
-    steps: int = 100  # online: optimiser steps
-    clip_norm: float = 1.0  # online: of the global gradient
-    micro_batches: int = 1  # online: gradient accumulation
-    remat: bool = False  # online: recompute activations in the backward pass
-
-    show: int = 0  # print this many transcripts of --out, and do nothing else
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations and frozen models
     seed: int = 0
     resume: bool = False  # go on where --out was left
     overwrite: bool = False  # empty --out first
-    save_every: int = 50  # online: steps between checkpoints
-    sample_every: int = 25  # online: steps between printed samples
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
+
+
+CLAMP = 0.4, 0.6  # range of a judge's probabilities after a chain of thought
+HELPFUL_SAMPLES = 2  # answers to each helpful prompt, of as many prompts as are revised
+TIMEOUT, RETRIES = 60.0, 6  # seconds that a request to an endpoint may take; tries after the first one
 
 
 # ---------------------------------------------------------------------------------------------------- constitution
@@ -323,10 +314,10 @@ class LocalJudge:
     def write(self, texts, stops, seed: int):
         ids, size = self.encode(texts, self.config.response_length), self.config.batch_size
         key = jax.random.fold_in(jax.random.key(self.config.seed), seed)
-        parts = [
-            self._write(ids[at : at + size], stops, jax.random.fold_in(key, at)) for at in range(0, len(ids), size)
-        ]
-        return list(itertools.chain(*parts))
+        written = []
+        for at in range(0, len(ids), size):
+            written += self._write(ids[at : at + size], stops, jax.random.fold_in(key, at))
+        return written
 
     def _write(self, ids, stops, key):
         n, ids = len(ids), [*ids, *[ids[0]] * (self.config.batch_size - len(ids))]
@@ -338,7 +329,7 @@ class LocalJudge:
         batch = gpt.put_batch(dict(tokens=tokens, mask=mask))
         out = gpt.generate(
             self.model, batch["tokens"], batch["mask"], key, self.config.response_length,
-            eos=self.tokenizer.eos_id, pad=self.tokenizer.pad_id, temperature=self.config.temperature,
+            eos=self.tokenizer.eos_id, pad=self.tokenizer.pad_id,
         )  # fmt: skip
         return [finish(text, ended, stops) for text, ended in zip(*decoded(out, self.tokenizer))][:n]
 
@@ -386,9 +377,12 @@ class EndpointJudge:
         self.config, self.errors = config, (httpx2.TransportError, httpx2.TimeoutException)
         key = os.environ.get("JUDGE_API_KEY") or os.environ.get("OPENAI_API_KEY")
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx2.Client(headers=headers, timeout=config.timeout)
-        self.route = "/chat/completions" if config.api == "chat" else "/completions"
-        self.lock, self.spent = threading.Lock(), Counter()
+        self.client = httpx2.Client(headers=headers, timeout=TIMEOUT)
+        self.url = config.judge.rstrip("/")
+        if not self.url.endswith("/completions"):
+            self.url += "/chat/completions"
+        self.chat = self.url.endswith("/chat/completions")
+        self.lock, self.counts = threading.Lock(), Counter()
         self.path = Path(config.out) / "judge-cache.jsonl"
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.known = read_cache(self.path)
@@ -398,25 +392,23 @@ class EndpointJudge:
 
     def choose(self, texts, options):
         """Probabilities from the log-probs of the answer's tokens, or 0 and 1 from its text where there are none."""
-        ask = {"max_tokens": 8, "temperature": 0.0} | ({"logprobs": 20} if self.config.api == "completions" else {})
-        if self.config.api == "chat":
-            ask |= {"logprobs": True, "top_logprobs": 20}
+        ask = {"max_tokens": 8, "temperature": 0.0}
+        ask |= {"logprobs": True, "top_logprobs": 20} if self.chat else {"logprobs": 20}
         answers = self._ask_all(texts, ask, lambda choice: read_choice(choice, options), list(options))
         return np.array([[math.nan] * len(options) if answer is None else answer for answer in answers])
 
     def write(self, texts, stops, seed):
-        ask = {"max_tokens": self.config.response_length, "temperature": self.config.temperature}
-        ask |= {"stop": list(stops)[:4], "seed": seed}
+        ask = {"max_tokens": self.config.response_length, "temperature": 1.0, "stop": list(stops)[:4], "seed": seed}
         read = lambda choice: [*finish(text_of(choice), choice.get("finish_reason") == "stop", stops)]
         return [("", False) if answer is None else tuple(answer) for answer in self._ask_all(texts, ask, read, seed)]
 
     def _ask_all(self, texts, ask: dict, read, purpose):
         """read(choice) of the reply to each text, in order; None where no reply could be read. Equal texts are asked
         once, and those that the cache knows not at all."""
-        who = [self.config.judge, self.config.judge_model, self.config.api, ask, purpose]
+        who = [self.url, self.config.judge_model, ask, purpose]
         keys = [hashlib.sha256(json.dumps([*who, text]).encode()).hexdigest() for text in texts]
         new = {key: text for key, text in zip(keys, texts) if key not in self.known}
-        self.spent["from the cache"] += len(texts) - len(new)
+        self.counts["from the cache"] += len(texts) - len(new)
         with ThreadPoolExecutor(self.config.concurrency) as pool:
             try:
                 list(pool.map(lambda item: self._ask(*item, ask, read), new.items()))
@@ -426,19 +418,19 @@ class EndpointJudge:
         return [self.known[key] for key in keys]
 
     def _ask(self, key, text, ask, read):
+        """Asks until an answer can be read, and keeps it; None where the server answers, but not to the question."""
         body = {"model": self.config.judge_model} | ask
-        body |= {"messages": [{"role": "user", "content": text}]} if self.config.api == "chat" else {"prompt": text}
-        why = ""
-        for attempt in range(self.config.retries + 1):
+        body |= {"messages": [{"role": "user", "content": text}]} if self.chat else {"prompt": text}
+        reply = None  # or the error in its place
+        for attempt in range(RETRIES + 1):
             if attempt:
-                self.spent["retries"] += 1
-                time.sleep(wait_before(attempt, why))
+                self.counts["retries"] += 1
+                time.sleep(wait_before(attempt, reply))
             try:
-                reply = self.client.post(self.config.judge.rstrip("/") + self.route, json=body)
+                reply = self.client.post(self.url, json=body)
             except self.errors as error:
-                why = error
+                reply = error
                 continue
-            why = reply
             if reply.status_code in (408, 409, 429) or reply.status_code >= 500:
                 continue
             if reply.status_code != 200:
@@ -449,13 +441,14 @@ class EndpointJudge:
             except (ValueError, LookupError, TypeError, AttributeError):
                 continue
             return self._keep(key, answer, content.get("usage") or {})
-        if getattr(why, "status_code", 0) == 200:  # it answers, but not to the question
-            self.spent["unreadable"] += 1
+        if getattr(reply, "status_code", 0) == 200:
+            self.counts["unreadable"] += 1
             return self._keep(key, None, {})
-        why = f"{why.status_code} {why.text[:200]}" if hasattr(why, "status_code") else f"{type(why).__name__}: {why}"
+        known = hasattr(reply, "status_code")
+        why = f"{reply.status_code} {reply.text[:200]}" if known else f"{type(reply).__name__}: {reply}"
         raise ValueError(
-            f"the judge at {self.config.judge} did not answer after {self.config.retries + 1} tries ({why}). What it "
-            "answered is kept: the same command with --resume goes on from there"
+            f"the judge at {self.config.judge} did not answer after {RETRIES + 1} tries ({why}). What it answered is "
+            "kept: the same command with --resume goes on from there"
         )
 
     def _keep(self, key, answer, usage: dict):
@@ -463,16 +456,12 @@ class EndpointJudge:
             self.known[key] = answer
             self.file.write(json.dumps({"key": key, "answer": answer}) + "\n")
             self.file.flush()
-            self.spent["requests"] += 1
-            self.spent["tokens in"] += usage.get("prompt_tokens") or 0
-            self.spent["tokens out"] += usage.get("completion_tokens") or 0
+            self.counts["requests"] += 1
+            self.counts["tokens in"] += usage.get("prompt_tokens") or 0
+            self.counts["tokens out"] += usage.get("completion_tokens") or 0
 
     def bill(self) -> str:
-        dollars = sum(
-            n * price / 1e6 for n, price in zip((self.spent["tokens in"], self.spent["tokens out"]), self.config.price)
-        )
-        counts = ", ".join(f"{self.spent[name]:,} {name}" for name in sorted(self.spent))
-        return f"judge: {counts}" + (f"; ${dollars:.4f}" if any(self.config.price) else "")
+        return "judge: " + ", ".join(f"{self.counts[name]:,} {name}" for name in sorted(self.counts))
 
 
 def read_cache(path: Path) -> dict:
@@ -487,10 +476,10 @@ def read_cache(path: Path) -> dict:
     return known
 
 
-def wait_before(attempt: int, why) -> float:
+def wait_before(attempt: int, reply) -> float:
     """Seconds: what the server asks for (Retry-After), else doubled each time, with a little noise so that threads that
     were refused together do not come back together."""
-    asked = getattr(why, "headers", {}).get("retry-after", "")
+    asked = getattr(reply, "headers", {}).get("retry-after", "")
     if re.fullmatch(r"\d+(\.\d+)?", asked):
         return min(float(asked), 60.0)
     return min(0.5 * 2 ** (attempt - 1), 30.0) * float(np.random.default_rng().uniform(0.8, 1.2))
@@ -549,8 +538,13 @@ def open_judge(config: Config):
 
 def start_judge(config: Config):
     """(judge, constitution) with the principles that this stage can ask about."""
-    need = "critique" if config.stage == "revise" else "good" if config.compare == "each" else "comparison"
+    need = "critique" if config.stage == "revise" else comparison_need(config)
     return open_judge(config), load_constitution(config.constitution, config.principles, need, config.examples)
+
+
+def comparison_need(config: Config) -> str:
+    """What a principle must have for two answers to be compared by it."""
+    return "good" if config.compare == "each" else "comparison"
 
 
 # ---------------------------------------------------------------------------------------------------- judgements
@@ -574,7 +568,7 @@ def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: i
         texts = reason(judge, texts, constitution.stops, seed)
     texts = [text + constitution.answer for text in texts]
     p_first, p_second = np.split(judge.choose(texts, constitution.options)[:, 0], 2)
-    return both_orders(p_first, p_second, config.clamp if config.chain_of_thought else (0.0, 1.0))
+    return both_orders(p_first, p_second, CLAMP if config.chain_of_thought else (0.0, 1.0))
 
 
 def both_orders(p_first, p_second, clamp=(0.0, 1.0)):
@@ -610,23 +604,6 @@ def rate(judge, constitution: Constitution, prompts, responses) -> np.ndarray:
     return 2 * np.mean(every, axis=0) - 1
 
 
-@lru_cache(maxsize=1)
-def _reward_parts():
-    """The judge of `reward`, from the environment: a function on a command line has no options of its own."""
-    settings = {f.name: f"RLAIF_{f.name.upper()}" for f in dataclasses.fields(Config)}
-    given = {name: os.environ[key] for name, key in settings.items() if key in os.environ}
-    given |= {"constitution": tuple(given["constitution"].split())} if "constitution" in given else {}
-    config = Config(out=Path(given.pop("out", "data/rlaif")), **given)
-    return open_judge(config), load_constitution(config.constitution, config.principles, "name")
-
-
-def reward(prompts, responses, rows):
-    """The judge as the reward itself: `RLAIF_JUDGE=out/judge ppo.py --reward rlaif:reward` (also RLAIF_CONSTITUTION,
-    RLAIF_PRINCIPLES, RLAIF_JUDGE_MODEL, RLAIF_API)."""
-    scores = rate(*_reward_parts(), [row["prompt"] for row in rows], responses)
-    return np.where(np.isfinite(scores), scores, 0.0)
-
-
 # ---------------------------------------------------------------------------------------------------- rows, in parts
 
 
@@ -640,8 +617,8 @@ class Parts:
     def __init__(self, config: Config, batches: int):
         self.config, self.batches, self.folder = config, batches, config.out / f"parts-{config.stage}"
         settings = {f.name: str(getattr(config, f.name)) for f in dataclasses.fields(config)}
-        changes = ("resume", "overwrite", "concurrency", "timeout", "retries", "price", "show")
-        settings = {name: value for name, value in settings.items() if name not in changes}
+        for name in ("resume", "overwrite", "concurrency"):  # may change
+            del settings[name]
         kept, done = self.folder / "settings.json", config.out / f"{RESULTS[config.stage]}.jsonl"
         if config.overwrite:
             gpt.remove(self.folder)
@@ -690,11 +667,12 @@ def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
     )  # fmt: skip
 
 
-def sample(policy, tokenizer, batch, key, config: Config) -> gpt.Generation:
-    return gpt.generate(
-        policy, batch["tokens"], batch["segments"], key, config.response_length, eos=tokenizer.eos_id,
-        pad=tokenizer.pad_id, temperature=config.temperature,
-    )  # fmt: skip
+def sample(policy, tokenizer, host, copies: int, key, config: Config):
+    """`copies` answers to each prompt of a batch, one after the other: (texts, whether each came to its EOS)."""
+    batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "segments")})
+    eos, pad = tokenizer.eos_id, tokenizer.pad_id
+    out = gpt.generate(policy, batch["tokens"], batch["segments"], key, config.response_length, eos=eos, pad=pad)
+    return decoded(out, tokenizer)
 
 
 # ---------------------------------------------------------------------------------------------------- stage: revise
@@ -721,13 +699,13 @@ def revise(judge, constitution: Constitution, prompts, responses, i: int, config
     return transcripts, counts
 
 
-def revised_rows(prompts, transcripts, keep: str) -> list[dict]:
-    """Demonstrations: the prompt as it was and the last revision (or each); nothing of the first answer, nothing of a
-    critique. An answer that no revision changed makes no row."""
+def revised_rows(prompts, transcripts) -> list[dict]:
+    """Demonstrations: the prompt as it was and the last revision; nothing of the first answer, nothing of a critique.
+    An answer that no revision changed makes no row."""
     rows = []
     for prompt, transcript in zip(prompts, transcripts):
         usable = [step["revision"] for step in transcript["steps"][1:] if "left out" not in step]
-        rows += [demo_row(prompt, text) for text in (usable if keep == "all" else usable[-1:])]
+        rows += [demo_row(prompt, text) for text in usable[-1:]]
     return rows
 
 
@@ -738,33 +716,44 @@ def demo_row(prompt, text: str) -> dict:
 def whole_answers(policy, tokenizer, prompts, i: int, key, copies: int, config: Config):
     """(prompts, answers) to batch i, `copies` each; those that did not end are left out."""
     host = prompts(i)
-    rows = [row["prompt"] for row in prompts.rows(host) for _ in range(copies)]
-    batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "segments")})
-    out = sample(policy, tokenizer, batch, jax.random.fold_in(key, i), config)
-    whole = [(row, text.strip()) for row, text, ended in zip(rows, *decoded(out, tokenizer)) if ended and text.strip()]
-    return [row for row, _ in whole], [text for _, text in whole]
+    asked = [row["prompt"] for row in prompts.rows(host) for _ in range(copies)]
+    texts, ended = sample(policy, tokenizer, host, copies, jax.random.fold_in(key, i), config)
+    whole = [(x, text.strip()) for x, text, end in zip(asked, texts, ended) if end and text.strip()]
+    return [x for x, _ in whole], [text for _, text in whole]
 
 
 def run_revise(config: Config):
     policy, tokenizer = gpt.load_policy(config.init)
     policy, prompts = gpt.shard(policy), load_prompts(config, tokenizer)
-    helpful = None if config.helpful == ("none",) else load_prompts(config, tokenizer, config.helpful)
+    helpful = load_prompts(config, tokenizer, config.helpful) if config.helpful else None
     judge, constitution = start_judge(config)
     keys, parts = jax.random.split(jax.random.key(config.seed)), Parts(config, -(-config.prompts // config.batch_size))
     for i in parts:
         asked, first = whole_answers(policy, tokenizer, prompts, i, keys[0], 1, config)
         transcripts, counts = revise(judge, constitution, asked, first, i, config)
         counts["answers that did not end"] += config.batch_size - len(asked)
-        rows = dict(revisions=revised_rows(asked, transcripts, config.keep), transcripts=transcripts)
+        rows = dict(revisions=revised_rows(asked, transcripts), transcripts=transcripts)
         if helpful:
-            answered = whole_answers(policy, tokenizer, helpful, i, keys[1], config.helpful_samples, config)
+            answered = whole_answers(policy, tokenizer, helpful, i, keys[1], HELPFUL_SAMPLES, config)
             rows["helpful"] = [demo_row(*row) for row in zip(*answered)]
         parts.put(i, counts=counts, **rows)
     done = parts.join()
     print_counts(done["counts"], judge)
     files = [f"{config.out}/{name}.jsonl" for name in ("revisions", "helpful") if name in done]
-    print(f"{len(done['revisions']):,} revisions in {files[0]}; to read some: python rlaif.py --show 5")
+    print_transcripts(done["transcripts"][:2])
+    print(f"{len(done['revisions']):,} revisions in {files[0]}; transcripts of all in {config.out}/transcripts.jsonl")
     print(f"next: python sft.py --init out/base --data {' '.join(files)} --out out/sl-cai")
+
+
+def print_transcripts(transcripts):
+    """Prompt, answer, and each critique and revision under its principle."""
+    for transcript in transcripts:
+        print("=" * 100)
+        print(transcript["prompt"].strip())
+        for step in transcript["steps"]:
+            for name, text in step.items():
+                print(textwrap.fill(f"{name:>10}: {text}", 100, subsequent_indent=" " * 12))
+            print()
 
 
 def print_counts(counts, judge):
@@ -776,17 +765,13 @@ def print_counts(counts, judge):
 # ---------------------------------------------------------------------------------------------------- stage: label
 
 
-def sample_twice(policy, tokenizer, prompts, host, key, config: Config):
-    """Two answers to each prompt: (generation of 2 B rows, prompts (B,), answers a and b, which rows are usable)."""
-    batch = gpt.put_batch({name: np.repeat(host[name], 2, axis=0) for name in ("tokens", "segments")})
-    out = sample(policy, tokenizer, batch, key, config)
-    texts, ended = decoded(out, tokenizer)
-    a, b, asked = texts[::2], texts[1::2], [row["prompt"] for row in prompts.rows(host)]
-    usable = [
-        bool(x.strip() and y.strip() and x != y and ends_x and ends_y)
-        for x, y, ends_x, ends_y in zip(a, b, ended[::2], ended[1::2])
-    ]
-    return batch, out, asked, a, b, usable
+def sample_twice(policy, tokenizer, prompts, i: int, key, config: Config):
+    """Two whole answers, not equal, to each prompt of batch i: (prompts, answers a, answers b, left out)."""
+    host = prompts(i)
+    texts, ended = sample(policy, tokenizer, host, 2, jax.random.fold_in(key, i), config)
+    rows = zip((row["prompt"] for row in prompts.rows(host)), texts[::2], texts[1::2], ended[::2], ended[1::2])
+    usable = [(x, a, b) for x, a, b, *ends in rows if all(ends) and a.strip() and b.strip() and a != b]
+    return *([row[i] for row in usable] for i in range(3)), config.batch_size - len(usable)
 
 
 def pair_row(prompt, a: str, b: str, p: float, principle: Principle) -> dict:
@@ -802,13 +787,11 @@ def run_label(config: Config):
     judge, constitution = start_judge(config)
     key, parts = jax.random.key(config.seed + 1), Parts(config, -(-config.prompts // config.batch_size))
     for i in parts:
-        host = prompts(i)
-        _, _, *columns, usable = sample_twice(policy, tokenizer, prompts, host, jax.random.fold_in(key, i), config)
-        columns = [list(itertools.compress(column, usable)) for column in columns]
+        *columns, left_out = sample_twice(policy, tokenizer, prompts, i, key, config)
         principles = draw(constitution.principles, len(columns[0]), config.seed, i)
         p, by_place = prefer(judge, constitution, *columns, principles, i, config)
         rows = [pair_row(*row) for row in zip(*columns, p.tolist(), principles) if math.isfinite(row[3])]
-        counts = {"pairs": len(rows), "equal or unfinished answers": len(usable) - sum(usable)}
+        counts = {"pairs": len(rows), "equal or unfinished answers": left_out}
         counts |= {"without a verdict": int(np.isnan(p).sum()), "sided with a place": int(by_place.sum())}
         parts.put(i, pairs=rows, counts=counts)
     done = parts.join()
@@ -833,6 +816,11 @@ def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
     return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
 
 
+def share_of(hits: int, n: int) -> str:
+    low, high = interval(hits, n)
+    return f"{hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs"
+
+
 def agreement(rows, gold) -> dict[str, tuple[int, int]]:
     """{part: (pairs where the judge's choice has more of that part of gold, pairs that differ in it)}.
 
@@ -851,14 +839,11 @@ def agreement(rows, gold) -> dict[str, tuple[int, int]]:
 
 
 def print_agreement(rows, config: Config):
-    if config.gold == "none" or not rows:
+    if not config.gold or not rows:
         return
     function = gpt.load_function(config.gold)
     for part, (hits, n) in agreement(rows, lambda *args: gpt.parts_of(function(*args))).items():
-        low, high = interval(hits, n)
-        print(
-            f"judge agrees with {config.gold} in {part:9} {hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs"
-        )
+        print(f"judge agrees with {config.gold} in {part:9} {share_of(hits, n)}")
 
 
 def run_agree(config: Config):
@@ -873,8 +858,7 @@ def run_agree(config: Config):
     p, by_place = prefer(judge, constitution, prompts, side("chosen"), side("rejected"), principles, 0, config)
     told = np.isfinite(p)
     hits, n = int((p[told] > 0.5).sum()), int(told.sum())
-    low, high = interval(hits, n)
-    print(f"{path}: the judge agrees with the labels in {hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs")
+    print(f"{path}: the judge agrees with the labels in {share_of(hits, n)}")
     print(f"without a verdict {len(rows) - n:,}" + (f"; sided with a place {by_place[told].mean():.1%}" if n else ""))
     judged = [pair_row(*row) for row in zip(prompts, side("chosen"), side("rejected"), p.tolist(), principles)]
     print_agreement(list(itertools.compress(judged, told)), config)
@@ -882,136 +866,65 @@ def run_agree(config: Config):
         print(judge.bill())
 
 
-# ---------------------------------------------------------------------------------------------------- stage: online
+# ---------------------------------------------------------------------------------------------------- for other scripts
 
 
-class State(NamedTuple):
-    policy: gpt.GPT
-    opt_state: tuple
+def environment_config() -> Config:
+    """The judge's settings where there is no command line: RLAIF_JUDGE=out/judge for --judge out/judge, and so on."""
+    import tyro
+
+    names = {f"RLAIF_{field.name.upper()}": field.name for field in dataclasses.fields(Config)}
+    given = {key: value for key, value in os.environ.items() if key.startswith("RLAIF_")}
+    if unknown := given.keys() - names.keys():
+        raise ValueError(f"{', '.join(sorted(unknown))}: no setting of rlaif.py has this name: {', '.join(names)}")
+    flags = [[f"--{names[key].replace('_', '-')}", *shlex.split(value)] for key, value in given.items()]
+    return tyro.cli(Config, args=list(itertools.chain(*flags)), config=(tyro.conf.FlagConversionOff,))
 
 
-def soft_dpo_loss(logprobs, ref_logprobs, p, beta, weight):
-    """Cross-entropy of the judge's P(a is better) and sigmoid(beta h), h = log-ratio of a - log-ratio of b: log-probs
-    (B, 2) of a and b, p and weight (B,) -> (scalar, metrics). Rafailov et al. 2023 (arXiv:2305.18290), eq. 7, with the
-    judge's probability in the place of a label."""
-    log_ratio = logprobs - ref_logprobs
-    margins = beta * (log_ratio[:, 0] - log_ratio[:, 1])
-    losses = -p * jax.nn.log_sigmoid(margins) - (1 - p) * jax.nn.log_sigmoid(-margins)
-    loss = gpt.weighted_mean(losses, weight)
-    agrees = (margins > 0) == (p > 0.5)
-    both = jnp.stack([weight, weight], 1)
-    return loss, {
-        "loss": loss,
-        "rewards/accuracies": gpt.weighted_mean(agrees, weight),
-        "rewards/margins": gpt.weighted_mean(jnp.where(p > 0.5, margins, -margins), weight),
-        "objective/kl": gpt.weighted_mean(log_ratio, both),  # a and b are samples of the policy
-    }
+@lru_cache(maxsize=1)
+def environment_judge():
+    """(config, judge), opened once."""
+    config = environment_config()
+    judge = open_judge(config)
+    if jax.process_count() > 1 and isinstance(judge, LocalJudge):
+        raise ValueError("several processes cannot share a judge in a folder: serve it, RLAIF_JUDGE=http://host/v1")
+    return config, judge
 
 
-def answer_logprobs(model, batch, config: Config):
-    """log p (B, 2) of both answers to each prompt."""
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    return gpt.completion_logprobs(model, batch, config.remat)[0]
+def reward(prompts, responses, rows):
+    """Scores of answers, in [-1, 1]: `RLAIF_JUDGE=out/judge python ppo.py --reward rlaif:reward`."""
+    config, judge = environment_judge()
+    constitution = load_constitution(config.constitution, config.principles, "name", config.examples)
+    scores = rate(judge, constitution, [row["prompt"] for row in rows], responses)
+    return np.where(np.isfinite(scores), scores, 0.0)
 
 
-def make_train_step(optimizer, config: Config):
-    def loss_fn(policy, batch):
-        logprobs = answer_logprobs(policy, batch, config)
-        return soft_dpo_loss(logprobs, batch["ref_logps"], batch["p"], config.beta, batch["weight"])
-
-    @partial(jax.jit, donate_argnums=0)
-    def train_step(state: State, ref, batch):
-        batch = batch | {"ref_logps": answer_logprobs(ref, batch, config)}
-        count = lambda batch: batch["weight"].sum()
-        *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-        return State(*state), metrics
-
-    return train_step
+def preference(prompts, a, b, rows):
+    """P(a is better) of two answers to each prompt, (N,), NaN where the judge gave no verdict:
+    `RLAIF_JUDGE=out/judge python online.py --judge rlaif:preference`."""
+    config, judge = environment_judge()
+    need = comparison_need(config)
+    constitution = load_constitution(config.constitution, config.principles, need, config.examples)
+    prompts = [row["prompt"] for row in rows]
+    principles, seed = draw_by_text(constitution.principles, prompts, a, b), zlib.crc32(json.dumps([a, b]).encode())
+    return prefer(judge, constitution, prompts, a, b, principles, seed, config)[0]
 
 
-@jax.jit
-def answer_pairs(batch, out: gpt.Generation):
-    """Tokens, segments and mask (B, 2, T) of both answers, from 2 B rows of prompts and generations."""
-    tokens = jnp.concatenate([batch["tokens"], out.tokens], 1)
-    segments = jnp.concatenate([batch["segments"], out.mask], 1)
-    mask = jnp.concatenate([jnp.zeros_like(batch["segments"]), out.mask], 1)
-    return {name: x.reshape(-1, 2, x.shape[1]) for name, x in dict(tokens=tokens, segments=segments, mask=mask).items()}
-
-
-def run_online(config: Config):
-    gpt.check_batch_size(config.batch_size)
-    policy, tokenizer = gpt.load_policy(config.init)
-    ref, policy = gpt.load_frozen(config.init, config.dtype), gpt.shard(jax.tree.map(jnp.array, policy))
-    prompts = load_prompts(config, tokenizer)
-    judge, constitution = start_judge(config)
-    monitor = gpt.load_function(config.gold) if config.gold != "none" else None
-    lr = gpt.schedule(config.lr, config.steps, 10, "linear")
-    optimizer = gpt.adamw(lr, clip=config.clip_norm)
-    train_step, state = make_train_step(optimizer, config), State(policy, gpt.shard(optimizer.init(policy)))
-
-    run = gpt.Run(prompts.hashes, **vars(config))
-    state, first = run.restore(state)
-    stream, key = prompts.stream(first, config.steps), jax.random.key(config.seed)
-    for step in run.steps(first):
-        host = next(stream)
-        # 1 two answers to each prompt, of the policy as it is now
-        batch, out, asked, a, b, usable = sample_twice(
-            state.policy, tokenizer, prompts, host, jax.random.fold_in(key, step), config
-        )
-        # 2 the judge's verdict under a principle drawn for each
-        principles = draw(constitution.principles, len(asked), config.seed, step)
-        p, _ = prefer(judge, constitution, asked, a, b, principles, step, config)
-        weight = np.asarray(usable & np.isfinite(p), np.float32)
-        # 3 a step towards what it preferred
-        p = np.where(weight > 0, p, 0.5).astype(np.float32)
-        labels = gpt.put_batch({"p": p, "weight": weight})
-        state, metrics = train_step(state, ref, answer_pairs(batch, out) | labels)
-        metrics |= {
-            "lr": lr(step),
-            "usable": weight.mean(),
-            "judge/sure": gpt.weighted_mean(np.maximum(p, 1 - p), weight),
-        }
-        if monitor:
-            metrics |= gpt.mean_parts(monitor(asked, a, prompts.rows(host)), "eval/")
-        if step % config.sample_every == 0 or step == config.steps - 1:
-            run.sample(step, prompt=conversation(asked[0]), a=a[0], b=b[0], principle=principles[0].name, p=float(p[0]))
-        run.log(step, metrics)
-        run.checkpoint(step, state)
-    run.finish(state.policy, tokenizer)
+def draw_by_text(principles: list[Principle], prompts, a, b) -> list[Principle]:
+    """A principle for each pair of answers, by a hash of the texts: the same in every run, whichever answer is a."""
+    texts = (json.dumps([conversation(x), *sorted(answers)]) for x, *answers in zip(prompts, a, b))
+    return [principles[int(hashlib.sha256(text.encode()).hexdigest(), 16) % len(principles)] for text in texts]
 
 
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def show(config: Config):
-    """Transcripts in the terminal: prompt, answer, and each critique and revision under its principle."""
-    path = config.out / "transcripts.jsonl"
-    if not path.is_file():
-        raise FileNotFoundError(f"no {path}: `python rlaif.py --out {config.out}` writes it")
-    lines = path.read_text().splitlines()
-    for i in np.random.default_rng(config.seed).permutation(len(lines))[: config.show]:
-        transcript = json.loads(lines[i])
-        print("=" * 100)
-        print(transcript["prompt"].strip())
-        for step in transcript["steps"]:
-            for name, text in step.items():
-                print(textwrap.fill(f"{name:>10}: {text}", 100, subsequent_indent=" " * 12))
-            print()
-
-
 def main(config: Config):
-    online = config.stage == "online"
-    config = dataclasses.replace(
-        config,
-        out=config.out or Path("out/online" if online else "data/rlaif"),
-        init=config.init or ("out/sft" if config.stage == "revise" else "out/sl-cai"),
-    )
-    if config.show:
-        return show(config)
     if jax.process_count() > 1:
         raise ValueError("rlaif.py works in one process, with all of its devices: run it on one host")
     gpt.start(config.seed)
-    {"revise": run_revise, "label": run_label, "online": run_online, "agree": run_agree}[config.stage](config)
+    init = config.init or ("out/sft" if config.stage == "revise" else "out/sl-cai")
+    {"revise": run_revise, "label": run_label, "agree": run_agree}[config.stage](dataclasses.replace(config, init=init))
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import optax
 import dpo
 import gpt
 import ipo_kto
+import online
 import ppo
 import reward
 import sft
@@ -50,9 +51,11 @@ def plans(world: Path, out: Path) -> dict:
         "ppo": (ppo.main, rl),
         "lora": (ppo.main, replace(rl, out=out / "lora", lora_rank=4)),
         "dpo": (dpo.main, dpo.Config(
-            **rows, data=(data("pairs"),), out=out / "dpo", steps=1, length=48, precompute_ref=True, rounds=2,
-            round_steps=1, round_prompts=32, candidates=2, reward=judge, prompts=data("prompts"), prompt_length=24,
-            response_length=8, keep_truncated=True, eval_every=2,
+            **rows, data=(data("pairs"),), out=out / "dpo", steps=2, length=48, precompute_ref=True, eval_every=2,
+        )),
+        "online": (online.main, online.Config(
+            **rows, data=(data("prompts"),), out=out / "online", steps=1, minibatch_size=8, candidates=3, reward=judge,
+            prompt_length=24, response_length=8, keep_truncated=True,
         )),
         "ipo": (ipo_kto.main, ipo_kto.Config(
             **rows, loss="ipo", data=(data("pairs"),), out=out / "ipo", steps=2, length=48, eval_every=2,

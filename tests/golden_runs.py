@@ -9,6 +9,7 @@ Digits are those of one CPU and another one may round differently: write on the 
 import argparse
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,20 +47,23 @@ RUNS = {  # name: command; what it leaves in out/golden/NAME is compared
     "grpo": f"grpo.py {RL}",
     "dpo": f"dpo.py --eval-every 5 {SHORT}",
     "dpo-ref": f"dpo.py --precompute-ref --micro-batches 2 --label-smoothing 0.1 --no-share-prefix {SHORT}",
-    "dpo-rounds": f"dpo.py --rounds 2 --round-steps 3 --round-prompts 64 {SHORT}",
     "ipo": f"ipo_kto.py --eval-every 5 {SHORT}",
     "kto": f"ipo_kto.py --loss kto --eval-every 5 {SHORT}",
     "revise": f"rlaif.py --judge out/base --init out/sft --prompts 64 --batch-size 32 --rounds 1 {EVERY}",
     "label": f"rlaif.py --stage label --judge out/base --init out/sft --prompts 64 --batch-size 32 {EVERY}",
-    "online": f"rlaif.py --stage online --judge out/base --init out/sft --batch-size 32 {SHORT}",
+    "online-judge": f"RLAIF_JUDGE=out/base online.py --judge rlaif:preference --batch-size 32 {SHORT}",
+    "online-reward": f"online.py --candidates 4 --batch-size 64 --minibatch-size 32 {SHORT}",
 }
 
 
 def run(command: str, world: Path):
-    script, *arguments = command.replace("''", "").split()
+    words = command.replace("''", "").split()
+    variables = dict(word.split("=") for word in words if word.startswith("RLAIF_"))
+    script, *arguments = words[len(variables) :]
     done = subprocess.run(
-        [sys.executable, str(ROOT / script), *arguments], cwd=world, capture_output=True, text=True, check=False
-    )
+        [sys.executable, str(ROOT / script), *arguments], cwd=world, env=os.environ | variables, capture_output=True,
+        text=True, check=False,
+    )  # fmt: skip
     if done.returncode:
         raise SystemExit(f"{command}\n{done.stdout}{done.stderr}")
 

@@ -21,7 +21,7 @@ import toy
 
 ROOT = Path(__file__).resolve().parent.parent
 RATE = 0.1  # as in every_script.py: what a weight moves is so many times its gradient
-SCRIPTS = ("sft", "reward", "ppo", "lora", "dpo", "ipo", "kto")
+SCRIPTS = ("sft", "reward", "ppo", "lora", "dpo", "online", "ipo", "kto")
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +92,7 @@ def check_same(world, one, other, *names):
         gap = 1e-5 * max(1, largest)  # IPO's gradients are in the hundreds
         for weight, x in ours.items():
             np.testing.assert_allclose(theirs[weight], x, atol=gap, err_msg=f"{name} {weight}")
-    for file in ("sft/samples.jsonl", "ppo/samples.jsonl", "dpo/pairs-round-1.jsonl"):
+    for file in ("sft/samples.jsonl", "ppo/samples.jsonl", "online/samples.jsonl"):
         if file.split("/")[0] in names:
             ours, theirs = rows(one / file), rows(other / file)
             texts = [[{k: v for k, v in row.items() if isinstance(v, str)} for row in side] for side in (ours, theirs)]

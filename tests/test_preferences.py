@@ -406,31 +406,6 @@ def test_kto_with_a_bug_does_not(kto_fits, bug):
 
 # ---------------------------------------------------------------------------------------------------- batches and steps
 
-LABELLERS = '''
-import signal
-
-calls = 0
-
-
-def yes(prompts, responses, rows):
-    """How often a response says yes, less often how often it says no."""
-    assert prompts == [row["prompt"] for row in rows] and all("id" in row for row in rows)
-    return [r.split().count("yes") - r.split().count("no") + 0.01 * len(r.split()) for r in responses]
-
-
-def yes_and_stop(prompts, responses, rows):
-    """The same, and in the second round somebody asks the run to stop."""
-    global calls
-    calls += 1
-    if calls == 6:
-        signal.raise_signal(signal.SIGTERM)
-    return yes(prompts, responses, rows)
-
-
-def equal(prompts, responses, rows):
-    return [0.0] * len(responses)
-'''
-
 
 def write_rows(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -462,15 +437,10 @@ class World:
         write_rows(root / "pairs-heldout.jsonl", pairs[:20])  # 16 and a part of a batch
         write_rows(root / "thumbs-heldout.jsonl", thumbs[:20])
         self.prompts = write_rows(root / "prompts.jsonl", [dict(prompt=p, id=i) for i, p in enumerate(prompts)])
-        (root / "my_labels.py").write_text(LABELLERS)
         self.common = dict(init=self.sft, batch_size=16, length=40, lr=1e-2, warmup=1, dtype="float32", save_every=100)
 
     def dpo(self, name, **options) -> dpo.Config:
-        plan = dict(
-            data=(self.pairs,), out=self.root / name, steps=4, prompts=self.prompts, reward="my_labels:yes",
-            round_steps=3, round_prompts=64, candidates=12, prompt_length=6, response_length=10, beta=0.5,
-        )  # fmt: skip
-        return dpo.Config(**self.common | plan | options)
+        return dpo.Config(**self.common | dict(data=(self.pairs,), out=self.root / name, steps=4, beta=0.5) | options)
 
     def ipo(self, name, **options) -> ipo_kto.Config:
         return ipo_kto.Config(**self.common | dict(data=(self.pairs,), out=self.root / name, steps=4) | options)
@@ -558,10 +528,12 @@ def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
         gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
 
 
-def make(module, config, model, steps=1):
+def make(module, config, model):
     """(state, train step) with plain gradient descent at rate 1: the change of the weights is the gradient."""
     optimizer = optax.sgd(1.0)
     state = module.State(jax.tree.map(jnp.array, model), optimizer.init(model))
+    if module is dpo:
+        return state, lambda state, ref, batch: dpo.train_step(state, None, ref, batch, optimizer, config)
     return state, module.make_train_step(optimizer, config)
 
 
@@ -691,25 +663,15 @@ PAIR_METRICS = {
 
 @pytest.fixture(scope="module")
 def dpo_run(world):
-    """Four steps on the file, then two rounds of three on pairs of the policy's own."""
     with pytest.MonkeyPatch.context() as patch:
-        refs = Spy(patch, dpo, "evaluate", lambda policy, ref, *_: leaves(ref))
-        generate, answers = gpt.generate, set()
-
-        def generate_and_keep(policy, tokens, segments, *args, **options):
-            out = generate(policy, tokens, segments, *args, **options)
-            real = lambda tokens, mask: [tuple(t[m > 0].tolist()) for t, m in zip(np.asarray(tokens), np.asarray(mask))]
-            answers.update(zip(real(tokens, segments), real(out.tokens, out.mask)))
-            return out
-
-        patch.setattr(gpt, "generate", generate_and_keep)
-        config = world.dpo("dpo", rounds=3, eval_every=5)
+        refs = Spy(patch, dpo, "evaluate", lambda policy, base, ref, *_: leaves(ref))
+        config = world.dpo("dpo", steps=10, eval_every=5)
         dpo.main(config)
-    return config, refs.seen, answers
+    return config, refs.seen
 
 
 def test_dpo_learns_logs_and_writes(dpo_run, world):
-    config, refs, _ = dpo_run
+    config, refs = dpo_run
     steps = log(config.out)
     assert [row["step"] for row in steps] == list(range(10))
     assert all(not PAIR_METRICS - row.keys() and np.isfinite(list(row.values())).all() for row in steps)
@@ -726,102 +688,36 @@ def test_validation_counts_each_row_once(world):
     """20 rows in batches of 16: the 12 that fill the second batch count for nothing."""
     tokenizer, config = gpt.load_tokenizer(world.words), world.dpo("x")
     ref = jax.tree.map(lambda x: 0.9 * x, world.model)
-    eval_step = jax.jit(lambda policy, ref, batch: dpo.forward(policy, dpo.add_ref(ref, batch, config), config)[1])
     load = lambda size: gpt.Batches(str(world.root / "pairs-heldout.jsonl"), "pairs", tokenizer, size, 12, 0)
-    found, expected = (dpo.evaluate(world.model, ref, load(size), None, eval_step) for size in (16, 20))
+    found, expected = (dpo.evaluate(world.model, None, ref, load(size), None, config) for size in (16, 20))
     assert found == pytest.approx(expected, rel=1e-5)
 
 
-def test_dpo_rounds_train_on_best_against_worst_of_the_policys_own_answers(dpo_run, world):
-    config, _, answers = dpo_run
-    tokenizer = gpt.load_tokenizer(world.words)
-    asked = {json.loads(line)["prompt"] for line in open(world.prompts)}
-    for round in (1, 2):
-        rows = [json.loads(line) for line in open(config.out / f"pairs-round-{round}.jsonl")]
-        assert len(rows) >= 16 and {row["prompt"] for row in rows} <= asked
-        for row in rows:
-            score = lambda text: text.split().count("yes") - text.split().count("no") + 0.01 * len(text.split())
-            assert row["score_chosen"] > row["score_rejected"]
-            for side in ("chosen", "rejected"):  # trained on the very ids that were sampled, EOS included
-                ids = gpt.encode_prompt(row["prompt"], tokenizer), gpt.encode_completion(row[side], tokenizer)
-                assert tuple(map(tuple, ids)) in answers
-            assert row["score_chosen"] == pytest.approx(score(row["chosen"]))
-            assert row["score_rejected"] == pytest.approx(score(row["rejected"]))
-    assert not (config.out / "pairs-round-3.jsonl").exists()
-    first = log(config.out)[4]
-    assert first["rewards/margins"] != 0  # the reference is the first policy's, not this round's
-
-
-def test_answers_that_did_not_end_are_trained_on_without_an_end(world):
-    """The policy of `world` hardly ever ends within two tokens."""
-    config = world.dpo("cut", data=("none",), rounds=2, response_length=2, keep_truncated=True)
-    dpo.main(config)
-    rows = [json.loads(line) for line in open(config.out / "pairs-round-1.jsonl")]
-    assert sum(len(row["truncated"]) for row in rows) > len(rows)
-    tokenizer = gpt.load_tokenizer(world.words)
-    for row in rows:
-        for side, (ids, _) in zip(("chosen", "rejected"), gpt.encode_row(row, "pairs", tokenizer, 32)):
-            assert (ids[-1] != tokenizer.eos_id) == (side in row["truncated"])
-    up, down = gpt.check_row(rows[0], "thumbs")
-    assert ("truncated" in up, "truncated" in down) == tuple(s in rows[0]["truncated"] for s in ("chosen", "rejected"))
-
-
-def test_candidates_with_a_character_cut_in_two_are_left_out(world, monkeypatch):
-    tokenizer = gpt.load_tokenizer(world.words)
-    decode = tokenizer.decode
-    monkeypatch.setattr(tokenizer, "decode", lambda ids: decode(ids).replace("yes", "\ufffd"))
-    config = world.dpo("halved", keep_truncated=True)
-    prompts = gpt.Batches(world.prompts, "prompts", tokenizer, 16, 6, 0, buckets=1)
-    labeller = lambda batch, out, texts, rows: np.zeros(len(rows))
-    key = jax.random.key(0)
-    groups = dpo.sample_candidates(world.model, tokenizer, labeller, prompts, prompts(0), key, config)
-    texts = [c.text for group in groups for c in group]
-    assert texts and not any("\ufffd" in text for text in texts)
-
-
-def test_dpo_stopped_in_a_round_and_resumed_is_bit_identical(dpo_run, world):
-    config, *_ = dpo_run
+def test_dpo_stopped_and_resumed_is_bit_identical(dpo_run, world, monkeypatch):
+    stop_after(monkeypatch, dpo, 5)
     with pytest.raises(SystemExit):
-        dpo.main(world.dpo("resumed", rounds=3, eval_every=5, reward="my_labels:yes_and_stop"))
-    assert 4 < len(log(world.root / "resumed")) < 10
-    dpo.main(world.dpo("resumed", rounds=3, eval_every=5, resume=True))
-    assert without_clock(world.root / "resumed") == without_clock(config.out)
-    assert same(gpt.load(world.root / "resumed")[0], gpt.load(config.out)[0])
-
-
-def test_dpo_learns_from_its_own_pairs_alone(world):
-    config = world.dpo("own", data=("none",), steps=None, rounds=2, round_steps=12)
-    dpo.main(config)
-    steps = log(config.out)
-    assert len(steps) == 12 and (config.out / "pairs-round-1.jsonl").exists()
-    assert steps[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    assert np.mean([row["rewards/margins"] for row in steps[6:]]) > 0
-
-
-def test_dpo_overwrite_empties_the_folder_of_old_rounds(dpo_run, world):
-    again = world.root / "again"
-    again.mkdir()
-    (again / "pairs-round-7.jsonl").write_text("old")
-    with pytest.raises(FileExistsError, match="--overwrite"):
-        dpo.main(world.dpo("again", steps=1))
-    assert (again / "pairs-round-7.jsonl").exists()
-    dpo.main(world.dpo("again", steps=1, overwrite=True))
-    assert not (again / "pairs-round-7.jsonl").exists()
+        dpo.main(world.dpo("resumed", steps=10, eval_every=5))
+    assert 0 < len(log(world.root / "resumed")) < 10
+    monkeypatch.undo()
+    monkeypatch.chdir(world.root)
+    dpo.main(world.dpo("resumed", steps=10, eval_every=5, resume=True))
+    assert without_clock(world.root / "resumed") == without_clock(dpo_run[0].out)
+    assert same(gpt.load(world.root / "resumed")[0], gpt.load(dpo_run[0].out)[0])
 
 
 def test_precomputed_reference_gives_the_metrics_of_the_frozen_copy(dpo_run, world, monkeypatch):
     """And the second run reads the file: no reference is loaded at all."""
-    expected = without_clock(dpo_run[0].out)[:4]
+    expected = without_clock(dpo_run[0].out)
     loads = Spy(monkeypatch, dpo, "load_ref", lambda config: config.out)
-    config = world.dpo("precomputed", rounds=3, eval_every=5, precompute_ref=True)
+    config = world.dpo("precomputed", steps=10, eval_every=5, precompute_ref=True)
     dpo.main(config)
     found = without_clock(config.out)
-    assert len(loads.seen) == 4  # pairs, held-out pairs, and each round's
+    assert len(loads.seen) == 2  # pairs and held-out pairs
     assert found[0]["loss"] == pytest.approx(np.log(2), abs=1e-6)
-    for a, b in zip(found, expected):  # later rounds may draw other answers after a rounding error
+    for a, b in zip(found[:4], expected):  # later on a rounding error may have grown
         assert a == pytest.approx(b, rel=2e-4, abs=2e-5)
-    dpo.main(replace(config, out=world.root / "precomputed-again", rounds=1))
-    assert len(loads.seen) == 4
+    dpo.main(replace(config, out=world.root / "precomputed-again", steps=4))
+    assert len(loads.seen) == 2
     assert without_clock(world.root / "precomputed-again")[0] == {**found[0], "lr": pytest.approx(found[0]["lr"])}
 
 
@@ -951,10 +847,6 @@ def strangers(world, tmp_path_factory):
         ("dpo", dict(ref="ref", precompute_ref=True), "another tokenizer.*Give --ref a model"),
         ("ipo", dict(ref="ref"), "another tokenizer.*Give --ref a model with the tokenizer of --init"),
         ("dpo", dict(label_smoothing=0.5, kind="robust"), "--label-smoothing 0.5: the share of wrong labels"),
-        ("dpo", dict(data="none"), "--data none leaves the policy's own pairs to learn from: give --rounds"),
-        ("dpo", dict(rounds=2, reward="sft"), "is a language model, not a reward model: train one with reward.py"),
-        ("dpo", dict(rounds=2, reward="my_labels:nowhere"), "cannot load my_labels:nowhere"),
-        ("dpo", dict(rounds=2, steps=1, reward="my_labels:equal"), "round 1: 0 of 64 prompts.*raise --candidates"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_what_to_do(world, strangers, name, options, message):

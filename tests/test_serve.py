@@ -1044,12 +1044,13 @@ def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, 
         serve.main(serve.Config(quality=str(tmp_path / "none.jsonl"), **options))
 
 
-def test_the_server_judges_for_rlaif_as_the_model_itself_does(live, folder, tmp_path):
+def test_the_server_judges_for_rlaif_as_the_model_itself_does(live, folder, tmp_path, monkeypatch):
     """P(option) through /v1/completions and its log-probs equal those of the same folder, read in process."""
-    config = rlaif.Config(judge=live.url + "/v1", judge_model="one", api="completions", out=tmp_path, batch_size=8)
+    monkeypatch.setattr(rlaif, "RETRIES", 0)
+    config = rlaif.Config(judge=live.url + "/v1/completions", judge_model="one", out=tmp_path, batch_size=8)
     texts = [f"Human: {x} {y} Assistant:" for x in "abcdefgh" for y in "abcd"]
     options = [" a", " b", " c", " d"]
-    found = rlaif.open_judge(dataclasses.replace(config, retries=0)).choose(texts, options)
+    found = rlaif.open_judge(config).choose(texts, options)
     expected = rlaif.open_judge(dataclasses.replace(config, judge=str(folder / "one"))).choose(texts, options)
     told = np.isfinite(found).all(1) & (found.max(1) < 1)  # certain: it chose later than with its first word
     assert told.sum() >= 8
