@@ -116,7 +116,7 @@ def soft_dpo_loss(logprobs, ref_logprobs, p, weight, beta=0.1):
         "loss": loss,
         "rewards/accuracies": gpt.weighted_mean((margins > 0) == (p > 0.5), weight),
         "rewards/margins": gpt.weighted_mean(jnp.where(p > 0.5, margins, -margins), weight),
-        "objective/kl": gpt.weighted_mean(log_ratio.mean(1), weight),  # an estimate, where a and b are all the samples
+        "objective/kl": gpt.weighted_mean(log_ratio.mean(1), weight),  # an estimate, if a and b are all the answers
     }
 
 
@@ -184,7 +184,7 @@ def make_pairs(reward, judge, rollout: Rollout, tokenizer, config: Config):
     known &= np.isfinite(p)
     p = np.where(known, p, np.float32(0.5))
     if judge:
-        metrics["judge/sure"] = gpt.weighted_mean(np.maximum(p, 1 - p), known)
+        metrics["judge/sure"] = np.maximum(p, 1 - p)[known].mean() if known.any() else 0.5
     return Pairs(items, p, known.astype(np.float32)), metrics | {"usable": known.mean()}
 
 
@@ -311,7 +311,8 @@ def main(config: Config):
             history.append(losses)
 
         metrics |= {name: sum(losses[name] for losses in history) / updates for name in history[0]}
-        metrics["lr"] = lr(step * updates)
+        # of the first minibatch alone, when the policy was still the one that wrote the answers
+        metrics |= {"objective/kl": history[0]["objective/kl"], "lr": lr(step * updates)}
         if monitor:
             own = [gpt.own_rows(x[:: config.candidates]) for x in (rollout.prompts, rollout.answers, rollout.rows)]
             metrics |= gpt.mean_parts(monitor(*own), "eval/")

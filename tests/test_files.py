@@ -19,6 +19,7 @@ import dpo
 import evaluate
 import gpt
 import ipo_kto
+import online
 import ppo
 import prepare
 import reward
@@ -204,7 +205,7 @@ def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_
     assert gpt.load_policy(tmp_path / "bare", words)[1].fingerprint == plain.fingerprint
 
 
-@pytest.mark.parametrize("script", [sft, ppo, dpo, ipo_kto, reward, evaluate])
+@pytest.mark.parametrize("script", [sft, ppo, dpo, online, ipo_kto, reward, evaluate])
 def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(gpt, "start", lambda seed: jax.random.key(seed))
     gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)

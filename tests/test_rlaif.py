@@ -564,7 +564,7 @@ def letters(prompts, responses, rows):
 def test_online_learns_what_the_judge_likes(config, environment):
     online.main(online.Config(
         init=config.init, data=config.data, out=config.out, judge="rlaif:preference", monitor="test_rlaif:letters",
-        steps=20, batch_size=8, prompt_length=8, response_length=24, lr=2e-2, beta=0.1, warmup=10, save_every=20,
+        steps=20, batch_size=16, prompt_length=8, response_length=24, lr=2e-2, beta=0.1, warmup=10, save_every=20,
     ))  # fmt: skip
     counts = [row["eval/gold"] for row in read(config.out / "metrics.jsonl")]
     assert np.mean(counts[-5:]) > np.mean(counts[:5]) + 0.2
