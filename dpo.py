@@ -194,7 +194,7 @@ def place(batch, batches: gpt.Batches, tables, config: Config):
     """The batch on the devices: a pair's prompt once (unless --no-share-prefix), with its rows' reference log-probs
     where they are precomputed."""
     if config.share_prefix:
-        batch = gpt.split_prompt(batch, config.length, batches.pad)
+        batch = batches.split_prompt(batch)
     if tables is not None:
         batch = batch | {"ref_logps": np.stack([tables[source][row] for source, row in batch["index"]])}
     return gpt.put_batch(batch)

@@ -1548,7 +1548,12 @@ class Batches:
         if weights[0] is not None:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
         self.steps_per_epoch = sum(self.counts) // batch_size
-        self.keys = [sort_keys(data, length) for data in self.sets]
+        self.longest = (0, 0)  # of pairs: tokens of a prompt, and of what `split_prompt` leaves
+        if kind == "pairs":
+            prompts = [prompt_sizes(data) for data in self.sets]
+            rests = [data.lengths.max(1) - size for data, size in zip(self.sets, prompts)]
+            self.longest = tuple(int(np.concatenate(sizes).max()) for sizes in (prompts, rests))
+        self.keys = np.concatenate([self._sort_keys(data) for data in self.sets])
         self._epochs = lru_cache(maxsize=2)(self._epoch)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -1596,11 +1601,44 @@ class Batches:
         picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
         if self.kind not in ("text", "prompts"):
             width = self.WINDOW * self.batch_size
-            starts, keys = np.concatenate([[0], np.cumsum(self.sizes)]), np.concatenate(self.keys)
+            starts = np.concatenate([[0], np.cumsum(self.sizes)])
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
-            orders = [np.argsort(keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
+            orders = [np.argsort(self.keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
+
+    def split_prompt(self, batch: dict) -> dict:
+        """A batch of pairs, tokens, mask and segments (B, 2, T), with the prompt that both answers continue taken out:
+        it stands once, in `prefix` and `prefix_mask` (B, P), all but its last token. That one stays with the answers,
+        so that in each row a token is predicted by the one before it.
+
+            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                               c z            0 1
+        """
+        ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T) twice, (B, 2)
+        forks = np.maximum(mask[:, 0].argmax(-1) - 1, 0)  # tokens of each prefix
+        sizes = zip((forks.max(), (real - forks[:, None]).max()), self.longest)
+        P, T = (bucket(size, longest, multiple=16) for size, longest in sizes)
+        B = len(ids)
+        prefix, prefix_mask = np.full((B, P), self.pad, np.int32), np.zeros((B, P), np.int32)
+        out = {name: np.zeros((B, 2, T), np.int32) for name in ("mask", "segments")}
+        out["tokens"] = np.full((B, 2, T), self.pad, np.int32)
+        for i, fork in enumerate(forks):
+            prefix[i, :fork], prefix_mask[i, :fork] = ids[i, 0, :fork], 1
+            for side, n in enumerate(real[i]):
+                out["tokens"][i, side, : n - fork] = ids[i, side, fork:n]
+                out["mask"][i, side, : n - fork] = mask[i, side, fork:n]
+                out["segments"][i, side, : n - fork] = 1
+        return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
+
+    def _sort_keys(self, data: TokenData) -> np.ndarray:
+        """(rows,): rows of similar keys need little padding beside each other. Pairs go by the width of their prompt,
+        then by the longer answer, since `split_prompt` pads the two apart; other rows by their length."""
+        longest = data.lengths.max(1)
+        if self.kind != "pairs":
+            return longest
+        prompts = prompt_sizes(data)
+        return prompts // bucket_step(self.longest[0], multiple=16) * (self.length + 1) + longest - prompts
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         return self._packed(picks) if self.kind == "text" else self._padded(picks)
@@ -1639,42 +1677,9 @@ class Batches:
         return dict(tokens=tokens, mask=mask, segments=segments)
 
 
-def sort_keys(data: TokenData, length: int) -> np.ndarray:
-    """(rows,): rows of similar keys need little padding beside each other. Pairs go by the width of their prompt, then
-    by the longer answer, since `split_prompt` pads the two apart; other rows by their length."""
-    longest = data.lengths.max(1)
-    if data.kind != "pairs":
-        return longest
-    prompts = data.lengths[:, 0] - data.scored[:, 0]
-    return prompts // bucket_step(length, multiple=16) * (length + 1) + longest - prompts
-
-
-def split_prompt(batch: dict, length: int, pad: int) -> dict:
-    """A batch of pairs, tokens, mask and segments (B, 2, T), with the prompt that both answers continue taken out: it
-    stands once, in `prefix` and `prefix_mask` (B, P), all but its last token. That one stays with the answers, so that
-    in each row a token is predicted by the one before it.
-
-        prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                           c z            0 1
-    """
-    ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T), (B, 2, T), (B, 2)
-    forks = np.maximum(mask.argmax(-1)[:, 0] - 1, 0)  # tokens of each prefix
-    P = bucket(forks.max(), length, multiple=16)
-    T = bucket((real - forks[:, None]).max(), length, multiple=16)
-    B = len(ids)
-    out = {name: np.zeros((B, 2, T), np.int32) for name in ("tokens", "mask", "segments")}
-    out |= dict(prefix=np.full((B, P), pad, np.int32), prefix_mask=np.zeros((B, P), np.int32))
-    out["tokens"][:] = pad
-    for i, fork in enumerate(forks):
-        out["prefix"][i, :fork], out["prefix_mask"][i, :fork] = ids[i, 0, :fork], 1
-        for side, n in enumerate(real[i]):
-            rest = slice(fork, n)
-            out["tokens"][i, side, : n - fork], out["mask"][i, side, : n - fork] = (
-                ids[i, side, rest],
-                mask[i, side, rest],
-            )
-            out["segments"][i, side, : n - fork] = 1
-    return batch | out
+def prompt_sizes(data: TokenData) -> np.ndarray:
+    """(rows,) tokens of each pair's prompt but its last one: what `Batches.split_prompt` takes out."""
+    return np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
 
 
 def check_context(model: GPT, batches: Batches):

@@ -256,7 +256,7 @@ def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) 
 def place(batch, batches: gpt.Batches, config: Config):
     """The batch on the devices; a pair's prompt stands once, unless --no-share-prefix."""
     if config.loss == "ipo" and config.share_prefix:
-        batch = gpt.split_prompt(batch, config.length, batches.pad)
+        batch = batches.split_prompt(batch)
     return gpt.put_batch(batch)
 
 

@@ -229,7 +229,7 @@ def check_probabilities(said, n: int) -> np.ndarray:
 
 
 def pair_batch(rollout: Rollout, pairs: Pairs) -> dict[str, np.ndarray]:
-    """Pairs as `gpt.split_prompt` lays them out: the prompt once, but its last token, in `prefix`; that token
+    """Pairs as `gpt.Batches.split_prompt` lays them out: the prompt once, but its last token, in `prefix`; that token
     and the answers, (B, 2, 1 + T), in `tokens`, so that in each row a token is predicted by the one before it."""
     last = rollout.queries[pairs.items][..., -1:]
     mask = rollout.mask[pairs.items]

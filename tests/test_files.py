@@ -718,12 +718,12 @@ def test_pairs_go_by_the_width_of_their_prompt_then_by_the_longer_answer(plain, 
     kinds = [{sizes[row] for _, row in batches(step)["index"]} for step in range(batches.steps_per_epoch)]
     assert all(len(kind) == 1 for kind in kinds) and len(kinds) == 8
     for step in range(8):
-        batch = gpt.split_prompt(batches(step), 96, plain.pad_id)
+        batch = batches.split_prompt(batches(step))
         ((prompt, answer),) = kinds[step]
-        assert batch["prefix"].shape[1] == gpt.bucket(prompt - 1, 96, 16) and batch["prefix_mask"].sum() == 8 * (
+        assert batch["prefix"].shape[1] == gpt.bucket(prompt - 1, 49, 16) and batch["prefix_mask"].sum() == 8 * (
             prompt - 1
         )
-        assert batch["tokens"].shape == (8, 2, gpt.bucket(answer + 3, 96, 16))  # the prompt's last token, a or b, EOS
+        assert batch["tokens"].shape == (8, 2, gpt.bucket(answer + 3, 23, 16))  # the prompt's last token, a or b, EOS
 
 
 def test_files_are_mixed_in_proportion_to_their_weights(demos, plain, tmp_path):

@@ -295,7 +295,7 @@ def test_adapters_learn_from_their_base_and_another_reference_is_taken_where_it_
         online.main(settings(world, "adapters", steps=1, minibatch_size=32, lora_rank=2))
     (metrics,) = log(world.root / "adapters")
     assert metrics["loss"] == pytest.approx(np.log(2), rel=1e-5) and metrics["grad_norm"] > 0
-    assert (world.root / "adapters" / "adapter" / "adapter_config.json").is_file()
+    assert (world.root / "adapters" / "adapter" / "adapter.json").is_file()
     other = str(world.root / "other-reference")
     gpt.save(other, jax.tree.map(lambda x: 0.9 * x, world.model), gpt.load_tokenizer(world.words))
     online.main(settings(world, "elsewhere", ref=other, steps=1, minibatch_size=32))

@@ -491,8 +491,9 @@ def test_both_sides_in_one_forward_are_the_sums_of_each_alone(world):
 def test_batches_with_a_prefix_hold_the_same_pairs_in_fewer_columns(world):
     tokenizer, columns = gpt.load_tokenizer(world.words), []
     for shared in (False, True):
-        batches, pairs = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0, shared=shared), {}
+        batches, pairs = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0), {}
         for batch in map(batches, range(batches.steps_per_epoch)):
+            batch = batches.split_prompt(batch) if shared else batch
             before = np.where(batch["prefix_mask"], batch["prefix"], -1) if shared else np.zeros((16, 0), int)
             for i, (_, row) in enumerate(batch["index"]):
                 start, real = before[i][before[i] >= 0].tolist(), batch["segments"][i] > 0
@@ -511,8 +512,9 @@ def test_a_step_with_a_shared_prefix_is_the_step_of_two_rows(world, name):
     module, config = (dpo, world.dpo("x")) if name == "dpo" else (ipo_kto, world.ipo("x", reduction="mean"))
     ref, results = jax.tree.map(lambda x: 0.9 * x, world.model), []
     for shared in (False, True):
-        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0, shared=shared)
+        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0)
         batch, _ = next(batches.once())
+        batch = batches.split_prompt(batch) if shared else batch
         state, step = make(module, config, world.model)
         after, metrics = step(state, ref, gpt.put_batch(batch), *([0.0] if module is ipo_kto else []))
         results.append((leaves(after.policy), jax.tree.map(float, metrics)))
@@ -523,7 +525,7 @@ def test_a_step_with_a_shared_prefix_is_the_step_of_two_rows(world, name):
 
 def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
     shape = gpt.make_config(24, 9, 1, 2, 16, "gpt2")
-    batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0, shared=True)
+    batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0)
     with pytest.raises(ValueError, match="tokens > the 9 positions of the model: lower --length"):
         gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
 
@@ -534,7 +536,7 @@ def make(module, config, model):
     state = module.State(jax.tree.map(jnp.array, model), optimizer.init(model))
     if module is dpo:
         return state, lambda state, ref, batch: dpo.train_step(state, None, ref, batch, optimizer, config)
-    return state, module.make_train_step(optimizer, config)
+    return state, lambda state, ref, batch, z0: ipo_kto.train_step(state, ref, batch, z0, None, optimizer, config)
 
 
 def test_dpo_starts_at_ln_2_with_the_gradient_that_belongs_there(world):
