@@ -1,7 +1,8 @@
-"""bench.py: it runs, its formulas, and the talk with a peer, played here by a script of a few lines."""
+"""tools/bench.py: it runs, its formulas, and the talk with a peer, played here by a script of a few lines."""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import bench
 import gpt
 import toy
+from tools import bench
 
 PEER = """
 import json, sys
@@ -72,7 +73,7 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     parts = [part["seconds"]["all"] for part in parts]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
     assert row["peer"] == {"fake": "1.0"}
-    large = next(row for name, row in rows.items() if name.startswith("PPO --share lora iteration, GPT-2 1.5B"))
+    large = next(row for name, row in rows.items() if name.startswith("PPO, adapters, iteration, GPT-2 1.5B"))
     assert large["rate"] > 0 and "peer_seconds" not in large
 
 
@@ -95,7 +96,7 @@ def test_a_decoded_token_reads_the_weights_and_the_cache():
     weights = 4 * (gpt.count_parameters(model) - model.wpe.size)
     assert bench.decoded_bytes(model, 3, 10) == weights + 3 * 10 * (2 * 2 * 16 * 4)
     small = gpt.quantize(model, "w8a8")
-    assert bench.decoded_bytes(small, 0, 0) == gpt.size_in_bytes(small) - 4 * model.wpe.size
+    assert bench.decoded_bytes(small, 0, 0) == bench.size_in_bytes(small) - 4 * model.wpe.size
 
 
 def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch):
@@ -123,13 +124,24 @@ def test_pairs_with_a_prefix_are_the_same_pairs_and_less_work():
     assert bench.pair_flops(model, whole, shared=False) == bench.training_flops(model, 8, 14) * 4 / 3
 
 
+def test_adapters_on_one_base_hold_less_than_four_models():
+    shape, config = gpt.make_config(64, 32, 1, 2, 128, "gpt2"), bench.Config(dtype="float32")
+    weights = 4 * gpt.count_parameters(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)))
+    start, *_ = bench.ppo_parts(shape, bench.ppo_config(config, False, 8, 8, 8))
+    four = bench.size_in_bytes(jax.eval_shape(start, jax.random.key(0)))
+    assert four == pytest.approx((2 * 3 + 2) * weights, rel=0.01)  # two learn, with two moments each; two are frozen
+    adapters = bench.ppo_memory(shape, bench.ppo_config(config, True, 8, 8, 8))
+    assert weights < adapters["resident"] < adapters["peak"] < 0.7 * four
+    assert adapters["peak"] == adapters["resident"] + max(adapters[name] for name in ("rollout", "scoring", "update"))
+
+
 def test_a_peer_that_stops_is_named(tmp_path, monkeypatch):
     (tmp_path / "peer.py").write_text("raise SystemExit('no torch here')")
     monkeypatch.setattr(bench, "PEERS", tmp_path / "peer.py")
     config = bench.Config(out=tmp_path / "bench.json")
     with (
         pytest.raises(ValueError, match="the peer stopped"),
-        bench.start_peer(Path(sys.executable), config, work="train"),
+        bench.start_peer(Path(sys.executable), config, "train", bench.shapes(quick=True)["toy GPT-2"], 4, 16),
     ):
         pass
     assert "no torch here" in (tmp_path / "peers.log").read_text()
