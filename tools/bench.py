@@ -468,12 +468,13 @@ def large_ppo(config: Config, adapters: bool) -> ppo.Config:
 
 
 def ppo_parts(shape: gpt.Config, settings: ppo.Config):
-    """An iteration of ppo.py as four functions of arrays, which can be called or only compiled:
+    """The programs of an iteration of ppo.py as functions of arrays, which can be called or only compiled:
 
     start(key)                                           -> (state, reference, reward model), with random weights
-    rollout(state, ref, prompts, key)                    -> generation
-    scoring(state, ref, reward, prompts, generation)     -> rollout
-    update(state, ref, rollout, rows)                    -> (state, metrics): one optimiser step on these rows
+    sample(state, ref, prompts, key)                     -> generation
+    score(reward, ref, prompts, generation)              -> scores
+    estimate(state, ref, prompts, generation, scores)    -> (rollout, metrics)
+    critic_step, policy_step(state, ref, rollout, rows)  -> state, after one optimiser step on these rows
     """
     settings = ppo.resolve(settings)
     optimizers = [gpt.adamw(lr, clip=settings.clip_norm, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
@@ -488,21 +489,34 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
         state = ppo.State(policy, opt_states[0], critic, opt_states[1], jnp.asarray(settings.beta))
         return state, *gpt.cast((base, reward), gpt.compute_dtype(settings.dtype))
 
-    def rollout(state, ref, prompts, key):
+    def sample(state, ref, prompts, key):
         policy, new = ppo.sampler(state, ref, settings), settings.response_length
         return gpt.generate(policy, prompts, jnp.ones_like(prompts), key, new, eos=-1)
 
-    def scoring(state, ref, reward, prompts, generation):
-        batch, answers = dict(tokens=prompts, segments=jnp.ones_like(prompts)), (generation.tokens, generation.mask)
-        scores = gpt.score(gpt.whole(reward, ref), *batch.values(), *answers, -1, settings.parts)
-        return ppo.make_rollout(state, ref, batch, generation, scores, settings)[0]
+    def score(reward, ref, prompts, generation):
+        answers = generation.tokens, generation.mask
+        return gpt.score(gpt.whole(reward, ref), prompts, jnp.ones_like(prompts), *answers, -1, settings.parts)
 
-    return start, rollout, scoring, ppo.make_update(*optimizers, settings)
+    def estimate(state, ref, prompts, generation, scores):
+        batch = dict(tokens=prompts, segments=jnp.ones_like(prompts))
+        return ppo.make_rollout(state, ref, batch, generation, scores, settings)
+
+    update_policy, update_critic = ppo.make_steps(*optimizers, settings)
+
+    def critic_step(state, ref, rollout, rows):
+        critic, opt_state, _ = update_critic(state.critic, state.critic_opt, ref, rollout, rows)
+        return state._replace(critic=critic, critic_opt=opt_state)
+
+    def policy_step(state, ref, rollout, rows):
+        policy, opt_state, _ = update_policy(state.policy, state.policy_opt, ref, state.beta, rollout, rows)
+        return state._replace(policy=policy, policy_opt=opt_state)
+
+    return start, sample, score, estimate, critic_step, policy_step
 
 
 def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
     """A function that does another iteration and returns the seconds of rollout, scoring and update."""
-    (start, sample, score, update), key = ppo_parts(shape, settings), jax.random.key(settings.seed)
+    (start, sample, score, estimate, *steps), key = ppo_parts(shape, settings), jax.random.key(settings.seed)
     state, ref, reward = gpt.shard(jax.tree.map(jnp.copy, jax.jit(start)(key)))  # donated: nothing twice in the state
     prompts = random_tokens(shape, settings.batch_size, settings.prompt_length)
     prompts = gpt.put_batch({"tokens": prompts})["tokens"]
@@ -513,11 +527,11 @@ def ppo_iteration(shape: gpt.Config, settings: ppo.Config):
         times = [time.perf_counter()]
         generation = sample(state, ref, prompts, key)
         times.append(finished(generation))
-        rollout = score(state, ref, reward, prompts, generation)
+        rollout, _ = estimate(state, ref, prompts, generation, score(reward, ref, prompts, generation))
         times.append(finished(rollout))
-        for rows in [*minibatches] * settings.epochs:
-            state, metrics = update(state, ref, rollout, rows)
-        times.append(finished((state, metrics)))
+        for rows, step in itertools.product([*minibatches] * settings.epochs, steps):
+            state = step(state, ref, rollout, rows)
+        times.append(finished(state))
         return np.diff(times)
 
     return iteration
@@ -561,30 +575,33 @@ def device_peak() -> int:
 
 
 def measure_memory(table: Table, config: Config, limits: dict):
-    cases = []
+    ways, cases = {"": False, ", adapters": True}.items(), []
     for name, size in {"toy GPT-2": (64, 16, 32), "GPT-2 124M": (16, 64, 64)}.items():
-        for micro_batches, adapters in itertools.product((1, 4), (False, True)):
-            size, micro_batches = ((8, 8, 8), 1) if config.quick else (size, micro_batches)
-            cases.append((name, adapters, ppo_config(config, adapters, *size, micro_batches=micro_batches)))
-    cases += [("GPT-2 1.5B", adapters, large_ppo(config, adapters)) for adapters in (False, True)]  # does it fit a GPU?
-    for name, adapters, settings in cases:
+        for micro_batches, (how, adapters) in itertools.product((1,) if config.quick else (1, 4), ways):
+            rows, prompt, new = (8, 8, 8) if config.quick else size
+            at = f"{name}, {rows // 4} x {prompt + new} tokens in {micro_batches}"
+            cases.append((name, how, at, ppo_config(config, adapters, rows, prompt, new, micro_batches=micro_batches)))
+    for how, adapters in ways:  # does the largest GPT-2 fit one GPU?
+        settings = large_ppo(config, adapters)
+        at = f"GPT-2 1.5B, {settings.batch_size} x 2 x {settings.prompt_length} tokens, remat, bf16"
+        cases.append(("GPT-2 1.5B", how, at, settings))
+    for name, how, at, settings in cases:
         found = ppo_memory(shapes(config.quick)[name], settings)
-        tokens, micro_batches = settings.prompt_length + settings.response_length, settings.micro_batches
-        at = f"{name}, {settings.minibatch_size} x {tokens} tokens in {micro_batches}{', remat, bf16' * settings.remat}"
-        table.add(f"memory PPO{', adapters' * adapters}, {at}", memory=found["peak"], programs=found)
+        table.add(f"memory PPO{how}, {at}", memory=found["peak"], programs=found)
 
 
 def ppo_memory(shape: gpt.Config, settings: ppo.Config) -> dict[str, int]:
     """Bytes of one iteration, from shapes alone: "resident" between its programs, what each adds while it runs, and the
     "peak"."""
-    (start, rollout, scoring, update), key = ppo_parts(shape, settings), jax.random.key(0)
+    (start, sample, score, estimate, *steps), key = ppo_parts(shape, settings), jax.random.key(0)
     kept = state, ref, reward = jax.eval_shape(start, key)
     ints = lambda *size: jax.ShapeDtypeStruct(size, jnp.int32)
     prompts, rows = ints(settings.batch_size, settings.prompt_length), ints(settings.minibatch_size)
-    rollout = jax.jit(rollout).lower(state, ref, prompts, key)
-    scoring = jax.jit(scoring).lower(state, ref, reward, prompts, rollout.out_info)
-    update = jax.jit(update, donate_argnums=0).lower(state, ref, scoring.out_info, rows)
-    programs = dict(rollout=rollout, scoring=scoring, update=update)
+    sample = jax.jit(sample).lower(state, ref, prompts, key)
+    score = jax.jit(score).lower(reward, ref, prompts, sample.out_info)
+    estimate = jax.jit(estimate).lower(state, ref, prompts, sample.out_info, score.out_info)
+    steps = [jax.jit(step, donate_argnums=0).lower(state, ref, estimate.out_info[0], rows) for step in steps]
+    programs = dict(sample=sample, score=score, estimate=estimate, critic_step=steps[0], policy_step=steps[1])
     resident, more = size_in_bytes(kept), {name: added_memory(program.compile()) for name, program in programs.items()}
     return {"resident": resident} | more | {"peak": resident + max(more.values())}
 
