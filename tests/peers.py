@@ -1,7 +1,7 @@
-"""The peer that bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer and DPOTrainer.
+"""The peer that tools/bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer and DPOTrainer.
 
-Run by bench.py in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for dpo TRL
-1.16); nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all
+Run by it in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for dpo TRL 1.16);
+nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all
 is warm; then each line on stdin has the work done once, and a line {"seconds": ..., "peak": ...} answers: the bytes by
 which the process's memory (resident, or PyTorch's on a GPU) has grown, at its peak, since its libraries were loaded.
 

@@ -1,7 +1,8 @@
-"""bench.py: it runs, its formulas, and the talk with a peer, played here by a script of a few lines."""
+"""tools/bench.py: it runs, its formulas, and the talk with a peer, played here by a script of a few lines."""
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -9,10 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import bench
 import gpt
 import serve
 import toy
+from tools import bench
 
 PEER = """
 import json, sys
@@ -49,16 +50,14 @@ def test_the_data_section_counts_rows_and_padding(data, tmp_path):
     rows = measure(tmp_path, "data", data=files, tokenizer=str(data), batch_size=8)
     assert all(row["rate"] > 0 and row["seconds"]["min"] > 0 for row in rows.values() if "rate" in row)
     waste = {name: row["padding"] for name, row in rows.items() if "padding" in row}
-    assert 0 < waste["base.jsonl: packed"] < waste["base.jsonl: one width"] < 1
-    buckets = next(value for name, value in waste.items() if name.startswith("pairs.jsonl") and "buckets" in name)
-    assert buckets < waste["pairs.jsonl: one width"]
+    assert 0 < waste["base.jsonl: padding"] < waste["pairs.jsonl: padding"] < 1  # text is packed
 
 
 def test_padding_waste_is_what_a_count_gives(words, tmp_path):
     texts = ["a", "a b c", "a b c d e f g"]  # 2, 4 and 8 tokens with EOS
     (tmp_path / "text.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
-    batches = gpt.Batches(str(tmp_path / "text.jsonl"), "text", gpt.load_tokenizer(words), 3, 8, 0, buckets=1)
-    assert bench.padding_waste(batches) == pytest.approx(1 - (2 + 4 + 8) / 24)
+    batches = gpt.Batches(str(tmp_path / "text.jsonl"), "text", gpt.load_tokenizer(words), 1, 8, 0)
+    assert bench.padding_waste(batches) == pytest.approx(1 - (2 + 4 + 8) / (batches.steps_per_epoch * 8))
 
 
 def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
@@ -73,7 +72,7 @@ def test_ours_and_the_peer_take_turns(tmp_path, monkeypatch):
     parts = [part["seconds"]["all"] for part in parts]
     np.testing.assert_allclose(np.sum(parts, 0), row["seconds"]["all"])
     assert row["peer"] == {"fake": "1.0"}
-    large = next(row for name, row in rows.items() if name.startswith("PPO --share lora iteration, GPT-2 1.5B"))
+    large = next(row for name, row in rows.items() if name.startswith("PPO, adapters, iteration, GPT-2 1.5B"))
     assert large["rate"] > 0 and "peer_seconds" not in large
 
 
@@ -124,13 +123,25 @@ def test_pairs_with_a_prefix_are_the_same_pairs_and_less_work():
     assert bench.pair_flops(model, whole, shared=False) == bench.training_flops(model, 8, 14) * 4 / 3
 
 
+def test_adapters_on_one_base_hold_less_than_four_models():
+    shape, config = gpt.make_config(64, 32, 1, 2, 128, "gpt2"), bench.Config(dtype="float32")
+    weights = 4 * gpt.count_parameters(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)))
+    start, *_ = bench.ppo_parts(shape, bench.ppo_config(config, False, 8, 8, 8))
+    four = bench.size_in_bytes(jax.eval_shape(start, jax.random.key(0)))
+    assert four == pytest.approx((2 * 3 + 2) * weights, rel=0.01)  # two learn, with two moments each; two are frozen
+    adapters = bench.ppo_memory(shape, bench.ppo_config(config, True, 8, 8, 8))
+    assert weights < adapters["resident"] < adapters["peak"] < 0.7 * four
+    added = [adapters[name] for name in ("sample", "score", "estimate", "critic_step", "policy_step")]
+    assert adapters["peak"] == adapters["resident"] + max(added)
+
+
 def test_a_peer_that_stops_is_named(tmp_path, monkeypatch):
     (tmp_path / "peer.py").write_text("raise SystemExit('no torch here')")
     monkeypatch.setattr(bench, "PEERS", tmp_path / "peer.py")
     config = bench.Config(out=tmp_path / "bench.json")
     with (
         pytest.raises(ValueError, match="the peer stopped"),
-        bench.start_peer(Path(sys.executable), config, work="train"),
+        bench.start_peer(Path(sys.executable), config, "train", bench.shapes(quick=True)["toy GPT-2"], 4, 16),
     ):
         pass
     assert "no torch here" in (tmp_path / "peers.log").read_text()
