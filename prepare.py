@@ -30,10 +30,9 @@ together. With --heldout-data the files decide, and training rows whose first tu
 Mixing. Sources with weights are read in turn, so that at every point the rows kept so far have the given proportions;
 the mixture ends where the first source ends. Sources without weights are read one after the other.
 
-Memory. Rows stream. What stays is a hash table of 64-bit keys against exact duplicates, three keys a pair: up to 64
-bytes a row (96 while the table doubles), however long the texts. --near-duplicates remembers the last 131,072 rows in
-50 MB, ratings wait for others among the last 4,096 prompts, and a text document without a separator is cut after a
-million characters.
+Memory. Rows stream. What stays is a 64-bit key of each row, prompt and demonstration against exact duplicates: up to 64
+bytes a pair (96 while the table doubles). --near-duplicates remembers the last 131,072 rows in 50 MB, ratings wait for
+others among the last 4,096 prompts, and a text document without a separator is cut after a million characters.
 """
 
 import gzip
@@ -205,9 +204,7 @@ class Shape(NamedTuple):
     kind: str  # of the row that it becomes; "ratings" become pairs with others of their prompt
     keys: tuple[str, ...]  # a row has this shape if it has these keys
     more: tuple[str, ...] = ()  # keys that are read where they are there
-    read: Callable[[dict], dict] | None = (
-        None  # row -> texts and label under the project's keys; None: `keys` are those
-    )
+    read: Callable[[dict], dict] | None = None  # row -> the project's keys; None where `keys` are those already
 
 
 def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
