@@ -167,7 +167,7 @@ def load_judge(name: str | None) -> Callable:
     if name is None:
         return lambda prompts, responses, rows: [{} for _ in responses]
     function = gpt.load_function(name)
-    return lambda prompts, responses, rows: gpt.parts_of(function(prompts, responses, rows))
+    return lambda prompts, responses, rows: gpt.judgements(function(prompts, responses, rows))
 
 
 reward_scores = jax.jit(gpt.score, static_argnames="eos")

@@ -1,13 +1,15 @@
-"""What every script shares: the transformer, its tokenizer, its files, its batches, its devices, its run folder.
+"""What every script shares, in three parts.
+
+    I    the model: configuration, transformer, log-probabilities, sampling. Read this one: some 550 lines
+    II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
+    III  running: devices, precision, optimiser, adapters, rewards, the run folder
+
+Parts II and III are for looking up. Algorithms live in their scripts; nothing here knows what PPO is.
 
     model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen2
     logprobs = gpt.token_logprobs(model, tokens)                # (B, T) -> (B, T-1)
     out = gpt.generate(model, prompts, prompt_mask, key, 64, eos=tokenizer.eos_id)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
-
-Algorithms live in their scripts; nothing here knows what PPO is. The file reads from top to bottom:
-1 configuration, 2 model, 3 log-probabilities, 4 generation, 6 tokenizers and chat, 7 weights in and out, 8 rows,
-9 token cache and batches, 10 devices, 11 optimiser, 12 the run folder.
 
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
@@ -564,8 +566,8 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256)
         before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
         return index, target - before
 
-    sums = blocks.sum(-1)
-    which, rest = locate(sums, u * sums.sum(-1))
+    totals = blocks.sum(-1)
+    which, rest = locate(totals, u * totals.sum(-1))
     inside, _ = locate(blocks[jnp.arange(B), which], rest)
     return which * block + inside
 
@@ -1944,7 +1946,7 @@ def compute_dtype(name: str):
     return {"float32": jnp.float32, "bfloat16": jnp.bfloat16}[name]
 
 
-def sums(dtype):
+def accumulator(dtype):
     """The precision to ask of a product that is wanted in `dtype`: XLA:CPU's bf16 kernel (YNNPACK) returns fp32, and
     without it a product takes 10 times as long."""
     return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
@@ -1955,7 +1957,7 @@ def dot(a, b, axes, dtype=None, precision=None):
     dtype = dtype or a.dtype
     contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
     form = contract, ((), ())
-    return lax.dot_general(a, b, form, precision, preferred_element_type=sums(dtype)).astype(dtype)
+    return lax.dot_general(a, b, form, precision, preferred_element_type=accumulator(dtype)).astype(dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -2003,7 +2005,7 @@ def einsum(form: str, a, b, dtype=None):
     """jnp.einsum of two arrays: -> `dtype`, or a's. As in `matmul`, products of its backward pass are in a's precision,
     whatever the result's."""
     dtype = dtype or a.dtype
-    return jnp.einsum(form, a, b, preferred_element_type=sums(dtype)).astype(dtype)
+    return jnp.einsum(form, a, b, preferred_element_type=accumulator(dtype)).astype(dtype)
 
 
 def _einsum_backward(form, dtype, saved, g):
@@ -2118,17 +2120,17 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
         if x.shape[0] % micro_batches:
             raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
     # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
-    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-    counts = jax.vmap(count)(parts).astype(jnp.float32)
+    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+    counts = jax.vmap(count)(chunks).astype(jnp.float32)
     weights = counts / jnp.maximum(counts.sum(), 1e-9)
 
     def add(total, part):
         out = value_and_grad(model, part[0])
         return jax.tree.map(lambda a, b: a + part[1] * b, total, out), None
 
-    first = jax.tree.map(lambda x: x[0], parts)
+    first = jax.tree.map(lambda x: x[0], chunks)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
-    return lax.scan(add, zeros, (parts, weights))[0]
+    return lax.scan(add, zeros, (chunks, weights))[0]
 
 
 def map_chunks(f, batch, chunks: int = 1):
@@ -2376,14 +2378,14 @@ def check_scores(scores, n: int) -> np.ndarray:
     raise ValueError(f"the reward function must return {n} finite floats, one a response; it returned {scores!r:.200}")
 
 
-def parts_of(values) -> list[dict]:
+def judgements(values) -> list[dict]:
     """What a judge returned, floats or dicts of named parts, as dicts: a float is "gold"."""
     return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
 
 
-def mean_parts(values, prefix: str) -> dict[str, float]:
+def mean_judgements(values, prefix: str) -> dict[str, float]:
     """Means of what a judge returned, in all processes, part by part."""
-    rows = parts_of(values)
+    rows = judgements(values)
     return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
 
 

@@ -315,7 +315,7 @@ def main(config: Config):
         metrics |= {"objective/kl": history[0]["objective/kl"], "lr": lr(step * updates)}
         if monitor:
             own = [gpt.own_rows(x[:: config.candidates]) for x in (rollout.prompts, rollout.answers, rollout.rows)]
-            metrics |= gpt.mean_parts(monitor(*own), "eval/")
+            metrics |= gpt.mean_judgements(monitor(*own), "eval/")
         if step % config.sample_every == 0 or step == config.steps - 1:
             a, b = (rollout.answers[i] for i in pairs.items[0])
             run.sample(step, prompt=rollout.prompts[0], a=a, b=b, p=float(pairs.p[0]))

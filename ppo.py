@@ -419,7 +419,7 @@ def main(config: Config):
 
         metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl) | {"lr": lr_now})
         if monitor:
-            metrics |= gpt.mean_parts(monitor(*texts, rows), "eval/")
+            metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
         if step % 10 == 0 or step == config.steps - 1:
             for prompt, response, score in list(zip(*texts, gpt.to_numpy(scores)))[:2]:
                 run.sample(step, prompt=prompt, response=response, score=float(score))

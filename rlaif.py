@@ -842,7 +842,7 @@ def print_agreement(rows, config: Config):
     if not config.gold or not rows:
         return
     function = gpt.load_function(config.gold)
-    for part, (hits, n) in agreement(rows, lambda *args: gpt.parts_of(function(*args))).items():
+    for part, (hits, n) in agreement(rows, lambda *args: gpt.judgements(function(*args))).items():
         print(f"judge agrees with {config.gold} in {part:9} {share_of(hits, n)}")
 
 
