@@ -58,8 +58,8 @@ class Config:
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end scores minus this (None: what it scores)
-    combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble
+    missing_eos: float | None = 2.0  # a response that does not end gets minus this for its score (None: keeps its own)
+    combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
@@ -85,12 +85,70 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (B, Q)
     responses: jax.Array  # (B, T)
     mask: jax.Array  # (B, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (B, T) of the policy that sampled
+    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `policy_forward`
     ref_logprobs: jax.Array | None = None  # (B, T)
     advantages: jax.Array | None = None  # (B, T)
 
 
-# ---------------------------------------------------------------------------------------------------- advantages
+# ------------------------------------------------------------------------------------- 1 sample and score
+
+
+def sampler(policy, base, config: Config) -> gpt.GPT:
+    """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
+    return gpt.cast(gpt.attach(policy, base), gpt.compute_dtype(config.dtype))
+
+
+def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, eos: int, config: Config):
+    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids."""
+    if reward.function:
+        scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
+        scores = gpt.put_batch({"scores": scores})["scores"]
+    else:
+        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks(config)
+        members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
+        scores = combine_scores(members, config.combine)
+    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
+    if config.missing_eos is not None:
+        scores = jnp.where(ended, scores, -config.missing_eos)
+    return scores, {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "val/num_eos_tokens": ended.sum(),
+        "eos_rate": ended.mean(),
+    }
+
+
+def combine_scores(scores, how: str, uwo_coef: float = 0.5):
+    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
+    if how == "worst":
+        return scores.min(0)
+    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
+
+
+def chunks(config: Config) -> int:
+    """A rollout is scored in one piece, or with micro-batches in pieces of as many rows as one of them: how many."""
+    return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
+
+
+# ------------------------------------------------------------------------------------- 2 what policy and reference say
+
+
+def join(rollout: Rollout):
+    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
+    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
+    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)  # 0 hides padding, and what follows an EOS
+    return tokens, segments, rollout.queries.shape[1]
+
+
+def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
+    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    tokens, segments, Q = join(rollout)
+    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
+    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
+
+
+# ------------------------------------------------------------------------------------- 3 advantages
 
 
 def grpo_advantages(scores, group_size: int):
@@ -123,14 +181,48 @@ def advantages(scores, logprobs, ref_logprobs, mask, how: str, group_size: int, 
     return jnp.where(mask > 0, answers[:, None], 0.0)
 
 
-def combine_scores(scores, how: str, uwo_coef: float = 0.5):
-    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
-    if how == "worst":
-        return scores.min(0)
-    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
+@partial(jax.jit, static_argnames="config")
+def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config):
+    """Steps 2 and 3: (the whole Rollout, metrics)."""
+    policy = gpt.attach(policy, base)
+
+    def ask_models(rollout):
+        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
+        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
+        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
+        return logprobs, ref_logprobs, entropy, exact_kl
+
+    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask)
+    logprobs, ref_logprobs, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
+    how = config.advantage, config.group_size, config.beta
+    by_token = advantages(scores, logprobs, ref_logprobs, rollout.mask, *how)
+    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, by_token)
+    return rollout, rollout_metrics(rollout, generation.logprobs, entropy, exact_kl, scores, config.beta)
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
+    """KL to the reference, entropy, and how far the sampler's log-probs are from the policy's: (B, T) x 3, (B,)."""
+    mask = rollout.mask
+    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    drift = jnp.where(mask > 0, rollout.logprobs - sampled_logprobs, 0.0)
+    kl = per_sequence(log_ratio)
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": per_sequence(jnp.expm1(-log_ratio) + log_ratio),
+        "objective/kl_exact": per_sequence(exact_kl),
+        "objective/entropy": per_sequence(entropy),
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": scores.mean() - beta * kl,
+        "policy/entropy_avg": gpt.masked_mean(entropy, mask),
+        "val/decode_drift": jnp.max(jnp.abs(drift)),
+        "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
+        "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
+        "response_length": mask.sum(1).mean(),
+    }
+
+
+# ------------------------------------------------------------------------------------- 4 losses and updates
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -164,68 +256,12 @@ def kl_loss(logprobs, ref_logprobs, mask):
     return gpt.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask)
 
 
-# ---------------------------------------------------------------------------------------------------- the steps
-
-
-def join(rollout: Rollout):
-    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
-    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
-    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)
-    return tokens, segments, rollout.queries.shape[1]
-
-
-def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
-    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    tokens, segments, Q = join(rollout)
-    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
-    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
-
-
-@partial(jax.jit, static_argnames="config")
-def make_rollout(policy, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Steps 2 and 3 of the box: (the whole Rollout, metrics of its KL and entropy)."""
-    policy = gpt.attach(policy, ref)
-
-    def ask_models(rollout):
-        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
-        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
-        return logprobs, ref_logprobs, entropy, exact_kl
-
-    mask = generation.mask
-    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, mask)
-    logprobs, ref_logprobs, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
-    by_token = advantages(
-        scores, logprobs, ref_logprobs, mask, config.advantage, config.group_size, config.beta
-    )  # fmt: skip
-
-    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
-    log_ratio = ref_logprobs - logprobs
-    drift = jnp.where(mask > 0, logprobs - generation.logprobs, 0.0)  # of the sampler from the policy
-    kl = per_sequence(-log_ratio)
-    metrics = {
-        "objective/kl": kl,
-        "objective/kl_k3": per_sequence(jnp.expm1(log_ratio) - log_ratio),
-        "objective/kl_exact": per_sequence(exact_kl),
-        "objective/entropy": per_sequence(entropy),
-        "objective/non_score_reward": -config.beta * kl,
-        "objective/rlhf_reward": scores.mean() - config.beta * kl,
-        "policy/entropy_avg": gpt.masked_mean(entropy, mask),
-        "val/decode_drift": jnp.max(jnp.abs(drift)),
-        "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
-        "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
-        "response_length": mask.sum(1).mean(),
-    }
-    return rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, advantages=by_token), metrics
-
-
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
-def update(state: State, ref, rollout: Rollout, rows, optimizer, config: Config):
+def update(state: State, base, rollout: Rollout, rows, optimizer, config: Config):
     """One optimiser step on these rows of the rollout: (state, metrics)."""
 
-    def loss_fn(adapter, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.attach(adapter, ref), batch, config)
+    def loss_fn(policy, batch: Rollout):
+        logprobs, _, _ = policy_forward(gpt.attach(policy, base), batch, config)
         loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
         if config.advantage == "grpo":
             loss += config.beta * kl_loss(logprobs, batch.ref_logprobs, batch.mask)
@@ -234,7 +270,7 @@ def update(state: State, ref, rollout: Rollout, rows, optimizer, config: Config)
     batch = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
     count = lambda batch: batch.mask.sum()
     *new, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-    if config.target_kl:  # too far from the sampler already: no step from here
+    if config.target_kl:  # too far from the sampler already: this step is not taken
         near = metrics["policy/approxkl_k3"] <= config.target_kl
         new = jax.tree.map(partial(jnp.where, near), new, list(state))
     return State(*new), metrics
@@ -256,38 +292,18 @@ def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
     return metrics | {"updates": len(history) - stopped, "stopped_early": float(stopped)}
 
 
-def load_policy(config: Config, key):
-    """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
+# ------------------------------------------------------------------------------------- models
+
+
+def load_models(config: Config, key):
+    """(policy, base, reference, tokenizer). With --lora-rank the policy is an adapter on the base, which is also the
+    reference; else there is no base, and the reference is a frozen copy of the policy."""
     model, tokenizer = gpt.load_policy(config.init)
     policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
-    return policy, base or gpt.load_frozen(config.init, config.dtype), tokenizer
+    return policy, base, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
 
-def sampler(policy, ref, config: Config) -> gpt.GPT:
-    """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    return gpt.cast(gpt.attach(policy, ref), gpt.compute_dtype(config.dtype))
-
-
-def finish_scores(scores, generation: gpt.Generation, eos: int, config: Config):
-    """An ensemble's scores (members, B) -> (scores (B,) with the rule for responses that did not end, metrics)."""
-    scores = combine_scores(scores, config.combine)
-    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
-    if config.missing_eos is not None:
-        scores = jnp.where(ended, scores, -config.missing_eos)
-    return scores, {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "val/num_eos_tokens": ended.sum(),
-        "eos_rate": ended.mean(),
-    }
-
-
-def chunks(config: Config) -> int:
-    """In how many pieces a rollout is scored: with micro-batches, pieces of as many rows as one of them."""
-    return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
-
-
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------- main
 
 
 def check(config: Config):
@@ -303,9 +319,9 @@ def check(config: Config):
 def main(config: Config):
     key = gpt.start(config.seed)
     check(config)
-    policy, ref, tokenizer = load_policy(config, key)
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, bool(config.lora_rank))
-    reward = reward._replace(models=[gpt.attach(model, ref) for model in reward.models])
+    policy, base, ref, tokenizer = load_models(config, key)
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
+    reward = reward._replace(models=[gpt.attach(model, base) for model in reward.models])
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size // config.group_size, config.prompt_length, config.seed,
@@ -325,18 +341,17 @@ def main(config: Config):
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, ref, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
             config.response_length, eos=tokenizer.eos_id, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
-        scores = reward(batch, generation, texts, rows, tokenizer.eos_id, chunks(config))
-        scores, metrics = finish_scores(scores, generation, tokenizer.eos_id, config)
+        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.eos_id, config)
         # 2, 3 what policy and reference say of every response token; advantages
-        rollout, more = make_rollout(state.policy, ref, batch, generation, scores, config)
+        rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         lr_now, history = lr(gpt.steps_taken(state.policy_opt)), []
         for minibatch in minibatches(step, config):
-            state, losses = update(state, ref, rollout, minibatch, optimizer, config)
+            state, losses = update(state, base, rollout, minibatch, optimizer, config)
             history.append(losses)
             if config.target_kl and losses["policy/approxkl_k3"] > config.target_kl:
                 break

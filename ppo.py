@@ -6,22 +6,27 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
     1  y ~ policy(. | x), at --temperature; score(x, y) from a reward model, an ensemble or a function
     2  log-probs of policy and reference, and the critic's value V_t, at every token of y
     3  r_t = -beta (log policy(y_t) - log ref(y_t)),  plus the score at the last token
-       A_t = sum_l (gamma lam)^l delta_{t+l},  delta_t = r_t + gamma V_{t+1} - V_t,  returns R_t = A_t + V_t; whiten A
+       A_t = sum_l lam^l delta_{t+l},  delta_t = r_t + V_{t+1} - V_t,  returns R_t = A_t + V_t;  whiten A
     4  a few epochs of minibatches:  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
        and for the critic:           1/2 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)
 
 Choices where code bases disagree:
-1. The KL penalty is k1 = log policy - log ref, in the reward. As a detached reward k3 gives no pull back to the
-   reference, and as a differentiated loss k1 has no gradient on average; k3 and the exact KL are logged, not used.
+1. The KL penalty is in the reward, as log policy - log ref of the token that was sampled ("k1" among Schulman's
+   estimators of a KL, joschu.net/blog/kl-approx.html). Another estimator in its place gives hardly a pull back to the
+   reference, and k1 as a loss gives none: its gradient is 0 on average. k3 and the exact KL are logged, not used.
 2. The score sits on the last real token (EOS, or the last of a cut response), the value of token t is read where t is
    predicted, and a response cut at --response-length is an end: nothing is bootstrapped beyond it.
-3. Old log-probs, reference log-probs and values come from one forward pass after the rollout, at the rollout's
-   temperature: the ratio of the first minibatch is 1.
-4. Means, variances and the early stop are over the whole (global) batch of tokens, variance by n and not n - 1.
-5. Four models with their own weights: policy, frozen reference, critic (the reward model's body with a head of zeros:
-   the first advantages come from rewards alone), frozen reward model. With --lora-rank policy and critic are low-rank
-   adapters on one frozen base, which itself is the reference (Hydra-PPO, arXiv:2309.00754), and so is a reward model
-   that `reward.py --lora-rank` trained on that base. `gpt.attach(adapter, ref)` is the model that an adapter makes.
+3. Old log-probs are not the sampler's own. They are computed after the rollout, by the function that computes the new
+   ones, at the rollout's temperature. So the ratio of the first minibatch is exactly 1.
+4. Advantages are whitened over the whole rollout. Losses are means over the tokens of a minibatch. Both are taken over
+   all devices and micro-batches together; variances divide by n.
+5. A response that does not end is given the score -(--missing-eos), whatever the reward says. It must lie below what
+   finished responses get: reward.py's scores have mean 0 and standard deviation 1.
+6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic starts as the
+   reward model's body with a head of zeros: the first advantages come from rewards alone.
+7. With --lora-rank, policy and critic are low-rank adapters on one frozen base (Hydra-PPO, arXiv:2309.00754). The base
+   itself is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it.
+   `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model comes back as it is.
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
     python ppo.py --lora-rank 16 --reward out/reward-lora --out out/ppo-lora   # after reward.py --lora-rank (see there)
@@ -62,11 +67,11 @@ class Config:
     lora_rank: int = 0  # above 0: policy and critic are adapters of this rank on one frozen base
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
-    lam: float = 0.95  # of GAE: 1 trusts the rewards alone, 0 the critic alone
+    lam: float = 0.95  # of GAE: 1 sums all rewards to come, 0 looks one token ahead and trusts the critic for the rest
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end scores minus this (None: what it scores)
-    combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble: see combine_scores
+    missing_eos: float | None = 2.0  # a response that does not end gets minus this for its score (None: keeps its own)
+    combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
@@ -95,14 +100,79 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (B, Q)
     responses: jax.Array  # (B, T)
     mask: jax.Array  # (B, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (B, T) of the policy that sampled
+    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `policy_forward`
     ref_logprobs: jax.Array | None = None  # (B, T)
     values: jax.Array | None = None  # (B, T)
     advantages: jax.Array | None = None  # (B, T)
     returns: jax.Array | None = None  # (B, T)
 
 
-# ---------------------------------------------------------------------------------------------------- estimators
+# ------------------------------------------------------------------------------------- 1 sample and score
+
+
+def sampler(policy, base, config: Config) -> gpt.GPT:
+    """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
+    return gpt.cast(gpt.attach(policy, base), gpt.compute_dtype(config.dtype))
+
+
+def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, eos: int, config: Config):
+    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids."""
+    if reward.function:
+        scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
+        scores = gpt.put_batch({"scores": scores})["scores"]
+    else:
+        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks(config)
+        members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
+        scores = combine_scores(members, config.combine)
+    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
+    if config.missing_eos is not None:
+        scores = jnp.where(ended, scores, -config.missing_eos)
+    return scores, {
+        "objective/scores": scores.mean(),
+        "objective/scores_std": scores.std(),
+        "val/num_eos_tokens": ended.sum(),
+        "eos_rate": ended.mean(),
+    }
+
+
+def combine_scores(scores, how: str, uwo_coef: float = 0.5):
+    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
+    if how == "worst":
+        return scores.min(0)
+    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
+
+
+def chunks(config: Config) -> int:
+    """A rollout is scored in one piece, or with micro-batches in pieces of as many rows as one of them: how many."""
+    return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
+
+
+# ------------------------------------------------------------------------------------- 2 what the models say
+
+
+def join(rollout: Rollout):
+    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
+    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
+    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)  # 0 hides padding, and what follows an EOS
+    return tokens, segments, rollout.queries.shape[1]
+
+
+def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
+    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
+    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    tokens, segments, Q = join(rollout)
+    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
+    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
+
+
+def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
+    """V_t (B, T), read where token t is predicted: the state before it."""
+    critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
+    tokens, segments, Q = join(rollout)
+    return critic.values(critic.body(tokens, segments, config.remat)[:, Q - 1 : -1])
+
+
+# ------------------------------------------------------------------------------------- 3 rewards and advantages
 
 
 def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
@@ -142,20 +212,57 @@ def whiten(x, mask):
     return jnp.where(mask > 0, white, 0.0)
 
 
-def combine_scores(scores, how: str, uwo_coef: float = 0.5):
-    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
-    if how == "worst":
-        return scores.min(0)
-    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
-
-
 def explained_variance(values, returns, mask):
     """1 - Var(R - V) / Var(R) over masked tokens: 1 is a perfect critic, 0 a constant one."""
     variance = lambda x: gpt.masked_mean((x - gpt.masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / (variance(returns) + 1e-8)
 
 
-# ---------------------------------------------------------------------------------------------------- losses
+@partial(jax.jit, static_argnames="config")
+def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation, scores, config: Config):
+    """Steps 2 and 3: (the whole Rollout, metrics)."""
+    policy, critic = gpt.attach(state.policy, base), gpt.attach(state.critic, base)
+
+    def ask_models(rollout):
+        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
+        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
+        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
+        return logprobs, ref_logprobs, critic_forward(critic, rollout, config), entropy, exact_kl
+
+    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask)
+    logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
+    rewards = token_rewards(scores, logprobs, ref_logprobs, rollout.mask, config.beta)
+    advantages, returns = gae(rewards, values, rollout.mask, lam=config.lam)
+    advantages = whiten(advantages, rollout.mask)
+
+    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, values, advantages, returns)
+    metrics = rollout_metrics(rollout, generation.logprobs, entropy, exact_kl, scores, config.beta)
+    return rollout, metrics | {"val/explained_variance": explained_variance(values, returns, rollout.mask)}
+
+
+def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
+    """KL to the reference, entropy, and how far the sampler's log-probs are from the policy's: (B, T) x 3, (B,)."""
+    mask = rollout.mask
+    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
+    log_ratio = rollout.logprobs - rollout.ref_logprobs
+    drift = jnp.where(mask > 0, rollout.logprobs - sampled_logprobs, 0.0)
+    kl = per_sequence(log_ratio)
+    return {
+        "objective/kl": kl,
+        "objective/kl_k3": per_sequence(jnp.expm1(-log_ratio) + log_ratio),
+        "objective/kl_exact": per_sequence(exact_kl),
+        "objective/entropy": per_sequence(entropy),
+        "objective/non_score_reward": -beta * kl,
+        "objective/rlhf_reward": scores.mean() - beta * kl,
+        "policy/entropy_avg": gpt.masked_mean(entropy, mask),
+        "val/decode_drift": jnp.max(jnp.abs(drift)),
+        "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
+        "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
+        "response_length": mask.sum(1).mean(),
+    }
+
+
+# ------------------------------------------------------------------------------------- 4 losses and updates
 
 
 def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
@@ -191,99 +298,32 @@ def value_loss(values, old_values, returns, mask, clip=0.2):
     return loss, {"loss/value_avg": loss, "val/clipfrac_avg": gpt.masked_mean(clipped > plain, mask)}
 
 
-# ---------------------------------------------------------------------------------------------------- forward passes
-
-
-def join(rollout: Rollout):
-    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
-    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
-    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)
-    return tokens, segments, rollout.queries.shape[1]
-
-
-def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
-    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    tokens, segments, Q = join(rollout)
-    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
-    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
-
-
-def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
-    """V_t (B, T), read where token t is predicted: the state before it."""
-    critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
-    tokens, segments, Q = join(rollout)
-    return critic.values(critic.body(tokens, segments, config.remat)[:, Q - 1 : -1])
-
-
-# ---------------------------------------------------------------------------------------------------- the steps
-
-
-@partial(jax.jit, static_argnames="config")
-def make_rollout(state: State, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Steps 2 and 3 of the box: (the whole Rollout, metrics of its KL, entropy and values)."""
-    policy, critic = gpt.attach(state.policy, ref), gpt.attach(state.critic, ref)
-
-    def ask_models(rollout):
-        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
-        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
-        return logprobs, ref_logprobs, critic_forward(critic, rollout, config), entropy, exact_kl
-
-    mask = generation.mask
-    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, mask)
-    logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
-    rewards = token_rewards(scores, logprobs, ref_logprobs, mask, config.beta)
-    advantages, returns = gae(rewards, values, mask, lam=config.lam)
-    advantages = whiten(advantages, mask)
-
-    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
-    log_ratio = ref_logprobs - logprobs
-    drift = jnp.where(mask > 0, logprobs - generation.logprobs, 0.0)  # of the sampler from the policy
-    kl = per_sequence(-log_ratio)
-    metrics = {
-        "objective/kl": kl,
-        "objective/kl_k3": per_sequence(jnp.expm1(log_ratio) - log_ratio),
-        "objective/kl_exact": per_sequence(exact_kl),
-        "objective/entropy": per_sequence(entropy),
-        "objective/non_score_reward": -config.beta * kl,
-        "objective/rlhf_reward": scores.mean() - config.beta * kl,
-        "policy/entropy_avg": gpt.masked_mean(entropy, mask),
-        "val/decode_drift": jnp.max(jnp.abs(drift)),
-        "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
-        "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
-        "val/explained_variance": explained_variance(values, returns, mask),
-        "response_length": mask.sum(1).mean(),
-    }
-    return Rollout(*rollout[:4], logprobs, ref_logprobs, values, advantages, returns), metrics
-
-
 # Two programs and not one: XLA:CPU works on what is independent side by side, and a policy's and a critic's gradients
 # in one program took 1.7 times as long as one after the other.
 
 
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=(0, 1))
-def update_policy(policy, opt_state, ref, rollout: Rollout, rows, optimizer, config: Config):
+def update_policy(policy, opt_state, base, rollout: Rollout, rows, optimizer, config: Config):
     """One step of the policy's optimiser on these rows of the rollout: (policy, opt_state, metrics)."""
 
-    def loss_fn(adapter, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.attach(adapter, ref), batch, config)
+    def loss_fn(policy, batch: Rollout):
+        logprobs, _, _ = policy_forward(gpt.attach(policy, base), batch, config)
         return policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
 
     batch = take(rollout, rows)
     *new, metrics = gpt.descend(optimizer, loss_fn, policy, opt_state, batch, config.micro_batches, count_tokens)
-    if config.target_kl:  # too far from the sampler already: no step from here
+    if config.target_kl:  # too far from the sampler already: this step is not taken (the critic's was)
         near = metrics["policy/approxkl_k3"] <= config.target_kl
         new = jax.tree.map(partial(jnp.where, near), new, [policy, opt_state])
     return *new, metrics
 
 
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=(0, 1))
-def update_critic(critic, opt_state, ref, rollout: Rollout, rows, optimizer, config: Config):
+def update_critic(critic, opt_state, base, rollout: Rollout, rows, optimizer, config: Config):
     """One step of the critic's optimiser on these rows of the rollout: (critic, opt_state, metrics)."""
 
-    def loss_fn(adapter, batch: Rollout):
-        values = critic_forward(gpt.attach(adapter, ref), batch, config)
+    def loss_fn(critic, batch: Rollout):
+        values = critic_forward(gpt.attach(critic, base), batch, config)
         return value_loss(values, batch.values, batch.returns, batch.mask)
 
     batch = take(rollout, rows)
@@ -295,6 +335,7 @@ def take(rollout: Rollout, rows) -> Rollout:
 
 
 def count_tokens(batch: Rollout):
+    """What the losses are means over: by it `gpt.descend` weighs micro-batches."""
     return batch.mask.sum()
 
 
@@ -314,51 +355,30 @@ def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
     return metrics | {"updates": len(history) - stopped, "stopped_early": float(stopped)}
 
 
-# ---------------------------------------------------------------------------------------------------- models, scores
+# ------------------------------------------------------------------------------------- models
 
 
-def load_policy(config: Config, key):
-    """(policy, reference, tokenizer). The reference is a frozen copy, or the base that the policy is an adapter on."""
+def load_models(config: Config, key):
+    """(policy, base, reference, tokenizer). With --lora-rank the policy is an adapter on the base, which is also the
+    reference; else there is no base, and the reference is a frozen copy of the policy."""
     model, tokenizer = gpt.load_policy(config.init)
     policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
-    return policy, base or gpt.load_frozen(config.init, config.dtype), tokenizer
+    return policy, base, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
 
-def make_critic(policy, ref, reward_models: list, key):
-    """(critic, what it starts from): the body (or adapter) of the first reward model, else the policy's, and a head of
-    zeros."""
-    fits = [model.body for model in reward_models if type(model.body) is type(policy)]  # a model is no adapter
+def make_critic(policy, base, reward_models: list, key):
+    """(critic, what it starts from): the body of the first reward model and a head of zeros; the policy's body where
+    rewards are a function. An adapter can only start from an adapter."""
+    fits = [
+        model.body for model in reward_models if isinstance(model.body, gpt.Adapter) == isinstance(policy, gpt.Adapter)
+    ]
     start, name = (fits[0], "reward body") if fits else (policy, "policy body")
     body = jax.tree.map(lambda x: jnp.array(x, jnp.float32), start)  # arrays of its own: they are donated
-    critic = gpt.init_score_model(gpt.attach(start, ref), key, zero=True)
+    critic = gpt.init_score_model(gpt.attach(start, base), key, zero=True)
     return gpt.shard(replace(critic, body=body)), name
 
 
-def sampler(policy, ref, config: Config) -> gpt.GPT:
-    """The policy as rollouts are drawn from it: in the precision in which its log-probs are asked for."""
-    return gpt.cast(gpt.attach(policy, ref), gpt.compute_dtype(config.dtype))
-
-
-def finish_scores(scores, generation: gpt.Generation, eos: int, config: Config):
-    """An ensemble's scores (members, B) -> (scores (B,) with the rule for responses that did not end, metrics)."""
-    scores = combine_scores(scores, config.combine)
-    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
-    if config.missing_eos is not None:
-        scores = jnp.where(ended, scores, -config.missing_eos)
-    return scores, {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "val/num_eos_tokens": ended.sum(),
-        "eos_rate": ended.mean(),
-    }
-
-
-def chunks(config: Config) -> int:
-    """In how many pieces a rollout is scored: with micro-batches, pieces of as many rows as one of them."""
-    return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
-
-
-# ---------------------------------------------------------------------------------------------------- main
+# ------------------------------------------------------------------------------------- main
 
 
 def check(config: Config) -> Config:
@@ -372,10 +392,10 @@ def check(config: Config) -> Config:
 
 def main(config: Config):
     key, config = gpt.start(config.seed), check(config)
-    policy, ref, tokenizer = load_policy(config, key)
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, bool(config.lora_rank))
-    critic, critic_from = make_critic(policy, ref, reward.models, key)
-    reward = reward._replace(models=[gpt.attach(model, ref) for model in reward.models])
+    policy, base, ref, tokenizer = load_models(config, key)
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
+    critic, critic_from = make_critic(policy, base, reward.models, key)
+    reward = reward._replace(models=[gpt.attach(model, base) for model in reward.models])
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
@@ -396,18 +416,17 @@ def main(config: Config):
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, ref, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
             config.response_length, eos=tokenizer.eos_id, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
-        scores = reward(batch, generation, texts, rows, tokenizer.eos_id, chunks(config))
-        scores, metrics = finish_scores(scores, generation, tokenizer.eos_id, config)
+        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.eos_id, config)
         # 2, 3 what the models say of every response token; rewards and advantages
-        rollout, more = make_rollout(state, ref, batch, generation, scores, config)
+        rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         lr_now, history = lr(gpt.steps_taken(state.policy_opt)), []
         for minibatch in minibatches(step, config):
-            args = ref, rollout, minibatch
+            args = base, rollout, minibatch
             critic, critic_opt, losses = update_critic(state.critic, state.critic_opt, *args, critic_optimizer, config)
             policy, policy_opt, more_losses = update_policy(
                 state.policy, state.policy_opt, *args, policy_optimizer, config

@@ -482,8 +482,8 @@ def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, judge, capsy
 
 @pytest.mark.parametrize("rank", [0, 2])
 def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkeypatch):
-    asked, ask = [], gpt.Reward.__call__
-    monkeypatch.setattr(gpt.Reward, "__call__", lambda *args: asked.append(args[3]) or ask(*args))
+    asked, ask = [], grpo.score_responses
+    monkeypatch.setattr(grpo, "score_responses", lambda *args: asked.append(args[3]) or ask(*args))
     plan = vars(ppo_options(world, f"grpo-{rank}", steps=2, lora_rank=rank))
     grpo.main(grpo.Config(**{name: plan[name] for name in plan.keys() & vars(grpo.Config())}, group_size=4))
     steps = log(world / f"grpo-{rank}")

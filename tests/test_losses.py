@@ -536,7 +536,7 @@ def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution()
     for tokens in [(0, 2), *itertools.product((1, 2), (0, 1, 2))]:  # every response of at most two tokens
         mask = jnp.array([[1, int(tokens[0] != 0)]])
         generation = gpt.Generation(jnp.array([tokens]), mask, jnp.zeros((1, 2)))
-        rollout, metrics = ppo.make_rollout(state, ref, prompt, generation, jnp.zeros(1), config)
+        rollout, metrics = ppo.complete_rollout(state, None, ref, prompt, generation, jnp.zeros(1), config)
         lp, lr = (float((x * mask).sum()) for x in (rollout.logprobs, rollout.ref_logprobs))
         total, kl, entropy = total + np.exp(lp), kl + np.exp(lp) * (lp - lr), entropy - np.exp(lp) * lp
         assert metrics["objective/kl_exact"] > 0 and metrics["objective/kl_k3"] > 0
@@ -610,11 +610,11 @@ def world(temperature=1.0):
     return state, ref, batch, generation, config
 
 
-def update(state, ref, rollout, rows, config):
+def update(state, base, rollout, rows, config):
     """One step of policy and critic on these rows; the state that is given stays as it is."""
     state = copy(state)
-    critic, critic_opt, metrics = ppo.update_critic(state.critic, state.critic_opt, ref, rollout, rows, SGD, config)
-    policy, policy_opt, more = ppo.update_policy(state.policy, state.policy_opt, ref, rollout, rows, SGD, config)
+    critic, critic_opt, metrics = ppo.update_critic(state.critic, state.critic_opt, base, rollout, rows, SGD, config)
+    policy, policy_opt, more = ppo.update_policy(state.policy, state.policy_opt, base, rollout, rows, SGD, config)
     return ppo.State(policy, policy_opt, critic, critic_opt), metrics | more
 
 
@@ -629,8 +629,8 @@ FOUR = np.array([6, 1, 3, 4])
 
 def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
-    after, metrics = update(state, ref, rollout, FOUR, config)
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
+    after, metrics = update(state, None, rollout, FOUR, config)
     assert metrics["val/ratio"] == 1 and metrics["policy/clipfrac_avg"] == 0
     assert metrics["policy/approxkl_avg"] < 1e-12 and metrics["val/ratio_var"] < 1e-12
 
@@ -664,7 +664,7 @@ def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advan
     config = grpo.Config(
         dtype="float32", batch_size=8, minibatch_size=4, beta=0.1, advantage=advantage, group_size=4
     )  # fmt: skip
-    rollout, _ = grpo.make_rollout(state.policy, ref, batch, generation, SCORES, config)
+    rollout, _ = grpo.complete_rollout(state.policy, None, ref, batch, generation, SCORES, config)
     kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
     groups = (SCORES - (0.1 * kl if advantage == "rloo" else 0.0)).reshape(2, 4)
     if advantage == "rloo":
@@ -674,7 +674,7 @@ def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advan
     np.testing.assert_allclose(rollout.advantages, rows[:, None] * rollout.mask, atol=1e-4)
 
     policy = copy(state.policy)
-    after, metrics = grpo.update(grpo.State(policy, SGD.init(policy)), ref, rollout, FOUR, SGD, config)
+    after, metrics = grpo.update(grpo.State(policy, SGD.init(policy)), None, rollout, FOUR, SGD, config)
     assert metrics["val/ratio"] == 1
     chosen = jax.tree.map(lambda x: x[FOUR], rollout)
     tokens, segments, Q = grpo.join(chosen)
@@ -698,12 +698,12 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic))
     policy = gpt.attach(adapter, base)
     generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
-    rollout, metrics = ppo.make_rollout(lora, base, batch, generation, SCORES, config)
+    rollout, metrics = ppo.complete_rollout(lora, base, base, batch, generation, SCORES, config)
     assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
     after, metrics = update(lora, base, rollout, FOUR, config)
     assert metrics["val/ratio"] == 1 and same(base, state.policy)
     # B is 0 at first: A has no gradient, and B that of A's place in the whole model
-    whole, _ = update(state, ref, rollout, FOUR, replace(config, lora_rank=0))
+    whole, _ = update(state, None, rollout, FOUR, replace(config, lora_rank=0))
     for name, layer in after.policy.blocks.items():
         step = np.asarray(getattr(whole.policy.blocks, name).weight - getattr(state.policy.blocks, name).weight)
         a = np.asarray(adapter.blocks[name].a)
@@ -715,22 +715,22 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
 def test_rollouts_are_sampled_in_the_precision_that_is_scored():
     state, ref, _, _, config = world()
     for dtype in ("float32", "bfloat16"):
-        leaves = jax.tree.leaves(ppo.sampler(state.policy, ref, replace(config, dtype=dtype)))
+        leaves = jax.tree.leaves(ppo.sampler(state.policy, None, replace(config, dtype=dtype)))
         assert {str(x.dtype) for x in leaves} == {dtype}
-    assert same(state.policy, ppo.sampler(state.policy, ref, config))
+    assert same(state.policy, ppo.sampler(state.policy, None, config))
 
 
 def test_advantages_of_a_rollout_have_mean_zero_so_the_first_loss_is_zero():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     loss, _ = policy_loss(rollout.logprobs, rollout.logprobs, rollout.advantages, rollout.mask)
     assert abs(loss) < 1e-6
 
 
 def test_rollout_estimates_are_the_ones_of_the_box():
-    """make_rollout against the model's own softmax, the brute-force sum and numpy."""
+    """complete_rollout against the model's own softmax, the brute-force sum and numpy."""
     state, ref, batch, generation, config = world(0.7)
-    rollout, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    rollout, metrics = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     mask, responses = np.asarray(generation.mask), np.asarray(generation.tokens)
     logprobs, refs, values, rewards = (np.zeros(mask.shape) for _ in range(4))
     for b in range(8):  # one row at a time, all padding on the right
@@ -764,7 +764,7 @@ def test_rollout_estimates_are_the_ones_of_the_box():
 def test_policy_equal_to_reference_has_no_kl_at_any_temperature(temperature):
     state, _, batch, generation, config = world()
     config = replace(config, temperature=temperature)
-    rollout, metrics = ppo.make_rollout(state, copy(state.policy), batch, generation, SCORES, config)
+    rollout, metrics = ppo.complete_rollout(state, None, copy(state.policy), batch, generation, SCORES, config)
     for name in ("objective/kl", "objective/kl_k3", "objective/kl_exact"):
         assert abs(metrics[name]) < 1e-6
     logprobs, _, _ = forward(state.policy, jax.tree.map(lambda x: x[FOUR], rollout), config)
@@ -773,7 +773,7 @@ def test_policy_equal_to_reference_has_no_kl_at_any_temperature(temperature):
 
 def test_the_lambda_of_gae_is_the_one_that_was_asked_for():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, replace(config, lam=1.0))
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, replace(config, lam=1.0))
     mask = np.asarray(generation.mask)
     to_go = np.array(token_rewards(SCORES, rollout.logprobs, rollout.ref_logprobs, generation.mask, 0.1))
     for t in reversed(range(mask.shape[1] - 1)):
@@ -783,21 +783,21 @@ def test_the_lambda_of_gae_is_the_one_that_was_asked_for():
 
 def test_updates_leave_reference_and_rewards_alone_and_move_the_rest():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     frozen, after = copy((ref, rollout)), copy(state)
     for rows in (FOUR, FOUR[::-1]):
-        after, _ = update(after, ref, rollout, rows, config)
+        after, _ = update(after, None, rollout, rows, config)
     assert same(frozen, (ref, rollout))
     assert not same(state.policy, after.policy) and not same(state.critic, after.critic)
 
 
 def test_micro_batches_of_unequal_lengths_equal_one_big_batch():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     lengths = np.asarray(rollout.mask)[FOUR].sum(1)
     assert lengths[::2].sum() != lengths[1::2].sum()
-    whole, ours = update(state, ref, rollout, FOUR, config)
-    parts, theirs = update(state, ref, rollout, FOUR, replace(config, micro_batches=2))
+    whole, ours = update(state, None, rollout, FOUR, config)
+    parts, theirs = update(state, None, rollout, FOUR, replace(config, micro_batches=2))
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), whole, parts)
     for name in ("loss/policy_avg", "loss/value_avg", "policy/clipfrac_avg", "grad_norm"):
         np.testing.assert_allclose(ours[name], theirs[name], atol=1e-5)
@@ -807,8 +807,8 @@ def test_a_rollout_scored_in_chunks_is_the_same():
     state, ref, batch, generation, config = world()
     chunked = replace(config, micro_batches=2)
     assert ppo.chunks(chunked) == 4  # of 8 rows, in minibatches of 4
-    one, metrics = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
-    two, more = ppo.make_rollout(state, ref, batch, generation, SCORES, chunked)
+    one, metrics = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
+    two, more = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, chunked)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (one, metrics), (two, more))
     args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, EOS
     np.testing.assert_allclose(gpt.score(state.critic, *args, 4), gpt.score(state.critic, *args), atol=1e-5)
@@ -816,10 +816,10 @@ def test_a_rollout_scored_in_chunks_is_the_same():
 
 def test_target_kl_takes_no_step_from_too_far_away():
     state, ref, batch, generation, config = world()
-    rollout, _ = ppo.make_rollout(state, ref, batch, generation, SCORES, config)
+    rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     config = replace(config, target_kl=1e-9)
-    near, first = update(state, ref, rollout, FOUR, config)  # the sampler itself: a step is taken
-    far, second = update(near, ref, rollout, FOUR[::-1], config)
+    near, first = update(state, None, rollout, FOUR, config)  # the sampler itself: a step is taken
+    far, second = update(near, None, rollout, FOUR[::-1], config)
     assert not same(state.policy, near.policy) and same(near.policy, far.policy)
     assert not same(near.critic, far.critic)  # the critic is not bound by it
     metrics = ppo.summarize_updates([first, second], 1e-9)
@@ -832,12 +832,19 @@ def test_target_kl_takes_no_step_from_too_far_away():
 # ---------------------------------------------------------------------------------------------------- ppo.py, scores
 
 
+def scored(script, scores, generation, batch=None, models=(), **options):
+    """What a script makes of a function's scores, or of reward models."""
+    reward = gpt.Reward(list(models), None if models else lambda *_: scores)
+    rows = [{}] * len(generation.tokens)
+    return script.score_responses(reward, batch, generation, ([], []), rows, EOS, script.Config(**options))
+
+
 @pytest.mark.parametrize("script", [ppo, grpo])
 def test_missing_eos_rule_applies_exactly_where_the_response_has_no_eos(script):
     """Scores 1, 2, 3 of responses that end, do not end, and whose only EOS lies in the padding."""
     tokens, mask = jnp.array([[3, EOS, PAD], [3, 4, 5], [3, 4, EOS]]), jnp.array([[1, 1, 0], [1, 1, 1], [1, 1, 0]])
-    generation, scores = gpt.Generation(tokens, mask, jnp.zeros((3, 3))), jnp.array([[1.0, 2.0, 3.0]])
-    finish = lambda rule: script.finish_scores(scores, generation, EOS, script.Config(missing_eos=rule))
+    generation = gpt.Generation(tokens, mask, jnp.zeros((3, 3)))
+    finish = lambda rule: scored(script, [1.0, 2.0, 3.0], generation, missing_eos=rule)
     np.testing.assert_allclose(finish(4.0)[0], [1, -4, -4])
     np.testing.assert_allclose(finish(None)[0], [1, 2, 3])
     metrics = finish(4.0)[1]
@@ -849,7 +856,7 @@ def test_missing_eos_rule_applies_exactly_where_the_response_has_no_eos(script):
 def test_reward_function_that_returns_nonsense_is_named(bad):
     generation = gpt.Generation(jnp.ones((3, 2), jnp.int32), jnp.ones((3, 2), jnp.int32), jnp.zeros((3, 2)))
     with pytest.raises(ValueError, match="must return 3 finite floats"):
-        gpt.Reward([], lambda *_: bad)({}, generation, ([], []), [{}] * 3, EOS)
+        scored(ppo, bad, generation)
 
 
 def test_ensemble_scores_are_combined():
@@ -861,14 +868,12 @@ def test_ensemble_scores_are_combined():
     alone = np.array(
         [[float(score(m, jnp.array([ids]), jnp.ones((1, len(ids)), int))[0]) for ids in rows] for m in members]
     )
-    asked = gpt.Reward(members, None)(batch, generation, ([], []), [], EOS)
-    np.testing.assert_allclose(asked, alone, **CLOSE)
     for how, expected in (
         ("mean", alone.mean(0)),
         ("worst", alone.min(0)),
         ("uwo", alone.mean(0) - 0.5 * alone.var(0)),
     ):
-        ours = ppo.finish_scores(asked, generation, EOS, ppo.Config(combine=how))[0]
+        ours = scored(ppo, None, generation, batch, members, combine=how)[0]
         np.testing.assert_allclose(ours, expected, **CLOSE)
 
 
@@ -877,6 +882,6 @@ def test_ensemble_scores_are_combined():
 
 def test_what_ppo_and_grpo_both_write_out_is_the_same():
     """A function that stands in both files is one function: the same text."""
-    for name in ("policy_loss", "combine_scores", "join", "policy_forward", "minibatches", "load_policy", "sampler",
-                 "finish_scores", "chunks"):  # fmt: skip
+    for name in ("policy_loss", "combine_scores", "join", "policy_forward", "minibatches", "load_models", "sampler",
+                 "score_responses", "rollout_metrics", "chunks"):  # fmt: skip
         assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name)), name

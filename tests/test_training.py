@@ -232,8 +232,8 @@ TRL_NAMES = [
 def trained(world):
     """Three iterations against the ensemble's folder."""
     with pytest.MonkeyPatch.context() as patch:
-        refs = Spy(patch, ppo, "make_rollout", lambda state, ref, *_: leaves((ref, state.policy)))
-        models = Spy(patch, gpt.Reward, "__call__", lambda reward, *_: leaves(reward.models))
+        refs = Spy(patch, ppo, "complete_rollout", lambda state, base, ref, *_: leaves((ref, state.policy)))
+        models = Spy(patch, ppo, "score_responses", lambda reward, *_: leaves(reward.models))
         config = world.ppo("ppo", reward=(str(world.reward),), monitor="toy:parts")
         ppo.main(config)
     return log(config.out), refs.seen, models.seen, gpt.load(config.out)[0]

@@ -478,6 +478,7 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
     critic_step, policy_step(state, ref, rollout, rows)  -> state, after one optimiser step on these rows
     """
     optimizers = [gpt.adamw(lr, eps=1e-5) for lr in (settings.lr, settings.critic_lr)]
+    base_of = lambda ref: ref if settings.lora_rank else None
 
     def start(key):
         base = gpt.init(shape, key)
@@ -489,24 +490,24 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
         return state, *gpt.cast((base, reward), gpt.compute_dtype(settings.dtype))
 
     def sample(state, ref, prompts, key):
-        policy, new = ppo.sampler(state.policy, ref, settings), settings.response_length
+        policy, new = ppo.sampler(state.policy, base_of(ref), settings), settings.response_length
         return gpt.generate(policy, prompts, jnp.ones_like(prompts), key, new, eos=-1)
 
     def score(reward, ref, prompts, generation):
-        answers, model = (generation.tokens, generation.mask), gpt.attach(reward, ref)
+        answers, model = (generation.tokens, generation.mask), gpt.attach(reward, base_of(ref))
         return gpt.score(model, prompts, jnp.ones_like(prompts), *answers, -1, ppo.chunks(settings))
 
     def estimate(state, ref, prompts, generation, scores):
         batch = dict(tokens=prompts, segments=jnp.ones_like(prompts))
-        return ppo.make_rollout(state, ref, batch, generation, scores, settings)
+        return ppo.complete_rollout(state, base_of(ref), ref, batch, generation, scores, settings)
 
     def critic_step(state, ref, rollout, rows):
-        args = state.critic, state.critic_opt, ref, rollout, rows, optimizers[1], settings
+        args = state.critic, state.critic_opt, base_of(ref), rollout, rows, optimizers[1], settings
         critic, opt_state, _ = ppo.update_critic(*args)
         return state._replace(critic=critic, critic_opt=opt_state)
 
     def policy_step(state, ref, rollout, rows):
-        args = state.policy, state.policy_opt, ref, rollout, rows, optimizers[0], settings
+        args = state.policy, state.policy_opt, base_of(ref), rollout, rows, optimizers[0], settings
         policy, opt_state, _ = ppo.update_policy(*args)
         return state._replace(policy=policy, policy_opt=opt_state)
 
