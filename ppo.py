@@ -339,6 +339,12 @@ def count_tokens(batch: Rollout):
     return batch.mask.sum()
 
 
+def wait_if_many(results):
+    """Of several processes each must finish one program before it starts the next: the two updates do not need each
+    other's results, and their exchanges over the network would cross and wait for each other for ever."""
+    return jax.block_until_ready(results) if jax.process_count() > 1 else results
+
+
 def minibatches(step: int, config: Config):
     """Rows of each optimiser step of an iteration: --epochs shuffled passes over the rollout."""
     rng = np.random.default_rng((config.seed, step))
@@ -427,9 +433,11 @@ def main(config: Config):
         lr_now, history = lr(gpt.steps_taken(state.policy_opt)), []
         for minibatch in minibatches(step, config):
             args = base, rollout, minibatch
-            critic, critic_opt, losses = update_critic(state.critic, state.critic_opt, *args, critic_optimizer, config)
-            policy, policy_opt, more_losses = update_policy(
-                state.policy, state.policy_opt, *args, policy_optimizer, config
+            critic, critic_opt, losses = wait_if_many(
+                update_critic(state.critic, state.critic_opt, *args, critic_optimizer, config)
+            )
+            policy, policy_opt, more_losses = wait_if_many(
+                update_policy(state.policy, state.policy_opt, *args, policy_optimizer, config)
             )
             state = State(policy, policy_opt, critic, critic_opt)
             history.append(losses | more_losses)
