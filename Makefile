@@ -1,7 +1,8 @@
-# make demo   the whole story on the toy world, from an empty folder to a table and plots
+# make demo   from an empty folder to one table of PPO, DPO, IPO and KTO on the toy world, and its pictures
 # make test   the test suite          make lint   style
 # after make demo, an experiment of the report each:
-# make principles         which principle of the constitution moves which behaviour
+# make rlaif              AI feedback: Constitutional AI and online feedback from a judge, beside labels of people
+# make principles         which principle of the constitution moves which behaviour (after make rlaif)
 # make rewards            heads, losses and ensembles of the reward model beside each other
 # make overoptimization   PPO against a reward model that is too weak, and what cures it
 # make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
@@ -16,8 +17,9 @@ SEED ?= 0
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.txt
 	touch .venv/done
 
-# The main job. Each line is a command to copy; `make demo` again starts over.
+# The main job. Each line is a command to copy; `make demo` again starts over. The table grows: what was measured is kept.
 PY = .venv/bin/python
+TABLE = $(PY) evaluate.py --best-of 4 16 --reward out/reward --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
 demo: .venv/done
 	$(PY) toy.py --seed $(SEED)
 	$(PY) sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
@@ -26,15 +28,12 @@ demo: .venv/done
 	$(PY) reward.py --seed $(SEED) --overwrite
 	$(PY) ppo.py --seed $(SEED) --overwrite
 	$(PY) dpo.py --seed $(SEED) --overwrite
+	$(TABLE) --models out/sft out/ppo out/dpo
 	$(PY) ipo_kto.py --seed $(SEED) --overwrite
 	$(PY) ipo_kto.py --loss kto --seed $(SEED) --overwrite
-	$(MAKE) rlaif
-	$(PY) evaluate.py --models $(addprefix out/,sft ppo dpo ipo kto sl-cai rlaif online) --best-of 4 16 \
-	  --reward out/reward \
-	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl \
-	  --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
+	$(TABLE) --models out/sft out/ppo out/dpo out/ipo out/kto
 	$(PY) tools/plot.py out/report
-	$(PY) tools/plot.py curves $(addprefix out/,ppo dpo ipo kto rlaif online)
+	$(PY) tools/plot.py curves out/ppo out/dpo out/ipo out/kto
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
@@ -54,6 +53,9 @@ rlaif: .venv/done
 	  --seed $(SEED) --overwrite
 	RLAIF_JUDGE=out/judge $(PY) online.py --init out/sl-cai --judge rlaif:preference --out out/online \
 	  --data data/toy/harmless.jsonl:0.6 data/toy/harmful.jsonl:0.4 --seed $(SEED) --overwrite
+	$(PY) evaluate.py --models $(addprefix out/,sft ppo sl-cai rlaif online) --out out/rlaif-report \
+	  --harmful data/toy/harmful-heldout.jsonl --harmless data/toy/harmless-heldout.jsonl --seed $(SEED)
+	$(PY) tools/plot.py out/rlaif-report
 
 # Which principle moves which behaviour: the revise stage with one of them at a time, and with none of their revisions.
 principles: .venv/done
@@ -114,7 +116,7 @@ frontier: .venv/done
 	$(PY) tools/plot.py out/frontier-report
 
 test: .venv/done
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: .venv/done
 	.venv/bin/ruff check .
