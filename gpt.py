@@ -1,8 +1,8 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling. Read this one: some 550 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 600 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
-    III  running: devices, precision, optimiser, adapters, rewards, the run folder
+    III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
 Parts II and III are for looking up. Algorithms live in their scripts; nothing here knows what PPO is.
 
@@ -14,6 +14,8 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
     F width of the MLP  V vocabulary        L layers      S slots of a key-value cache
+    of a rollout: Q prompt tokens, T response tokens      of a linear layer: I inputs, O outputs, r rank of its adapter
+    of rows that share a prompt: P tokens of the prompt, n rows that continue it
 """
 
 import ctypes
@@ -52,7 +54,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 # =====================================================================================================================
-# Part I. The model: what it is, what it says of a text, how it is sampled
+# Part I. The model: what it is, what it says of a text, how it is sampled, scored and trained
 # =====================================================================================================================
 
 
@@ -101,6 +103,19 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The transformer
+#
+# What Part I calls and Part III defines, because XLA needs care there, is in plain jnp:
+#   matmul(x, weight)          x @ weight
+#   einsum(form, a, b, dtype)  jnp.einsum(form, a, b), computed in `dtype`
+#   unembed(x, table, dtype)   x @ table.T, in `dtype`: a logit for every word
+#   logprobs_of_logits(z, y)   (log_softmax(z) at y, entropy of softmax(z))
+#   inverse_cdf(p, u)          the first index whose cumsum(p) exceeds u * sum(p)
+#   flash_attention(...)       `attention` by a GPU's kernel, if has_flash_attention(...)
+#   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
+#   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
+#   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
+#   shard_batch(x)             x, with its rows spread over the devices
+#   merge(model)               the model; corrections by LoRA are added into its weights
 
 
 MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
@@ -114,7 +129,7 @@ class Linear(eqx.Module):
         y = matmul(x, self.weight)
         if self.bias is None:
             return y
-        # in fp32, so that its gradient, a sum over all tokens, is: in bf16 XLA:CPU takes 10 to 30 times as long for it
+        # in fp32, because then the bias's gradient is summed in fp32 too: XLA:CPU takes 10 to 30 times as long in bf16
         return (y.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(y.dtype)
 
 
@@ -133,16 +148,16 @@ class Norm(eqx.Module):
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
 
-def attention(q, k, v, mask, causal=False):
-    """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B or 1, T, S) True where a query may look.
-    `causal`: none looks ahead, so that a kernel may leave out half of the scores."""
+def attention(q, k, v, visible, causal=False):
+    """Softmax attention of q (B, H, T, E) to k and v (B, K, S, E): -> (B, H, T, E). `visible` (B or 1, T, S) is True
+    where a query may look. `causal` says that no query looks ahead: a kernel may then skip half of the scores."""
     if has_flash_attention(q, k):
-        return flash_attention(q, k, v, mask, causal)
+        return flash_attention(q, k, v, visible, causal)
     B, H, T, E = q.shape
     K = k.shape[1]
     q = q.reshape(B, K, H // K, T, E)  # H / K query heads share each key-value head
     scores = einsum("bkgte,bkse->bkgts", q, k, jnp.float32) / np.sqrt(E)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
 
@@ -179,21 +194,18 @@ class Block(eqx.Module):
     down: Linear
     head_dim: int = eqx.field(static=True)
 
-    def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
-        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`, or at each
-        row's own slot (B,), and its first places are looked at, as many as the mask is wide; a prefix's
-        (B / n, K, P, E) come before the own ones of n rows each."""
+    def __call__(self, x, rope, visible, cache=None, slot=0):
+        """x (B, T, D) -> (x, (keys, values)). With a `cache` (B, K, S, E) of earlier keys and values the new ones are
+        written into it at place `slot` (or at each row's own, (B,)), and its first visible.shape[-1] places are
+        attended to."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
-            k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        if prefix is not None:
-            repeat = lambda old: jnp.repeat(old, len(x) // len(old), axis=0)
-            k, v = (jnp.concatenate([repeat(old), new], axis=2) for old, new in zip(prefix, (k, v)))
-        a = attention(q, k, v, mask, causal=cache is None and prefix is None)
+            k, v = k[:, :, : visible.shape[-1]], v[:, :, : visible.shape[-1]]
+        a = attention(q, k, v, visible, causal=cache is None)
         x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = self.norm2(x)
         h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
@@ -206,55 +218,37 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D); in its place, and in the head's, may be a LoraTable, or serve.py's Quantised
+    wte: Array  # (V, D); LoRA and small integers may stand in for it and for the head: Part III, Adapters
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
     head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
     config: Config = eqx.field(static=True)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, prefix=None
-    ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
-        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule.
-
-        With a `prefix`, (tokens, mask), both (B / n, P), each n rows continue one row of it, blind to each other:
-        answers to one prompt, which is computed once. A row is then one document.
-        """
+    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm. `segments` (B, T) says which document each token is of, 0 is padding:
+        tokens see only earlier tokens of their own segment, and positions count from 0 in each. Packing, left and
+        right padding are all this one rule."""
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
-            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
-        positions = segment_positions(segments)
-        same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        prefix_x = None
-        if prefix is not None:
-            n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
-            positions += jnp.repeat(real.sum(1), n)[:, None]
-            seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
-            mask = jnp.concatenate([seen, mask], -1)
-            prefix_x, prefix_rope = self.embed(prefix[0], segment_positions(prefix[1]))
-            prefix_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
-        x, rope = self.embed(tokens, positions)
-
-        def layer(carry, block):
-            x, prefix_x = carry
-            keys_values = None
-            if prefix_x is not None:
-                prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_mask)
-                prefix_x = shard_batch(prefix_x)
-            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), prefix_x), None
-
-        # a short stack is unrolled, for speed; a layer that is to be forgotten and computed again stays in the loop,
-        # since XLA:CPU would see that two unrolled copies are one and keep it after all
-        layer = jax.checkpoint(layer) if remat else layer
-        (x, _), _ = lax.scan(layer, (x, prefix_x), self.blocks, unroll=not remat and self.config.layers <= 12)
+        x, rope = self.embed(tokens, segment_positions(segments))
+        visible = causal_mask(segments)
+        x = self.scan_blocks(lambda x, block: shard_batch(block(x, rope, visible)[0]), x, remat)
         return self.norm(x)
+
+    def scan_blocks(self, layer, x, remat: bool):
+        """x -> layer(x, block) for one block after the other. `remat`: a layer's activations are not kept for the
+        backward pass but computed there once more, which saves memory."""
+        step = lambda x, block: (layer(x, block), None)
+        step = jax.checkpoint(step) if remat else step
+        # A short stack is unrolled, for speed; not with `remat`, since XLA:CPU would then find that both computations
+        # of a layer are the same one, and keep its activations after all.
+        return lax.scan(step, x, self.blocks, unroll=not remat and self.config.layers <= 12)[0]
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
+        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
+            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
         x = self.wte.rows(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
@@ -265,7 +259,7 @@ class GPT(eqx.Module):
         head = self.wte if self.head is None else self.head
         if isinstance(head, eqx.Module):
             return head(hidden, jnp.float32)
-        return predict(hidden, head, jnp.float32)
+        return unembed(hidden, head, jnp.float32)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -275,8 +269,16 @@ def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def causal_mask(segments: Int[Array, "B T"]) -> Array:
+    """(B, T, T): True where a token (second axis) may attend to another (third axis): to itself and to earlier ones of
+    its segment, never to padding."""
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    return same & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+
+
 def init(config: Config, key) -> GPT:
-    """A fresh model: N(0, 0.02), with the two projections into the residual stream scaled down by sqrt(2 L) (GPT-2)."""
+    """A fresh model: normal with std 0.02, and 0.02 / sqrt(2 L) for the two projections into the residual stream, as
+    GPT-2 has it."""
     D, F, E, L = config.dim, config.ffn, config.head_dim, config.layers
     keys = iter(jax.random.split(key, 10))
 
@@ -312,7 +314,7 @@ class ScoreModel(eqx.Module):
     """A transformer, its body, with a scalar head: a reward model (read once a sequence) or a critic (read at every
     token)."""
 
-    body: GPT  # or an Adapter, apart from its base
+    body: GPT  # or an adapter of one, which stands alone until it is attached: Part III, Adapters
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
@@ -323,25 +325,25 @@ class ScoreModel(eqx.Module):
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, " B"]:
-        """One score a row from hidden states; mask (B, T) marks real tokens, padded on either side."""
-        T = mask.shape[1]
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+        T = real.shape[1]
         if self.pool == "last":
-            last = T - 1 - jnp.argmax(jnp.flip(mask, 1), axis=1)
+            last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = mask.astype(jnp.float32)
+        weights = real.astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
-            weights = jax.nn.softmax(jnp.where(mask > 0, look, MASKED), axis=-1)
+            weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], mask, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, mask, remat), mask)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
-    """A scalar head on a body: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
+    """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
     if pool not in ("last", "mean", "attention"):
         raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
     D = body.config.dim
@@ -355,72 +357,45 @@ def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> Scor
 
 
 def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, prefix=None
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
 ) -> Float[Array, "B T-1"]:
-    """log p(tokens[:, t+1] | prefix, tokens[:, :t+1]) at every t; `prefix` as for `GPT`.
+    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
 
-    The one place that owns the shift by one, drawn on a row of three:
+    The shift by one, which every script makes alike, drawn here once on a row of three:
         tokens     a    b    c
         hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
         targets    b    c
         result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    hidden = model(tokens, segments, remat, prefix)
+    hidden = model(tokens, segments, remat)
     return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
 
 
 def completion_logprobs(model: GPT, batch, remat: bool = False):
-    """(log p of each completion, the number of its tokens), from tokens, segments and mask (..., T): -> (...) each.
+    """(log p of each completion, the number of its tokens), (...) each, from tokens, segments and mask (..., T).
 
-    Sums over the tokens in `mask`, their EOS included. Where the batch has a `prefix` (`Batches` with `shared`), the
-    head, a third of the weights of a small GPT-2, works on the completions alone.
+    Sums over the tokens whose mask is 1, their EOS included. Where the batch has a `prefix` (`Batches.split_prompt`),
+    each prompt is computed once for all of its completions.
     """
-    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
-    prefix = (batch["prefix"], batch["prefix_mask"]) if "prefix" in batch else None
-    logprobs, mask = token_logprobs(model, tokens, segments, remat=remat, prefix=prefix), mask[:, 1:] > 0
-    shape = batch["tokens"].shape[:-1]
+    rows = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
+    tokens, segments = rows("tokens"), rows("segments")
+    if "prefix" in batch:
+        hidden = continue_prefix(model, tokens, segments, batch["prefix"], batch["prefix_mask"], remat)
+    else:
+        hidden = model(tokens, segments, remat)
+    logprobs, _ = head_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+    mask, shape = rows("mask")[:, 1:] > 0, batch["tokens"].shape[:-1]
     return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
     """(log p(targets), entropy), each (B, T), of softmax(logits / temperature), in fp32.
 
-    Never a (B, T, V) log-softmax: the gathered logit less the log-sum-exp, a few columns of T at a time.
+    log p is the target's logit minus the logsumexp of all logits, for a few columns of T at a time: the logits of a
+    whole batch, (B, T, V), would often not fit the memory.
     """
-
     piece = lambda hidden, targets: logprobs_of_logits(model.logits(hidden) / temperature, targets)
     return map_columns(piece, model.config.vocab_size, hidden, targets)
-
-
-@jax.custom_vjp
-def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
-    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out: one exponential of
-    the logits, and no scatter."""
-    return _logprobs_forward(logits, targets)[0]
-
-
-def _logprobs_forward(logits, targets):
-    top = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    total = weights.sum(-1)
-    lse = jnp.log(total) + top[..., 0]
-    entropy = lse - (weights * logits).sum(-1) / total
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (chosen - lse, entropy), (logits, targets, lse, entropy)
-
-
-def _logprobs_backward(saved, g):
-    logits, targets, lse, entropy = saved
-    log_p = logits - lse[..., None]
-    p = jnp.exp(log_p)
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    slopes = hit - p, -p * (log_p + entropy[..., None])
-    return sum(x[..., None] * slope for x, slope in zip(g, slopes) if not isinstance(x, SymbolicZero)), None
-
-
-logprobs_of_logits.defvjp(
-    lambda *primals: _logprobs_forward(*(x.value for x in primals)), _logprobs_backward, symbolic_zeros=True
-)
 
 
 def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Float[Array, "B T"]:
@@ -445,7 +420,7 @@ def weighted_mean(x, weight):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Sampling
+# 4. Sampling, and the scores of samples
 
 
 class Generation(NamedTuple):
@@ -454,10 +429,22 @@ class Generation(NamedTuple):
     logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
 
 
+class Sampler(NamedTuple):
+    """Where `generate` is."""
+
+    t: Array  # () the next token to be drawn
+    tokens: Array  # these three as in Generation
+    mask: Array
+    logprobs: Array
+    done: Array  # (B,) whether EOS was drawn
+    visible: Array  # (B, Q + T) places of the cache that hold a real token
+    caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
+
+
 @partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "B T"],
+    prompts: Int[Array, "B Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -470,78 +457,79 @@ def generate(
     """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
-    softmax (serve.py has both). `rows` (B,) are the rows' global numbers: noise is folded from (key, row, token), so a
-    row's text does not depend on how rows are batched or on how many devices there are. Stops when every row is done.
+    softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
+    so that a row's text does not depend on how rows are batched or on how many devices there are.
     """
-    B, T = prompts.shape
-    S = T + max_new_tokens
-    if model.config.gpt2 and model.config.context < S:
-        raise ValueError(
-            f"prompt {T} + new tokens {max_new_tokens} > the {model.config.context} positions of the model"
-        )
+    B, Q = prompts.shape
+    T = max_new_tokens
+    if model.config.gpt2 and model.config.context < Q + T:
+        raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
     lengths = prompt_mask.sum(1)
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
     layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
     model = merge(dataclasses.replace(model, blocks=None))
 
-    def draw(logits, t, done):
+    def draw(state: Sampler, hidden) -> Sampler:
+        """Token t of every row, from the hidden states (B, D) of the token before it."""
+        t = state.t
         u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
-        token, logprob = sample_token(logits, u, temperature)
-        return jnp.where(done, pad, token), jnp.where(done, 0.0, logprob), done | (token == eos)
-
-    hidden, caches = prefill(model, layers, prompts, prompt_mask, S)
-    done = jnp.zeros(B, bool)
-    token, logprob, ended = draw(model.logits(hidden[:, -1]), 0, done)
-    tokens = jnp.full((B, max_new_tokens), pad, prompts.dtype).at[:, 0].set(token)
-    mask = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(1)
-    logprobs = jnp.zeros((B, max_new_tokens), jnp.float32).at[:, 0].set(logprob)
-    seen = jnp.pad(prompt_mask > 0, ((0, 0), (0, max_new_tokens)))
-
-    def unfinished(carry):
-        t, _, _, _, done, _, _ = carry
-        return (t < max_new_tokens) & ~done.all()
-
-    def step(carry):
-        t, tokens, mask, logprobs, done, seen, caches = carry
-        slot = T + t - 1  # of the token that was drawn last
-        seen = seen.at[:, slot].set(True)
-        x, rope = model.embed(tokens[:, t - 1, None], (lengths + t - 1)[:, None])
-        new_caches = []
-        for layer, cache in zip(layers, caches):
-            x, cache = layer(x, rope, seen[:, None, :], cache, slot)
-            new_caches.append(cache)
-        token, logprob, ended = draw(model.logits(model.norm(x[:, 0])), t, done)
+        token, logprob = sample_token(model.logits(hidden), u, temperature)
         column = lambda array, value: array.at[:, t].set(value.astype(array.dtype))
-        arrays = column(tokens, token), column(mask, ~done), column(logprobs, logprob)
-        return t + 1, *arrays, ended, seen, tuple(new_caches)
+        return state._replace(
+            t=t + 1,
+            tokens=column(state.tokens, jnp.where(state.done, pad, token)),
+            mask=column(state.mask, ~state.done),  # `done` is from before this draw: EOS itself still counts
+            logprobs=column(state.logprobs, jnp.where(state.done, 0.0, logprob)),
+            done=state.done | (token == eos),
+        )
 
-    carry = (jnp.asarray(1), tokens, mask, logprobs, ended, seen, caches)
-    _, tokens, mask, logprobs, *_ = lax.while_loop(unfinished, step, carry)
-    return Generation(tokens, mask, logprobs)
+    def step(state: Sampler) -> Sampler:
+        last = state.t - 1  # the token that was drawn last is read, the next one drawn
+        visible = state.visible.at[:, Q + last].set(True)
+        x, rope = model.embed(state.tokens[:, last, None], (lengths + last)[:, None])
+        caches = []
+        for layer, cache in zip(layers, state.caches):
+            x, cache = layer(x, rope, visible[:, None, :], cache, slot=Q + last)
+            caches.append(cache)
+        return draw(state._replace(visible=visible, caches=tuple(caches)), model.norm(x[:, 0]))
+
+    hidden, caches = prefill(model, layers, prompts, prompt_mask, Q + T)
+    start = Sampler(
+        t=jnp.asarray(0),
+        tokens=jnp.full((B, T), pad, prompts.dtype),
+        mask=jnp.zeros((B, T), jnp.int32),
+        logprobs=jnp.zeros((B, T), jnp.float32),
+        done=jnp.zeros(B, bool),
+        visible=jnp.pad(prompt_mask > 0, ((0, 0), (0, T))),
+        caches=caches,
+    )
+    unfinished = lambda state: (state.t < T) & ~state.done.all()
+    end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
+    return Generation(end.tokens, end.mask, end.logprobs)
 
 
-def prefill(model: GPT, layers, tokens, mask, slots: int):
-    """Run the prompts once; hidden states (B, T, D) and a key-value cache of `slots` places a layer."""
-    T = tokens.shape[1]
-    allowed = jnp.tril(jnp.ones((T, T), bool)) & (mask[:, None, :] > 0)
-    x, rope = model.embed(tokens, segment_positions(mask))
+def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
+    """Run the prompts once: hidden states (B, Q, D), and each layer's keys and values with room for `slots` tokens."""
+    room = ((0, 0), (0, 0), (0, slots - prompts.shape[1]), (0, 0))
+    x, rope = model.embed(prompts, segment_positions(prompt_mask))
     caches = []
     for layer in layers:
-        x, cache = layer(x, rope, allowed)
-        caches.append(tuple(jnp.pad(c, ((0, 0), (0, 0), (0, slots - T), (0, 0))) for c in cache))
+        x, cache = layer(x, rope, causal_mask(prompt_mask))
+        caches.append(tuple(jnp.pad(c, room) for c in cache))
     return model.norm(x), tuple(caches)
 
 
 def write_cache(cache, new, slot):
-    """new (B, K, T, E) put into cache (B, K, S, E) at place `slot`, or at places (B,) of their own."""
+    """cache (B, K, S, E) with new (B, K, T, E) written at place `slot`, or at each row's own place (B,)."""
     if jnp.ndim(slot) == 0:
         return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
     return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
 
 
 def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature=1.0):
-    """One token a row by inverse CDF from one uniform u a row, and its log-prob under softmax(logits / temperature)."""
+    """One token a row and its log-prob under softmax(logits / temperature): the first token at which the running sum of
+    probabilities exceeds u, which is uniform in [0, 1)."""
     if temperature == 0:
         token = jnp.argmax(logits, -1)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
@@ -553,23 +541,69 @@ def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature
     return token, chosen - jnp.log(p.sum(-1))
 
 
-def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256) -> Int[Array, " B"]:
-    """The index at which the running sum of p (not normalised) passes u of the total: first among sums of blocks, then
-    inside one block. A Gumbel per entry, or one long running sum, costs several times as much on a CPU."""
-    B, V = p.shape
-    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+    """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
+    1 on their real tokens.
 
-    def locate(weights, target):  # first index whose running sum exceeds target, never one of weight 0
-        running = jnp.cumsum(weights, -1)
-        last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
-        index = jnp.minimum((running <= target[:, None]).sum(-1), last)
-        before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
-        return index, target - before
+    The score is read at the last of them: the EOS of a finished response, or the `suffix`, which takes the place of EOS
+    and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained on.
+    """
+    S, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    end = start + mask.sum(1)
+    if suffix:
+        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+    index = jnp.arange(tokens.shape[1])
+    for i, token in enumerate(suffix):
+        tokens = jnp.where(index == end[:, None] + i, token, tokens)
+    response_part = (index >= start) & (index < end[:, None] + S)
+    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
-    totals = blocks.sum(-1)
-    which, rest = locate(totals, u * totals.sum(-1))
-    inside, _ = locate(blocks[jnp.arange(B), which], rest)
-    return which * block + inside
+
+@partial(jax.jit, static_argnames=("eos", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), their masks; computed in so
+    many `chunks` of rows."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The training step
+
+
+def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
+    """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics).
+
+    With micro-batches the batch is computed in parts, to save memory, and the result is the same. The loss is a mean
+    over `count(batch)` items (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean
+    of means would be wrong as soon as the counts differ.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        return value_and_grad(model, batch)
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % micro_batches:
+            raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
+    # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
+    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+    counts = jax.vmap(count)(chunks).astype(jnp.float32)
+    weights = counts / jnp.maximum(counts.sum(), 1e-9)
+
+    def add(total, part):
+        out = value_and_grad(model, part[0])
+        return jax.tree.map(lambda a, b: a + part[1] * b, total, out), None
+
+    first = jax.tree.map(lambda x: x[0], chunks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
+    return lax.scan(add, zeros, (chunks, weights))[0]
+
+
+def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
+    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
+    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
+    updates, opt_state = optimizer.update(grads, opt_state, model)
+    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 # =====================================================================================================================
@@ -578,7 +612,7 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Tokenizers and chat
+# 6. Tokenizers and chat
 
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -804,7 +838,7 @@ def check_reference(tokenizer: Tokenizer, init, ref):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Model folders, in the layout of Hugging Face
+# 7. Model folders, in the layout of Hugging Face
 
 
 def layout(config: Config) -> list[tuple[str, str, bool]]:
@@ -1183,7 +1217,7 @@ def remove(path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Rows: one JSON object a line, in the formats that TRL documents
+# 8. Rows: one JSON object a line, in the formats that TRL documents
 
 
 KINDS = {
@@ -1338,7 +1372,7 @@ def parse_sources(data) -> list[tuple[str, float | None]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Tokens: rows as ids, cached on disk
+# 9. Tokens: rows as ids, cached on disk
 
 
 EXTRAS = ("margin", "weight", "label_p", "label")  # numbers that may ride on a row; absent: 0, 1, 1, 1
@@ -1524,7 +1558,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Batches
+# 10. Batches
 
 
 class Batches:
@@ -1735,7 +1769,7 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Devices: one mesh, one rule, the same code on one CPU and on many hosts
+# 11. Devices: one mesh, one rule, the same code on one CPU and on many hosts
 
 
 def start(seed: int = 0):
@@ -1931,7 +1965,7 @@ def device_note() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Precision, and products as XLA is fast at them
+# 12. Precision, and products as XLA is fast at them
 
 
 def cast(tree, dtype):
@@ -2017,7 +2051,7 @@ def _einsum_backward(form, dtype, saved, g):
 einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _einsum_backward)
 
 
-def predict(x, table, dtype):
+def unembed(x, table, dtype):
     """x (..., D) times the rows of a table (V, D), the product by which words are predicted: -> (..., V) in `dtype`.
 
     A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes almost three times as long as
@@ -2028,6 +2062,57 @@ def predict(x, table, dtype):
     if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
         table = jnp.pad(table, ((0, -V % 128), (0, 0)))
     return matmul(x, table, dtype, rows=True)[..., :V]
+
+
+@jax.custom_vjp
+def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
+    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out, because JAX's own
+    would compute the exponentials again and scatter into an array of zeros."""
+    return _logprobs_forward(logits, targets)[0]
+
+
+def _logprobs_forward(logits, targets):
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1)
+    lse = jnp.log(total) + top[..., 0]
+    entropy = lse - (weights * logits).sum(-1) / total
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (chosen - lse, entropy), (logits, targets, lse, entropy)
+
+
+def _logprobs_backward(saved, g):
+    logits, targets, lse, entropy = saved
+    log_p = logits - lse[..., None]
+    p = jnp.exp(log_p)
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    slopes = hit - p, -p * (log_p + entropy[..., None])
+    return sum(x[..., None] * slope for x, slope in zip(g, slopes) if not isinstance(x, SymbolicZero)), None
+
+
+logprobs_of_logits.defvjp(
+    lambda *primals: _logprobs_forward(*(x.value for x in primals)), _logprobs_backward, symbolic_zeros=True
+)
+
+
+def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256) -> Int[Array, " B"]:
+    """The first index at which the running sum of p, which need not add up to 1, exceeds u times its total. It is found
+    among the sums of blocks first and then inside one block: on a CPU one long running sum, or Gumbel noise for every
+    entry, takes several times as long."""
+    B, V = p.shape
+    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+
+    def locate(weights, target):  # first index whose running sum exceeds target, never one of weight 0
+        running = jnp.cumsum(weights, -1)
+        last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
+        index = jnp.minimum((running <= target[:, None]).sum(-1), last)
+        before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
+        return index, target - before
+
+    totals = blocks.sum(-1)
+    which, rest = locate(totals, u * totals.sum(-1))
+    inside, _ = locate(blocks[jnp.arange(B), which], rest)
+    return which * block + inside
 
 
 def flash_attention(q, k, v, mask, causal):
@@ -2051,6 +2136,31 @@ def has_flash_attention(q, k) -> bool:
     data, tensor = (1, 1) if mesh.empty else (mesh.shape["data"], mesh.shape["tensor"])
     fits = q.shape[2] > 1 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
     return fits and len(q) % data == 0 and k.shape[1] % tensor == 0
+
+
+def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
+    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
+
+    Each n rows, one after the other, continue the same prefix, which is computed once, and do not see each other. A row
+    is one document: its `segments` are 1, and 0 on padding.
+    """
+    repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
+    room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
+    prefix_visible = causal_mask(prefix_mask)
+    seen = (repeat(prefix_mask)[:, None, :] > 0) & (segments[:, :, None] > 0)
+    visible = jnp.concatenate([seen, causal_mask(segments)], -1)
+    positions = segment_positions(segments) + repeat(prefix_mask.sum(1))[:, None]
+    prefix_x, prefix_rope = model.embed(prefix, segment_positions(prefix_mask))
+    x, rope = model.embed(tokens, positions)
+
+    def layer(carry, block):
+        x, prefix_x = carry
+        prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_visible)
+        cache = [jnp.pad(repeat(old), room) for old in keys_values]
+        x, _ = block(x, rope, visible, cache, slot=prefix.shape[1])
+        return shard_batch(x), shard_batch(prefix_x)
+
+    return model.norm(model.scan_blocks(layer, (x, prefix_x), remat)[0])
 
 
 HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
@@ -2082,8 +2192,17 @@ def map_columns(piece, width: int, *arrays):
     return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, pieces * columns, *y.shape[3:])[:, :T], outs)
 
 
+def map_chunks(f, batch, chunks: int = 1):
+    """f(batch), computed on so many chunks of its rows, one after the other: less memory at a time. A chunk of as many
+    rows as a micro-batch of `gradients` is computed in the same shapes, hence with the same rounding."""
+    if chunks == 1:
+        return f(batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 12. Optimiser
+# 13. Optimiser
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
@@ -2107,48 +2226,6 @@ def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
-    """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics), as one big batch would give them.
-
-    The loss is a mean over `count(batch)` items (tokens, pairs). With micro-batches each part's mean is weighted by its
-    own count: a mean of means would be wrong as soon as the counts differ.
-    """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
-        return value_and_grad(model, batch)
-    for x in jax.tree.leaves(batch):
-        if x.shape[0] % micro_batches:
-            raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
-    # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
-    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-    counts = jax.vmap(count)(chunks).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1e-9)
-
-    def add(total, part):
-        out = value_and_grad(model, part[0])
-        return jax.tree.map(lambda a, b: a + part[1] * b, total, out), None
-
-    first = jax.tree.map(lambda x: x[0], chunks)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
-    return lax.scan(add, zeros, (chunks, weights))[0]
-
-
-def map_chunks(f, batch, chunks: int = 1):
-    """f(batch), computed on so many chunks of its rows, one after the other: less memory at a time. A chunk of as many
-    rows as a micro-batch of `gradients` is computed in the same shapes, hence with the same rounding."""
-    if chunks == 1:
-        return f(batch)
-    split = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
-
-
-def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
-    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
-    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
-    updates, opt_state = optimizer.update(grads, opt_state, model)
-    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
-
-
 def steps_taken(opt_state):
     """How many steps the optimiser has taken, on the device: fewer than minibatches seen, where some were refused."""
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
@@ -2166,7 +2243,7 @@ def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13. Adapters: what learns on a frozen model
+# 14. Adapters: what learns on a frozen model
 
 
 class LoraLinear(eqx.Module):
@@ -2195,8 +2272,8 @@ class LoraTable(eqx.Module):
         return self.base[index] + self.scale * matmul(self.a[index], self.b)
 
     def __call__(self, x, dtype):
-        change = predict(matmul(x, self.b, rows=True), self.a, dtype)
-        return predict(x, self.base, dtype) + self.scale * change
+        change = unembed(matmul(x, self.b, rows=True), self.a, dtype)
+        return unembed(x, self.base, dtype) + self.scale * change
 
 
 class Adapter(eqx.Module):
@@ -2287,33 +2364,7 @@ def count_parameters(model) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14. Rewards: what scores a sampled response
-
-
-def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
-    """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
-
-    The EOS of a finished response is where the score is read; a `suffix` takes its place. As in `encode_row`: a reward
-    model that is trained on one rule and asked by another reads a state that it has never seen.
-    """
-    S, start = len(suffix), prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
-    end = start + mask.sum(1)
-    if suffix:
-        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
-    index = jnp.arange(tokens.shape[1])
-    for i, token in enumerate(suffix):
-        tokens = jnp.where(index == end[:, None] + i, token, tokens)
-    response_part = (index >= start) & (index < end[:, None] + S)
-    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
-
-
-@partial(jax.jit, static_argnames=("eos", "chunks"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `chunks`: as for
-    `map_chunks`."""
-    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+# 15. Rewards: what scores a sampled response
 
 
 def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False) -> ScoreModel:
@@ -2421,7 +2472,7 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15. The run folder
+# 16. The run folder
 
 
 CACHE_NOTE = "compiling the first step"
