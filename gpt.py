@@ -1,8 +1,8 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling. Read this one: some 550 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 600 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
-    III  running: devices, precision, optimiser, adapters, rewards, the run folder
+    III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
 Parts II and III are for looking up. Algorithms live in their scripts; nothing here knows what PPO is.
 
@@ -14,6 +14,8 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
 One alphabet of dimensions, everywhere:
     B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
     F width of the MLP  V vocabulary        L layers      S slots of a key-value cache
+    of a rollout: Q prompt tokens, T response tokens      of a linear layer: I inputs, O outputs, r rank of its adapter
+    of rows that share a prompt: P tokens of the prompt, n rows that continue it
 """
 
 import ctypes
@@ -30,6 +32,7 @@ import shlex
 import shutil
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable
@@ -37,6 +40,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, lru_cache, partial
+from operator import attrgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -52,7 +56,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 # =====================================================================================================================
-# Part I. The model: what it is, what it says of a text, how it is sampled
+# Part I. The model: what it is, what it says of a text, how it is sampled, scored and trained
 # =====================================================================================================================
 
 
@@ -101,6 +105,19 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 2. The transformer
+#
+# What Part I calls and Part III defines, because XLA needs care there, is in plain jnp:
+#   matmul(x, weight)          x @ weight
+#   einsum(form, a, b, dtype)  jnp.einsum(form, a, b), in `dtype`
+#   unembed(x, table, dtype)   x @ table.T, in `dtype`: a logit for every word
+#   logprobs_of_logits(z, y)   (log_softmax(z) at y, entropy of softmax(z))
+#   inverse_cdf(p, u)          the first index whose cumsum(p) exceeds u * sum(p)
+#   flash_attention(...)       `attention` by a GPU's kernel, if has_flash_attention(...)
+#   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
+#   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
+#   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
+#   shard_batch(x)             x, with its rows spread over the devices
+#   merge(model)               the model; corrections by LoRA are added into its weights
 
 
 MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
@@ -114,7 +131,7 @@ class Linear(eqx.Module):
         y = matmul(x, self.weight)
         if self.bias is None:
             return y
-        # in fp32, so that its gradient, a sum over all tokens, is: in bf16 XLA:CPU takes 10 to 30 times as long for it
+        # in fp32, because then the bias's gradient is summed in fp32 too: XLA:CPU takes 10 to 30 times as long in bf16
         return (y.astype(jnp.float32) + self.bias.astype(jnp.float32)).astype(y.dtype)
 
 
@@ -133,16 +150,16 @@ class Norm(eqx.Module):
         return (y if self.bias is None else y + self.bias).astype(x.dtype)
 
 
-def attention(q, k, v, mask, causal=False):
-    """Softmax attention: q (B, H, T, E), k and v (B, K, S, E), mask (B or 1, T, S) True where a query may look.
-    `causal`: none looks ahead, so that a kernel may leave out half of the scores."""
+def attention(q, k, v, visible, causal=False):
+    """Softmax attention of q (B, H, T, E) to k and v (B, K, S, E): -> (B, H, T, E). `visible` (B or 1, T, S) is True
+    where a query may look. `causal` says that no query looks ahead: a kernel may then skip half of the scores."""
     if has_flash_attention(q, k):
-        return flash_attention(q, k, v, mask, causal)
+        return flash_attention(q, k, v, visible, causal)
     B, H, T, E = q.shape
     K = k.shape[1]
     q = q.reshape(B, K, H // K, T, E)  # H / K query heads share each key-value head
     scores = einsum("bkgte,bkse->bkgts", q, k, jnp.float32) / np.sqrt(E)
-    scores = jnp.where(mask[:, None, None], scores, MASKED)
+    scores = jnp.where(visible[:, None, None], scores, MASKED)
     weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
     return einsum("bkgts,bkse->bkgte", weights, v).reshape(B, H, T, E)
 
@@ -179,21 +196,18 @@ class Block(eqx.Module):
     down: Linear
     head_dim: int = eqx.field(static=True)
 
-    def __call__(self, x, rope, mask, cache=None, slot=0, prefix=None):
-        """x (B, T, D) -> (x, (keys, values)). With a cache (B, K, S, E) the new keys go into it at `slot`, or at each
-        row's own slot (B,), and its first places are looked at, as many as the mask is wide; a prefix's
-        (B / n, K, P, E) come before the own ones of n rows each."""
+    def __call__(self, x, rope, visible, cache=None, slot=0):
+        """x (B, T, D) -> (x, (keys, values)). With a `cache` (B, K, S, E) of earlier keys and values the new ones are
+        written into it at place `slot` (or at each row's own, (B,)), and its first visible.shape[-1] places are
+        attended to."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
             k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
-            k, v = k[:, :, : mask.shape[-1]], v[:, :, : mask.shape[-1]]
-        if prefix is not None:
-            repeat = lambda old: jnp.repeat(old, len(x) // len(old), axis=0)
-            k, v = (jnp.concatenate([repeat(old), new], axis=2) for old, new in zip(prefix, (k, v)))
-        a = attention(q, k, v, mask, causal=cache is None and prefix is None)
+            k, v = k[:, :, : visible.shape[-1]], v[:, :, : visible.shape[-1]]
+        a = attention(q, k, v, visible, causal=cache is None)
         x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = self.norm2(x)
         h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
@@ -206,55 +220,37 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D); in its place, and in the head's, may be a LoraTable, or serve.py's Quantised
+    wte: Array  # (V, D); LoRA and small integers may stand in for it and for the head: Part III, Adapters
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
     head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
     config: Config = eqx.field(static=True)
 
-    def __call__(
-        self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, prefix=None
-    ) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm. `segments` (B, T): 0 is padding; tokens see only earlier tokens of their
-        own segment, and positions count from 0 in each: packing, left and right padding are all this one rule.
-
-        With a `prefix`, (tokens, mask), both (B / n, P), each n rows continue one row of it, blind to each other:
-        answers to one prompt, which is computed once. A row is then one document.
-        """
+    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
+        """Hidden states after the last norm. `segments` (B, T) says which document each token is of, 0 is padding:
+        tokens see only earlier tokens of their own segment, and positions count from 0 in each. Packing, left and
+        right padding are all this one rule."""
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
-            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
-        positions = segment_positions(segments)
-        same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-        mask = same & jnp.tril(jnp.ones((tokens.shape[1],) * 2, bool))
-        prefix_x = None
-        if prefix is not None:
-            n, real = len(tokens) // len(prefix[0]), prefix[1] > 0
-            positions += jnp.repeat(real.sum(1), n)[:, None]
-            seen = jnp.repeat(real, n, axis=0)[:, None, :] & (segments[:, :, None] > 0)
-            mask = jnp.concatenate([seen, mask], -1)
-            prefix_x, prefix_rope = self.embed(prefix[0], segment_positions(prefix[1]))
-            prefix_mask = real[:, None, :] & jnp.tril(jnp.ones((real.shape[1],) * 2, bool))
-        x, rope = self.embed(tokens, positions)
-
-        def layer(carry, block):
-            x, prefix_x = carry
-            keys_values = None
-            if prefix_x is not None:
-                prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_mask)
-                prefix_x = shard_batch(prefix_x)
-            return (shard_batch(block(x, rope, mask, prefix=keys_values)[0]), prefix_x), None
-
-        # a short stack is unrolled, for speed; a layer that is to be forgotten and computed again stays in the loop,
-        # since XLA:CPU would see that two unrolled copies are one and keep it after all
-        layer = jax.checkpoint(layer) if remat else layer
-        (x, _), _ = lax.scan(layer, (x, prefix_x), self.blocks, unroll=not remat and self.config.layers <= 12)
+        x, rope = self.embed(tokens, segment_positions(segments))
+        visible = causal_mask(segments)
+        x = self.scan_blocks(lambda x, block: shard_batch(block(x, rope, visible)[0]), x, remat)
         return self.norm(x)
+
+    def scan_blocks(self, layer, x, remat: bool):
+        """x -> layer(x, block) for one block after the other. `remat`: a layer's activations are not kept for the
+        backward pass but computed there once more, which saves memory."""
+        step = lambda x, block: (layer(x, block), None)
+        step = jax.checkpoint(step) if remat else step
+        # A short stack is unrolled, for speed; not with `remat`, since XLA:CPU would then find that both computations
+        # of a layer are the same one, and keep its activations after all.
+        return lax.scan(step, x, self.blocks, unroll=not remat and self.config.layers <= 12)[0]
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
+        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
+            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
         x = self.wte.rows(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
@@ -265,7 +261,7 @@ class GPT(eqx.Module):
         head = self.wte if self.head is None else self.head
         if isinstance(head, eqx.Module):
             return head(hidden, jnp.float32)
-        return predict(hidden, head, jnp.float32)
+        return unembed(hidden, head, jnp.float32)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -275,8 +271,16 @@ def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
     return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
 
 
+def causal_mask(segments: Int[Array, "B T"]) -> Array:
+    """(B, T, T): True where a token (second axis) may attend to another (third axis): to itself and to earlier ones of
+    its segment, never to padding."""
+    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
+    return same & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+
+
 def init(config: Config, key) -> GPT:
-    """A fresh model: N(0, 0.02), with the two projections into the residual stream scaled down by sqrt(2 L) (GPT-2)."""
+    """A fresh model: normal with std 0.02, and 0.02 / sqrt(2 L) for the two projections into the residual stream, as
+    GPT-2 has it."""
     D, F, E, L = config.dim, config.ffn, config.head_dim, config.layers
     keys = iter(jax.random.split(key, 10))
 
@@ -312,7 +316,7 @@ class ScoreModel(eqx.Module):
     """A transformer, its body, with a scalar head: a reward model (read once a sequence) or a critic (read at every
     token)."""
 
-    body: GPT  # or an Adapter, apart from its base
+    body: GPT  # or an adapter of one, which stands alone until it is attached: Part III, Adapters
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
@@ -323,25 +327,25 @@ class ScoreModel(eqx.Module):
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], mask: Array) -> Float[Array, " B"]:
-        """One score a row from hidden states; mask (B, T) marks real tokens, padded on either side."""
-        T = mask.shape[1]
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+        T = real.shape[1]
         if self.pool == "last":
-            last = T - 1 - jnp.argmax(jnp.flip(mask, 1), axis=1)
+            last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = mask.astype(jnp.float32)
+        weights = real.astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
-            weights = jax.nn.softmax(jnp.where(mask > 0, look, MASKED), axis=-1)
+            weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], mask, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, mask, remat), mask)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
-    """A scalar head on a body: weight N(0, 1/sqrt(D+1)) (Ziegler et al. 2019), or zero for a critic."""
+    """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
     if pool not in ("last", "mean", "attention"):
         raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
     D = body.config.dim
@@ -355,72 +359,45 @@ def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> Scor
 
 
 def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False, prefix=None
+    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
 ) -> Float[Array, "B T-1"]:
-    """log p(tokens[:, t+1] | prefix, tokens[:, :t+1]) at every t; `prefix` as for `GPT`.
+    """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
 
-    The one place that owns the shift by one, drawn on a row of three:
+    The shift by one, which every script makes alike, drawn here once on a row of three:
         tokens     a    b    c
         hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
         targets    b    c
         result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    hidden = model(tokens, segments, remat, prefix)
+    hidden = model(tokens, segments, remat)
     return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
 
 
 def completion_logprobs(model: GPT, batch, remat: bool = False):
-    """(log p of each completion, the number of its tokens), from tokens, segments and mask (..., T): -> (...) each.
+    """(log p of each completion, the number of its tokens), (...) each, from tokens, segments and mask (..., T).
 
-    Sums over the tokens in `mask`, their EOS included. Where the batch has a `prefix` (`Batches` with `shared`), the
-    head, a third of the weights of a small GPT-2, works on the completions alone.
+    Sums over the tokens whose mask is 1, their EOS included. Where the batch has a `prefix` (`Batches.split_prompt`),
+    each prompt is computed once for all of its completions.
     """
-    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
-    prefix = (batch["prefix"], batch["prefix_mask"]) if "prefix" in batch else None
-    logprobs, mask = token_logprobs(model, tokens, segments, remat=remat, prefix=prefix), mask[:, 1:] > 0
-    shape = batch["tokens"].shape[:-1]
+    rows = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
+    tokens, segments = rows("tokens"), rows("segments")
+    if "prefix" in batch:
+        hidden = continue_prefix(model, tokens, segments, batch["prefix"], batch["prefix_mask"], remat)
+    else:
+        hidden = model(tokens, segments, remat)
+    logprobs, _ = head_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+    mask, shape = rows("mask")[:, 1:] > 0, batch["tokens"].shape[:-1]
     return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
     """(log p(targets), entropy), each (B, T), of softmax(logits / temperature), in fp32.
 
-    Never a (B, T, V) log-softmax: the gathered logit less the log-sum-exp, a few columns of T at a time.
+    log p is the target's logit minus the logsumexp of all logits, for a few columns of T at a time: the logits of a
+    whole batch, (B, T, V), would often not fit the memory.
     """
-
     piece = lambda hidden, targets: logprobs_of_logits(model.logits(hidden) / temperature, targets)
     return map_columns(piece, model.config.vocab_size, hidden, targets)
-
-
-@jax.custom_vjp
-def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
-    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out: one exponential of
-    the logits, and no scatter."""
-    return _logprobs_forward(logits, targets)[0]
-
-
-def _logprobs_forward(logits, targets):
-    top = logits.max(-1, keepdims=True)
-    weights = jnp.exp(logits - top)
-    total = weights.sum(-1)
-    lse = jnp.log(total) + top[..., 0]
-    entropy = lse - (weights * logits).sum(-1) / total
-    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (chosen - lse, entropy), (logits, targets, lse, entropy)
-
-
-def _logprobs_backward(saved, g):
-    logits, targets, lse, entropy = saved
-    log_p = logits - lse[..., None]
-    p = jnp.exp(log_p)
-    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
-    slopes = hit - p, -p * (log_p + entropy[..., None])
-    return sum(x[..., None] * slope for x, slope in zip(g, slopes) if not isinstance(x, SymbolicZero)), None
-
-
-logprobs_of_logits.defvjp(
-    lambda *primals: _logprobs_forward(*(x.value for x in primals)), _logprobs_backward, symbolic_zeros=True
-)
 
 
 def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Float[Array, "B T"]:
@@ -445,7 +422,7 @@ def weighted_mean(x, weight):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Sampling
+# 4. Sampling, and the scores of samples
 
 
 class Generation(NamedTuple):
@@ -454,10 +431,22 @@ class Generation(NamedTuple):
     logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
 
 
+class SamplerState(NamedTuple):
+    """The state of `generate` between two tokens."""
+
+    t: Array  # () number of the token that is drawn next
+    tokens: Array  # these three as in Generation
+    mask: Array
+    logprobs: Array
+    done: Array  # (B,) whether EOS was drawn
+    visible: Array  # (B, Q + T) places of the cache that hold a real token
+    caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
+
+
 @partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "B T"],
+    prompts: Int[Array, "B Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -470,78 +459,79 @@ def generate(
     """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
-    softmax (serve.py has both). `rows` (B,) are the rows' global numbers: noise is folded from (key, row, token), so a
-    row's text does not depend on how rows are batched or on how many devices there are. Stops when every row is done.
+    softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
+    so that a row's text does not depend on how rows are batched or on how many devices there are.
     """
-    B, T = prompts.shape
-    S = T + max_new_tokens
-    if model.config.gpt2 and model.config.context < S:
-        raise ValueError(
-            f"prompt {T} + new tokens {max_new_tokens} > the {model.config.context} positions of the model"
-        )
+    B, Q = prompts.shape
+    T = max_new_tokens
+    if model.config.gpt2 and model.config.context < Q + T:
+        raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
     lengths = prompt_mask.sum(1)
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
     layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
     model = merge(dataclasses.replace(model, blocks=None))
 
-    def draw(logits, t, done):
+    def draw(state: SamplerState, hidden) -> SamplerState:
+        """Token t of every row, from the hidden states (B, D) of the token before it."""
+        t = state.t
         u = jax.vmap(lambda k: jax.random.uniform(jax.random.fold_in(k, t)))(row_keys)
-        token, logprob = sample_token(logits, u, temperature)
-        return jnp.where(done, pad, token), jnp.where(done, 0.0, logprob), done | (token == eos)
-
-    hidden, caches = prefill(model, layers, prompts, prompt_mask, S)
-    done = jnp.zeros(B, bool)
-    token, logprob, ended = draw(model.logits(hidden[:, -1]), 0, done)
-    tokens = jnp.full((B, max_new_tokens), pad, prompts.dtype).at[:, 0].set(token)
-    mask = jnp.zeros((B, max_new_tokens), jnp.int32).at[:, 0].set(1)
-    logprobs = jnp.zeros((B, max_new_tokens), jnp.float32).at[:, 0].set(logprob)
-    seen = jnp.pad(prompt_mask > 0, ((0, 0), (0, max_new_tokens)))
-
-    def unfinished(carry):
-        t, _, _, _, done, _, _ = carry
-        return (t < max_new_tokens) & ~done.all()
-
-    def step(carry):
-        t, tokens, mask, logprobs, done, seen, caches = carry
-        slot = T + t - 1  # of the token that was drawn last
-        seen = seen.at[:, slot].set(True)
-        x, rope = model.embed(tokens[:, t - 1, None], (lengths + t - 1)[:, None])
-        new_caches = []
-        for layer, cache in zip(layers, caches):
-            x, cache = layer(x, rope, seen[:, None, :], cache, slot)
-            new_caches.append(cache)
-        token, logprob, ended = draw(model.logits(model.norm(x[:, 0])), t, done)
+        token, logprob = sample_token(model.logits(hidden), u, temperature)
         column = lambda array, value: array.at[:, t].set(value.astype(array.dtype))
-        arrays = column(tokens, token), column(mask, ~done), column(logprobs, logprob)
-        return t + 1, *arrays, ended, seen, tuple(new_caches)
+        return state._replace(
+            t=t + 1,
+            tokens=column(state.tokens, jnp.where(state.done, pad, token)),
+            mask=column(state.mask, ~state.done),  # `done` is from before this draw: EOS itself still counts
+            logprobs=column(state.logprobs, jnp.where(state.done, 0.0, logprob)),
+            done=state.done | (token == eos),
+        )
 
-    carry = (jnp.asarray(1), tokens, mask, logprobs, ended, seen, caches)
-    _, tokens, mask, logprobs, *_ = lax.while_loop(unfinished, step, carry)
-    return Generation(tokens, mask, logprobs)
+    def step(state: SamplerState) -> SamplerState:
+        last = state.t - 1  # the token that was drawn last is read, the next one drawn
+        visible = state.visible.at[:, Q + last].set(True)
+        x, rope = model.embed(state.tokens[:, last, None], (lengths + last)[:, None])
+        caches = []
+        for layer, cache in zip(layers, state.caches):
+            x, cache = layer(x, rope, visible[:, None, :], cache, slot=Q + last)
+            caches.append(cache)
+        return draw(state._replace(visible=visible, caches=tuple(caches)), model.norm(x[:, 0]))
+
+    hidden, caches = prefill(model, layers, prompts, prompt_mask, Q + T)
+    start = SamplerState(
+        t=jnp.asarray(0),
+        tokens=jnp.full((B, T), pad, prompts.dtype),
+        mask=jnp.zeros((B, T), jnp.int32),
+        logprobs=jnp.zeros((B, T), jnp.float32),
+        done=jnp.zeros(B, bool),
+        visible=jnp.pad(prompt_mask > 0, ((0, 0), (0, T))),
+        caches=caches,
+    )
+    unfinished = lambda state: (state.t < T) & ~state.done.all()
+    end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
+    return Generation(end.tokens, end.mask, end.logprobs)
 
 
-def prefill(model: GPT, layers, tokens, mask, slots: int):
-    """Run the prompts once; hidden states (B, T, D) and a key-value cache of `slots` places a layer."""
-    T = tokens.shape[1]
-    allowed = jnp.tril(jnp.ones((T, T), bool)) & (mask[:, None, :] > 0)
-    x, rope = model.embed(tokens, segment_positions(mask))
+def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
+    """Run the prompts once: hidden states (B, Q, D), and each layer's keys and values with room for `slots` tokens."""
+    room = ((0, 0), (0, 0), (0, slots - prompts.shape[1]), (0, 0))
+    x, rope = model.embed(prompts, segment_positions(prompt_mask))
     caches = []
     for layer in layers:
-        x, cache = layer(x, rope, allowed)
-        caches.append(tuple(jnp.pad(c, ((0, 0), (0, 0), (0, slots - T), (0, 0))) for c in cache))
+        x, cache = layer(x, rope, causal_mask(prompt_mask))
+        caches.append(tuple(jnp.pad(c, room) for c in cache))
     return model.norm(x), tuple(caches)
 
 
 def write_cache(cache, new, slot):
-    """new (B, K, T, E) put into cache (B, K, S, E) at place `slot`, or at places (B,) of their own."""
+    """cache (B, K, S, E) with new (B, K, T, E) written at place `slot`, or at each row's own place (B,)."""
     if jnp.ndim(slot) == 0:
         return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
     return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
 
 
 def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature=1.0):
-    """One token a row by inverse CDF from one uniform u a row, and its log-prob under softmax(logits / temperature)."""
+    """One token a row and its log-prob under softmax(logits / temperature): the first token at which the running sum of
+    probabilities exceeds u, which is uniform in [0, 1)."""
     if temperature == 0:
         token = jnp.argmax(logits, -1)
         return token, jnp.take_along_axis(jax.nn.log_softmax(logits), token[:, None], 1)[:, 0]
@@ -553,23 +543,69 @@ def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature
     return token, chosen - jnp.log(p.sum(-1))
 
 
-def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256) -> Int[Array, " B"]:
-    """The index at which the running sum of p (not normalised) passes u of the total: first among sums of blocks, then
-    inside one block. A Gumbel per entry, or one long running sum, costs several times as much on a CPU."""
-    B, V = p.shape
-    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+    """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
+    1 on their real tokens.
 
-    def locate(weights, target):  # first index whose running sum exceeds target, never one of weight 0
-        running = jnp.cumsum(weights, -1)
-        last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
-        index = jnp.minimum((running <= target[:, None]).sum(-1), last)
-        before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
-        return index, target - before
+    The score is read at the last of them: the EOS of a finished response, or the `suffix`, which takes the place of EOS
+    and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained on.
+    """
+    S, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    end = start + mask.sum(1)
+    if suffix:
+        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+    index = jnp.arange(tokens.shape[1])
+    for i, token in enumerate(suffix):
+        tokens = jnp.where(index == end[:, None] + i, token, tokens)
+    response_part = (index >= start) & (index < end[:, None] + S)
+    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
-    totals = blocks.sum(-1)
-    which, rest = locate(totals, u * totals.sum(-1))
-    inside, _ = locate(blocks[jnp.arange(B), which], rest)
-    return which * block + inside
+
+@partial(jax.jit, static_argnames=("eos", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+    """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
+    the two masks. The rows are scored in so many `chunks`, one after the other."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. The training step
+
+
+def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
+    """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics).
+
+    With micro-batches the batch is computed in parts, to save memory, and the result is the same. The loss is a mean
+    over `count(batch)` items (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean
+    of means would be wrong as soon as the counts differ.
+    """
+    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    if micro_batches == 1:
+        return value_and_grad(model, batch)
+    for x in jax.tree.leaves(batch):
+        if x.shape[0] % micro_batches:
+            raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
+    # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
+    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+    counts = jax.vmap(count)(chunks).astype(jnp.float32)
+    weights = counts / jnp.maximum(counts.sum(), 1e-9)
+
+    def add(total, part):
+        chunk, weight = part
+        return jax.tree.map(lambda a, b: a + weight * b, total, value_and_grad(model, chunk)), None
+
+    first = jax.tree.map(lambda x: x[0], chunks)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
+    return lax.scan(add, zeros, (chunks, weights))[0]
+
+
+def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
+    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
+    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
+    updates, opt_state = optimizer.update(grads, opt_state, model)
+    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
 # =====================================================================================================================
@@ -578,7 +614,7 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"], block: int = 256)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Tokenizers and chat
+# 6. Tokenizers and chat
 
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
@@ -628,7 +664,8 @@ class Tokenizer:
 
     @cached_property
     def fingerprint(self) -> str:
-        """Same fingerprint, same ids: a reward model may score a policy's ids as they are."""
+        """Tokenizers with the same fingerprint give the same ids: a reward model can then score a policy's ids as they
+        are."""
         probe = self.encode("The quick brown fox, 12 dogs.\n\nHuman: é? i do not know .", False)
         words = [self._decode([i]) for i in range(self.vocab_size)]
         return hashlib.sha256(json.dumps([probe, words, self.specials], sort_keys=True).encode()).hexdigest()
@@ -654,7 +691,7 @@ class Tokenizer:
         return self._decode([token_id], "surrogateescape").encode("utf-8", "surrogateescape")
 
     def decode_rows(self, tokens, mask) -> list[str]:
-        """Texts of rows of ids (B, T), what is masked left out."""
+        """The text of each row of ids (B, T), without the ids whose mask is 0."""
         return [self.decode(ids[m > 0]) for ids, m in zip(*to_numpy((tokens, mask)))]
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
@@ -804,7 +841,7 @@ def check_reference(tokenizer: Tokenizer, init, ref):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. Model folders, in the layout of Hugging Face
+# 7. Model folders, in the layout of Hugging Face
 
 
 def layout(config: Config) -> list[tuple[str, str, bool]]:
@@ -834,6 +871,9 @@ def layout(config: Config) -> list[tuple[str, str, bool]]:
     return names
 
 
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+
+
 def config_to_hf(config: Config) -> dict:
     """`config.json` as transformers 4 and 5 both read it."""
     c = config
@@ -847,8 +887,7 @@ def config_to_hf(config: Config) -> dict:
         keys |= dict(max_position_embeddings=c.context, rms_norm_eps=c.norm_eps, rope_theta=c.rope_theta)
         scaling = None
         if c.rope_scaling:
-            fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-            scaling = {"rope_type": "llama3"} | dict(zip(fields, c.rope_scaling))
+            scaling = {"rope_type": "llama3"} | dict(zip(ROPE_SCALING, c.rope_scaling))
             scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
         keys["rope_scaling"] = scaling
         keys["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta} | (scaling or {})
@@ -881,7 +920,6 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
         raise ValueError(f"{path}: rope type {kind!r} is not supported (default, llama3)")
-    fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
     attention_bias = hf.get("attention_bias", False)
     return Config(
         vocab_size=hf["vocab_size"],
@@ -899,7 +937,7 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         out_bias=attention_bias and family == "llama",
         mlp_bias=hf.get("mlp_bias", False),
         rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        rope_scaling=tuple(float(rope[f]) for f in fields) if kind == "llama3" else None,
+        rope_scaling=tuple(float(rope[f]) for f in ROPE_SCALING) if kind == "llama3" else None,
     )
 
 
@@ -941,8 +979,8 @@ def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
 
 
 def load_frozen(path, dtype: str) -> GPT:
-    """A model that is only asked (reference, teacher): on the mesh, in the precision of the forward pass, with arrays
-    of its own, since those of a model that learns are donated."""
+    """A model that does not learn (reference, teacher), in the precision of the forward pass. It is loaded once more,
+    since a training step overwrites the arrays of the model that learns."""
     return shard(cast(load_policy(path)[0], compute_dtype(dtype)))
 
 
@@ -989,12 +1027,12 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
 
 def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT | ScoreModel:
-    """Arrays of the layout put into a model of shapes."""
+    """The model with the file's tensors as its arrays. `score`: settings of the scalar head, if it has one."""
     tensors = _canonical_names(config, tensors)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
-        leaf = _leaf(shapes, ours)
+        leaf = attrgetter(ours)(shapes)
         rows = []
         for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
             if name not in tensors:
@@ -1053,12 +1091,6 @@ def _path(path) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def _leaf(tree, path: str):
-    for name in path.split("."):
-        tree = getattr(tree, name)
-    return tree
-
-
 def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict | None = None, dtype=np.float32):
     """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors and
     the tokenizer's files. `extra` joins config.json. Each file is written aside and renamed into place."""
@@ -1069,7 +1101,7 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
     body = model.body if scores else model
     tensors = {}
     for ours, theirs, transposed in layout(body.config):
-        array = np.asarray(_to_host(_leaf(body, ours)), dtype)
+        array = np.asarray(to_numpy(attrgetter(ours)(body)), dtype)
         stacked = [(theirs.format(i=i), x) for i, x in enumerate(array)] if "{i}" in theirs else [(theirs, array)]
         # safetensors silently stores a transposed view in the wrong order
         tensors |= {name: np.ascontiguousarray(x.T if transposed else x) for name, x in stacked}
@@ -1080,9 +1112,9 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
     hf = config_to_hf(body.config)
     if scores:
         tensors.pop("lm_head.weight", None)
-        tensors["score.weight"] = np.asarray(_to_host(model.head), dtype)[None]
+        tensors["score.weight"] = np.asarray(to_numpy(model.head), dtype)[None]
         if model.query is not None:
-            tensors["score.query"] = np.asarray(_to_host(model.query), dtype)
+            tensors["score.query"] = np.asarray(to_numpy(model.query), dtype)
         name = hf["architectures"][0].replace("LMHeadModel", "ForCausalLM")
         hf["architectures"] = [name.replace("CausalLM", "SequenceClassification")]
         hf |= dict(num_labels=1, id2label={"0": "score"}, label2id={"score": 0})
@@ -1098,8 +1130,8 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
 
 def save_adapter(path, model: "Adapter | ScoreModel", base):
     """Write an adapter, or a score model whose body is one, into the folder `path`: adapter.safetensors with each array
-    under its name ("blocks.q.a" (L, I, r), "tables.wte.b" (r, D), a score's "head" (D,)), and adapter.json. `base` is
-    the folder of the frozen model, which is named there by a hash of its weights too. `convert.py` exports to PEFT."""
+    under its name ("blocks.q.a" (L, I, r), "tables.wte.b" (r, D), a score's "head" (D,)), and adapter.json with the
+    folder `base` of the frozen model and a hash of its weights. `convert.py` exports to PEFT."""
     from safetensors.numpy import save_file
 
     path, is_score = Path(path), isinstance(model, ScoreModel)
@@ -1108,7 +1140,7 @@ def save_adapter(path, model: "Adapter | ScoreModel", base):
     for place, leaf in jax.tree_util.tree_leaves_with_path(model):
         name = _path(place).removeprefix("body.")
         if not (is_score and name.startswith("tables.head.")):  # no score is read from the words' head
-            tensors[name] = np.asarray(_to_host(leaf), np.float32, order="C")
+            tensors[name] = np.asarray(to_numpy(leaf), np.float32, order="C")
     layer = next(iter((adapter.blocks | adapter.tables).values()))
     about = dict(kind="reward model" if is_score else "policy", rank=layer.a.shape[-1], scale=layer.scale)
     about |= dict(pool=model.pool, suffix=model.suffix) if is_score else {}
@@ -1120,8 +1152,8 @@ def save_adapter(path, model: "Adapter | ScoreModel", base):
 
 
 def load_adapter(path, base) -> "Adapter | ScoreModel | None":
-    """The adapter in PATH/adapter, to be attached to the model of the folder `base`; None where there is none, or where
-    it was trained on other weights than those."""
+    """The adapter in PATH/adapter, to be attached to the model of the folder `base`. None where there is none, or where
+    it was trained on other weights than those of `base`."""
     folder = Path(path) / "adapter"
     if not (folder / "adapter.json").is_file():
         return None
@@ -1141,7 +1173,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
 
 
 def weights_hash(folder: Path) -> str:
-    """Of a model folder's configuration and weights."""
+    """A hash of a model folder's configuration and weights."""
     parts = [file_hash(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
@@ -1183,7 +1215,7 @@ def remove(path: Path):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 7. Rows: one JSON object a line, in the formats that TRL documents
+# 8. Rows: one JSON object a line, in the formats that TRL documents
 
 
 KINDS = {
@@ -1260,7 +1292,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
 
 
 def _check_text(row: dict, name: str):
-    """The value is text that is not empty, or a list of messages; an answer is one assistant turn."""
+    """BadRow unless row[name] is a text or a list of messages that says something; an answer is one assistant turn."""
     if name not in row:
         prepare = "run `python prepare.py --data FILE --out data/NAME`, which maps other shapes to this one"
         if "chosen" in row:
@@ -1295,7 +1327,7 @@ def completion_of(row: dict, side: str) -> dict:
 
 
 def find_kind(data, kinds) -> str:
-    """Which of `kinds` the first row of the data is; BadRow with a reason where it is none of them."""
+    """The first of `kinds` that the data's first row belongs to; BadRow with the reason if it belongs to none."""
     path = parse_sources(data)[0][0]
     reasons = []
     try:
@@ -1338,10 +1370,10 @@ def parse_sources(data) -> list[tuple[str, float | None]]:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 8. Tokens: rows as ids, cached on disk
+# 9. Tokens: rows as ids, cached on disk
 
 
-EXTRAS = ("margin", "weight", "label_p", "label")  # numbers that may ride on a row; absent: 0, 1, 1, 1
+EXTRAS = ("margin", "weight", "label_p", "label")  # optional numbers of a row: 0, 1, 1, 1 where absent
 
 
 def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
@@ -1353,7 +1385,8 @@ def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
 
 
 def answer_gap(tokenizer: Tokenizer) -> str:
-    """What stands between an opened assistant turn and its words: a blank, where no marker ends with a line break."""
+    """What stands between the template's opening of an assistant turn and its first word: nothing after ChatML's and
+    Llama 3's markers, which end with a line break, and a blank otherwise."""
     return "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
 
 
@@ -1426,7 +1459,8 @@ def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suff
 
 
 class TokenData:
-    """A tokenised file as memmaps: side j of row i begins at starts[sides * i + j]. Larger than memory, it streams."""
+    """A tokenised file, read from disk as needed (it may be larger than memory): side j of row i begins at
+    starts[sides * i + j]."""
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())
@@ -1524,7 +1558,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 9. Batches
+# 10. Batches
 
 
 class Batches:
@@ -1550,7 +1584,7 @@ class Batches:
         if weights[0] is not None:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
         self.steps_per_epoch = sum(self.counts) // batch_size
-        self.longest = (0, 0)  # of pairs: tokens of a prompt, and of what `split_prompt` leaves
+        self.longest = (0, 0)  # of pairs: the most tokens that `split_prompt` takes out, and that it leaves in a row
         if kind == "pairs":
             prompts = [prompt_sizes(data) for data in self.sets]
             rests = [data.lengths.max(1) - size for data, size in zip(self.sets, prompts)]
@@ -1568,22 +1602,23 @@ class Batches:
         return self._assemble(self._epochs(epoch)[at])
 
     def once(self):
-        """Every row once, in an order that is the same every time: (batch, how many of its rows are new); rows
-        of the first batch fill the last. Shuffled, so that a pass cut short has rows of every part of every file."""
+        """Every row once: yields (batch, how many of its rows are new), since the last batch is filled up with rows of
+        the first. The order is shuffled, so that a pass that is cut short has seen every part of every file, and is
+        the same every time."""
         picks = np.array([(source, row) for source, size in enumerate(self.sizes) for row in range(size)])
         picks = np.random.default_rng(0).permutation(picks)
         for start in range(0, len(picks), self.batch_size):
-            # others than the new rows: KTO wants two prompts in a batch
+            # filled with other rows than its own: KTO needs two different prompts in a batch
             batch = picks[(start + np.arange(self.batch_size)) % len(picks)]
             yield self._assemble(batch), min(self.batch_size, len(picks) - start)
 
-    def stream(self, start: int, stop: int, ahead: int = 2):
+    def stream(self, start: int, stop: int):
         """Batches start..stop-1, made on a thread while the device works."""
         with ThreadPoolExecutor(1) as thread:
-            waiting = [thread.submit(self, step) for step in range(start, min(start + ahead, stop))]
+            waiting = [thread.submit(self, step) for step in range(start, min(start + 2, stop))]
             for step in range(start, stop):
-                if step + ahead < stop:
-                    waiting.append(thread.submit(self, step + ahead))
+                if step + 2 < stop:
+                    waiting.append(thread.submit(self, step + 2))
                 yield waiting.pop(0).result()
 
     def rows(self, batch) -> list[dict]:
@@ -1610,9 +1645,9 @@ class Batches:
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
     def split_prompt(self, batch: dict) -> dict:
-        """A batch of pairs, tokens, mask and segments (B, 2, T), with the prompt that both answers continue taken out:
-        it stands once, in `prefix` and `prefix_mask` (B, P), all but its last token. That one stays with the answers,
-        so that in each row a token is predicted by the one before it.
+        """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
+        to `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, since there the first token of the
+        answer is predicted.
 
             prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
                                                                                c z            0 1
@@ -1634,8 +1669,8 @@ class Batches:
         return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
 
     def _sort_keys(self, data: TokenData) -> np.ndarray:
-        """(rows,): rows of similar keys need little padding beside each other. Pairs go by the width of their prompt,
-        then by the longer answer, since `split_prompt` pads the two apart; other rows by their length."""
+        """(rows,) a number for each row: rows of similar numbers need little padding in one batch. It is the length;
+        for pairs the width of the prompt, then the longer answer, because `split_prompt` pads these separately."""
         longest = data.lengths.max(1)
         if self.kind != "pairs":
             return longest
@@ -1680,12 +1715,12 @@ class Batches:
 
 
 def prompt_sizes(data: TokenData) -> np.ndarray:
-    """(rows,) tokens of each pair's prompt but its last one: what `Batches.split_prompt` takes out."""
+    """(rows,) how many tokens of each pair `Batches.split_prompt` takes out: the prompt's, but its last one."""
     return np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
 
 
 def check_context(model: GPT, batches: Batches):
-    """Learned positions end somewhere; rows and their prefixes count together."""
+    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
     longest = max(int(data.lengths.max()) for data in batches.sets)
     if model.config.gpt2 and longest > model.config.context:
         raise ValueError(
@@ -1735,7 +1770,7 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Devices: one mesh, one rule, the same code on one CPU and on many hosts
+# 11. Devices: one mesh, one rule, the same code on one CPU and on many hosts
 
 
 def start(seed: int = 0):
@@ -1764,10 +1799,10 @@ def start(seed: int = 0):
 
 
 def keep_freed_memory():
-    """On a CPU, XLA asks malloc for its scratch memory at every step, and glibc gets large blocks from the system and
-    hands them back, so that each step pays for thousands of page faults again. Kept, a step is 1.2 to 1.7 times as
-    fast, for up to half as much memory again. One heap for all threads, because the heaps of threads give back blocks
-    above 64 MB whatever is set here; it must be asked for before there are threads. MALLOC_ARENA_MAX has precedence.
+    """On a CPU, tell glibc to keep freed memory. XLA allocates its scratch memory at every step; glibc would return
+    large blocks to the system each time, and the step would pay for thousands of page faults. With this a step is 1.2
+    to 1.7 times as fast and takes up to half as much memory again. All threads share one heap (unless MALLOC_ARENA_MAX
+    is set), because a thread's own heap returns blocks above 64 MB in any case; this must be set before threads start.
     """
     mallopt = sys.platform == "linux" and getattr(ctypes.CDLL(None), "mallopt", None)  # glibc only
     if not mallopt:
@@ -1782,17 +1817,17 @@ def keep_freed_memory():
 
 
 def keep_compiled_programs():
-    """Programs that were compiled once wait on disk: what was run before starts in half the time. They are looked up by
-    code, shapes and compiler. JAX_COMPILATION_CACHE_DIR is another place, JAX_ENABLE_COMPILATION_CACHE=false none."""
+    """Keep compiled programs on disk, by code, shapes and compiler: the next such run starts in half the time. Set
+    JAX_COMPILATION_CACHE_DIR for another folder, JAX_ENABLE_COMPILATION_CACHE=false to switch it off."""
     if jax.config.jax_compilation_cache_dir is None:
         jax.config.update("jax_compilation_cache_dir", str(Path("~/.cache/rlhf-jax").expanduser()))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
-def make_mesh(devices=None, tensor: int | None = None) -> jax.sharding.Mesh:
+def make_mesh(devices=None) -> jax.sharding.Mesh:
     """Rows of a batch go over the axis "data". TENSOR_PARALLEL=N in the environment also splits each layer's work over
-    N devices, neighbours, along the axis "tensor"; it has 1 otherwise and may be forgotten."""
-    tensor = tensor or int(os.environ.get("TENSOR_PARALLEL", 1))
+    N neighbouring devices, the axis "tensor", which otherwise has size 1."""
+    tensor = int(os.environ.get("TENSOR_PARALLEL", 1))
     devices = sorted(jax.devices() if devices is None else devices, key=lambda d: (d.process_index, d.id))
     if tensor < 1 or len(devices) % tensor:
         raise ValueError(f"TENSOR_PARALLEL={tensor} does not divide {len(devices)} devices")
@@ -1801,24 +1836,26 @@ def make_mesh(devices=None, tensor: int | None = None) -> jax.sharding.Mesh:
 
 
 def shard_batch(x, *axes):
-    """Inside jit: keep rows spread over the data axis, so that weights are gathered and activations are not; and the
-    array's next axes over the mesh's `axes`."""
+    """Inside jit: keep the rows of x spread over the mesh's axis "data", so that devices exchange weights and not
+    activations. `axes` name mesh axes for the array's axes after the rows."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
         return x
     return lax.with_sharding_constraint(x, P("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
-TENSOR_SPLITS = {  # the axis of a weight that goes over "tensor": what comes out of the first half of a pair of layers
-    "q.weight": -1, "k.weight": -1, "v.weight": -1, "o.weight": -2,  # (heads) goes into the second half, and only its
-    "gate.weight": -1, "up.weight": -1, "down.weight": -2,  # sum is exchanged (Megatron, arXiv:1909.08053)
-    "wte": -2, "head": -2,
+# The axis of a weight that is split over "tensor" (Megatron, arXiv:1909.08053). Layers come in pairs, q k v and o, gate
+# up and down: the first is split along its outputs, the second along its inputs, and devices exchange one sum for both.
+TENSOR_SPLITS = {
+    "q.weight": -1, "k.weight": -1, "v.weight": -1, "o.weight": -2,
+    "gate.weight": -1, "up.weight": -1, "down.weight": -2, "wte": -2, "head": -2,
 }  # fmt: skip
 
 
 def sharding(path, leaf, mesh) -> NamedSharding:
-    """FSDP in one rule: split a leaf's longest axis over the devices, if it divides; small leaves stay whole. The layer
-    axis of stacked blocks is never split: the scan walks along it. With a tensor axis, `TENSOR_SPLITS` come first."""
+    """Where a parameter lies (FSDP in one rule): its longest axis that divides is split over the devices; small ones
+    stay whole. The layer axis of stacked blocks is never split, since the scan walks along it. With a tensor axis
+    larger than 1, `TENSOR_SPLITS` come first."""
     name, spec = _path(path), [None] * leaf.ndim
     if mesh.size == 1 or leaf.size < 2**14:
         return NamedSharding(mesh, P())
@@ -1833,26 +1870,26 @@ def sharding(path, leaf, mesh) -> NamedSharding:
     return NamedSharding(mesh, P(*spec) if any(spec) else P())
 
 
-def shard(tree, mesh=None):
-    """Parameters or optimiser state onto the mesh, each leaf by the rule."""
-    mesh = mesh or jax.sharding.get_mesh()
+def shard(tree):
+    """Parameters or optimiser state on the devices, each array as `sharding` says."""
+    mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
     return jax.tree_util.tree_map_with_path(lambda p, x: place(x, sharding(p, x, mesh)), tree)
 
 
 def place(x, where: NamedSharding):
-    """An array onto the devices. Of a host array each process has the whole, and places its devices' parts."""
+    """An array on the devices. Every process holds all of a host array and places the parts of its own devices."""
     if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, where)
     x = np.asarray(x)
     return jax.make_array_from_callback(x.shape, where, lambda part: x[part])
 
 
-def put_batch(batch: dict, mesh=None) -> dict:
-    """Host arrays -> device arrays, rows spread over the data axis, if they divide; otherwise each device has all."""
+def put_batch(batch: dict) -> dict:
+    """Host arrays -> device arrays, rows spread over the data axis; whole on each device where they do not divide."""
     batch = {name: x for name, x in batch.items() if name != "index"}
-    mesh = mesh or jax.sharding.get_mesh()
+    mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
     rows = lambda x: NamedSharding(mesh, P() if len(x) % mesh.shape["data"] else P("data"))
@@ -1860,22 +1897,21 @@ def put_batch(batch: dict, mesh=None) -> dict:
 
 
 def to_numpy(tree):
-    """Whole arrays on the host, whoever holds the parts."""
-    return jax.tree.map(lambda x: np.asarray(_to_host(x)), tree)
+    """Every array of the tree on this host, whole, also where other processes hold parts of it."""
 
+    def whole(array):
+        if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
+            from jax.experimental.multihost_utils import process_allgather
 
-def _to_host(array):
-    """The whole array on this machine, also when other processes hold parts of it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
-        from jax.experimental.multihost_utils import process_allgather
+            return process_allgather(array, tiled=True)
+        return jax.device_get(array)
 
-        return process_allgather(array, tiled=True)
-    return jax.device_get(array)
+    return jax.tree.map(lambda x: np.asarray(whole(x)), tree)
 
 
 def own_rows(rows):
-    """This process's share of a batch's rows: those that it writes out as text and asks functions about, so that a
-    judge reads each answer once. All rows where there is one process."""
+    """The rows of a batch that this process turns into text and gives to reward functions and judges: with several
+    processes each takes its share, so that a judge reads every answer once."""
     share = len(rows) // jax.process_count()
     return rows[jax.process_index() * share :][:share]
 
@@ -1899,7 +1935,7 @@ def barrier(name: str):
 
 @contextmanager
 def first_process_first(name: str):
-    """The first process does what is inside, then all others do: what it left on a shared disk, they find."""
+    """`with` this the first process runs the block before all others: they find on disk what it wrote."""
     if jax.process_index() > 0:
         barrier(name)
     yield
@@ -1908,7 +1944,7 @@ def first_process_first(name: str):
 
 
 def any_process(flag: bool):
-    """Whether the flag is set in any process, as an array that need not be waited for."""
+    """Whether the flag is set in any process, as a device array, so that the call waits for nobody."""
     mesh = jax.sharding.get_mesh()
     own = np.full(jax.local_device_count(), flag)
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
@@ -1931,11 +1967,11 @@ def device_note() -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 11. Precision, and products as XLA is fast at them
+# 12. Precision, and products as XLA is fast at them
 
 
 def cast(tree, dtype):
-    """Every floating array of a pytree in another precision: fp32 master weights -> a bf16 copy at the point of use."""
+    """The pytree with its floating arrays in another precision, such as fp32 weights as bf16 for the forward pass."""
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
@@ -1947,13 +1983,13 @@ def compute_dtype(name: str):
 
 
 def accumulator(dtype):
-    """The precision to ask of a product that is wanted in `dtype`: XLA:CPU's bf16 kernel (YNNPACK) returns fp32, and
-    without it a product takes 10 times as long."""
+    """The precision to ask XLA for, where a product is wanted in `dtype`. On a CPU a bf16 product is asked for in fp32
+    and rounded afterwards: that has a fast kernel (YNNPACK), and the other takes 10 times as long."""
     return jnp.float32 if dtype == jnp.bfloat16 and jax.default_backend() == "cpu" else dtype
 
 
 def dot(a, b, axes, dtype=None, precision=None):
-    """Sums of products over an axis of a and one of b, of as many axes each as there are: -> `dtype`, or a's."""
+    """The product of a and b, summed over one axis of each (`axes`), in `dtype`, or a's."""
     dtype = dtype or a.dtype
     contract = tuple((axis % x.ndim,) for x, axis in zip((a, b), axes))
     form = contract, ((), ())
@@ -1962,18 +1998,17 @@ def dot(a, b, axes, dtype=None, precision=None):
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
 def matmul(x, weight, dtype=None, rows=False):
-    """x (..., I) times weight (I, O), or (O, I) with `rows`: -> (..., O) in `dtype`, or x's. The backward pass is
-    written out, because XLA would spoil it.
+    """x (..., I) times weight (I, O), or with `rows` weight (O, I): -> (..., O) in `dtype`, or x's.
 
-    XLA:CPU fuses what made `x` and the cotangent (GELU, softmax, norm) into strided copies that feed the weight
-    gradient; those copies take half of a training step. The barriers keep the operands as plain matrices. And behind
-    logits in fp32 every backend would multiply a bf16 head in fp32: the cotangent is rounded to the weight's precision.
+    The backward pass is written out for two reasons. XLA:CPU would fuse what made x and the output's gradient (GELU,
+    softmax, norm) into slow strided copies that take half of a training step: a barrier prevents it. And the gradient
+    of logits in fp32 is rounded to the precision of a bf16 weight, or the backward pass would multiply in fp32.
     """
     return dot(x, weight, (-1, 1 if rows else 0), dtype)
 
 
 def _matmul_forward(x, weight, dtype, rows):
-    # where nobody asks for the gradient of a (frozen) weight, its input is not kept and its product not formed
+    # the input is kept only where the weight's gradient is asked for, which a frozen weight's is not
     saved = x.value if weight.perturbed else None, weight.value
     return matmul(x.value, weight.value, dtype, rows), saved
 
@@ -1990,8 +2025,8 @@ def _matmul_backward(dtype, rows, saved, g):
 
 
 def dot_tokens(a, b):
-    """a (N, I) and b (N, O) -> (I, O). The bf16 kernel of XLA:CPU wants sums along a's rows: turn a, and keep XLA from
-    seeing that the turn could be left out."""
+    """a (N, I) and b (N, O) -> (I, O), summed over N. XLA:CPU's bf16 kernel needs a transposed in memory; without the
+    barrier XLA would simplify the transposition away."""
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         return dot(lax.optimization_barrier(a.T.reshape(-1)).reshape(a.shape[::-1]), b, (1, 0))
     return dot(a, b, (0, 0))
@@ -2002,8 +2037,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))
 def einsum(form: str, a, b, dtype=None):
-    """jnp.einsum of two arrays: -> `dtype`, or a's. As in `matmul`, products of its backward pass are in a's precision,
-    whatever the result's."""
+    """jnp.einsum of two arrays, in `dtype`, or a's. As in `matmul`, the backward pass multiplies in a's precision."""
     dtype = dtype or a.dtype
     return jnp.einsum(form, a, b, preferred_element_type=accumulator(dtype)).astype(dtype)
 
@@ -2017,12 +2051,12 @@ def _einsum_backward(form, dtype, saved, g):
 einsum.defvjp(lambda form, a, b, dtype: (einsum(form, a, b, dtype), (a, b)), _einsum_backward)
 
 
-def predict(x, table, dtype):
-    """x (..., D) times the rows of a table (V, D), the product by which words are predicted: -> (..., V) in `dtype`.
+def unembed(x, table, dtype):
+    """The logits of hidden states: x (..., D) times the transposed table (V, D) -> (..., V) in `dtype`.
 
-    A GPU's fast kernels want aligned sides: with GPT-2's 50,257 words the product takes almost three times as long as
-    with 50,304. What is added is cut off again, inside whatever reads the logits. For the few rows of a decoding step
-    a larger copy of the table would cost more than it saves.
+    On a GPU the table is padded to a multiple of 128 rows and the added logits are cut off: with GPT-2's 50,257 words
+    the product takes almost three times as long as with 50,304. The copy does not pay for the few rows of a decoding
+    step.
     """
     V = len(table)
     if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
@@ -2030,19 +2064,70 @@ def predict(x, table, dtype):
     return matmul(x, table, dtype, rows=True)[..., :V]
 
 
-def flash_attention(q, k, v, mask, causal):
-    """The same by cuDNN, which never writes the scores (T, S) to memory. It wants even lengths: one place more, that
-    nobody sees; and q, k, v and mask spread alike over the devices."""
+@jax.custom_vjp
+def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
+    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out, because JAX's own
+    would compute the exponentials again and scatter into an array of zeros."""
+    return _logprobs_forward(logits, targets)[0]
+
+
+def _logprobs_forward(logits, targets):
+    top = logits.max(-1, keepdims=True)
+    weights = jnp.exp(logits - top)
+    total = weights.sum(-1)
+    lse = jnp.log(total) + top[..., 0]
+    entropy = lse - (weights * logits).sum(-1) / total
+    chosen = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (chosen - lse, entropy), (logits, targets, lse, entropy)
+
+
+def _logprobs_backward(saved, g):
+    logits, targets, lse, entropy = saved
+    log_p = logits - lse[..., None]
+    p = jnp.exp(log_p)
+    hit = jnp.arange(logits.shape[-1]) == targets[..., None]
+    slopes = hit - p, -p * (log_p + entropy[..., None])
+    return sum(x[..., None] * slope for x, slope in zip(g, slopes) if not isinstance(x, SymbolicZero)), None
+
+
+logprobs_of_logits.defvjp(
+    lambda *primals: _logprobs_forward(*(x.value for x in primals)), _logprobs_backward, symbolic_zeros=True
+)
+
+
+def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
+    """The first index at which the running sum of p, which need not add up to 1, exceeds u times its total. It is found
+    among the sums of blocks first and then inside one block: on a CPU one long running sum, or Gumbel noise for every
+    entry, takes several times as long."""
+    (B, V), block = p.shape, 256
+    blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
+
+    def locate(weights, target):  # first index whose running sum exceeds target, never one of weight 0
+        running = jnp.cumsum(weights, -1)
+        last = weights.shape[-1] - 1 - jnp.argmax(jnp.flip(weights, -1) > 0, -1)
+        index = jnp.minimum((running <= target[:, None]).sum(-1), last)
+        before = jnp.take_along_axis(running - weights, index[:, None], 1)[:, 0]
+        return index, target - before
+
+    totals = blocks.sum(-1)
+    which, rest = locate(totals, u * totals.sum(-1))
+    inside, _ = locate(blocks[jnp.arange(B), which], rest)
+    return which * block + inside
+
+
+def flash_attention(q, k, v, visible, causal):
+    """`attention` by cuDNN, which never writes the scores (T, S) to memory. It needs even lengths, hence a place that
+    is added and cut off, and q, k, v and the mask spread alike over the devices."""
     (B, _, T, _), S = q.shape, k.shape[2]
     even = lambda x: jnp.pad(shard_batch(x, "tensor"), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
-    mask = jnp.pad(jnp.broadcast_to(mask, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
-    options = dict(mask=shard_batch(mask)[:, None], is_causal=causal, implementation="cudnn")
+    visible = jnp.pad(jnp.broadcast_to(visible, (B, T, S)), ((0, 0), (0, T % 2), (0, S % 2)))
+    options = dict(mask=shard_batch(visible)[:, None], is_causal=causal, implementation="cudnn")
     return jax.nn.dot_product_attention(even(q), even(k), even(v), **options)[:, :T].swapaxes(1, 2)
 
 
 def has_flash_attention(q, k) -> bool:
-    """Whether cuDNN has a kernel for it: on NVIDIA from Ampere on, in half precision, and with whole heads and rows on
-    each device. For the one query of a decoding step there is nothing to save."""
+    """Whether cuDNN has a kernel for this attention: on NVIDIA from Ampere on, in half precision, where rows and heads
+    divide among the devices. Not for the single query of a decoding step, where it would save nothing."""
     if jax.default_backend() != "gpu" or q.dtype not in (jnp.bfloat16, jnp.float16):
         return False
     device, mesh = jax.local_devices()[0], jax.sharding.get_abstract_mesh()
@@ -2053,20 +2138,45 @@ def has_flash_attention(q, k) -> bool:
     return fits and len(q) % data == 0 and k.shape[1] % tensor == 0
 
 
-HEAD_BUDGET = 2**26  # logits held at a time; beyond that the head works in pieces and is recomputed on the way back
+def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
+    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
+
+    Each n rows, one after the other, continue the same prefix, which is computed once, and do not see each other. A row
+    is one document: its `segments` are 1, and 0 on padding.
+    """
+    repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
+    room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
+    prefix_visible = causal_mask(prefix_mask)
+    seen = (repeat(prefix_mask)[:, None, :] > 0) & (segments[:, :, None] > 0)
+    visible = jnp.concatenate([seen, causal_mask(segments)], -1)
+    positions = segment_positions(segments) + repeat(prefix_mask.sum(1))[:, None]
+    prefix_x, prefix_rope = model.embed(prefix, segment_positions(prefix_mask))
+    x, rope = model.embed(tokens, positions)
+
+    def layer(carry, block):
+        x, prefix_x = carry
+        prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_visible)
+        cache = [jnp.pad(repeat(old), room) for old in keys_values]
+        x, _ = block(x, rope, visible, cache, slot=prefix.shape[1])
+        return shard_batch(x), shard_batch(prefix_x)
+
+    return model.norm(model.scan_blocks(layer, (x, prefix_x), remat)[0])
 
 
-def head_budget(memory: float = 0) -> int:
-    """HEAD_BUDGET, or on an accelerator, of so many bytes (it is asked where none are given), the power of two below an
-    eighth of its memory, in fp32: to compute GPT-2's head again is a tenth of a training step. (A power of two, lest
-    processes plan differently for a few bytes.)"""
-    memory = memory or (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU tells nothing
-    return 2 ** int(math.log2(max(HEAD_BUDGET, memory / 8 / 4)))
+HEAD_BUDGET = 2**26  # how many logits are held at a time on a CPU
+
+
+def head_budget() -> int:
+    """How many logits are held at a time. More than that are computed in pieces, and once more for the backward pass
+    (for GPT-2 a tenth of a training step). An accelerator holds the power of two below an eighth of its memory: a power
+    of two, so that processes whose memory differs by a few bytes plan alike."""
+    memory = (jax.local_devices()[0].memory_stats() or {}).get("bytes_limit", 0)  # a CPU names none
+    return 2 ** int(math.log2(max(HEAD_BUDGET, memory / 8 / 4)))  # 4 bytes each
 
 
 def map_columns(piece, width: int, *arrays):
-    """piece(*arrays) over (B, T, ...) arrays, in pieces of T columns small enough that B * columns * width floats fit
-    `head_budget`. Columns, not rows: rows may live on different devices."""
+    """piece(*arrays) of arrays (B, T, ...), for as many of the T columns at a time as keep B * columns * width floats
+    within `head_budget`. Columns and not rows, because rows may lie on different devices."""
     B, T = arrays[0].shape[:2]
     pieces = -(-B * T * width // head_budget())
     if pieces <= 1:
@@ -2082,12 +2192,22 @@ def map_columns(piece, width: int, *arrays):
     return jax.tree.map(lambda y: y.swapaxes(0, 1).reshape(B, pieces * columns, *y.shape[3:])[:, :T], outs)
 
 
+def map_chunks(f, batch, chunks: int = 1):
+    """f(batch), computed on so many chunks of its rows one after the other, which takes less memory. With chunks as
+    large as the micro-batches of `gradients` both have the same shapes, hence the same rounding."""
+    if chunks == 1:
+        return f(batch)
+    split = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 12. Optimiser
+# 13. Optimiser, and means over held-out rows
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then cosine, linear or constant; a step after the last one would have final * lr."""
+    """Linear warm-up to lr, then `kind`: constant, or cosine or linear decay, so that a step after the last one would
+    have final * lr."""
     rest = max(steps - warmup, 1)
     tails = dict(
         cosine=optax.cosine_decay_schedule(lr, rest, alpha=final),
@@ -2100,62 +2220,20 @@ def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final
 
 
 def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8):
-    """AdamW on the global gradient clipped to norm `clip`. Decay is for the matrices of linear layers alone, found by
-    name: a stacked norm scale has two axes as well."""
+    """AdamW on the global gradient clipped to norm `clip`. Weight decay acts on the matrices of linear layers alone.
+    They are found by name, because a stacked norm scale has two axes as well."""
     decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
     adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
-    """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics), as one big batch would give them.
-
-    The loss is a mean over `count(batch)` items (tokens, pairs). With micro-batches each part's mean is weighted by its
-    own count: a mean of means would be wrong as soon as the counts differ.
-    """
-    value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
-    if micro_batches == 1:
-        return value_and_grad(model, batch)
-    for x in jax.tree.leaves(batch):
-        if x.shape[0] % micro_batches:
-            raise ValueError(f"{x.shape[0]} rows do not divide into {micro_batches} micro-batches")
-    # row r of micro-batch m is row r * M + m of the batch: every device keeps a share of every micro-batch
-    chunks = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
-    counts = jax.vmap(count)(chunks).astype(jnp.float32)
-    weights = counts / jnp.maximum(counts.sum(), 1e-9)
-
-    def add(total, part):
-        out = value_and_grad(model, part[0])
-        return jax.tree.map(lambda a, b: a + part[1] * b, total, out), None
-
-    first = jax.tree.map(lambda x: x[0], chunks)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(value_and_grad, model, first))
-    return lax.scan(add, zeros, (chunks, weights))[0]
-
-
-def map_chunks(f, batch, chunks: int = 1):
-    """f(batch), computed on so many chunks of its rows, one after the other: less memory at a time. A chunk of as many
-    rows as a micro-batch of `gradients` is computed in the same shapes, hence with the same rounding."""
-    if chunks == 1:
-        return f(batch)
-    split = jax.tree.map(lambda x: x.reshape(-1, chunks, *x.shape[1:]).swapaxes(0, 1), batch)
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), lax.map(f, split))
-
-
-def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1, count=None):
-    """One optimiser step on `gradients`: (model, opt_state, metrics of loss_fn and the gradient's norm)."""
-    (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
-    updates, opt_state = optimizer.update(grads, opt_state, model)
-    return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
-
-
 def steps_taken(opt_state):
-    """How many steps the optimiser has taken, on the device: fewer than minibatches seen, where some were refused."""
+    """How many steps the optimiser has taken, as a device array. PPO may skip the rest of a rollout's minibatches."""
     return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
 
 
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
-    """Metrics by eval_step(batch), averaged over the rows (by weight) of the first `most` batches."""
+    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
     total, count = Counter(), 0.0
     for batch, new in itertools.islice(batches.once(), most):
         batch["weight"][new:] = 0  # the last batch is filled with rows seen before
@@ -2166,7 +2244,7 @@ def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, floa
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13. Adapters: what learns on a frozen model
+# 14. Adapters: what learns on a frozen model
 
 
 class LoraLinear(eqx.Module):
@@ -2183,8 +2261,8 @@ class LoraLinear(eqx.Module):
 
 
 class LoraTable(eqx.Module):
-    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. A text is read by `rows`, and
-    predicted by a product with all of them."""
+    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. As an embedding its `rows` are
+    read, as a head it is multiplied with hidden states."""
 
     base: Array | None
     a: Array  # (V, r)
@@ -2195,17 +2273,16 @@ class LoraTable(eqx.Module):
         return self.base[index] + self.scale * matmul(self.a[index], self.b)
 
     def __call__(self, x, dtype):
-        change = predict(matmul(x, self.b, rows=True), self.a, dtype)
-        return predict(x, self.base, dtype) + self.scale * change
+        change = unembed(matmul(x, self.b, rows=True), self.a, dtype)
+        return unembed(x, self.base, dtype) + self.scale * change
 
 
 class Adapter(eqx.Module):
-    """The low-rank corrections by which a fine-tuned GPT differs from its frozen base: all that learns of it. Several
-    adapters share one base: `attach` makes the model of the base and one of them; the base alone is the model with
-    none."""
+    """The low-rank corrections that learn, without the frozen base that they correct. Several adapters share one base:
+    `attach` makes a model of the base and one of them."""
 
-    blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...), without bases
-    tables: dict[str, LoraTable]  # "wte", with which a tied head changes, and a "head" of its own; without bases
+    blocks: dict[str, LoraLinear]  # by the name of their layer in `Block`; leaves stacked to (L, ...)
+    tables: dict[str, LoraTable]  # "wte", which a tied head shares, and "head" of a model that is not tied
 
 
 LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
@@ -2241,9 +2318,8 @@ def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
 
 
 def attach(adapter, base: GPT | None):
-    """The model that an adapter makes of its base: the base's layers with the adapter's corrections beside them. A
-    score model whose body is an adapter becomes one with a full body. What is a full model already is returned as it
-    is, and needs no base."""
+    """The model that an adapter makes of its base. Of a score model the body is attached. What is no adapter is a full
+    model already and is returned as it is."""
     if isinstance(adapter, ScoreModel):
         return dataclasses.replace(adapter, body=attach(adapter.body, base))
     if not isinstance(adapter, Adapter):
@@ -2253,13 +2329,13 @@ def attach(adapter, base: GPT | None):
 
 
 def put_on(corrections: dict, module):
-    """`module` with each correction in the place of the layer of its name, which becomes its base."""
+    """`module` with each correction in the place of the layer of its name, and that layer as the correction's base."""
     layers = {name: dataclasses.replace(x, base=getattr(module, name)) for name, x in corrections.items()}
     return dataclasses.replace(module, **layers)
 
 
 def merge(tree):
-    """The same model with plain layers, W + alpha / r A B, summed in fp32: no slower than without adapters."""
+    """The same model with corrections added into its weights, W + alpha / r A B, in fp32: as fast as one without."""
     kinds = LoraLinear, LoraTable
 
     def plain(layer):
@@ -2274,12 +2350,12 @@ def merge(tree):
     return jax.tree.map(plain, tree, is_leaf=lambda x: isinstance(x, kinds))
 
 
-def trainable(model: GPT, rank: int, dtype: str, key, targets=TARGETS):
-    """(what learns, its frozen base): with a rank of 0 all of the model, and None. With a higher one a fresh adapter of
-    that rank on the layers `targets`, and the model in the precision of the forward pass, as in `compute_dtype`."""
+def trainable(model: GPT, rank: int, dtype: str, key):
+    """(what learns, its frozen base). With rank 0 the whole model learns and the base is None. Otherwise an adapter of
+    that rank on every layer learns, and the base is the model in `compute_dtype(dtype)`."""
     if rank == 0:
-        return shard(jax.tree.map(jnp.array, model)), None  # arrays of its own: they are donated
-    return shard(init_adapter(model, rank, key, targets)), shard(cast(model, compute_dtype(dtype)))
+        return shard(jax.tree.map(jnp.array, model)), None  # copies, since a training step overwrites them
+    return shard(init_adapter(model, rank, key)), shard(cast(model, compute_dtype(dtype)))
 
 
 def count_parameters(model) -> int:
@@ -2287,38 +2363,12 @@ def count_parameters(model) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 14. Rewards: what scores a sampled response
-
-
-def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
-    """What a reward model reads: left-padded prompts (B, T) and responses (B, R) as one row of tokens, and its mask.
-
-    The EOS of a finished response is where the score is read; a `suffix` takes its place. As in `encode_row`: a reward
-    model that is trained on one rule and asked by another reads a state that it has never seen.
-    """
-    S, start = len(suffix), prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
-    end = start + mask.sum(1)
-    if suffix:
-        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
-    index = jnp.arange(tokens.shape[1])
-    for i, token in enumerate(suffix):
-        tokens = jnp.where(index == end[:, None] + i, token, tokens)
-    response_part = (index >= start) & (index < end[:, None] + S)
-    return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
-
-
-@partial(jax.jit, static_argnames=("eos", "chunks"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
-    """One score for each sampled response: prompts (B, T) left-padded, responses (B, R), their masks. `chunks`: as for
-    `map_chunks`."""
-    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+# 15. Rewards: what scores a sampled response
 
 
 def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False) -> ScoreModel:
-    """A frozen reward model that reads the ids of `ours`, the policy's folder. With `adapters`: its adapter and head
-    alone, to be attached to the model of `ours`, if PATH has an adapter on it."""
+    """A frozen reward model with the tokenizer of `ours`, the policy's folder. With `adapters`, and if the reward model
+    was trained as an adapter on `ours`, only its adapter and head, to be attached to that model."""
     model = load_adapter(path, ours) if adapters else None
     if adapters and model is None:
         command = f"reward.py --init {ours} --lora-rank 8"
@@ -2331,14 +2381,14 @@ def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False)
 
 
 class Reward(NamedTuple):
-    """What scores responses: frozen reward models (the members of an ensemble, if there are several) or a function."""
+    """What scores responses: one frozen reward model, the members of an ensemble, or a function."""
 
     models: list[ScoreModel]
     function: Callable | None  # (prompts, responses, rows) -> floats, one a response
 
     def __call__(self, batch, generation: Generation, texts, rows, eos: int, chunks: int = 1):
-        """(members, B) scores of the generation; `texts` are this process's (prompts, responses), `rows` their rows as
-        they were written. `chunks`: as for `map_chunks`."""
+        """(members, B) scores of the generation. A function gets `texts`, this process's (prompts, responses), and
+        `rows`, the data's rows of these prompts; models score so many `chunks` of rows one after the other."""
         if self.function:
             scores = gather_rows(check_scores(self.function(*texts, rows), len(rows)))
             return put_batch({"scores": scores})["scores"][None]
@@ -2347,8 +2397,8 @@ class Reward(NamedTuple):
 
 
 def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
-    """Reward-model folders (several, or one of an ensemble: its members are asked side by side), or one
-    module:function; the rest as for `load_reward_model`."""
+    """The Reward of one module:function, or of folders of reward models; an ensemble's folder means all its members.
+    The rest as for `load_reward_model`."""
     if len(names) == 1 and ":" in names[0]:
         return Reward([], load_function(names[0]))
     folders = [folder for name in names for folder in ensemble_folders(name)]
@@ -2379,18 +2429,18 @@ def check_scores(scores, n: int) -> np.ndarray:
 
 
 def judgements(values) -> list[dict]:
-    """What a judge returned, floats or dicts of named parts, as dicts: a float is "gold"."""
+    """What a judge returned for each response, a float or a dict of named floats, as dicts: a float is "gold"."""
     return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
 
 
 def mean_judgements(values, prefix: str) -> dict[str, float]:
-    """Means of what a judge returned, in all processes, part by part."""
+    """The mean of each named float that judges returned, over all processes."""
     rows = judgements(values)
     return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
 
 
 def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """This process's share of a rollout as text: (prompts, responses), from a batch of prompts on the host."""
+    """(prompts, responses) of this process's `own_rows` as text; `prompts` is the batch on the host."""
     rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
     return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
 
@@ -2421,10 +2471,7 @@ class Watch:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 15. The run folder
-
-
-CACHE_NOTE = "compiling the first step"
+# 16. The run folder
 
 
 SHOWN = {
@@ -2511,7 +2558,8 @@ class Run:
 
     @property
     def must_stop(self) -> bool:
-        """Several processes have to stop after the same step: the one in which all know of the signal that one got."""
+        """Whether to stop after this step. Several processes must stop after the same one, so they wait until all know
+        of a signal that one of them got."""
         return self._agreed if jax.process_count() > 1 else bool(self.stopping)
 
     # checkpoints -----------------------------------------------------------------------------------------------------
@@ -2550,7 +2598,7 @@ class Run:
         return jax.tree_util.tree_unflatten(tree, [found[_path(p)] for p, _ in leaves]), step
 
     def _changes(self) -> list[str]:
-        """Settings and data files that are not those of the run's beginning, in words; what only logs may differ."""
+        """In words, which settings and data files differ from those with which the run began."""
         began = {"config": {}, "data": {}} | json.loads((self.out / "config.json").read_text()).get("run", {})
         news = []
         for name, new in self.info["config"].items():
@@ -2594,10 +2642,12 @@ class Run:
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
         self._tracker = start_tracker(self.track, self.out, self.info) if self.main else None
-        self._bar = progress(total=self.total, initial=first, desc=f"{self.out.name} ({CACHE_NOTE})", unit="step")
-        before = (
-            {s: signal.signal(s, self._ask_to_stop) for s in (signal.SIGINT, signal.SIGTERM)} if _main_thread() else {}
+        self._bar = progress(
+            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
         )
+        main_thread = threading.current_thread() is threading.main_thread()
+        signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
         self._clock = time.perf_counter()
         try:
             for step in range(first, self.total):
@@ -2684,12 +2734,6 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
-
-
-def _main_thread():
-    import threading
-
-    return threading.current_thread() is threading.main_thread()
 
 
 def _step_of(line: str) -> float:

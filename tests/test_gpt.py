@@ -229,10 +229,10 @@ def test_an_accelerator_holds_more_logits_at_a_time(monkeypatch):
 def test_a_gpu_predicts_with_a_table_of_aligned_rows(rows, monkeypatch):
     """What is added to 61 words changes neither logits nor gradients, and is not copied for a few rows."""
     x, table = (jax.random.normal(jax.random.key(i), shape) for i, shape in enumerate([(rows, 8), (V, 8)]))
-    product = lambda x, table: gpt.predict(x, table, jnp.float32)
+    product = lambda x, table: gpt.unembed(x, table, jnp.float32)
     want = jax.jit(product)(x, table), gradients_of(product, x, table)
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    product = lambda x, table: gpt.predict(x, table, jnp.float32)
+    product = lambda x, table: gpt.unembed(x, table, jnp.float32)
     found = jax.jit(product)(x, table), gradients_of(product, x, table)
     assert any(sizes_with(jax.make_jaxpr(product)(x, table).jaxpr, 128)) == (rows == 512)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5), found, want)
@@ -248,7 +248,13 @@ def test_what_cudnn_is_asked_for_is_plain_attention(how, grouped, monkeypatch):
     prefix = (tokens[:2, :6], segments[:2, :6]) if how == "prefix" else None
     segments = segments if how == "packed" else np.minimum(segments[[1, 1, 3, 3]], 1)
     real = (segments[:, 1:] > 0) & (segments[:, :-1] == segments[:, 1:])
-    logprobs = lambda model: jnp.where(real, gpt.token_logprobs(model, tokens, segments, prefix=prefix), 0)
+
+    def logprobs(model):
+        if prefix is None:
+            return jnp.where(real, gpt.token_logprobs(model, tokens, segments), 0)
+        hidden = gpt.continue_prefix(model, tokens, segments, *prefix)
+        return jnp.where(real, gpt.head_logprobs(model, hidden[:, :-1], tokens[:, 1:])[0], 0)
+
     want = logprobs(model), gradients_of(lambda wte: logprobs(dataclasses.replace(model, wte=wte)), model.wte)
     calls, kernel = [], jax.nn.dot_product_attention
 
@@ -259,7 +265,6 @@ def test_what_cudnn_is_asked_for_is_plain_attention(how, grouped, monkeypatch):
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", stand_in)
     monkeypatch.setattr(gpt, "has_flash_attention", lambda q, k: True)
-    logprobs = lambda model: jnp.where(real, gpt.token_logprobs(model, tokens, segments, prefix=prefix), 0)
     found = logprobs(model), gradients_of(lambda wte: logprobs(dataclasses.replace(model, wte=wte)), model.wte)
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), found, want)
     assert set(calls) == ({("cudnn", True), ("cudnn", False)} if prefix else {("cudnn", True)})
