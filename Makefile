@@ -35,6 +35,7 @@ demo: .venv/done
 	  --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
 	$(PY) tools/plot.py out/report
 	$(PY) tools/plot.py curves $(addprefix out/,ppo dpo ipo kto rlaif online)
+	$(PY) tools/plot.py reward out/reward
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
