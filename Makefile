@@ -34,6 +34,7 @@ demo: .venv/done
 	$(TABLE) --models out/sft out/ppo out/dpo out/ipo out/kto
 	$(PY) tools/plot.py out/report
 	$(PY) tools/plot.py curves out/ppo out/dpo out/ipo out/kto
+	$(PY) tools/plot.py reward out/reward
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.

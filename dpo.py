@@ -1,23 +1,27 @@
 """DPO: preference pairs straight into a policy, with no reward model and no sampling.
 
-    h = (log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))          sums over the completion's tokens and EOS
-    dpo      L = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h)       e = 0: Rafailov et al. 2023
-    robust   L = (-(1 - e) log sigmoid(beta h) + e log sigmoid(-beta h)) / (1 - 2 e)
+    z = beta [(log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l))]       sums over an answer's tokens and EOS
+    dpo      L = -(1 - e) log sigmoid(z) - e log sigmoid(-z)
+    robust   L = (-(1 - e) log sigmoid(z) + e log sigmoid(-z)) / (1 - 2 e)       means over pairs
 
-Rafailov et al. 2023 (arXiv:2305.18290, eq. 7); e > 0: Mitchell's note on conservative DPO (eq. 3); robust: Chowdhury et
-al. 2024 (arXiv:2403.00409, eq. 12). The last two are different losses: cDPO's has its minimum where beta h is
-logit(1 - e) and pulls larger margins back, the robust one estimates the clean labels' loss and has no lower bound.
+pi is the policy, ref the frozen reference, y_w the chosen answer ("won") and y_l the rejected one ("lost"), e the share
+of labels taken to be wrong (--label-smoothing). z is what is logged as `rewards/margins`.
+
+    dpo, e = 0    Rafailov et al. 2023 (arXiv:2305.18290, eq. 7)
+    dpo, e > 0    conservative DPO, Mitchell's note (eq. 3): lowest at z = logit(1 - e), larger margins are pulled back
+    robust        Chowdhury et al. 2024 (arXiv:2403.00409, eq. 12): an unbiased estimate of the loss on clean labels,
+                  without a lower bound
 
 Details that matter:
 1. Sums, not means, over a completion's tokens: the theory is about the probability of the whole response.
 2. The log-prob of the chosen answers usually falls in training; that of the rejected ones falls faster. The loss sees
    only their difference, so this is expected; both are logged (`logps/chosen`, `logps/rejected`).
-3. The first step's loss is ln 2: policy and reference are the same model under the same forward pass.
+3. Without --ref the reference is the model of --init, so z is 0 at the first step, and the loss ln 2 (with e = 0).
 4. --precompute-ref writes the reference's log-probs beside the token cache, once for each model, tokenizer, length and
    file, and the reference leaves memory.
 5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
    gradients are those of two whole rows (--no-share-prefix).
-6. A soft label p = P(chosen is better), `label_p` on a row, is the pair both ways round: p L(h) + (1 - p) L(-h).
+6. A soft label p = P(chosen is better), `label_p` on a row, is the pair both ways round: p L(z) + (1 - p) L(-z).
 
 Pairs of the policy's own answers, made as it learns: online.py.
 
@@ -48,9 +52,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 3e-4  # peak learning rate
-    warmup: int = 10  # steps of linear warm-up; then linear to 0
-    clip_norm: float = 1.0  # of the global gradient
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
 
     kind: Literal["dpo", "robust"] = "dpo"
     beta: float = 0.5  # price of one nat of KL to the reference; the larger, the closer policy and reference stay
@@ -71,6 +73,9 @@ class Config:
     track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
+WARMUP = 10  # optimiser steps in which the learning rate rises
+
+
 class State(NamedTuple):
     policy: gpt.GPT | gpt.Adapter
     opt_state: tuple
@@ -83,19 +88,19 @@ def dpo_loss(
     policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind: str = "dpo",
     label_p=1.0, weight=None,
 ):  # fmt: skip
-    """The losses of the box above from summed log-probs, each (B,): -> ((B,), metrics).
+    """The losses of the box above from summed log-probs in nats, each (B,): -> ((B,), metrics).
 
-    `label_p` (B,) is P(chosen is better), where labels are soft. A batch's loss is the mean of its `losses`, which the
+    `label_p` (B,) is P(chosen is better), where labels are soft. A batch's loss is the mean of its losses, which the
     caller takes; `weight` (B,) weighs the means in metrics.
     """
     chosen_rewards = beta * (policy_chosen - ref_chosen)  # implicit rewards, up to a function of the prompt
     rejected_rewards = beta * (policy_rejected - ref_rejected)
-    margins = chosen_rewards - rejected_rewards
+    margins = chosen_rewards - rejected_rewards  # z
     e, log_sigmoid = label_smoothing, jax.nn.log_sigmoid
     if kind == "dpo":
-        loss = lambda h: -(1 - e) * log_sigmoid(h) - e * log_sigmoid(-h)
+        loss = lambda z: -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
     elif kind == "robust":
-        loss = lambda h: (-(1 - e) * log_sigmoid(h) + e * log_sigmoid(-h)) / (1 - 2 * e)
+        loss = lambda z: (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
     else:
         raise ValueError(f"unknown kind {kind!r}: dpo or robust")
     losses = label_p * loss(margins) + (1 - label_p) * loss(-margins)
@@ -104,7 +109,7 @@ def dpo_loss(
         "rewards/chosen": mean(chosen_rewards),
         "rewards/rejected": mean(rejected_rewards),
         "rewards/margins": mean(margins),
-        "rewards/accuracies": mean(margins > 0),  # 0 at the first step, where all margins are 0
+        "rewards/accuracies": mean(margins > 0),  # 0 while policy and reference are the same
         "logps/chosen": mean(policy_chosen),
         "logps/rejected": mean(policy_rejected),
     }
@@ -114,18 +119,18 @@ def dpo_loss(
 
 
 def pair_logprobs(model, batch, config: Config):
-    """log p of both completions (B, 2) of a batch of pairs, in one forward pass."""
+    """Summed log-probs (B, 2) of the completions of a batch of pairs, chosen first, in one forward pass."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     return gpt.completion_logprobs(model, batch, config.remat)[0]
 
 
 def with_ref(ref, batch, config: Config):
-    """The batch with the reference's log-probs, "ref_logps" (B, 2), unless they came with it."""
+    """The batch with the reference's log-probs, "ref_logps" (B, 2); without a `ref` they are in it already."""
     return batch if ref is None else batch | {"ref_logps": pair_logprobs(ref, batch, config)}
 
 
-def forward(policy, batch, config: Config):
-    """(loss, metrics) of a batch of pairs `with_ref`."""
+def batch_loss(policy, batch, config: Config):
+    """(loss, metrics) of a batch of pairs with "ref_logps": tokens, segments and mask (B, 2, T), chosen first."""
     chosen, rejected = pair_logprobs(policy, batch, config).T
     ref_chosen, ref_rejected = batch["ref_logps"].T
     losses, metrics = dpo_loss(
@@ -138,31 +143,32 @@ def forward(policy, batch, config: Config):
 
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
 def train_step(state: State, base, ref, batch, optimizer, config: Config):
-    """(state, metrics) after an optimiser step on a batch. `base` is the frozen model below adapters, else None."""
-    objective = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
-    count = lambda batch: batch["weight"].sum()
+    """One optimiser step on a batch of pairs: -> (state, metrics). `base` is the frozen model below an adapter, None
+    where the whole policy learns; `ref` is the reference, None where its log-probs are in the batch."""
     batch = with_ref(ref, batch, config)
-    *state, metrics = gpt.descend(optimizer, objective, *state, batch, config.micro_batches, count)
+    loss_fn = lambda policy, batch: batch_loss(gpt.attach(policy, base), batch, config)
+    count = lambda batch: batch["weight"].sum()
+    *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
     return State(*state), metrics
 
 
 @partial(jax.jit, static_argnames="config")
 def eval_step(policy, base, ref, batch, config: Config):
-    return forward(gpt.attach(policy, base), with_ref(ref, batch, config), config)[1]
+    return batch_loss(gpt.attach(policy, base), with_ref(ref, batch, config), config)[1]
 
 
 # ---------------------------------------------------------------------------------------------------- reference
 
 
 def load_ref(config: Config, base=None):
-    """The frozen reference: the model of --ref, else that of --init, which adapters hold already."""
+    """The frozen reference: the model of --ref, else that of --init, which is the `base` of an adapter."""
     if base is not None and not config.ref:
         return base
     return gpt.load_frozen(config.ref or config.init, config.dtype)
 
 
 def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
-    """The reference's log-probs of every pair, (rows, 2) for each source: computed once, kept in the token cache.
+    """The reference's log-probs of every pair, (rows, 2) for each data file: computed once, kept in the token cache.
 
     The cache has a folder for each file, tokenizer and length; the name below says which weights and which precision.
     """
@@ -173,26 +179,28 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
         ref, step = load_ref(config), jax.jit(partial(pair_logprobs, config=config))
         tables = [np.zeros((len(data), 2), np.float32) for data in batches.sets]
         bar = gpt.progress(total=sum(map(len, tables)), desc="reference log-probs", unit=" pairs")
-        for batch, new in batches.once():
+        # the last batch is filled up with rows seen before: the first `real_rows` are new
+        for batch, real_rows in batches.once():
             logps = gpt.to_numpy(step(ref, place(batch, batches, None, config)))
-            for (source, row), pair in zip(batch["index"][:new], logps):
+            for (source, row), pair in zip(batch["index"][:real_rows], logps):
                 tables[source][row] = pair
-            bar.update(new)
+            bar.update(real_rows)
         bar.close()
-        for file, table in zip(files, tables) if jax.process_index() == 0 else ():
-            gpt.write_atomic(file, partial(write_array, table=table))
+        if jax.process_index() == 0:
+            for file, table in zip(files, tables):
+                gpt.write_atomic(file, partial(write_array, table=table))
         gpt.barrier("reference")
     return [np.load(file, mmap_mode="r") for file in files]
 
 
-def write_array(path, table):
+def write_array(path, table: np.ndarray):
     with open(path, "wb") as file:
         np.save(file, table)
 
 
 def place(batch, batches: gpt.Batches, tables, config: Config):
-    """The batch on the devices: a pair's prompt once (unless --no-share-prefix), with its rows' reference log-probs
-    where they are precomputed."""
+    """The batch on the devices: each pair's prompt once (unless --no-share-prefix), and the reference's log-probs of
+    its rows from `tables`, where they are precomputed."""
     if config.share_prefix:
         batch = batches.split_prompt(batch)
     if tables is not None:
@@ -210,6 +218,7 @@ def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, mo
 
 
 def check(config: Config):
+    """Complain of what cannot work, before anything is loaded."""
     gpt.check_batch_size(config.batch_size)
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
@@ -237,16 +246,18 @@ def main(config: Config):
         gpt.check_context(policy, batches)
 
     steps = config.steps or pairs.steps_per_epoch
-    lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
-    optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
+    optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, key)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(pairs.hashes, **vars(config) | dict(steps=steps))
     state, first = run.restore(state)
-    ref = tables = heldout_tables = None  # the reference is a model, or tables of what it says of each pair
+    ref = tables = heldout_tables = None  # the reference is a model, or tables of its log-probs of each pair
     if config.precompute_ref:
-        tables, heldout_tables = precompute(pairs, config), precompute(heldout, config) if heldout else None
+        tables = precompute(pairs, config)
+        if heldout:
+            heldout_tables = precompute(heldout, config)
     else:
         ref = load_ref(config, base)
     stream = pairs.stream(first, steps)

@@ -8,16 +8,19 @@
           L = lambda_D (1 - sigmoid(beta (g - z0)))    where the thumb is up   mean over answers
               lambda_U (1 - sigmoid(beta (z0 - g)))    where it is down
 
+pi is the policy, ref the frozen reference, y_w the chosen answer ("won") and y_l the rejected one ("lost").
+Log-probs of answers are sums over their tokens and EOS.
+
 IPO: Azar et al. 2023 (arXiv:2310.12036, eq. 17). KTO: Ethayarajh et al. 2024 (arXiv:2402.01306, section 4).
 
 Details that matter:
-1. --reduction: IPO's paper has log-probs of whole responses, sums over tokens; TRL and HALOs divide them by the number
-   of tokens. These are two algorithms (see `completion_logprobs`). KTO has sums.
+1. IPO's paper takes log-probs of whole answers, sums over tokens; TRL and HALOs divide them by the number of tokens
+   (--reduction mean). These are two algorithms (see `completion_logprobs`). KTO has sums.
 2. IPO pulls margins beyond 1 / (2 tau) back. Its tau and DPO's beta cannot be compared.
 3. z0 is one number a step: averaged over the whole batch, then clamped at 0, without gradient. It is no estimate of the
    KL, since y_j was not sampled from the policy. It may stay at 0 for long; that is what the clamp is for.
-4. A prompt is never matched with an answer of its own: pairs split in two put two of those into the data.
-5. lambda_D n_D / (lambda_U n_U) belongs into [1, 4/3] (arXiv:2402.01306v1, eq. 8): the rarer thumb weighs more.
+4. For z0 a prompt never gets an answer of its own; where pairs are split into thumbs, the data has two of those.
+5. lambda_D n_D / (lambda_U n_U) should be in [1, 4/3] (arXiv:2402.01306v1, eq. 8): the rarer thumb weighs more.
    `class_weights` computes it from the counts n of the data and changes only one of the two.
 
     python ipo_kto.py                                      # out/sft + data/toy/pairs.jsonl -> out/ipo
@@ -51,9 +54,7 @@ class Config:
     batch_size: int = 32  # pairs (ipo) or answers (kto) a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 3e-4  # peak learning rate
-    warmup: int = 10  # steps of linear warm-up; then linear to 0
-    clip_norm: float = 1.0  # of the global gradient
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
 
     tau: float = 0.1  # ipo: price of the KL; the margin aimed at is 1 / (2 tau) nats
     reduction: Literal["sum", "mean"] = "sum"  # ipo: over tokens; mean wants a tau about length times as large
@@ -75,6 +76,9 @@ class Config:
     track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
+WARMUP = 10  # optimiser steps in which the learning rate rises
+
+
 class State(NamedTuple):
     policy: gpt.GPT | gpt.Adapter
     opt_state: tuple
@@ -84,36 +88,36 @@ class State(NamedTuple):
 
 
 def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, tau=0.1, weight=None):
-    """IPO's losses from log-probs, sums or means over tokens as given, each (B,): -> ((B,), metrics).
+    """IPO's losses from log-probs in nats, sums or means over tokens, each (B,): -> ((B,), metrics).
 
-    A batch's loss is the mean of its `losses`, which the caller takes; `weight` (B,) weighs the means in metrics.
+    A batch's loss is the mean of its losses, which the caller takes; `weight` (B,) weighs the means in metrics.
     """
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
+    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected  # log-ratios
     losses = (chosen - rejected - 1 / (2 * tau)) ** 2  # eq. 17
     mean = partial(gpt.weighted_mean, weight=jnp.ones_like(losses) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(tau * chosen),  # in units where the margin aimed at is 1/2
         "rewards/rejected": mean(tau * rejected),
         "rewards/margins": mean(tau * (chosen - rejected)),
-        "rewards/accuracies": mean(chosen > rejected),  # 0 at the first step, where all margins are 0
+        "rewards/accuracies": mean(chosen > rejected),  # 0 while policy and reference are the same
         "logps/chosen": mean(policy_chosen),
         "logps/rejected": mean(policy_rejected),
     }
 
 
 def kto_z0(policy_mismatched, ref_mismatched):
-    """KTO's reference point, from summed log-probs (B,) of prompts with other prompts' answers: -> scalar >= 0.
+    """KTO's reference point, from summed log-probs (B,) of answers to other prompts (`mismatch`): -> scalar >= 0, nats.
 
-    Mean of all the batch first, then the clamp; no gradient ("we do not back-propagate through the KL term").
+    The mean over the whole batch first, then the clamp; no gradient ("we do not back-propagate through the KL term").
     """
     return jax.lax.stop_gradient(jnp.maximum(jnp.mean(policy_mismatched - ref_mismatched), 0.0))
 
 
 def kto_loss(policy, ref, label, z0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, weight=None):
-    """KTO's losses from summed log-probs (B,), label (B,) 1 or 0, and z0 (): -> ((B,), metrics).
+    """KTO's losses from summed log-probs (B,) in nats, label (B,) 1 (thumb up) or 0, and z0 (): -> ((B,), metrics).
 
-    Metrics are means over the answers with label 1 (chosen) and 0 (rejected); 0 where a batch has none. `share` is how
-    much of the batch they are.
+    Metrics are means over the answers with label 1 (chosen) and over those with label 0 (rejected), 0 where a batch has
+    none. `share/...` is how much of the batch they are; `weight` (B,) weighs all of these.
     """
     z0 = jax.lax.stop_gradient(z0)
     up, rewards = label > 0, beta * (policy - ref)
@@ -129,7 +133,8 @@ def kto_loss(policy, ref, label, z0, beta=0.1, desirable_weight=1.0, undesirable
 
 
 def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
-    """(lambda_D, lambda_U) with lambda_D n_D / (lambda_U n_U) in [1, 4/3], raising at most one of them above 1."""
+    """(lambda_D, lambda_U) from counts n_D and n_U, such that lambda_D n_D / (lambda_U n_U) is in [1, 4/3]: at most one
+    of the two is raised above 1."""
     if not desirable or not undesirable:
         return 1.0, 1.0
     ratio = desirable / undesirable
@@ -140,7 +145,7 @@ def class_weights(desirable: int, undesirable: int) -> tuple[float, float]:
 
 
 def completion_logprobs(model, batch, config: Config):
-    """log p of each completion, (B,) of answers or (B, 2) of pairs, in one forward pass.
+    """log p of each completion, (B,) of thumbs or (B, 2) of pairs (chosen first), in one forward pass.
 
     For pairs: which algorithm IPO is, is decided here. In the paper pi(y|x) is the probability of the whole
     response, hence the sum, and the optimum is ref(y) exp(p(y beats ref) / tau) / Z. TRL and HALOs take the mean over
@@ -154,8 +159,8 @@ def completion_logprobs(model, batch, config: Config):
     return logprobs
 
 
-def forward(policy, batch, config: Config):
-    """(loss, metrics) of a batch with "ref_logps", the reference's log-probs, and for KTO "z0" in every row."""
+def batch_loss(policy, batch, config: Config):
+    """(loss, metrics) of a batch `with_ref`: tokens, segments and mask, (B, 2, T) for pairs or (B, T) for thumbs."""
     logps, ref, weight = completion_logprobs(policy, batch, config), batch["ref_logps"], batch["weight"]
     if config.loss == "kto":
         lambdas = config.desirable_weight, config.undesirable_weight
@@ -171,31 +176,33 @@ def forward(policy, batch, config: Config):
 
 
 def class_sums(metrics):
-    """kto_loss's means over a class -> shares of the batch's mean, which may be averaged over parts of a batch."""
+    """Metrics of kto_loss, each mean over a class times the class's share of the batch: sums over the class divided by
+    the size of the whole batch. Those of micro-batches may be averaged; means over a class may not."""
     share = lambda name: 1.0 if name.startswith("share") else metrics["share/" + name.rpartition("/")[2]]
     return {name: value * share(name) for name, value in metrics.items()}
 
 
 def class_means(metrics):
-    """The way back, once the parts are together."""
+    """The way back from `class_sums` to means over a class, once the micro-batches are averaged."""
     share = lambda name: metrics.get("share/" + name.rpartition("/")[2], 1.0)
     means = {name: v / jnp.maximum(share(name), 1e-9) for name, v in metrics.items() if not name.startswith("share")}
     return means | {"rewards/margins": means["rewards/chosen"] - means["rewards/rejected"]}
 
 
-@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
-def train_step(state: State, ref, batch, z0, base, optimizer, config: Config):
-    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
-    batch = with_ref(ref, batch, z0, config)
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+def train_step(state: State, base, ref, batch, optimizer, config: Config):
+    """One optimiser step on a batch with "z0": -> (state, metrics). `base` is the frozen model below an adapter, None
+    where the whole policy learns."""
+    batch = with_ref(ref, batch, config)
+    loss_fn = lambda policy, batch: batch_loss(gpt.attach(policy, base), batch, config)
     count = lambda batch: batch["weight"].sum()
-    loss_fn = lambda policy, batch: forward(gpt.attach(policy, base), batch, config)
     *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
     return State(*state), metrics
 
 
 @partial(jax.jit, static_argnames="config")
-def eval_step(policy, ref, batch, z0, config: Config):
-    return forward(policy, with_ref(ref, batch, z0, config), config)[1]
+def eval_step(policy, ref, batch, config: Config):
+    return batch_loss(policy, with_ref(ref, batch, config), config)[1]
 
 
 @partial(jax.jit, static_argnames="config")
@@ -204,22 +211,24 @@ def z0_step(policy, ref, mismatched, config: Config):
 
 
 def find_z0(policy, ref, batch, config: Config):
-    """KTO's reference point of a batch on the host; 0 for IPO, which has none."""
+    """KTO's reference point for a batch as `gpt.Batches` makes it; 0 for IPO, which has none."""
     if config.loss == "ipo":
         return 0.0
     return z0_step(policy, ref, gpt.put_batch(mismatch(batch, config.length)), config)
 
 
-def with_ref(ref, batch, z0, config: Config):
-    """What is known of the whole batch before it is cut into micro-batches."""
-    z0 = jnp.broadcast_to(z0, batch["weight"].shape)
+def with_ref(ref, batch, config: Config):
+    """The batch with the reference's log-probs, "ref_logps", and with "z0", a scalar, in every row: what is known of
+    the whole batch before it is cut into micro-batches."""
+    z0 = jnp.broadcast_to(batch["z0"], batch["weight"].shape)
     return batch | {"ref_logps": completion_logprobs(ref, batch, config), "z0": z0}
 
 
 def mismatch(batch, length: int) -> dict[str, np.ndarray]:
-    """The prompts of a batch with other prompts' answers: row i has that of the next row whose prompt differs.
+    """The prompts of a batch of thumbs with other prompts' answers: row i has that of the next row with another prompt.
 
-    tokens, segments, mask (B, T), right-padded -> the same (B, T'). What exceeds `length` loses its end, as always.
+    tokens, segments and mask (B, T), right-padded, -> the same, (B, T'). Rows of more than `length` tokens lose their
+    end, as rows of the data do.
     """
     rows = list(zip(batch["tokens"], batch["segments"] > 0, batch["mask"] > 0))
     prompts = [tokens[real & ~scored] for tokens, real, scored in rows]
@@ -246,18 +255,19 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 
 def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
-    step = lambda batch: eval_step(
-        policy, ref, place(batch, batches, config), find_z0(policy, ref, batch, config), config
-    )
+    step = lambda batch: eval_step(policy, ref, place(policy, ref, batch, batches, config), config)
     metrics = gpt.heldout_means(batches, step, most)
-    return {f"val/{k}": v for k, v in (class_means(metrics) if config.loss == "kto" else metrics).items()}
+    if config.loss == "kto":
+        metrics = class_means(metrics)
+    return {f"val/{name}": value for name, value in metrics.items()}
 
 
-def place(batch, batches: gpt.Batches, config: Config):
-    """The batch on the devices; a pair's prompt stands once, unless --no-share-prefix."""
+def place(policy, ref, batch, batches: gpt.Batches, config: Config):
+    """The batch on the devices, with z0; each pair's prompt is there once, unless --no-share-prefix."""
+    z0 = find_z0(policy, ref, batch, config)
     if config.loss == "ipo" and config.share_prefix:
         batch = batches.split_prompt(batch)
-    return gpt.put_batch(batch)
+    return gpt.put_batch(batch) | {"z0": z0}
 
 
 def resolve(config: Config) -> Config:
@@ -280,7 +290,7 @@ def resolve(config: Config) -> Config:
 
 
 def with_class_weights(config: Config, batches: gpt.Batches) -> Config:
-    """KTO's lambdas, by the rule where none is given."""
+    """The config with KTO's lambdas: those that are given, or else by the rule from the counts of thumbs."""
     label = gpt.EXTRAS.index("label")
     shares = [data.extras[:, label].mean() for data in batches.sets]
     up = round(sum(share * count for share, count in zip(shares, batches.counts)))
@@ -311,20 +321,21 @@ def main(config: Config):
     config = with_class_weights(config, batches) if kto else config
 
     steps = config.steps or batches.steps_per_epoch
-    lr = gpt.schedule(config.lr, steps, config.warmup, "linear")
-    optimizer = gpt.adamw(lr, clip=config.clip_norm)
+    lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
+    optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
-    share = base is not None and not config.ref  # with adapters the reference is their base
-    ref = base if share else gpt.load_frozen(config.ref or config.init, config.dtype)
+    if base is not None and not config.ref:
+        ref = base  # an adapter's base is the model of --init
+    else:
+        ref = gpt.load_frozen(config.ref or config.init, config.dtype)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        batch = next(stream)
-        z0 = find_z0(gpt.attach(state.policy, base), ref, batch, config)
-        state, metrics = train_step(state, ref, place(batch, batches, config), z0, base, optimizer, config)
+        batch = place(gpt.attach(state.policy, base), ref, next(stream), batches, config)
+        state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):
             metrics |= evaluate(gpt.attach(state.policy, base), ref, heldout, config)

@@ -1,26 +1,36 @@
 """A reward model from preference pairs: Bradley-Terry, its calibration, and a report that says how far to trust it.
 
-    L = - mean log sigmoid(r(x, y_chosen) - r(x, y_rejected) - margin)
+    L = - mean log sigmoid(r(x, y_chosen) - r(x, y_rejected) - min_gap)
 
-Bradley and Terry 1952; for language models Stiennon et al. 2020 (arXiv:2009.01325, section 3.4).
+Bradley and Terry 1952; for language models Stiennon et al. 2020 (arXiv:2009.01325, section 3.4). `min_gap` is 0, unless
+rows have a "margin" (by how much the chosen answer was rated higher): then it is --margin-scale times that. The metric
+`margin`, so called as in TRL, is the gap that the model has reached, the mean of r(x, y_chosen) - r(x, y_rejected).
 
-The model is an SFT model whose scalar head is read at the last real token (--pool last), or at the last token of a
---suffix put in EOS's place, or pooled over all tokens (mean, attention). Details that matter:
-1. Scores are defined up to a shift. After training, gain and bias are set so that the reference policy's own samples
-   have mean 0 and standard deviation 1 (Ziegler et al., arXiv:1909.08593, section 2): PPO's beta then means the
-   same for every reward model. They are folded into the head.
-2. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
-3. Ties count as errors in the accuracy; scores are compared in fp32.
-4. One epoch: a reward model that sees its labels twice learns their noise.
-5. With --teacher a small model learns the scores of a large one, or the mean of an ensemble's, and no label: the loss
+The model is a pretrained or an SFT model with a scalar head, read at the last real token (--pool last), or at the last
+token of a --suffix put in EOS's place, or pooled over all tokens (mean, attention). The defaults are the toy's: its
+base text holds verdicts on answers after "Judge:", so --init is the pretrained model, which has read verdicts, and
+--suffix asks for one. For a model of your own: --suffix "".
+
+The order of this file is that of a run: loss, step, normalisation, calibration, report. Details that matter:
+1. Scores are defined up to a shift, and their scale is what training made it. After training, gain and bias are set so
+   that the samples of the reference policy (--normalize-with) have mean 0 and standard deviation 1 (Ziegler et al.,
+   arXiv:1909.08593, section 2), and folded into the head: PPO's beta then means the same for each single reward model.
+   It does not for an ensemble (members are normalised one by one; where they disagree their mean has a standard
+   deviation below 1), for a function as reward, and with --normalize-with None.
+2. The temperature T of the report is fitted on normalised scores: P(chosen is better) = sigmoid(gap / T). It is only
+   reported; scores are not divided by it.
+3. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
+4. Ties count as errors in the accuracy; scores are compared in fp32.
+5. One epoch: a reward model that sees its labels twice learns their noise.
+6. With --teacher a small model learns the scores of a large one, or the mean of an ensemble's, and no label: the loss
    is the mean squared error of both answers' scores (regression on a teacher's logits: Ba and Caruana 2014,
-   arXiv:1312.6184). The alternative, Bradley-Terry with soft labels sigmoid(teacher's difference), tells less where the
+   arXiv:1312.6184). The alternative, Bradley-Terry with soft labels sigmoid(teacher's gap), tells less where the
    teacher is sure, and nothing of one prompt's answers against another's.
 
     python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
     python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold None
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
-    python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --share lora
+    python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --lora-rank
     python reward.py --init out/small --teacher out/reward --lr 2e-3 --head-lr 2e-3 --steps 2000 --out out/reward-small
 """
 
@@ -39,7 +49,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    init: str = "out/base"  # model folder to start from: an SFT model, or its base
+    init: str = "out/base"  # model folder to start from: a pretrained or an SFT model
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
     heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
     out: Path = Path("out/reward")  # run folder; with --members K, member-0 .. member-(K-1) are inside
@@ -54,7 +64,7 @@ class Config:
 
     pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
-    margin_scale: float = 1.0  # factor on the rows' margins (rating gaps); 0 ignores them
+    margin_scale: float = 1.0  # demanded gap of scores per unit of a row's margin; 0 ignores margins
     label_smoothing: float = 0.0  # share of labels taken to be wrong
     center: float = 0.0  # weight of mean((r_chosen + r_rejected)^2), which keeps scores near 0 (0.01 is usual)
     members: int = 1  # ensemble: members differ in head init and data order
@@ -84,40 +94,47 @@ class State(NamedTuple):
 # ---------------------------------------------------------------------------------------------------- loss
 
 
-def bradley_terry_loss(chosen, rejected, margin=0.0, label_smoothing=0.0, center=0.0, weight=None):
-    """-(1-e) log sigmoid(d) - e log sigmoid(-d), d = chosen - rejected - margin: (B,) scores -> (scalar, metrics).
+def bradley_terry_loss(chosen, rejected, min_gap=0.0, label_smoothing=0.0, center=0.0, weight=None):
+    """-(1-e) log sigmoid(d) - e log sigmoid(-d), d = chosen - rejected - min_gap: (B,) scores -> (scalar, metrics).
 
-    margin >= 0 asks for a wider gap where ratings differ more (Llama 2, arXiv:2307.09288, eq. 2). label_smoothing e may
-    be a number or (B,): a soft label p = P(chosen is better) is e = 1 - p, whose optimum is d = logit(p). center c adds
+    min_gap: a number or (B,), wider where ratings differ more (Llama 2, arXiv:2307.09288, eq. 2). label_smoothing e: a
+    number or (B,); a soft label p = P(chosen is better) is e = 1 - p, whose optimum is d = logit(p). center c adds
     c mean((chosen + rejected)^2), the squared sum (Eisenstein et al. 2023, arXiv:2312.09244). weight (B,) weighs pairs.
     """
     chosen, rejected = chosen.astype(jnp.float32), rejected.astype(jnp.float32)
     weight = jnp.ones_like(chosen) if weight is None else weight
-    d = chosen - rejected - margin
+    d = chosen - rejected - min_gap
     losses = -(1 - label_smoothing) * jax.nn.log_sigmoid(d) - label_smoothing * jax.nn.log_sigmoid(-d)
     losses = losses + center * (chosen + rejected) ** 2
     loss = gpt.weighted_mean(losses, weight)
+    return loss, {"loss": loss} | score_metrics(chosen, rejected)
+
+
+def distillation_loss(scores, teacher, weight=None):
+    """Mean squared difference of scores and the teacher's, (B, 2) each, chosen first: -> (scalar, metrics).
+
+    weight (B,) weighs pairs. `agreement`: in which share of the pairs both score the same answer higher.
+    """
+    weight = jnp.ones(len(scores)) if weight is None else weight
+    loss = gpt.weighted_mean(((scores - teacher) ** 2).mean(1), weight)
+    agree = (scores[:, 0] > scores[:, 1]) == (teacher[:, 0] > teacher[:, 1])
+    return loss, {"loss": loss, "agreement": jnp.mean(agree)} | score_metrics(scores[:, 0], scores[:, 1])
+
+
+def score_metrics(chosen, rejected) -> dict:
+    """How scores (B,) of pairs agree with the labels, and their range. A pair counts once, whatever its weight in the
+    loss, as in the report on held-out pairs."""
     both = jnp.concatenate([chosen, rejected])
-    metrics = {
-        "loss": loss,
+    return {
         "accuracy": jnp.mean(chosen > rejected),  # a tie is an error
         "margin": jnp.mean(chosen - rejected),
         "mean_reward": both.mean(),
         "min_reward": both.min(),
         "max_reward": both.max(),
     }
-    return loss, metrics
 
 
-def distillation_loss(scores, teacher, weight=None):
-    """Mean squared difference of scores, student's and teacher's, (B, 2) each: -> (scalar, metrics).
-
-    weight (B,) weighs pairs. `agreement`: in how many pairs both like the same answer better.
-    """
-    weight = jnp.ones(len(scores)) if weight is None else weight
-    loss = gpt.weighted_mean(((scores - teacher) ** 2).mean(1), weight)
-    prefers = lambda s: s[:, 0] > s[:, 1]
-    return loss, {"loss": loss, "agreement": jnp.mean(prefers(scores) == prefers(teacher))}
+# ---------------------------------------------------------------------------------------------------- step
 
 
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
@@ -126,29 +143,32 @@ def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
     return model(tokens, segments, remat).reshape(-1, 2)
 
 
-def forward(model: gpt.ScoreModel, batch, config: Config):
-    """(loss, metrics) of a batch of pairs: tokens, segments and mask (B, 2, T), chosen first."""
+def batch_loss(model: gpt.ScoreModel, batch, config: Config):
+    """(loss, metrics) of a batch of pairs: tokens and segments (B, 2, T), chosen first; weight, margin, label_p (B,);
+    with --teacher its scores, "teacher" (B, 2)."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     scores = pair_scores(model, batch, config.remat)
-    p, e = batch["label_p"], config.label_smoothing
-    smoothing = (1 - p) * (1 - e) + p * e
-    margin = config.margin_scale * batch["margin"]  # ratings have a scale of their own, logits another
-    loss, metrics = bradley_terry_loss(scores[:, 0], scores[:, 1], margin, smoothing, config.center, batch["weight"])
     if config.teacher:
-        loss, more = distillation_loss(scores, batch["teacher"], batch["weight"])
-        metrics |= more
-    return loss, metrics | {"loss": loss}
+        return distillation_loss(scores, batch["teacher"], batch["weight"])
+    # The label says "chosen" with probability p and is wrong with probability e. "rejected" is the better one where it
+    # says "rejected" and is right, or says "chosen" and is wrong.
+    p, e = batch["label_p"], config.label_smoothing
+    rejected_better = (1 - p) * (1 - e) + p * e
+    min_gap = config.margin_scale * batch["margin"]  # ratings have a scale of their own, scores another
+    chosen, rejected = scores[:, 0], scores[:, 1]
+    return bradley_terry_loss(chosen, rejected, min_gap, rejected_better, config.center, batch["weight"])
 
 
-@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
-def train_step(state: State, batch, base, teachers, optimizer, config: Config):
-    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
-    loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config)
-    count = lambda batch: batch["weight"].sum()
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+def train_step(state: State, base, teachers, batch, optimizer, config: Config):
+    """One optimiser step on a batch of pairs: -> (state, metrics). `base` is the frozen model below an adapter, None
+    where the whole model learns; `teachers` are frozen reward models, none where the labels are learned."""
     if teachers:
         batch |= {"teacher": jnp.mean(jnp.stack([pair_scores(teacher, batch) for teacher in teachers]), 0)}
+    loss_fn = lambda model, batch: batch_loss(gpt.attach(model, base), batch, config)
+    count = lambda batch: batch["weight"].sum()
     *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-    if config.micro_batches > 1:  # means of the parts' extremes are nothing
+    if config.micro_batches > 1:  # the mean of the parts' extremes is no extreme
         metrics = {name: value for name, value in metrics.items() if name not in ("min_reward", "max_reward")}
     return State(*state), metrics
 
@@ -163,203 +183,12 @@ def make_optimizer(config: Config, steps: int):
     return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
 
 
-# ---------------------------------------------------------------------------------------------------- calibration
-
-
-MAX_TEMPERATURE = 100.0  # where the fit ends when scores say nothing
-
-
-def fit_temperature(differences, low: float = 0.01, high: float = MAX_TEMPERATURE) -> float:
-    """The T that minimises mean -log sigmoid(d / T) over score differences d = chosen - rejected (N,).
-
-    Convex in 1/T, so its slope mean(d (sigmoid(d/T) - 1)) is followed by bisection (Guo et al. 2017, arXiv:1706.04599).
-    Where every d > 0 the best T is 0, where they are no better than chance it is infinite: kept within [low, high].
-    """
-    d = np.asarray(differences, np.float64)
-    slope = lambda inverse: np.mean(d * (_sigmoid(d * inverse) - 1))
-    a, b = 1 / high, 1 / low
-    if slope(a) >= 0:
-        return high
-    if slope(b) <= 0:
-        return low
-    for _ in range(100):
-        middle = np.sqrt(a * b)
-        a, b = (middle, b) if slope(middle) < 0 else (a, middle)
-    return float(1 / a)
-
-
-def expected_calibration_error(p, y, bins: int = 10) -> float:
-    """Mean |accuracy - confidence| over bins (lo, hi] of p, weighted by their counts: p (N,) = P(first is preferred),
-    y (N,) whether it was (Naeini et al. 2015)."""
-    return float(sum(share * abs(right - confidence) for confidence, right, share in reliability(p, y, bins)))
-
-
-def reliability(p, y, bins: int = 10) -> list[tuple[float, float, float]]:
-    """(mean p, mean y, share of rows) of every bin that holds something."""
-    p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
-    which = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
-    rows = [which == b for b in range(bins)]
-    return [(p[r].mean(), y[r].mean(), r.mean()) for r in rows if r.any()]
-
-
-def _sigmoid(x):
-    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))  # never overflows
-
-
-def calibration(differences, temperature: float, seed: int = 0) -> dict:
-    """ECE, Brier score and NLL of sigmoid(d / T), with the order of presentation drawn at random: "the chosen one comes
-    first" would make every label 1."""
-    d = np.asarray(differences, np.float64) / temperature
-    swap = np.random.default_rng(seed).random(len(d)) < 0.5
-    p, y = _sigmoid(np.where(swap, -d, d)), (~swap).astype(float)
-    nll = np.mean(np.logaddexp(0, -d))
-    return {"ece": expected_calibration_error(p, y), "brier": float(np.mean((p - y) ** 2)), "nll": float(nll)}
-
-
-def interval(right: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% confidence interval of a share."""
-    share, centre = right / n, (right / n + z * z / (2 * n)) / (1 + z * z / n)
-    half = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(centre - half), float(centre + half)
-
-
-# ---------------------------------------------------------------------------------------------------- report
-
-
-def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
-    """What held-out pairs say about the reward model (the mean of an ensemble): see the keys."""
-    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
-    scores, taught, lengths, texts = [], [], [], []
-    for batch, new in batches.once():
-        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-        for models, kept in ((members, scores), (teachers, taught)):
-            each = [gpt.to_numpy(score(model, gpt.put_batch(flat))) for model in models]
-            kept.append(np.mean(each, 0).reshape(-1, 2)[:new] if each else np.zeros((0, 2)))
-        lengths.append(flat["mask"].sum(1).reshape(-1, 2)[:new])
-        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * new]
-    scores, lengths = np.concatenate(scores), np.concatenate(lengths)
-    d, longer = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]
-    n, right = len(d), int((d > 0).sum())
-    half = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and judged on the other
-    temperature = fit_temperature(d[half[: n // 2]])
-    rest = d[half[n // 2 :]]
-    clear = longer != 0
-    result = {
-        "pairs": n,
-        "accuracy": right / n,
-        "accuracy_interval": interval(right, n),
-        "longer_wins": float(np.mean(longer[clear] > 0)) if clear.any() else 0.5,
-        "longer_wins_pairs": int(clear.sum()),
-        "accuracy_by_length_difference": by_length(d, longer),
-        "margin": float(d.mean()),
-        "temperature": temperature,
-        "before": calibration(rest, 1.0),
-        "after": calibration(rest, temperature),
-        "reliability": reliability_both(rest, temperature),
-        "score_mean": float(scores.mean()),
-        "score_std": float(scores.std()),
-        "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
-    }
-    if teachers:
-        taught = np.concatenate(taught)
-        gaps = taught[:, 0] - taught[:, 1]
-        agreement, correlated = float(np.mean((gaps > 0) == (d > 0))), correlation(scores.ravel(), taught.ravel())
-        result["teacher"] = {"accuracy": float(np.mean(gaps > 0)), "agreement": agreement, "correlation": correlated}
-    if config.gold and jax.process_index() == 0:  # who writes the report asks
-        prompts, responses = zip(*texts)
-        judged = gpt.load_function(config.gold)(prompts, responses, [{}] * len(prompts))
-        gold = np.asarray([j["gold"] if isinstance(j, dict) else j for j in judged]).reshape(-1, 2)
-        gap = gold[:, 0] - gold[:, 1]
-        clear = np.abs(gap) > 0.2
-        result["gold"] = {
-            "correlation": correlation(scores.ravel(), gold.ravel()),
-            "agreement_on_clear_pairs": float(np.mean((d > 0)[clear] == (gap > 0)[clear])),
-            "clear_pairs": int(clear.sum()),
-            "labels_agree_with_gold": float(np.mean((gap > 0) + 0.5 * (gap == 0))),
-        }
-    return result
-
-
-def split_texts(flat, tokenizer, suffix):
-    """(prompt, response) texts of rows, without suffix and special tokens."""
-    texts = []
-    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
-        ids = tokens[(segments > 0) & (mask > 0)]
-        ids = ids[: len(ids) - len(suffix)]
-        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
-    return texts
-
-
-def by_length(d, longer, edges=(-1e9, -8, -3, 0, 1, 4, 9, 1e9)) -> list[dict]:
-    """Accuracy where the chosen side is shorter or longer by so many tokens: [lo, hi)."""
-    rows = []
-    for low, high in zip(edges, edges[1:]):
-        here = (longer >= low) & (longer < high)
-        if here.any():
-            name = f"{'' if low < -1e8 else int(low)}..{'' if high > 1e8 else int(high) - 1}"
-            rows.append({"chosen_longer_by": name, "pairs": int(here.sum()), "accuracy": float((d[here] > 0).mean())})
-    return rows
-
-
-def reliability_both(d, temperature):
-    """Reliability diagram points before and after the temperature, order of presentation at random."""
-    swap = np.random.default_rng(0).random(len(d)) < 0.5
-    sides = {"before": 1.0, "after": temperature}
-    return {name: reliability(_sigmoid(np.where(swap, -d, d) / t), ~swap) for name, t in sides.items()}
-
-
-def correlation(a, b) -> float:
-    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
-
-
-def draw_report(result: dict, path: Path):
-    """The reliability diagram and the accuracy by length difference, side by side."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    left.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
-    for name, color in (("before", "tab:orange"), ("after", "tab:blue")):
-        points = np.array(result["reliability"][name])
-        label = f"{name} temperature: ECE {result[name]['ece']:.3f}"
-        left.plot(points[:, 0], points[:, 1], color=color, linewidth=1)
-        left.scatter(points[:, 0], points[:, 1], s=10 + 400 * points[:, 2], color=color, alpha=0.6, label=label)
-    left.set(xlabel="predicted P(first is preferred)", ylabel="share preferred", title="Reliability on held-out pairs")
-    left.legend(loc="upper left")
-    rows = result["accuracy_by_length_difference"]
-    right.bar(range(len(rows)), [r["accuracy"] for r in rows], color="tab:blue")
-    right.set_xticks(range(len(rows)), [f"{r['chosen_longer_by']}\n{r['pairs']} pairs" for r in rows], fontsize=8)
-    right.axhline(result["accuracy"], color="0.3", linewidth=1, label=f"all pairs: {result['accuracy']:.3f}")
-    right.axhline(
-        result["longer_wins"], color="tab:red", linestyle=":", label=f"longer wins: {result['longer_wins']:.3f}"
-    )
-    right.set(xlabel="tokens by which the chosen side is longer", ylabel="accuracy", ylim=(0, 1), title="Accuracy")
-    right.legend(loc="lower right")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-
-
-def print_report(result: dict):
-    low, high = result["accuracy_interval"]
-    print(f"held-out accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['pairs']:,} pairs", end="; ")
-    print(f"the longer side wins in {result['longer_wins']:.3f}")
-    for name in ("before", "after"):
-        print(
-            f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
-        )
-    if result["temperature"] >= MAX_TEMPERATURE or low <= 0.5:
-        print("  NO BETTER THAN A COIN on held-out pairs: there is nothing in these scores for a policy to learn")
-    for name in [name for name in ("teacher", "gold") if name in result]:
-        print(f"  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items()))
-
-
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
 def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
-    """gain = 1 / std, bias = -gain * mean over scores of the reference policy's samples, folded into the head."""
+    """The model with gain = 1 / std and bias = -gain * mean folded into its head: mean and std are those of its scores
+    of the reference policy's samples. `base` is what its body is an adapter on, None where it is none."""
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
     policy = gpt.shard(policy)
@@ -379,6 +208,191 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
     return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+
+
+# ---------------------------------------------------------------------------------------------------- calibration
+# Of pairs that were not trained on. A gap is score of chosen - score of rejected, in normalised scores.
+
+
+MAX_TEMPERATURE = 100.0  # where the fit ends when scores say nothing
+
+
+def fit_temperature(gaps, low: float = 0.01, high: float = MAX_TEMPERATURE) -> float:
+    """The T that minimises mean -log sigmoid(gap / T) over gaps (N,) (temperature scaling: Guo et al. 2017,
+    arXiv:1706.04599).
+
+    Convex in 1/T: bisection finds where the slope, mean(gap (sigmoid(gap / T) - 1)), is 0. Where all gaps are positive
+    the best T is 0, where they are no better than chance it is infinite: T is kept within [low, high].
+    """
+    gaps = np.asarray(gaps, np.float64)
+    slope = lambda inverse: np.mean(gaps * (_sigmoid(gaps * inverse) - 1))
+    a, b = 1 / high, 1 / low
+    if slope(a) >= 0:
+        return high
+    if slope(b) <= 0:
+        return low
+    for _ in range(100):
+        middle = np.sqrt(a * b)
+        a, b = (middle, b) if slope(middle) < 0 else (a, middle)
+    return float(1 / a)
+
+
+def expected_calibration_error(p, y, bins: int = 10) -> float:
+    """Mean |accuracy - confidence| over bins (lo, hi] of p, weighted by their counts: p (N,) = P(first is preferred),
+    y (N,) whether it was (Naeini et al. 2015)."""
+    return float(sum(share * abs(accuracy - confidence) for confidence, accuracy, share in reliability(p, y, bins)))
+
+
+def reliability(p, y, bins: int = 10) -> list[tuple[float, float, float]]:
+    """(mean p, mean y, share of rows) of every bin that holds something."""
+    p, y = np.asarray(p, np.float64), np.asarray(y, np.float64)
+    which = np.clip(np.ceil(p * bins).astype(int) - 1, 0, bins - 1)
+    rows = [which == b for b in range(bins)]
+    return [(p[r].mean(), y[r].mean(), r.mean()) for r in rows if r.any()]
+
+
+def _sigmoid(x):
+    return 0.5 * (1 + np.tanh(0.5 * np.asarray(x, np.float64)))  # never overflows
+
+
+def present(logits, seed: int = 0):
+    """Pairs in an order drawn at random: (p = P(first is preferred), whether it was), (N,) each, of the logits of
+    P(chosen is preferred). With the chosen answer always first, every label would be 1."""
+    swap = np.random.default_rng(seed).random(len(logits)) < 0.5
+    return _sigmoid(np.where(swap, -logits, logits)), ~swap
+
+
+def calibration(gaps, temperature: float) -> dict:
+    """Expected calibration error, Brier score and negative log-likelihood of P(chosen is better) = sigmoid(gap / T)."""
+    logits = np.asarray(gaps, np.float64) / temperature
+    p, y = present(logits)
+    nll = np.mean(np.logaddexp(0, -logits))
+    return {"ece": expected_calibration_error(p, y), "brier": float(np.mean((p - y) ** 2)), "nll": float(nll)}
+
+
+def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's 95% confidence interval of the share hits / n."""
+    share, centre = hits / n, (hits / n + z * z / (2 * n)) / (1 + z * z / n)
+    reach = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
+    return float(centre - reach), float(centre + reach)
+
+
+def correlation(a, b) -> float:
+    return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
+
+
+# ---------------------------------------------------------------------------------------------------- report
+
+
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
+    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members)."""
+    scores, taught, lengths, texts = score_pairs(members, teachers, batches, tokenizer)
+    gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
+    n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
+    order = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and judged on the other
+    temperature, judged = fit_temperature(gaps[order[: n // 2]]), gaps[order[n // 2 :]]
+    result = {
+        "pairs": n,
+        "accuracy": correct / n,
+        "accuracy_interval": interval(correct, n),
+        "longer_wins": float(np.mean(longer_by[unequal] > 0)) if unequal.any() else 0.5,
+        "longer_wins_pairs": int(unequal.sum()),
+        "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
+        "margin": float(gaps.mean()),
+        "temperature": temperature,
+        "before": calibration(judged, 1.0),
+        "after": calibration(judged, temperature),
+        "reliability": {k: reliability(*present(judged / T)) for k, T in (("before", 1.0), ("after", temperature))},
+        "score_mean": float(scores.mean()),
+        "score_std": float(scores.std()),
+        "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
+    }
+    if teachers:
+        result["teacher"] = compare_with_teacher(scores, taught)
+    if config.gold and jax.process_index() == 0:  # the process that writes the report
+        result["gold"] = compare_with_gold(scores, texts, gpt.load_function(config.gold))
+    return result
+
+
+def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
+    """Of all N pairs, chosen first: the members' mean scores (N, 2), the teachers' (N, 2) or None, the answers' tokens
+    (N, 2), and 2 N texts (prompt, response)."""
+    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
+    mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
+    scores, taught, lengths, texts = [], [], [], []
+    # the last batch is filled up with rows seen before: the first `real_rows` are new
+    for batch, real_rows in batches.once():
+        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
+        on_device = gpt.put_batch(flat)
+        scores.append(mean_score(members, on_device)[: 2 * real_rows])
+        if teachers:
+            taught.append(mean_score(teachers, on_device)[: 2 * real_rows])
+        lengths.append(flat["mask"].sum(1)[: 2 * real_rows])
+        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * real_rows]
+    join = lambda parts: np.concatenate(parts).reshape(-1, 2) if parts else None
+    return join(scores), join(taught), join(lengths), texts
+
+
+def split_texts(flat, tokenizer, suffix):
+    """(prompt, response) texts of rows, without suffix and special tokens."""
+    texts = []
+    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
+        ids = tokens[(segments > 0) & (mask > 0)]
+        ids = ids[: len(ids) - len(suffix)]
+        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
+    return texts
+
+
+def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.inf)) -> list[dict]:
+    """Accuracy of the pairs whose chosen answer is longer by lo..hi-1 tokens (negative: shorter), of each [lo, hi)."""
+    rows = []
+    for low, high in zip(edges, edges[1:]):
+        here = (longer_by >= low) & (longer_by < high)
+        if here.any():
+            name = f"{'' if low == -np.inf else low}..{'' if high == np.inf else high - 1}"
+            rows.append(
+                {"chosen_longer_by": name, "pairs": int(here.sum()), "accuracy": float((gaps[here] > 0).mean())}
+            )
+    return rows
+
+
+def compare_with_teacher(scores, taught) -> dict:
+    """The student's and the teacher's scores, (N, 2) each."""
+    taught_right, right = taught[:, 0] > taught[:, 1], scores[:, 0] > scores[:, 1]
+    return {
+        "accuracy": float(np.mean(taught_right)),  # the teacher's
+        "agreement": float(np.mean(taught_right == right)),
+        "correlation": correlation(scores.ravel(), taught.ravel()),
+    }
+
+
+def compare_with_gold(scores, texts, judge) -> dict:
+    """Scores (N, 2) and labels against the truth: the gold of 2 N texts by `judge`, a number or a dict with one."""
+    prompts, responses = zip(*texts)
+    said = judge(prompts, responses, [{}] * len(prompts))
+    gold = np.asarray([x["gold"] if isinstance(x, dict) else x for x in said]).reshape(-1, 2)
+    gaps, gold_gaps = scores[:, 0] - scores[:, 1], gold[:, 0] - gold[:, 1]
+    decided = np.abs(gold_gaps) > 0.2
+    return {
+        "correlation": correlation(scores.ravel(), gold.ravel()),
+        "agreement_on_clear_pairs": float(np.mean((gaps > 0)[decided] == (gold_gaps > 0)[decided])),
+        "clear_pairs": int(decided.sum()),
+        "labels_agree_with_gold": float(np.mean((gold_gaps > 0) + 0.5 * (gold_gaps == 0))),
+    }
+
+
+def print_report(result: dict):
+    low, high = result["accuracy_interval"]
+    print(f"held-out accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['pairs']:,} pairs", end="; ")
+    print(f"the longer side wins in {result['longer_wins']:.3f}")
+    for name in ("before", "after"):
+        print(
+            f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
+        )
+    if result["temperature"] >= MAX_TEMPERATURE or low <= 0.5:
+        print("  NO BETTER THAN A COIN on held-out pairs: there is nothing in these scores for a policy to learn")
+    for name in [name for name in ("teacher", "gold") if name in result]:
+        print(f"  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items()))
 
 
 # ---------------------------------------------------------------------------------------------------- main
@@ -411,7 +425,7 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, gpt.put_batch(next(stream)), base, teachers, optimizer, config)
+        state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     model = state.model
@@ -436,7 +450,7 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    gpt.empty_out(config.out, config.resume, config.overwrite, "member-*", "report.json", "report.png")
+    gpt.empty_out(config.out, config.resume, config.overwrite, "member-*", "report.*", "reward.png")
 
 
 def check_inputs(config: Config, heldout: str | None):
@@ -471,11 +485,7 @@ def main(config: Config):
         return
     gpt.write_json(config.out / "report.json", result)
     print_report(result)
-    try:
-        draw_report(result, config.out / "report.png")
-        print(f"wrote {config.out}/report.json and report.png")
-    except ImportError:
-        print(f"wrote {config.out}/report.json (pip install matplotlib for the picture)")
+    print(f"wrote {config.out}/report.json; picture: python tools/plot.py reward {config.out}")
 
 
 if __name__ == "__main__":

@@ -1,14 +1,17 @@
 """Next-token training: from scratch on text, or fine-tuning on demonstrations, or distillation from a larger model.
 
-    L = - sum_t m_t log p(x_t | x_<t) / sum_t m_t        over every token of the global batch
+    L = - sum_t m_t log p(x_t | x_<t) / sum_t m_t        over all tokens t of the batch; the scored ones have m_t = 1
 
-Text: documents are packed end to end, positions restart in each, none attends to another, m = 1 but on a document's
-first token. Demonstrations: m = 1 on the completion and its EOS (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
-With --teacher the loss is KL(teacher || student) on the same tokens (Hinton et al. 2015, arXiv:1503.02531).
+Text: documents are packed end to end into rows; positions restart in each document, and none attends to another. Every
+token is scored except the first one of each document, which nothing predicts.
+Demonstrations: the completion and its EOS are scored (Ouyang et al. 2022, arXiv:2203.02155, section 3.5).
+With --teacher the loss is the mean of KL(teacher || student) at the same tokens (Hinton et al. 2015, arXiv:1503.02531).
 
-Where this differs from common practice: the mean is over all scored tokens of the batch, also across micro-batches and
-devices (a mean of means weighs tokens of short batches more); prompt and completion are tokenised apart, as at
-generation time; PAD is never EOS.
+Where this differs from common practice:
+1. The mean is over all scored tokens of the batch, also across micro-batches and devices: a mean of the parts' means
+   would weigh the tokens of a part with few of them more.
+2. Prompt and completion are tokenised separately, as at generation time.
+3. PAD is never EOS.
 
     python sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
         --batch-size 16 --length 48 --lr 2e-3                    # a model from scratch
@@ -69,43 +72,44 @@ class State(NamedTuple):
     opt_state: tuple
 
 
-def sft_loss(logprobs, mask, reduction: str = "token"):
-    """Negative log-likelihood of the scored tokens: logprobs and mask (B, T) -> scalar, nats a token.
+def mean_loss(losses, mask, reduction: str = "token"):
+    """Mean of the tokens' losses where mask is 1, both (B, T): -> scalar, nats a token.
 
-    "token": mean over all scored tokens. "sequence": mean over rows of each row's mean.
+    "token": mean over all scored tokens. "sequence": each row's mean first, then the mean over rows that have one.
     """
     if reduction == "token":
-        return -gpt.masked_mean(logprobs, mask)
-    row_means = jnp.where(mask > 0, logprobs, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
-    return -gpt.masked_mean(row_means, mask.any(1))
+        return gpt.masked_mean(losses, mask)
+    row_means = jnp.where(mask > 0, losses, 0).sum(1) / jnp.maximum(mask.sum(1), 1)
+    return gpt.masked_mean(row_means, mask.any(1))
 
 
-def forward(model, batch, config: Config, teacher=None):
-    """(loss, metrics) of a batch with tokens, segments and mask, each (B, T). `model` learns, `teacher` does not."""
+def batch_loss(model, batch, config: Config, teacher=None):
+    """(loss, metrics) of a batch with tokens, segments and mask, each (B, T). `model` learns, `teacher` is frozen."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     tokens, segments, mask = batch["tokens"], batch["segments"], batch["mask"][:, 1:]
     hidden = model(tokens, segments, config.remat)[:, :-1]
     if teacher is not None:
-        # forward KL(teacher || student) a token: the teacher's whole distribution is the label
+        # the teacher's whole distribution at each token is the label, not the token in the data alone
         teacher_hidden = jax.lax.stop_gradient(teacher(tokens, segments)[:, :-1])
         kl = gpt.head_kl(teacher, teacher_hidden, model, hidden)
-        loss = sft_loss(-kl, mask, config.reduction)
+        loss = mean_loss(kl, mask, config.reduction)
         return loss, {"loss": loss}
     logprobs, entropy = gpt.head_logprobs(model, hidden, tokens[:, 1:])
-    loss = sft_loss(logprobs, mask, config.reduction)
+    loss = mean_loss(-logprobs, mask, config.reduction)
     return loss, {"loss": loss, "entropy": gpt.masked_mean(entropy, mask)}
 
 
 def count_items(batch, config: Config):
-    """How many things the loss is a mean of."""
+    """The denominator of the loss: scored tokens, or with --reduction sequence rows that have some."""
     mask = batch["mask"][:, 1:]
     return mask.sum() if config.reduction == "token" else mask.any(1).sum()
 
 
-@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
-def train_step(state: State, batch, teacher, base, optimizer, config: Config):
-    """One optimiser step: (state, metrics). `base` is what an adapter is on, None where the whole model learns."""
-    loss_fn = lambda model, batch: forward(gpt.attach(model, base), batch, config, teacher)
+@partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnames="state")
+def train_step(state: State, base, teacher, batch, optimizer, config: Config):
+    """One optimiser step on a batch: -> (state, metrics). `base` is the frozen model below an adapter, None where the
+    whole model learns; `teacher` is None where the data's tokens are the labels."""
+    loss_fn = lambda model, batch: batch_loss(gpt.attach(model, base), batch, config, teacher)
     count = lambda batch: count_items(batch, config)
     *state, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
     return State(*state), metrics
@@ -113,20 +117,24 @@ def train_step(state: State, batch, teacher, base, optimizer, config: Config):
 
 @partial(jax.jit, static_argnames="config")
 def eval_step(model, batch, config: Config):
-    return forward(model, batch, config)[0], count_items(batch, config)
+    return batch_loss(model, batch, config)[0], count_items(batch, config)
 
 
-def with_prompts(batch: dict) -> dict:
-    """--loss-on all: the prompts of demonstrations are scored, too. (Text is always scored whole.)"""
-    return batch | {"mask": batch["segments"].copy()} if "index" in batch else batch
+def set_scored(batch: dict, kind: str, config: Config) -> dict:
+    """The batch with the mask that --loss-on asks for: that of demonstrations may include the prompt. Text is always
+    scored whole."""
+    if kind == "demos" and config.loss_on == "all":
+        return batch | {"mask": batch["segments"].copy()}  # 1 on every token, 0 on padding
+    return batch
 
 
 def evaluate(model, batches: gpt.Batches, config: Config, most: int = 50) -> dict:
     """Held-out loss in nats a token over the first `most` batches, and perplexity."""
     total = count = 0.0
-    for batch, new in itertools.islice(batches.once(), most):
-        batch = with_prompts(batch) if config.loss_on == "all" else batch
-        batch["mask"][new:] = 0
+    # the last batch is filled up with rows seen before: `real_rows` at its start are new, the others count for nothing
+    for batch, real_rows in itertools.islice(batches.once(), most):
+        batch = set_scored(batch, batches.kind, config)
+        batch["mask"][real_rows:] = 0
         loss, items = gpt.to_numpy(eval_step(model, gpt.put_batch(batch), config))
         total, count = total + loss * items, count + items
     return {"val/loss": total / count, "val/perplexity": np.exp(total / count)}
@@ -148,25 +156,26 @@ def make_model(config: Config, key):
 
 
 def load_teacher(config: Config, tokenizer) -> gpt.GPT:
+    """The frozen model of --teacher, in the precision of the forward pass, spread over the devices."""
     teacher, theirs = gpt.load_policy(config.teacher)
     gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.teacher)
     return gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
 
 
-def show_samples(run, step, model, batch, tokenizer, key, config: Config, rows: int = 2):
-    """Continue the first rows of a held-out batch: demonstrations from their prompt, text from its first words."""
-    rows = min(rows, len(batch["mask"]))
-    starts = batch["mask"].argmax(1) if batch["mask"][0, 1] == 0 else np.full(len(batch["mask"]), 8)
-    width = int(starts.max())
-    prompts = np.full((rows, width), tokenizer.pad_id, np.int32)
-    mask = np.zeros((rows, width), np.int32)
-    for i in range(rows):
-        prompts[i, width - starts[i] :], mask[i, width - starts[i] :] = batch["tokens"][i, : starts[i]], 1
+def show_samples(run, step, model, batch, kind: str, tokenizer, key, config: Config):
+    """Print how the model continues two rows of a held-out batch: a demonstration from its prompt, a text from its
+    first 8 tokens."""
+    tokens, scored = batch["tokens"][:2], batch["mask"][:2]
+    given = scored.argmax(1) if kind == "demos" else np.full(len(tokens), 8)  # how many tokens the model gets of each
+    width = int(given.max())
+    prompts, mask = np.full((len(tokens), width), tokenizer.pad_id, np.int32), np.zeros((len(tokens), width), np.int32)
+    for i, n in enumerate(given):  # padded on the left, since they end where the answer begins
+        prompts[i, width - n :], mask[i, width - n :] = tokens[i, :n], 1
     new = max(config.length - width, 1)
-    out = gpt.to_numpy(gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id))
-    for i in range(rows):
-        prompt, text = tokenizer.decode(prompts[i][mask[i] > 0]), tokenizer.decode(out.tokens[i][out.mask[i] > 0])
-        run.sample(step, prompt=prompt, sample=text)
+    out = gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    texts = tokenizer.decode_rows(prompts, mask), tokenizer.decode_rows(out.tokens, out.mask)
+    for prompt, sample in zip(*texts):
+        run.sample(step, prompt=prompt, sample=sample)
 
 
 def main(config: Config):
@@ -185,6 +194,7 @@ def main(config: Config):
 
     lr = gpt.schedule(config.lr, config.steps, config.warmup, final=0.1)
     optimizer = gpt.adamw(lr, weight_decay=0.01, b2=0.98)
+    # what learns, and what it is on, are spread over the devices here
     model, base = gpt.trainable(model, config.lora_rank, config.dtype, jax.random.fold_in(key, 1))
     state = State(model, gpt.shard(optimizer.init(model)))
 
@@ -192,13 +202,14 @@ def main(config: Config):
     state, first = run.restore(state)
     stream = batches.stream(first, config.steps)
     for step in run.steps(first):
-        batch = with_prompts(next(stream)) if config.loss_on == "all" else next(stream)
-        state, metrics = train_step(state, gpt.put_batch(batch), teacher, base, optimizer, config)
+        batch = gpt.put_batch(set_scored(next(stream), kind, config))
+        state, metrics = train_step(state, base, teacher, batch, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == config.steps):
             model = gpt.attach(state.model, base)
             metrics |= evaluate(model, heldout, config)
-            show_samples(run, step, model, next(heldout.once())[0], tokenizer, jax.random.fold_in(key, step), config)
+            batch, sample_key = next(heldout.once())[0], jax.random.fold_in(key, step)
+            show_samples(run, step, model, batch, kind, tokenizer, sample_key, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     run.finish(state.model, tokenizer, config.init)

@@ -343,13 +343,9 @@ def world(tmp_path_factory, words):
 def options(world, name, data, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / f"{data}.jsonl"),), out=world / name, steps=8, batch_size=16,
-        length=16, lr=2e-2, warmup=1, lora_rank=2, dtype="float32",
+        length=16, lr=2e-2, lora_rank=2, dtype="float32",
     )  # fmt: skip
     return plan | more
-
-
-def reward_options(world, name, **more):
-    return {key: value for key, value in options(world, name, "pairs", **more).items() if key != "warmup"}
 
 
 def log(folder):
@@ -377,15 +373,15 @@ def stop_in_the_third_step(monkeypatch):
 
 
 def test_sft_with_adapters_learns_and_resumes_bit_for_bit(world, monkeypatch):
-    sft.main(sft.Config(**options(world, "sft", "demos")))
+    sft.main(sft.Config(**options(world, "sft", "demos", warmup=1)))
     steps = log(world / "sft")
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.3
 
     stop_in_the_third_step(monkeypatch)
     with pytest.raises(SystemExit):
-        sft.main(sft.Config(**options(world, "resumed", "demos")))
+        sft.main(sft.Config(**options(world, "resumed", "demos", warmup=1)))
     assert len(log(world / "resumed")) == 3
-    sft.main(sft.Config(**options(world, "resumed", "demos", resume=True)))
+    sft.main(sft.Config(**options(world, "resumed", "demos", warmup=1, resume=True)))
     assert log(world / "resumed") == steps
     ours, resumed = folder_tensors(world / "sft"), folder_tensors(world / "resumed")
     assert ours.keys() == resumed.keys()
@@ -406,6 +402,7 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
 @pytest.mark.parametrize("script, loss", [(dpo, "dpo"), (ipo_kto, "ipo"), (ipo_kto, "kto")])
 def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, script, loss, monkeypatch):
     monkeypatch.setattr(gpt, "load_frozen", lambda *_: pytest.fail("a second model was loaded"))
+    monkeypatch.setattr(script, "WARMUP", 1)  # in a run of 4 steps
     kind = {} if script is dpo else {"loss": loss}
     script.main(script.Config(**options(world, loss, "pairs", steps=4, **kind)))
     steps = log(world / loss)
@@ -427,7 +424,7 @@ def test_adapters_need_a_model_to_be_on(world):
 def judge(world):
     """A reward model as an adapter with a head on the same base, and its folder's merged model beside it."""
     before = jax.sharding.get_mesh()
-    plan = reward_options(world, "judge", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
+    plan = options(world, "judge", "pairs", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
     reward.main(reward.Config(**plan))
     jax.set_mesh(before)
     return world / "judge"
@@ -520,7 +517,7 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
     _, tokenizer = gpt.load(world / "base")
     shape = gpt.make_config(tokenizer.vocab_size, 16, layers=1, heads=1, dim=8)
     gpt.save(tmp_path / "small", jax.jit(partial(gpt.init, shape))(jax.random.key(0)), tokenizer)
-    plan = reward_options(world, "student", init=str(tmp_path / "small"), teacher=str(judge), suffix="",
+    plan = options(world, "student", "pairs", init=str(tmp_path / "small"), teacher=str(judge), suffix="",
                    steps=24, lr=2e-2, head_lr=2e-2, normalize_with=None, gold=None, lora_rank=0)  # fmt: skip
     for name in ("pairs", "swapped"):
         reward.main(reward.Config(**plan | dict(data=(str(tmp_path / f"{name}.jsonl"),), out=tmp_path / name)))
@@ -535,7 +532,7 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
 
 
 def test_a_student_reads_the_score_where_its_teacher_does(world, judge):
-    plan = reward_options(world, "x", lora_rank=0, teacher=str(judge), suffix=" Judge:")
+    plan = options(world, "x", "pairs", lora_rank=0, teacher=str(judge), suffix=" Judge:")
     with pytest.raises(ValueError, match="reads its score after ''"):
         reward.main(reward.Config(**plan))
 

@@ -5,6 +5,7 @@ import itertools
 import json
 from dataclasses import replace
 from functools import lru_cache, partial
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def same(a, b):
 
 
 # compiled as a whole: one by one, their operations take longer to compile
-sft_loss = jax.jit(sft.sft_loss, static_argnums=2)
+mean_loss = jax.jit(sft.mean_loss, static_argnums=2)
 bradley_terry = jax.jit(reward.bradley_terry_loss)
 token_rewards, gae, whiten = jax.jit(ppo.token_rewards), jax.jit(ppo.gae), jax.jit(ppo.whiten)
 policy_loss, value_loss = jax.jit(ppo.policy_loss), jax.jit(ppo.value_loss)
@@ -68,16 +69,16 @@ def noisy(config, seed, scale=0.3):
 def test_sft_loss_is_a_mean_over_tokens_or_over_rows(x64):
     logprobs = jnp.array([[-1.0, -2.0, -3.0], [-4.0, -5.0, -6.0], [-7.0, -np.inf, np.nan]])
     mask = jnp.array([[1, 1, 0], [0, 0, 1], [0, 0, 0]])  # the last row has nothing scored, and must not count
-    assert sft_loss(logprobs, mask, "token") == 3.0  # (1 + 2 + 6) / 3
-    assert sft_loss(logprobs, mask, "sequence") == 3.75  # (1.5 + 6) / 2
-    assert sft_loss(logprobs, 0 * mask, "token") == 0.0
+    assert mean_loss(-logprobs, mask, "token") == 3.0  # (1 + 2 + 6) / 3
+    assert mean_loss(-logprobs, mask, "sequence") == 3.75  # (1.5 + 6) / 2
+    assert mean_loss(-logprobs, 0 * mask, "token") == 0.0
 
 
 def test_sft_loss_gradient_is_minus_mask_over_count(x64):
     mask = jnp.array([[1, 1, 0], [0, 0, 1]])
-    logprobs = -jnp.ones((2, 3))
-    np.testing.assert_allclose(jax.grad(sft_loss)(logprobs, mask), -mask / 3)
-    np.testing.assert_allclose(jax.grad(sft_loss)(logprobs, mask, "sequence"), -mask / np.array([[4], [2]]))
+    logprobs, loss = -jnp.ones((2, 3)), lambda logprobs, *rest: mean_loss(-logprobs, *rest)
+    np.testing.assert_allclose(jax.grad(loss)(logprobs, mask), -mask / 3)
+    np.testing.assert_allclose(jax.grad(loss)(logprobs, mask, "sequence"), -mask / np.array([[4], [2]]))
 
 
 def sft_batch():
@@ -92,7 +93,7 @@ def sft_batch():
 def test_sft_micro_batches_of_unequal_token_counts_equal_one_big_batch():
     model, batch = noisy(gpt.make_config(7, 8, 1, 2, 16), 0), sft_batch()
     config = sft.Config(dtype="float32")
-    loss_fn, count = partial(sft.forward, config=config), partial(sft.count_items, config=config)
+    loss_fn, count = partial(sft.batch_loss, config=config), partial(sft.count_items, config=config)
     (one, _), grads = value_and_grad(loss_fn, model, batch)
     (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
     np.testing.assert_allclose(one, two, rtol=1e-5)
@@ -103,7 +104,7 @@ def test_sft_micro_batches_of_unequal_token_counts_equal_one_big_batch():
 def test_sft_scores_the_completion_and_its_end_but_not_the_prompt():
     """What the loss reads as labels: the tokens that the mask marks, each predicted from the position before it."""
     model, batch = noisy(gpt.make_config(7, 8, 1, 2, 16), 0), sft_batch()
-    loss = jax.jit(partial(sft.forward, config=sft.Config(dtype="float32")))(model, batch)[0]
+    loss = jax.jit(partial(sft.batch_loss, config=sft.Config(dtype="float32")))(model, batch)[0]
     total = count = 0.0
     for ids, real, scored in zip(*(np.asarray(batch[k]) for k in ("tokens", "segments", "mask"))):
         n = real.sum()
@@ -115,17 +116,32 @@ def test_sft_scores_the_completion_and_its_end_but_not_the_prompt():
 
 
 def test_loss_on_all_scores_prompts_too_but_no_padding():
-    demos, packed = sft_batch() | {"index": None}, sft_batch()
-    assert (demos["mask"] != demos["segments"]).any()
-    np.testing.assert_array_equal(sft.with_prompts(demos)["mask"], demos["segments"])
-    assert sft.with_prompts(packed) is packed
+    batch, config = sft_batch(), sft.Config(loss_on="all")
+    assert (batch["mask"] != batch["segments"]).any()
+    np.testing.assert_array_equal(sft.set_scored(batch, "demos", config)["mask"], batch["segments"])
+    assert sft.set_scored(batch, "text", config) is sft.set_scored(batch, "demos", sft.Config()) is batch
+
+
+@pytest.mark.parametrize("kind, given", [("demos", [[4], [5, 6, 7]]), ("text", [[4, 1, 2, 3, 1, 2, 3, 1]] * 2)])
+def test_samples_continue_a_prompt_of_any_length_or_the_first_8_tokens_of_a_text(kind, given, monkeypatch):
+    tokens = np.array([[4, 1, 2, 3, 1, 2, 3, 1, 2]] * 2)
+    mask = np.ones_like(tokens)
+    for i, prompt in enumerate(given):
+        tokens[i, : len(prompt)], mask[i, : len(prompt) if kind == "demos" else 1] = prompt, 0
+    answer = lambda model, prompts, mask, key, new, **_: SimpleNamespace(tokens=prompts[:, -1:], mask=mask[:, -1:])
+    monkeypatch.setattr(gpt, "generate", answer)  # says the prompt's last token again
+    decode_rows = lambda tokens, mask: [ids[m > 0].tolist() for ids, m in zip(tokens, mask)]
+    tokenizer, shown = SimpleNamespace(pad_id=0, eos_id=9, decode_rows=decode_rows), []
+    run, batch = SimpleNamespace(sample=lambda step, **record: shown.append(record)), dict(tokens=tokens, mask=mask)
+    sft.show_samples(run, 0, None, batch, kind, tokenizer, None, sft.Config())
+    assert shown == [dict(prompt=prompt, sample=prompt[-1:]) for prompt in given]
 
 
 def test_distillation_is_the_kl_from_teacher_to_student_and_zero_when_they_agree():
     shape = gpt.make_config(7, 8, 1, 2, 16)
     teacher, student, batch = noisy(shape, 0), noisy(shape, 1), sft_batch()
     config = sft.Config(dtype="float32")
-    loss = jax.jit(lambda student: sft.forward(student, batch, config, teacher)[0])
+    loss = jax.jit(lambda student: sft.batch_loss(student, batch, config, teacher)[0])
     assert abs(loss(teacher)) < 1e-6
     log_softmax = lambda m: np.asarray(jax.nn.log_softmax(m.logits(hidden(m, batch["tokens"], batch["segments"]))))
     p, q = log_softmax(teacher)[:, :-1], log_softmax(student)[:, :-1]
@@ -213,12 +229,12 @@ def pair_batch(label_p):
     return dict(tokens=tokens, segments=segments, mask=segments) | extras
 
 
-def test_reward_forward_puts_chosen_first_and_smooths_soft_labels_evenly():
+def test_reward_loss_puts_chosen_first_and_smooths_soft_labels_evenly():
     model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
     p = np.array([1.0, 0.0, 0.5, 0.8])
     batch, e = pair_batch(p), 0.1
     config = reward.Config(dtype="float32", label_smoothing=e)
-    loss = jax.jit(partial(reward.forward, config=config))(model, batch)[0]
+    loss = jax.jit(partial(reward.batch_loss, config=config))(model, batch)[0]
     d = np.array([float(jnp.subtract(*(score(model, t[None, : s.sum()], s[None, : s.sum()])[0] for t, s in zip(*row))))
                   for row in zip(batch["tokens"], batch["segments"])])  # fmt: skip
     target = p * (1 - e) + (1 - p) * e  # a label that is wrong with probability e
@@ -228,7 +244,7 @@ def test_reward_forward_puts_chosen_first_and_smooths_soft_labels_evenly():
 
 def test_reward_micro_batches_of_unequal_weights_and_lengths_equal_one_big_batch():
     model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
-    loss_fn = partial(reward.forward, config=reward.Config(dtype="float32"))
+    loss_fn = partial(reward.batch_loss, config=reward.Config(dtype="float32"))
     count, batch = lambda batch: batch["weight"].sum(), pair_batch([1, 1, 1, 1])
     (one, _), grads = value_and_grad(loss_fn, model, batch)
     (two, _), other = value_and_grad(loss_fn, model, batch, 2, count)
@@ -240,7 +256,7 @@ def test_reward_margin_scale_of_zero_ignores_the_margins():
     model = gpt.init_score_model(noisy(gpt.make_config(7, 8, 1, 2, 16), 0), jax.random.key(1))
     batch, config = pair_batch([1, 1, 1, 1]), reward.Config(dtype="float32", margin_scale=0.0)
     rated = batch | {"margin": jnp.arange(4.0)}
-    np.testing.assert_allclose(reward.forward(model, rated, config)[0], reward.forward(model, batch, config)[0])
+    np.testing.assert_allclose(reward.batch_loss(model, rated, config)[0], reward.batch_loss(model, batch, config)[0])
 
 
 @pytest.mark.parametrize("members", [1, 2])

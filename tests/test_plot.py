@@ -146,6 +146,30 @@ def test_every_picture_is_drawn(report, tmp_path):
     assert "| run | highest gold |" in text and "| best of n | score | d (alpha - beta d) |" in text
 
 
+def test_the_report_of_a_reward_model_is_drawn_into_its_folder(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib")
+    from matplotlib.axes import Axes
+
+    with pytest.raises(FileNotFoundError, match="no .*/report.json: python reward.py --out .* writes it"):
+        plot.main(names("reward", tmp_path))
+    rows = [{"chosen_longer_by": "..-9", "pairs": 3, "accuracy": 0.25}]
+    rows += [{"chosen_longer_by": "0..0", "pairs": 5, "accuracy": 0.75}]
+    points = {"before": [[0.2, 0.3, 0.5], [0.9, 0.7, 0.5]], "after": [[0.3, 0.3, 0.4], [0.8, 0.7, 0.6]]}
+    report = dict(reliability=points, accuracy_by_length_difference=rows, before={"ece": 0.15}, after={"ece": 0.05})
+    report |= dict(temperature=1.5, accuracy=0.6, longer_wins=0.4)
+    (tmp_path / "report.json").write_text(json.dumps(report))
+    seen = {"scatter": [], "bar": []}
+    for name, drawn in seen.items():
+        draw = getattr(Axes, name)
+        keep = lambda *args, draw=draw, drawn=drawn, **kw: (drawn.append([*map(list, args[1:3])]), draw(*args, **kw))[1]
+        monkeypatch.setattr(Axes, name, keep)
+    plot.main(names("reward", tmp_path))
+    assert seen["scatter"] == [[[0.2, 0.9], [0.3, 0.7]], [[0.3, 0.8], [0.3, 0.7]]]
+    assert seen["bar"] == [[[0, 1], [0.25, 0.75]]]
+    assert (tmp_path / "reward.png").read_bytes().startswith(b"\x89PNG")
+    assert "![reward](reward.png)" in (tmp_path / "report.md").read_text()
+
+
 def test_a_report_shows_what_it_has_the_numbers_for():
     row = entry(0.1, 1.0, 0.5)
     bare = {"reference": {"folder": "out/start", "gold": 0.4}, "models": {"a": row}, "best_of": None}

@@ -353,7 +353,7 @@ def measure_train(table: Table, config: Config, limits: dict):
         )
         ones = np.ones((rows, tokens), np.int32)
         batch = gpt.put_batch(dict(tokens=random_tokens(shape, rows, tokens), mask=ones, segments=ones))
-        train = partial(sft.train_step, teacher=None, base=None, optimizer=optimizer, config=settings)
+        train = partial(sft.train_step, base=None, teacher=None, optimizer=optimizer, config=settings)
         step = repeated(train, state, batch)
         del model, state  # the step holds them, and donates them
         beside = config.peers if name != "GPT-2 1.5B" else None  # two of these fit no GPU
@@ -367,7 +367,7 @@ def repeated(train_step, state, batch):
 
     def step():
         nonlocal state
-        state, metrics = train_step(state, batch)
+        state, metrics = train_step(state, batch=batch)
         return metrics
 
     return step

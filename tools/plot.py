@@ -1,8 +1,10 @@
-"""Pictures of what was measured, from summary.json (evaluate.py) and metrics.jsonl (every training script) alone.
+"""Pictures of what was measured, from summary.json (evaluate.py), report.json (reward.py) and metrics.jsonl (every
+training script) alone.
 
     python tools/plot.py out/report                              # all that this report can show
     python tools/plot.py frontier out/frontier-report            # one picture of it: lengths, conduct or frontier
     python tools/plot.py curves out/ppo out/dpo                  # metrics of any runs over their steps
+    python tools/plot.py reward out/reward                       # how far to trust a reward model
     python tools/plot.py overoptimization out/chase-weak out/chase-strong --out out/overoptimization
 
     lengths          how long each model's answers are
@@ -11,6 +13,7 @@
     overoptimization reward and gold against KL along PPO runs (watched by a judge: ppo.py --monitor) and of best of n
                      (of the report in --out), with the curves of Gao et al. 2022 (arXiv:2210.10760) fitted to them
     curves           the main metrics of runs
+    reward           reward models on held-out pairs: a reliability diagram, and accuracy by difference of length
 
 A picture goes into its report's folder as NAME.png, or into --out, and report.md there shows it.
 """
@@ -38,6 +41,13 @@ def read_summary(folder) -> dict:
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: {folder} is not a report's folder; python evaluate.py writes one")
+    return json.loads(path.read_text())
+
+
+def read_reward_report(folder) -> dict:
+    path = Path(folder) / "report.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"no {path}: python reward.py --out {folder} writes it, where it has held-out pairs")
     return json.loads(path.read_text())
 
 
@@ -416,12 +426,40 @@ def draw_curves(_, runs, path: Path):
     finish(plt, figure, path)
 
 
+# ---------------------------------------------------------------------------------------------------- reward models
+
+
+def draw_reward(report: dict, _, path: Path):
+    """The reliability diagram, before and after the temperature, and the accuracy by difference of length."""
+    plt = pyplot()
+    figure, (diagram, bars) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
+    diagram.plot([0, 1], [0, 1], color="0.7", linestyle="--", linewidth=1)
+    for name, color in (("before", "tab:orange"), ("after", "tab:blue")):
+        confidence, accuracy, share = np.array(report["reliability"][name]).T
+        label = f"{name} temperature {report['temperature']:.2f}: ECE {report[name]['ece']:.3f}"
+        diagram.plot(confidence, accuracy, color=color, linewidth=1)
+        diagram.scatter(confidence, accuracy, s=10 + 400 * share, color=color, alpha=0.6, label=label)
+    diagram.set(xlabel="predicted P(first is preferred)", ylabel="share preferred")
+    diagram.set_title("Reliability on held-out pairs")
+    diagram.legend(loc="upper left")
+    rows = report["accuracy_by_length_difference"]
+    bars.bar(range(len(rows)), [row["accuracy"] for row in rows], color="tab:blue")
+    bars.set_xticks(range(len(rows)), [f"{row['chosen_longer_by']}\n{row['pairs']} pairs" for row in rows], fontsize=8)
+    bars.axhline(report["accuracy"], color="0.3", linewidth=1, label=f"all pairs: {report['accuracy']:.3f}")
+    longer = report["longer_wins"]
+    bars.axhline(longer, color="tab:red", linestyle=":", label=f"longer wins: {longer:.3f}")
+    bars.set(xlabel="tokens by which the chosen side is longer", ylabel="accuracy", ylim=(0, 1), title="Accuracy")
+    bars.legend(loc="lower right")
+    finish(plt, figure, path)
+
+
 # ---------------------------------------------------------------------------------------------------- main
 
 
 PICTURES = {
     "lengths": draw_lengths, "conduct": draw_conduct, "frontier": draw_frontier,
     "overoptimization": draw_overoptimization, "curves": draw_curves,
+    "reward": draw_reward,
 }  # fmt: skip
 
 
@@ -459,7 +497,7 @@ def main(config: Config):
         draw(name, read_summary(out) if (out / "summary.json").is_file() else {}, folders, out)
         return
     for folder in folders:
-        report = read_summary(folder)
+        report = read_reward_report(folder) if name == "reward" else read_summary(folder)
         for picture in [name] if name else shown(report):
             draw(picture, report, (), config.out or Path(folder))
 
