@@ -1,4 +1,4 @@
-"""What the documents say is true of the files: links, names of functions and tests, and every command line.
+"""What the documents say is true of the files: links, names of functions, tests and options, and every command line.
 
     python tests/test_docs.py            # lists all command lines, and what is wrong with each
 
@@ -32,7 +32,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SCRIPTS = [path for pattern in ("*.py", "tools/*.py", "tests/*.py") for path in sorted(ROOT.glob(pattern))]
 SCRIPTS.remove(Path(__file__).resolve())
 OLD = "2b243d5"
-YOURS = {"mine.py"}  # a file that the reader writes
+YOURS = {"mine.py", "hinge.py"}  # files that the reader writes
 
 
 # ---------------------------------------------------------------------------------------------------- names and links
@@ -78,6 +78,42 @@ def test_scripts_named_in_the_documents_exist():
     for document in DOCUMENTS:
         for script in set(re.findall(r"`((?:\w+/)?\w+\.py)`", document.read_text())) - YOURS:
             assert (ROOT / script).is_file(), f"{document.name}: {script}"
+
+
+def spans(text: str):
+    """What stands between backticks in a document's prose, but for what is marked as old."""
+    for before, span in re.findall(r"([^`]*)`([^`]+)`", split(text)[1]):
+        if OLD not in " ".join(before.split())[-30:]:
+            yield " ".join(span.split())
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_functions_named_in_the_documents_exist(document):
+    stems = {path.stem: path for path in SCRIPTS if path.parent != ROOT / "tests"}
+    for span in spans(document.read_text()):
+        found = re.match(r"(\w+)\.([A-Za-z_]\w*)(\(.*\))?$", span)
+        if found and found[1] in stems and found[2] not in ("py", "jsonl"):
+            assert hasattr(load(stems[found[1]]), found[2]), f"{document.name}: {span}"
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
+def test_options_named_in_the_documents_exist(document):
+    """Also those that stand alone, without a script."""
+    for span in spans(document.read_text()):
+        for option in re.findall(r"--[a-z][\w-]*", span) if span[:2] == "--" else ():
+            assert option in all_options() | ELSEWHERE, f"{document.name}: {option} in {span}"
+
+
+ELSEWHERE = {"--ntasks-per-node"}  # options of other programs
+
+
+@functools.cache
+def all_options() -> set[str]:
+    """Those of the scripts that have a Config, and of tests/load.py."""
+    configs = [config for path in SCRIPTS if (config := config_of(str(path.relative_to(ROOT))))]
+    fields = [field.name for config in configs for field in dataclasses.fields(config)]
+    fields += ["no_" + name for name in fields]
+    return {f"--{name}".replace("_", "-") for name in fields} | {"--help"}
 
 
 def test_the_readme_has_two_screens():
