@@ -104,7 +104,7 @@ def test_sizes_on_paper_are_those_of_the_models():
     told = {name.split(":")[0]: cells for name, cells in told.items()}
     for i, c in enumerate(MODELS.values()):
         model = shapes(c)
-        adapter = partial(gpt.init_adapter, rank=8, alpha=None, targets=gpt.TARGETS)
+        adapter = partial(gpt.init_adapter, rank=8)
         assert told["N"][i] == gpt.count_parameters(model)
         assert told["A"][i] == gpt.count_parameters(jax.eval_shape(adapter, model, key=jax.random.key(0)))
         values = c.layers, c.dim, c.ffn, c.heads, c.kv_heads, c.head_dim, c.vocab_size
