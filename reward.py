@@ -31,7 +31,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
     python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold None
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
     python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --lora-rank
-    python reward.py --init out/small --teacher out/reward --lr 2e-3 --head-lr 2e-3 --steps 2000 --out out/reward-small
+    python reward.py --init out/small --teacher out/reward --lr 2e-4 --head-lr 2e-3 --out out/reward-small
 """
 
 from dataclasses import dataclass, replace
