@@ -19,7 +19,7 @@ SEED ?= 0
 
 # The main job. Each line is a command to copy; `make demo` again starts over. The table grows: what was measured is kept.
 PY = .venv/bin/python
-TABLE = $(PY) evaluate.py --best-of 4 16 --reward out/reward --perplexity data/toy/demos-heldout.jsonl --seed $(SEED)
+TABLE = $(PY) evaluate.py --reward out/reward --perplexity data/toy/demos-heldout.jsonl --seed $(SEED) --models out/sft
 demo: .venv/done
 	$(PY) toy.py --seed $(SEED)
 	$(PY) sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base --steps 4200 \
@@ -27,11 +27,12 @@ demo: .venv/done
 	$(PY) sft.py --seed $(SEED) --overwrite
 	$(PY) reward.py --seed $(SEED) --overwrite
 	$(PY) ppo.py --seed $(SEED) --overwrite
+	$(TABLE) out/ppo
 	$(PY) dpo.py --seed $(SEED) --overwrite
-	$(TABLE) --models out/sft out/ppo out/dpo
+	$(TABLE) out/ppo out/dpo
 	$(PY) ipo_kto.py --seed $(SEED) --overwrite
 	$(PY) ipo_kto.py --loss kto --seed $(SEED) --overwrite
-	$(TABLE) --models out/sft out/ppo out/dpo out/ipo out/kto
+	$(TABLE) out/ppo out/dpo out/ipo out/kto --best-of 4 16
 	$(PY) tools/plot.py out/report
 	$(PY) tools/plot.py curves out/ppo out/dpo out/ipo out/kto
 	$(PY) tools/plot.py reward out/reward
