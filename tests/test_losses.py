@@ -261,13 +261,14 @@ def test_reward_margin_scale_of_zero_ignores_the_margins():
 
 @pytest.mark.parametrize("members", [1, 2])
 def test_reward_overwrite_leaves_nothing_of_an_earlier_ensemble_or_model(members, tmp_path):
-    for name in ("member-0/config.json", "member-1/config.json", "model.safetensors", "config.json", "report.json"):
+    single = ("model.safetensors", "config.json", "report.json", "report.md", "reward.png")
+    for name in ("member-0/config.json", "member-1/config.json", *single):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_text("{}")
     with pytest.raises(FileExistsError, match="--resume.*--overwrite"):
         reward.empty_out(reward.Config(out=tmp_path, members=members))
     reward.empty_out(reward.Config(out=tmp_path, members=members, resume=True))
-    assert len(list(tmp_path.iterdir())) == 5
+    assert len(list(tmp_path.iterdir())) == 7
     reward.empty_out(reward.Config(out=tmp_path, members=members, overwrite=True))
     assert not list(tmp_path.iterdir())
 
