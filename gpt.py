@@ -2688,7 +2688,7 @@ class Run:
         if bad:
             raise FloatingPointError(
                 f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
-                "Try a lower --lr, a longer --warmup, --dtype float32, or look at the batch of that step."
+                "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
         shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
