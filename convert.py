@@ -159,7 +159,13 @@ def peft_tensors(adapter: gpt.Adapter, config: gpt.Config, tied: bool) -> tuple[
 
 def peft_to_model(source: Path, target: Path, base: str | None):
     """A PEFT folder as a model folder: the base with the adapter merged into it, and the adapter by itself."""
-    settings = json.loads((source / "adapter_config.json").read_text())
+    file = source / "adapter_config.json"
+    try:
+        settings = json.loads(file.read_text())
+    except ValueError as error:
+        raise ValueError(f"{file} is not JSON: {error}") from None
+    if missing := {"r", "lora_alpha"} - settings.keys():
+        raise ValueError(f"{file} has no {' and no '.join(sorted(missing))}: is it an adapter of PEFT's LoRA?")
     base = base or settings.get("base_model_name_or_path")
     if not base:
         raise ValueError(f"{source} does not say which model it is an adapter on: name it with --base")

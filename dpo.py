@@ -181,7 +181,7 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
         bar = gpt.progress(total=sum(map(len, tables)), desc="reference log-probs", unit=" pairs")
         # the last batch is filled up with rows seen before: the first `real_rows` are new
         for batch, real_rows in batches.once():
-            logps = gpt.to_numpy(step(ref, place(batch, batches, None, config)))
+            logps = gpt.to_numpy(step(ref, place(batch, None)))
             for (source, row), pair in zip(batch["index"][:real_rows], logps):
                 tables[source][row] = pair
             bar.update(real_rows)
@@ -198,11 +198,8 @@ def write_array(path, table: np.ndarray):
         np.save(file, table)
 
 
-def place(batch, batches: gpt.Batches, tables, config: Config):
-    """The batch on the devices: each pair's prompt once (unless --no-share-prefix), and the reference's log-probs of
-    its rows from `tables`, where they are precomputed."""
-    if config.share_prefix:
-        batch = batches.split_prompt(batch)
+def place(batch, tables):
+    """The batch on the devices, with the reference's log-probs of its rows where `tables` hold them."""
     if tables is not None:
         batch = batch | {"ref_logps": np.stack([tables[source][row] for source, row in batch["index"]])}
     return gpt.put_batch(batch)
@@ -213,7 +210,7 @@ def place(batch, batches: gpt.Batches, tables, config: Config):
 
 def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    step = lambda batch: eval_step(policy, base, ref, place(batch, batches, tables, config), config)
+    step = lambda batch: eval_step(policy, base, ref, place(batch, tables), config)
     return {f"val/{name}": value for name, value in gpt.heldout_means(batches, step, most).items()}
 
 
@@ -238,7 +235,7 @@ def main(config: Config):
     gpt.check_reference(tokenizer, config.init, config.ref or config.init)
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
-        seed=config.seed, skip_bad=config.skip_bad_rows,
+        seed=config.seed, skip_bad=config.skip_bad_rows, split_prompts=config.share_prefix,
     )  # fmt: skip
     pairs, heldout = load_pairs(config.data), config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
@@ -262,7 +259,7 @@ def main(config: Config):
         ref = load_ref(config, base)
     stream = pairs.stream(first, steps)
     for step in run.steps(first):
-        batch = place(next(stream), pairs, tables, config)
+        batch = place(next(stream), tables)
         state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):

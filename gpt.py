@@ -376,8 +376,8 @@ def token_logprobs(
 def completion_logprobs(model: GPT, batch, remat: bool = False):
     """(log p of each completion, the number of its tokens), (...) each, from tokens, segments and mask (..., T).
 
-    Sums over the tokens whose mask is 1, their EOS included. Where the batch has a `prefix` (`Batches.split_prompt`),
-    each prompt is computed once for all of its completions.
+    Sums over the tokens whose mask is 1, their EOS included. Where the batch has a `prefix` (`Batches` with
+    `split_prompts`), each prompt is computed once for all of its completions.
     """
     rows = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
     tokens, segments = rows("tokens"), rows("segments")
@@ -1567,12 +1567,13 @@ class Batches:
     Texts are packed: laid end to end in rows of `length` tokens, told apart by their segments. Prompts are padded on
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
-    little padding.
+    little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
     """
 
     WINDOW = 50
 
-    def __init__(self, data, kind, tokenizer, batch_size: int, length: int, seed: int, suffix=(), skip_bad=False):
+    def __init__(self, data, kind, tokenizer, batch_size: int, length: int, seed: int, suffix=(), skip_bad=False,
+                 split_prompts=False):  # fmt: skip
         sources = parse_sources(data)
         self.kind, self.batch_size, self.length, self.seed = kind, batch_size, length, seed
         self.pad = tokenizer.pad_id
@@ -1584,8 +1585,8 @@ class Batches:
         if weights[0] is not None:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
         self.steps_per_epoch = sum(self.counts) // batch_size
-        self.longest = (0, 0)  # of pairs: the most tokens that `split_prompt` takes out, and that it leaves in a row
-        if kind == "pairs":
+        self.longest = None  # tokens that are split off, and that are left in a row, at most
+        if split_prompts:
             prompts = [prompt_sizes(data) for data in self.sets]
             rests = [data.lengths.max(1) - size for data, size in zip(self.sets, prompts)]
             self.longest = tuple(int(np.concatenate(sizes).max()) for sizes in (prompts, rests))
@@ -1644,7 +1645,7 @@ class Batches:
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
-    def split_prompt(self, batch: dict) -> dict:
+    def _split_prompts(self, batch: dict) -> dict:
         """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
         to `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, since there the first token of the
         answer is predicted.
@@ -1669,16 +1670,19 @@ class Batches:
         return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
 
     def _sort_keys(self, data: TokenData) -> np.ndarray:
-        """(rows,) a number for each row: rows of similar numbers need little padding in one batch. It is the length;
-        for pairs the width of the prompt, then the longer answer, because `split_prompt` pads these separately."""
+        """(rows,): rows of similar keys need little padding beside each other. The key is a row's length; where prompts
+        are split off, the width of the prompt and then the longer answer, because these are padded separately."""
         longest = data.lengths.max(1)
-        if self.kind != "pairs":
+        if self.longest is None:
             return longest
         prompts = prompt_sizes(data)
         return prompts // bucket_step(self.longest[0], multiple=16) * (self.length + 1) + longest - prompts
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
-        return self._packed(picks) if self.kind == "text" else self._padded(picks)
+        if self.kind == "text":
+            return self._packed(picks)
+        batch = self._padded(picks)
+        return self._split_prompts(batch) if self.longest else batch
 
     def _padded(self, picks):
         sides, left = self.sets[0].sides, self.kind == "prompts"
@@ -1715,7 +1719,7 @@ class Batches:
 
 
 def prompt_sizes(data: TokenData) -> np.ndarray:
-    """(rows,) how many tokens of each pair `Batches.split_prompt` takes out: the prompt's, but its last one."""
+    """(rows,) how many tokens of each pair `Batches` with `split_prompts` takes out: the prompt's, but its last one."""
     return np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
 
 
@@ -2386,15 +2390,6 @@ class Reward(NamedTuple):
     models: list[ScoreModel]
     function: Callable | None  # (prompts, responses, rows) -> floats, one a response
 
-    def __call__(self, batch, generation: Generation, texts, rows, eos: int, chunks: int = 1):
-        """(members, B) scores of the generation. A function gets `texts`, this process's (prompts, responses), and
-        `rows`, the data's rows of these prompts; models score so many `chunks` of rows one after the other."""
-        if self.function:
-            scores = gather_rows(check_scores(self.function(*texts, rows), len(rows)))
-            return put_batch({"scores": scores})["scores"][None]
-        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks
-        return jnp.stack([score(model, *inputs) for model in self.models])
-
 
 def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
     """The Reward of one module:function, or of folders of reward models; an ensemble's folder means all its members.
@@ -2430,7 +2425,10 @@ def check_scores(scores, n: int) -> np.ndarray:
 
 def judgements(values) -> list[dict]:
     """What a judge returned for each response, a float or a dict of named floats, as dicts: a float is "gold"."""
-    return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
+    try:
+        return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
+    except (TypeError, ValueError):
+        raise ValueError(f"a judge must return a float or a dict of floats a response, not {values!r:.200}") from None
 
 
 def mean_judgements(values, prefix: str) -> dict[str, float]:
@@ -2495,6 +2493,9 @@ def cli(main, config_class, description: str):
     config = tyro.cli(config_class, description=description)
     try:
         main(config)
+    except KeyboardInterrupt:  # outside of `Run.steps`, which saves first
+        print("interrupted", file=sys.stderr)
+        raise SystemExit(1) from None
     except (ValueError, OSError, FloatingPointError) as error:
         if os.environ.get("DEBUG"):
             raise
@@ -2502,9 +2503,15 @@ def cli(main, config_class, description: str):
         raise SystemExit(1) from None
 
 
-def empty_out(out, resume: bool, overwrite: bool, *more: str):
-    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names)."""
+def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):
+    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names).
+    Never one that a script's `settings` read from: --init and --out may be the same folder by mistake."""
     out = Path(out)
+    for name, value in settings.items() if overwrite else ():
+        if out.resolve() in [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]:
+            raise ValueError(
+                f"--{name.replace('_', '-')} is --out, {out}: --overwrite would delete it before it is read"
+            )
     in_use = not resume and out.exists() and any(out.iterdir())
     if in_use and not overwrite:
         raise FileExistsError(f"{out} is not empty: --resume continues it, --overwrite starts it anew")
@@ -2539,7 +2546,7 @@ class Run:
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed = 0, False
-        empty_out(out, resume, overwrite)
+        empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
             script=Path(sys.argv[0]).name,

@@ -329,7 +329,8 @@ def main(config: Config):
     )  # fmt: skip
 
     updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
-    lr = gpt.schedule(config.lr or (6e-4 if config.lora_rank else 3e-4), updates, kind="linear", final=0.1)
+    peak = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
+    lr = gpt.schedule(peak, updates, kind="linear", final=0.1)
     optimizer = gpt.adamw(lr, eps=1e-5)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 

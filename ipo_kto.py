@@ -255,19 +255,16 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 
 def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
-    step = lambda batch: eval_step(policy, ref, place(policy, ref, batch, batches, config), config)
+    step = lambda batch: eval_step(policy, ref, place(policy, ref, batch, config), config)
     metrics = gpt.heldout_means(batches, step, most)
     if config.loss == "kto":
         metrics = class_means(metrics)
     return {f"val/{name}": value for name, value in metrics.items()}
 
 
-def place(policy, ref, batch, batches: gpt.Batches, config: Config):
-    """The batch on the devices, with z0; each pair's prompt is there once, unless --no-share-prefix."""
-    z0 = find_z0(policy, ref, batch, config)
-    if config.loss == "ipo" and config.share_prefix:
-        batch = batches.split_prompt(batch)
-    return gpt.put_batch(batch) | {"z0": z0}
+def place(policy, ref, batch, config: Config):
+    """The batch on the devices, with KTO's z0."""
+    return gpt.put_batch(batch) | {"z0": find_z0(policy, ref, batch, config)}
 
 
 def resolve(config: Config) -> Config:
@@ -312,6 +309,7 @@ def main(config: Config):
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
+        split_prompts=config.share_prefix and not kto,
     )  # fmt: skip
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
@@ -334,7 +332,7 @@ def main(config: Config):
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        batch = place(gpt.attach(state.policy, base), ref, next(stream), batches, config)
+        batch = place(gpt.attach(state.policy, base), ref, next(stream), config)
         state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):

@@ -132,7 +132,7 @@ def play_round(config: Config, number: int):
     folder, common = config.out / f"round-{number}", ["--seed", config.seed + number, "--overwrite"]
     served, votes = config.out / "served", folder / "votes"
     collect_votes(config, number)
-    script("prepare.py", "--data", config.out / "feedback.db", "--out", votes)
+    script("prepare.py", "--data", config.out / "feedback.db", "--out", votes, "--overwrite")
     labels = ["--data", config.out / "old.jsonl", votes / "pairs.jsonl", "--heldout", config.heldout, *common]
     script("reward.py", "--init", config.base, "--out", folder / "reward", "--normalize-with", config.init, *labels)
     practice = ["--data", config.prompts, "--steps", config.ppo_steps, *common]

@@ -229,8 +229,8 @@ def check_probabilities(said, n: int) -> np.ndarray:
 
 
 def pair_batch(rollout: Rollout, pairs: Pairs) -> dict[str, np.ndarray]:
-    """Pairs as `gpt.Batches.split_prompt` lays them out: the prompt once, but its last token, in `prefix`; that token
-    and the answers, (B, 2, 1 + T), in `tokens`, so that in each row a token is predicted by the one before it."""
+    """Pairs as `gpt.Batches` lays them out with `split_prompts`: the prompt once, but its last token, in `prefix`; that
+    token and the answers, (B, 2, 1 + T), in `tokens`, so that in each row a token is predicted by the one before it."""
     last = rollout.queries[pairs.items][..., -1:]
     mask = rollout.mask[pairs.items]
     return dict(
@@ -301,7 +301,7 @@ def main(config: Config):
         if step == 0 and not pairs.weight.any():
             raise ValueError(
                 f"none of {config.batch_size} prompts had two usable answers of different score: raise --candidates or "
-                "--response-length, or --keep-truncated where the model rarely ends"
+                "--response-length, or --keep-truncated where the model rarely ends (or the judge gave no verdict)"
             )
         # 3 an optimiser step on each minibatch of pairs
         train, history = pair_batch(rollout, pairs), []

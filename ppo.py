@@ -392,8 +392,8 @@ def check(config: Config) -> Config:
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
-    lr = config.lr or (6e-4 if config.lora_rank else 3e-4)
-    return replace(config, lr=lr, critic_lr=config.critic_lr or lr)
+    lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
+    return replace(config, lr=lr, critic_lr=config.critic_lr if config.critic_lr is not None else lr)
 
 
 def main(config: Config):

@@ -192,19 +192,19 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
     gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
     policy = gpt.shard(policy)
-    size = min(config.normalize_samples, 128)
-    room = config.length - config.response_length
-    # one bucket: batches sorted by length would be a few lengths' prompts, and no sample of all of them
-    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, size, room, config.seed)
-    scores, scorer = [], gpt.attach(model, base)
-    for i in range(config.normalize_samples // size):
+    load = lambda size: gpt.Batches(
+        config.normalize_data, "prompts", tokenizer, size, config.length - config.response_length, config.seed
+    )
+    size = min(config.normalize_samples, 128, sum(load(1).sizes))
+    prompts, scores, scorer = load(size), [], gpt.attach(model, base)
+    for i in range(-(-config.normalize_samples // size)):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
             eos=tokenizer.eos_id, pad=tokenizer.pad_id,
         )  # fmt: skip
         scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
-    scores = np.concatenate(gpt.to_numpy(scores))
+    scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
     return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
@@ -450,7 +450,8 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    gpt.empty_out(config.out, config.resume, config.overwrite, "member-*", "report.*", "reward.png")
+    settings = {name: value for name, value in vars(config).items() if name != "out"}
+    gpt.empty_out(config.out, config.resume, config.overwrite, settings, "member-*", "report.*", "reward.png")
 
 
 def check_inputs(config: Config, heldout: str | None):

@@ -709,16 +709,16 @@ def test_batches_come_in_few_widths_that_fit_their_rows(demos, plain):
 
 
 def test_pairs_go_by_the_width_of_their_prompt_then_by_the_longer_answer(plain, tmp_path):
-    """What `split_prompt` pads: a batch of long and short prompts, or long and short answers, would be mostly pads."""
+    """What `split_prompts` pads: a batch of long and short prompts, or long and short answers, would be mostly pads."""
     rng = np.random.default_rng(0)
     sizes = [(p, a) for p in (4, 50) for a in (2, 20)] * 16
     text = lambda n: " ".join(rng.choice(WORDS, n))
     rows = [{"prompt": text(p), "chosen": f" a {text(a)}", "rejected": f" b {text(a)}"} for p, a in sizes]
-    batches = gpt.Batches(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 8, 96, 0)
+    batches = gpt.Batches(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 8, 96, 0, split_prompts=True)
     kinds = [{sizes[row] for _, row in batches(step)["index"]} for step in range(batches.steps_per_epoch)]
     assert all(len(kind) == 1 for kind in kinds) and len(kinds) == 8
     for step in range(8):
-        batch = batches.split_prompt(batches(step))
+        batch = batches(step)
         ((prompt, answer),) = kinds[step]
         assert batch["prefix"].shape[1] == gpt.bucket(prompt - 1, 49, 16) and batch["prefix_mask"].sum() == 8 * (
             prompt - 1

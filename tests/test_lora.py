@@ -544,3 +544,12 @@ def test_a_critic_has_the_width_of_the_reward_model_that_it_starts_from():
     assert critic.head.shape == (8,) and critic.body.config.dim == 8 and name == "reward body"
     critic, name = ppo.make_critic(policy, policy, [], jax.random.key(2))
     assert critic.head.shape == (16,) and name == "policy body"
+
+
+@pytest.mark.parametrize(
+    "text, message", [("{", "adapter_config.json is not JSON"), ('{"r": 2}', "adapter_config.json has no lora_alpha")]
+)
+def test_an_adapter_config_that_cannot_be_read_is_named(tmp_path, text, message):
+    (tmp_path / "adapter_config.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+        convert.main(convert.Config(tmp_path, tmp_path / "out"))

@@ -493,9 +493,8 @@ def test_both_sides_in_one_forward_are_the_sums_of_each_alone(world):
 def test_batches_with_a_prefix_hold_the_same_pairs_in_fewer_columns(world):
     tokenizer, columns = gpt.load_tokenizer(world.words), []
     for shared in (False, True):
-        batches, pairs = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0), {}
+        batches, pairs = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0, split_prompts=shared), {}
         for batch in map(batches, range(batches.steps_per_epoch)):
-            batch = batches.split_prompt(batch) if shared else batch
             before = np.where(batch["prefix_mask"], batch["prefix"], -1) if shared else np.zeros((16, 0), int)
             for i, (_, row) in enumerate(batch["index"]):
                 start, real = before[i][before[i] >= 0].tolist(), batch["segments"][i] > 0
@@ -514,9 +513,8 @@ def test_a_step_with_a_shared_prefix_is_the_step_of_two_rows(world, name):
     module, config = (dpo, world.dpo("x")) if name == "dpo" else (ipo_kto, world.ipo("x", reduction="mean"))
     ref, results = jax.tree.map(lambda x: 0.9 * x, world.model), []
     for shared in (False, True):
-        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0)
+        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0, split_prompts=shared)
         batch, _ = next(batches.once())
-        batch = batches.split_prompt(batch) if shared else batch
         state, step = make(module, config, world.model)
         after, metrics = step(state, ref, gpt.put_batch(batch), *([0.0] if module is ipo_kto else []))
         results.append((leaves(after.policy), jax.tree.map(float, metrics)))

@@ -316,3 +316,41 @@ def test_ppo_names_what_is_wrong(world, options, message):
         options = dict(reward=(str(world.sft),))
     with pytest.raises(ValueError, match=message):
         ppo.main(world.ppo("wrong", overwrite=True, **options))
+
+
+def test_a_learning_rate_of_zero_is_no_default():
+    gpt.start()
+    config = ppo.check(ppo.Config(lr=0.0, critic_lr=1e-3))
+    assert (config.lr, config.critic_lr) == (0.0, 1e-3)
+    assert ppo.check(ppo.Config(lr=1e-3, critic_lr=0.0)).critic_lr == 0.0
+    assert ppo.check(ppo.Config(lr=0.0)).critic_lr == 0.0
+    config = ppo.check(ppo.Config(lora_rank=4))
+    assert config.lr == config.critic_lr == 6e-4
+
+
+def test_a_run_never_deletes_what_it_starts_from(world):
+    before = (world.sft / "model.safetensors").read_bytes()
+    with pytest.raises(ValueError, match="--init is --out.*would delete it"):
+        ppo.main(world.ppo("x", out=world.sft, overwrite=True))
+    config = replace(world.reward_config, out=world.sft, overwrite=True)
+    with pytest.raises(ValueError, match="--init is --out.*would delete it"):
+        reward.main(config)
+    assert (world.sft / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize("prompts, samples", [(20, 50), (160, 200)])
+def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, monkeypatch, capsys, prompts, samples):
+    lines = Path(world.file("prompts")).read_text().splitlines()[:prompts]
+    (tmp_path / "prompts.jsonl").write_text("".join(line + "\n" for line in lines))
+    monkeypatch.setattr(gpt, "score", lambda model, prompts, *_: np.arange(len(prompts), dtype=np.float32))
+    config = replace(world.reward_config, normalize_data=str(tmp_path / "prompts.jsonl"), normalize_samples=samples)
+    reward.normalize(world.members[0], gpt.load(world.sft)[1], config, jax.random.key(0))
+    assert f"scores of {samples} samples" in capsys.readouterr().out
+
+
+def test_a_judge_that_returns_no_numbers_is_named():
+    assert gpt.judgements([1, {"gold": 0.5}]) == [{"gold": 1.0}, {"gold": 0.5}]
+    with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
+        gpt.judgements([None])
+    with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
+        gpt.judgements(None)
