@@ -2505,10 +2505,11 @@ def cli(main, config_class, description: str):
 
 def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):
     """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names).
-    Never one that a script's `settings` read from: --init and --out may be the same folder by mistake."""
+    Never one that another of a script's `settings` names: --init and --out may be the same folder by mistake."""
     out = Path(out)
     for name, value in settings.items() if overwrite else ():
-        if out.resolve() in [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]:
+        named = [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]
+        if name != "out" and out.resolve() in named:
             raise ValueError(
                 f"--{name.replace('_', '-')} is --out, {out}: --overwrite would delete it before it is read"
             )

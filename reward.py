@@ -450,8 +450,7 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    settings = {name: value for name, value in vars(config).items() if name != "out"}
-    gpt.empty_out(config.out, config.resume, config.overwrite, settings, "member-*", "report.*", "reward.png")
+    gpt.empty_out(config.out, config.resume, config.overwrite, vars(config), "member-*", "report.*", "reward.png")
 
 
 def check_inputs(config: Config, heldout: str | None):
