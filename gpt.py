@@ -644,6 +644,7 @@ class Tokenizer:
         self._plain, self._special, self._decode = plain, special, decode
         self.vocab_size, self.specials = size, specials  # specials: text -> id
         self.eos_id = specials[eos]
+        self.end_ids = (self.eos_id,)  # the ids that end an answer; rows that are trained on end with `eos_id`
         self.bos_id = specials.get(bos)  # put before every text and plain prompt, where the model was trained so
         # PAD is never EOS: a model that is not scored on its EOS never learns to stop. Masks come from lengths, so any
         # other id will do where the files name none.
