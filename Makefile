@@ -9,7 +9,7 @@
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo rlaif principles rewards overoptimization frontier test lint requirements clean
+.PHONY: demo rlaif principles rewards overoptimization frontier test newest lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -120,6 +120,16 @@ frontier: .venv/done
 test: .venv/done
 	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
+# The quick part of the suite with the newest releases that pyproject.toml allows: make newest PYTHON=python3.13
+newest:
+	$(PYTHON) -m venv .venv-newest
+	.venv-newest/bin/python -c 'import tomllib; p = tomllib.load(open("pyproject.toml", "rb")); \
+	  print(*p["project"]["dependencies"], *p["project"]["optional-dependencies"]["plot"], *p["dependency-groups"]["dev"], sep="\n")' \
+	  > .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pip install --quiet --disable-pip-version-check --upgrade -r .venv-newest/requirements.txt
+	.venv-newest/bin/python -m pytest tests/test_gpt.py tests/test_losses.py tests/test_lora.py tests/test_training.py \
+	  tests/test_enumerable.py tests/test_files.py tests/test_prepare.py
+
 lint: .venv/done
 	.venv/bin/ruff check .
 	.venv/bin/ruff format --check .
@@ -129,4 +139,4 @@ requirements:  ## pin every package again, with hashes and without naming a host
 	  pyproject.toml --extra plot --group dev -o requirements.txt
 
 clean:
-	rm -rf .venv data/toy out
+	rm -rf .venv .venv-newest data/toy out
