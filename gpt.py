@@ -1246,7 +1246,7 @@ def open_text(path):
     if not path.is_file():
         made = " (toy.py makes data/toy, rlaif.py data/rlaif, prepare.py rows from all other data)"
         raise FileNotFoundError(f"no data file {path}{made if 'data' in path.parts and not path.exists() else ''}")
-    return gzip.open(path, "rt", encoding="utf-8") if path.suffix == ".gz" else open(path, encoding="utf-8")
+    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
 
 
 def read_rows(path, kind: str, skip_bad: bool = False):
@@ -1270,7 +1270,7 @@ def read_rows(path, kind: str, skip_bad: bool = False):
 def parse_json(line: str) -> dict:
     try:
         row = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadRow(f"not JSON ({error})") from None
     if not isinstance(row, dict):
         raise BadRow(f"a {type(row).__name__}, not an object")
@@ -1287,6 +1287,13 @@ def check_row(row: dict, kind: str) -> list[dict]:
         value, most = row.get(name, 0), 1 if name == "label_p" else sys.float_info.max
         if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
             raise BadRow(f"`{name}` is {value!r}, not a number from 0 {'to 1' if most == 1 else 'up'}")
+    sides = row.get("truncated") or []
+    if sides and (
+        sides is not True and not (isinstance(sides, list) and set(sides) <= row.keys()) or "messages" in row
+    ):
+        raise BadRow(
+            f"`truncated` is {sides!r}: true, or a list of the answers that were cut, in {{prompt, completion}}"
+        )
     if kind == "thumbs" and not isinstance(row.get("label"), bool):
         raise BadRow(f"`label` is {row.get('label')!r}, not true or false")
     return [row]
@@ -1420,9 +1427,10 @@ def encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[int
 
 
 def truncated_sides(row: dict) -> list:
-    """The row's completions that were cut while they were written ("truncated": ["rejected"]): they get no EOS."""
+    """The row's completions that were cut while they were written ("truncated": ["rejected"], or true for all of them):
+    they get no EOS."""
     sides = row.get("truncated")
-    return sides if isinstance(sides, list) else []
+    return ["completion", "chosen", "rejected"] if sides is True else sides or []
 
 
 def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suffix=()) -> list[tuple[list, list]]:
@@ -1585,7 +1593,6 @@ class Batches:
         weights = [weight for _, weight in sources]
         if weights[0] is not None:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
-        self.steps_per_epoch = sum(self.counts) // batch_size
         self.longest = None  # tokens that are split off, and that are left in a row, at most
         if split_prompts:
             prompts = [prompt_sizes(data) for data in self.sets]
@@ -1593,6 +1600,22 @@ class Batches:
             self.longest = tuple(int(np.concatenate(sizes).max()) for sizes in (prompts, rests))
         self.keys = np.concatenate([self._sort_keys(data) for data in self.sets])
         self._epochs = lru_cache(maxsize=2)(self._epoch)
+
+    @cached_property
+    def step_rows(self) -> int:
+        """Rows of a training step: --batch-size, or its largest divisor that fewer rows fill. What divides the batch
+        (devices, micro-batches) most often divides that one, too."""
+        rows = sum(self.counts)
+        if self.kind == "prompts" or rows >= self.batch_size:
+            return self.batch_size
+        most = max(n for n in range(1, rows + 1) if self.batch_size % n == 0)
+        names = ", ".join(self.hashes)
+        print(f"{names}: {rows} rows, fewer than --batch-size {self.batch_size}: a step learns from {most}")
+        return most
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return sum(self.counts) // self.step_rows
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """tokens, mask (1 on scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the
@@ -1628,7 +1651,7 @@ class Batches:
         return [self.sets[source].row(row) for source, row in batch["index"]]
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """(steps, batch_size, 2): which (source, row) each batch of this pass over the data holds."""
+        """(steps, step_rows, 2): which (source, row) each batch of this pass over the data holds."""
         picks = []
         for source, (size, count) in enumerate(zip(self.sizes, self.counts)):
             # the next `count` rows of this source's endless stream of shuffled passes
@@ -1637,14 +1660,14 @@ class Batches:
             rows = np.concatenate(passes)[epoch * count - first * size :][:count]
             picks.append(np.stack([np.full(count, source), rows], 1))
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
-        picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
+        picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.step_rows]
         if self.kind not in ("text", "prompts"):
-            width = self.WINDOW * self.batch_size
+            width = self.WINDOW * self.step_rows
             starts = np.concatenate([[0], np.cumsum(self.sizes)])
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
             orders = [np.argsort(self.keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
-        return rng.permutation(picks.reshape(-1, self.batch_size, 2))
+        return rng.permutation(picks.reshape(-1, self.step_rows, 2))
 
     def _split_prompts(self, batch: dict) -> dict:
         """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
@@ -2544,6 +2567,8 @@ class Run:
         self, hashes: dict, notes: dict | None = None, *, steps: int, out, seed: int, resume: bool = False,
         overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
     ):  # fmt: skip
+        if steps < 1:
+            raise ValueError(f"{steps} steps: a run takes one step at least")
         self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None

@@ -22,10 +22,15 @@ project's formats (gpt.KINDS) or these:
     {instruction, input, output}, Alpaca               demos, as messages
     {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
     {turns: [...]}, MT-bench                           prompts: the first turn
+In each of them, `response` answers a prompt, an instruction or a question as `completion` does; a question or an
+instruction may stand beside chosen and rejected; `system` and `history` open the prompt; `kto_tag` makes a thumb of a
+demonstration; a conversation whose assistant turns but the last have weight 0 teaches the last. Tools, images, other
+roles and other weights are refused by line; keys that are not read are counted.
 
 Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
 --heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
-together. With --heldout-data the files decide, and training rows whose first turn occurs in those files are dropped.
+together. Where most rows open with one and the same turn, all of the prompt is hashed, or all of the row. With
+--heldout-data the files decide, and training rows whose first turn occurs in those files are dropped.
 
 Mixing. Sources with weights are read in turn, so that at every point the rows kept so far have the given proportions;
 the mixture ends where the first source ends. Sources without weights are read one after the other.
@@ -71,6 +76,7 @@ class Config:
 
     max_words: int | None = 2000  # drop rows whose prompt + answer are longer (documents of text may have any length)
     truncate_words: int | None = None  # drop pairs whose sides agree in their first so many words, prompt included
+    clean: bool = True  # take control characters, odd blanks and blanks at the ends of lines out of the texts
     near_duplicates: bool = False  # drop rows whose 3-word shingles are 80% those of an earlier row
     skip_bad_rows: bool = False  # count rows that cannot be read instead of stopping at the first
     overwrite: bool = False  # replace the files of an earlier run
@@ -194,7 +200,12 @@ def read_documents(file, name: str, separator: str | None):
 # ---------------------------------------------------------------------------------------- other shapes to the formats
 
 HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # what opens the turns of a transcript
-ROLES = {"human": "user", "gpt": "assistant"}
+ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
+ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant")
+ROLES |= {"system": "system", "developer": "system"}
+# keys that would change what a row teaches, and that no shape reads; a row that says something there is refused
+REFUSED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios")
+RENAMED = {"prompt": "completion", "instruction": "output", "question": "answer"}  # what `response` answers
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
 
 
@@ -213,6 +224,12 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
     if not isinstance(row, dict):
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
+    row = {name: value for name, value in row.items() if name not in REFUSED + ("system", "history") or value}
+    refuse_keys(row, REFUSED)
+    if ("chosen" in row) != ("rejected" in row):
+        raise gpt.BadRow("`chosen` and `rejected` must both be there")
+    if "response" in row and (name := next((RENAMED[x] for x in RENAMED if x in row), None)) not in (None, *row):
+        row[name] = row.pop("response")
     shape = next((shape for shape in SHAPES if row.keys() >= set(shape.keys)), None)
     if shape is None:
         known = ", ".join("{" + ", ".join(shape.keys) + "}" for shape in reversed(SHAPES))
@@ -222,7 +239,46 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
     except (TypeError, AttributeError, LookupError) as error:
         raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
     carried = ("source",) if shape.kind == "text" else CARRIED
-    return shape.kind, take(row, *carried) | texts, row.keys() - {*shape.keys, *shape.more, *carried}
+    kind, texts, around = surround(shape.kind, row, texts)
+    return kind, take(row, *carried) | texts, row.keys() - {*shape.keys, *shape.more, *carried, *around}
+
+
+def refuse_keys(row: dict, names):
+    found = [name for name in names if row.get(name)]
+    if found:
+        raise gpt.BadRow(f"`{found[0]}` is not supported, and the row means something else without it")
+
+
+def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
+    """What stands beside the turns in any shape: `system` and `history` open the prompt, `kto_tag` makes a thumb of a
+    demonstration. Returns (kind, texts, keys that were read)."""
+    earlier = [{"role": "system", "content": row["system"]}] if "system" in row else []
+    for turn in row.get("history", ()):
+        earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
+    if earlier and kind != "text":
+        texts = add_earlier(texts, to_messages(earlier))
+    if "kto_tag" in row:
+        if kind != "demos" or not isinstance(row["kto_tag"], bool):
+            raise gpt.BadRow(
+                f"`kto_tag` is {row['kto_tag']!r} on a row of {kind}; it is true or false on a demonstration"
+            )
+        if "messages" in texts:
+            texts = {"prompt": texts["messages"][:-1], "completion": texts["messages"][-1:]}
+        kind, texts = "thumbs", texts | {"label": row["kto_tag"]}
+    return kind, texts, {"kto_tag"} | ({"system", "history"} if kind != "text" else set())
+
+
+def add_earlier(texts: dict, earlier: list[dict]) -> dict:
+    """The texts of a row with messages in front: a plain prompt and its answers become messages."""
+    name = "messages" if "messages" in texts else "prompt"
+    if isinstance(texts[name], str):
+        if HUMAN in texts[name] or any(m["role"] != "system" for m in earlier):
+            raise gpt.BadRow("`system` and `history` stand beside a plain transcript: put them into its prompt")
+        answers = {x: [{"role": "assistant", "content": texts[x]}] for x in ANSWERS if isinstance(texts.get(x), str)}
+        texts = texts | answers | {name: [{"role": "user", "content": texts[name]}]}
+    if earlier[0]["role"] == texts[name][0]["role"] == "system":
+        raise gpt.BadRow("the row has a `system` key and a system message: which one holds?")
+    return texts | {name: earlier + texts[name]}
 
 
 def take(row: dict, *names: str) -> dict:
@@ -241,10 +297,37 @@ def to_messages(value) -> list[dict]:
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
+    for message in messages:
+        refuse_keys(message, REFUSED)
+        if message.get("weight") not in (None, 1):
+            raise gpt.BadRow(
+                f"a message has weight {message['weight']!r}: every assistant turn of a conversation is learned. Only "
+                "where all but the last have weight 0, the row becomes {prompt, completion}"
+            )
     messages = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
     if any(not isinstance(part, str) for message in messages for part in message):
         raise gpt.BadRow("a message needs a role and a content that are text")
-    return [{"role": ROLES.get(role, role), "content": content} for role, content in messages]
+    unknown = next((role for role, _ in messages if role.lower() not in ROLES), None)
+    if unknown is not None:
+        raise gpt.BadRow(f"a message of role {unknown!r}; known are {', '.join(ROLES)}")
+    return [{"role": ROLES[role.lower()], "content": content} for role, content in messages]
+
+
+def read_messages(name: str) -> Callable[[dict], dict]:
+    """A reader of conversations under `name`. With weight 0 on all assistant turns but the last, that one is the
+    completion; with no weights, all of them are learned."""
+
+    def read(row: dict) -> dict:
+        turns = row[name]
+        weights = [
+            m.get("weight") for m in turns if ROLES.get(str(m.get("role", m.get("from"))).lower()) == "assistant"
+        ]
+        if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
+            return {"messages": to_messages(turns)}
+        messages = to_messages([{key: value for key, value in m.items() if key != "weight"} for m in turns])
+        return {"prompt": messages[:-1], "completion": messages[-1:]}
+
+    return read
 
 
 def read_pair(row: dict) -> dict:
@@ -252,6 +335,11 @@ def read_pair(row: dict) -> dict:
         side if isinstance(side, str) else to_messages(side) for side in (row["chosen"], row["rejected"])
     )
     prompt = row.get("prompt", row.get("conversations"))
+    asked = row.get("question", row.get("instruction"))
+    if prompt is None and asked is not None:
+        prompt = [{"role": "user", "content": "\n\n".join(filter(None, (asked, row.get("input"))))}]
+        answer = lambda side: [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        chosen, rejected = answer(chosen), answer(rejected)
     if prompt is not None and not isinstance(prompt, str):
         prompt = to_messages(prompt)
     if isinstance(prompt, str) and isinstance(chosen, list):  # one message answers it, several begin with it
@@ -288,7 +376,9 @@ def split_shared(chosen, rejected) -> tuple:
 
 
 def read_rating(row: dict) -> dict:
-    return take(row, "prompt", "completion") | {"rating": number(row, "rating")}
+    texts = take(row, "prompt", "completion")
+    texts = {name: text if isinstance(text, str) else to_messages(text) for name, text in texts.items()}
+    return texts | {"rating": number(row, "rating")}
 
 
 def read_labelled_messages(row: dict) -> dict:
@@ -310,14 +400,15 @@ def exchange(question: str, answer: str) -> dict:
     return {"prompt": [user], "completion": [assistant]}
 
 
+PAIR_KEYS = ("prompt", "conversations", "question", "instruction", "input", "score_chosen", "score_rejected")
 SHAPES = (  # a row has the first of them that fits
-    Shape("pairs", ("chosen", "rejected"), ("prompt", "conversations", "score_chosen", "score_rejected"), read_pair),
+    Shape("pairs", ("chosen", "rejected"), PAIR_KEYS, read_pair),
     Shape("ratings", ("prompt", "completion", "rating"), read=read_rating),
     Shape("thumbs", ("messages", "label"), read=read_labelled_messages),
     Shape("thumbs", ("prompt", "completion", "label")),
     Shape("demos", ("prompt", "completion")),
-    Shape("demos", ("messages",), read=lambda row: {"messages": to_messages(row["messages"])}),
-    Shape("demos", ("conversations",), read=lambda row: {"messages": to_messages(row["conversations"])}),
+    Shape("demos", ("messages",), read=read_messages("messages")),
+    Shape("demos", ("conversations",), read=read_messages("conversations")),
     Shape("demos", ("instruction", "output"), ("input",), read_instruction),
     Shape("demos", ("question", "answer"), read=read_question),
     Shape("prompts", ("prompt",)),
@@ -414,29 +505,35 @@ def pairs_of(group: list, report):
 ANSWERS = ("chosen", "rejected", "completion")
 TEXTS = ("prompt", *ANSWERS, "messages", "text")  # the keys of a row that hold text or messages
 # Removed: controls, blanks of no width, direction marks, byte-order marks, lone surrogates, invisible tags. The two
-# joiners U+200C and U+200D stay: Persian and Indic words and composed emoji are spelt with them.
+# joiners U+200C and U+200D stay: Persian and Indic words and composed emoji are spelt with them. So do the tags that
+# follow a black flag (group 1): they spell which flag it is.
 INVISIBLE = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
+    "(\U0001f3f4[\U000e0020-\U000e007e]+\U000e007f)|[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\xad\u200b\u200e\u200f\u202a-\u202e\u2060-\u206f"
     "\ufeff\ufff9-\ufffb\ud800-\udfff\U000e0000-\U000e007f]"
+)
+MARKERS = re.compile(
+    r"<\|(?:im_start|im_end|start_header_id|eot_id|user|assistant|system)\|>|\[/?INST\]|<start_of_turn>"
 )
 LINE_BREAKS = re.compile("\r\n|[\r\x0b\x0c\x85\u2028\u2029]")
 BLANKS = re.compile("[\xa0\u1680\u2000-\u200a\u202f\u205f]")
 TRAILING = re.compile(r"[ \t]+(?=\n)")
 
 
-def clean_text(text: str, repairs: set) -> str:
+def clean_text(text: str, repairs: set, keep_end: bool = False) -> str:
+    """The text without what nobody can see; `keep_end`: the blanks and line breaks at its end stay."""
     before = text
     if not text.replace("\n", " ").replace("\t", " ").isprintable():  # a fast way to see that there is nothing to do
-        text = INVISIBLE.sub("", BLANKS.sub(" ", LINE_BREAKS.sub("\n", text)))
+        text = INVISIBLE.sub(lambda m: m[1] or "", BLANKS.sub(" ", LINE_BREAKS.sub("\n", text)))
         if text != before:
             repairs.add("control characters and odd blanks")
     if not unicodedata.is_normalized("NFC", text):
         text = unicodedata.normalize("NFC", text)
         repairs.add("Unicode not in NFC")
-    before = text
-    if " \n" in text or "\t\n" in text:
-        text = TRAILING.sub("", text)
-    text = text.rstrip()
+    before, body = text, text.rstrip()
+    end = text[len(body) :] if keep_end else ""
+    if " \n" in body or "\t\n" in body:
+        body = TRAILING.sub("", body)
+    text = body + end
     if len(text) != len(before):
         repairs.add("blanks at the end of lines")
     return text
@@ -444,7 +541,7 @@ def clean_text(text: str, repairs: set) -> str:
 
 def clean_value(value, name: str, repairs: set):
     if isinstance(value, str):
-        text = clean_text(value, repairs)
+        text = clean_text(value, repairs, keep_end=name == "prompt")  # the answer continues a prompt as it ends
         return text.lstrip("\n") if name == "text" else text
     if isinstance(value, list):
         return [m | {"content": clean_text(m["content"], repairs).lstrip()} for m in to_messages(value)]
@@ -454,7 +551,9 @@ def clean_value(value, name: str, repairs: set):
 def clean_row(row: dict, repairs: set) -> dict:
     """The row with clean texts. Answers of a transcript keep the one blank that follows `Assistant:`."""
     clean = row | {name: clean_value(row[name], name, repairs) for name in TEXTS if name in row}
-    if isinstance(clean.get("prompt"), str) and clean["prompt"].endswith(ASSISTANT):
+    clean |= {name: clean_text(row[name], set()) for name in ("id", "source") if isinstance(row.get(name), str)}
+    if isinstance(clean.get("prompt"), str) and clean["prompt"].rstrip().endswith(ASSISTANT):
+        clean["prompt"] = clean["prompt"].rstrip()
         for name in ANSWERS:
             if isinstance(clean.get(name), str):
                 clean[name] = " " + clean[name].strip()
@@ -587,7 +686,7 @@ class Report:
     def __init__(self):
         self.read, self.kept = Counter(), Counter()  # by source
         self.unread = Counter()  # keys that were left out
-        self.dropped, self.repaired = {}, {}  # reason -> {count, examples}
+        self.dropped, self.repaired, self.noted = {}, {}, {}  # reason -> {count, examples}
         self.lengths: dict[str, Counter] = {}
         self.longer = Counter()  # of pairs with sides of unlike length: the longer side is the chosen one, or not
 
@@ -612,6 +711,7 @@ class Report:
             "kept": dict(self.kept),
             "dropped": by_count(self.dropped),
             "repaired": by_count(self.repaired),
+            "noted": by_count(self.noted),
             "keys_not_read": dict(sorted(self.unread.items())),
             "words": {name: percentiles(counts) for name, counts in self.lengths.items()},
             "longer_side_chosen": self.longer[True] / self.longer.total() if self.longer else None,
@@ -635,7 +735,7 @@ def percentiles(counts: Counter) -> dict:
 
 def print_report(report: dict):
     print(f"{report['kind']}: {sum(report['read'].values()):,} rows read, {sum(report['kept'].values()):,} kept")
-    for title in ("dropped", "repaired"):
+    for title in ("dropped", "repaired", "noted"):
         for reason, entry in report[title].items():
             example = entry["examples"][0]
             print(f"  {title:8} {entry['count']:>9,}  {reason:38} {example['at']}: {example['text'][:70]}")
@@ -659,6 +759,8 @@ class Cleaner:
         self.config, self.kind, self.report = config, kind, Report()
         self.seen, self.heldout_turns = Seen(), Seen()
         self.near = NearSearch() if config.near_duplicates else None
+        self.labels = Counter()  # of thumbs
+        self.split_level = "first turn"  # what rows are held out by
 
     def converted(self, name: str):
         """(where, row) of the wanted kind."""
@@ -690,7 +792,7 @@ class Cleaner:
         for where, row in rows:
             repairs = set()
             try:
-                row = clean_row(row, repairs)
+                row = clean_row(row, repairs) if self.config.clean else row
                 texts = texts_of(row)
                 words = {field: text.split() for field, text in texts.items()}
                 turn = first_turn(row)
@@ -703,13 +805,42 @@ class Cleaner:
             except gpt.BadRow as error:
                 self.bad(where, error)
                 continue
+            for note in self.notes(row, texts):
+                self.report.count("noted", note, where, row)
             for repair in sorted(repairs):
                 self.report.count("repaired", repair, where, row)
             self.report.keep(words)
             self.report.kept[name] += 1
             share = 0 if self.config.heldout_data else self.config.heldout
-            in_share = key_of(str(self.config.seed), turn) < share * 2**64
+            in_share = key_of(str(self.config.seed), self.split_by(row, turn)) < share * 2**64
             yield row | {"source": row.get("source", source)} if source else row, heldout or in_share
+
+    def notes(self, row: dict, texts: dict) -> list[str]:
+        """What a kept row should be known for."""
+        self.labels[row.get("label")] += 1
+        found = []
+        if "chosen" in row and key_of("row", "None", texts["prompt"], texts["rejected"], texts["chosen"]) in self.seen:
+            found.append("contradicts an earlier pair")
+        if any(MARKERS.search(text) for text in texts.values()):
+            found.append("holds a chat template's markers, which are read as letters")
+        return found
+
+    def find_split(self, names: list[str]):
+        """Split by the first human turn, unless most rows share it: then by all of the prompt, or by all of the row."""
+        sample = itertools.chain(*(itertools.islice(self.converted(name), 1000) for name in names))
+        rows = [row for _, row in sample]
+        for self.split_level in ("first turn", "prompt", "row"):
+            most = Counter(self.split_by(row, first_turn(row)) for row in rows).most_common(1)
+            if not most or most[0][1] < 10 or most[0][1] < len(rows) / 2:
+                break
+        if self.split_level != "first turn":
+            print(f"  most rows begin with the same turn: rows are held out by their whole {self.split_level}")
+
+    def split_by(self, row: dict, turn: str) -> str:
+        if self.split_level == "first turn":
+            return turn
+        prompt = row.get("prompt") or row.get("messages") or row.get("text") or ""
+        return flat(prompt) if self.split_level == "prompt" else "\0".join(texts_of(row).values())
 
     def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool):
         if heldout:
@@ -756,7 +887,11 @@ class Outputs:
         self.files = {name: open(self.partial / name, "wb") for name in names}
 
     def write(self, name: str, row: dict):
-        self.files[name].write(ENCODE(row).encode() + b"\n")
+        try:
+            line = ENCODE(row).encode()
+        except UnicodeEncodeError:  # half of a surrogate pair, which UTF-8 cannot hold, but JSON's escapes can
+            line = json.dumps(row).encode()
+        self.files[name].write(line + b"\n")
         self.counts[name] += 1
 
     def close(self) -> dict:
@@ -791,6 +926,23 @@ def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int | None)
             bar.update()
 
 
+def first_kind(name: str, config: Config) -> str:
+    """The kind of a file: what its first rows hold. A row that lacks one of its texts looks like one of less."""
+    order, found = [shape.kind for shape in SHAPES], []
+    for where, raw in itertools.islice(read_source(name, config.separator), 20):
+        try:
+            found.append(convert(raw)[0])
+        except Dropped:
+            found.append("pairs")
+        except gpt.BadRow as error:
+            if not config.skip_bad_rows and not found:
+                raise gpt.BadRow(f"{where}: {error} (--skip-bad-rows goes on without such rows)") from None
+    if not found:
+        raise ValueError(f"{name} holds no rows that can be read")
+    kind = min(found, key=order.index)
+    return "pairs" if kind == "ratings" else kind
+
+
 def find_kind(sources: list[str], config: Config) -> str:
     """The kind that all sources' first rows agree on."""
     if config.kind != "auto":
@@ -800,16 +952,7 @@ def find_kind(sources: list[str], config: Config) -> str:
         if is_votes(name):
             kinds["votes"] = name
             continue
-        where, raw = next(read_source(name, config.separator), (name, None))
-        if raw is None:
-            raise ValueError(f"{name} holds no rows")
-        try:
-            found = convert(raw)[0]
-        except Dropped:
-            found = "pairs"
-        except gpt.BadRow as error:
-            raise gpt.BadRow(f"{where}: {error}") from None
-        kinds["pairs" if found == "ratings" else found] = name
+        kinds[first_kind(name, config)] = name
     if len(kinds) > 1:
         found = ", ".join(f"{name} holds {kind}" for kind, name in kinds.items())
         raise ValueError(f"{found}: prepare them apart, or say what to make of all of them with --kind")
@@ -836,12 +979,18 @@ def main(config: Config) -> dict:
     streams = [cleaner.rows(name, label, heldout=False) for (name, _), label in zip(sources, labels)]
     outputs = Outputs(config.out, kind, ("", "-heldout") if heldout or config.heldout else ("",))
     try:
+        if config.heldout and not heldout:
+            splitter = Cleaner(config, kind)
+            splitter.find_split([name for name, _ in sources])
+            cleaner.split_level = splitter.split_level
         # held-out files come first: what is in them is then known when the training rows pass
         for name in heldout:
             write_rows(cleaner.rows(name, None, heldout=True), outputs, kind, cleaner.seen, None)
         write_rows(mix(streams, [weight for _, weight in sources]), outputs, kind, cleaner.seen, config.limit)
         report = cleaner.report.as_dict(kind, outputs.close())
         print_report(report)
+        if len(cleaner.labels) == 1 and None not in cleaner.labels:
+            print(f"  all thumbs have label {next(iter(cleaner.labels))}: KTO learns from both, up and down")
         if (heldout or config.heldout) and not any(name.endswith("-heldout.jsonl") for name in report["files"]):
             print("  no row was held out: raise --heldout, or give --heldout-data")
         if not any(f"{name}.jsonl" in report["files"] for name in FILES[kind]):

@@ -7,7 +7,7 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")  # JAX_PLATFORMS=cuda for the tests of a GPU: pytest -k cudnn
 os.environ.setdefault("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")  # tests compile much and compute little
 os.environ["JAX_ENABLE_COMPILATION_CACHE"] = "false"  # nor do they leave files in the home folder
-# JAX 0.12's products on a CPU round otherwise in a batch of 4 rows than in one of 8; tests compare such rows bit for bit
+# products on a CPU may round otherwise in a batch of 4 rows than in one of 8; tests compare such rows bit for bit
 os.environ.setdefault("XLA_FLAGS", "--xla_cpu_experimental_ynn_fusion_type=")
 
 import jax  # noqa: E402

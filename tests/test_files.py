@@ -685,6 +685,41 @@ def test_every_row_comes_once_in_every_pass(kind, demos, plain):
     assert passes[0] != passes[1]
 
 
+def test_rows_fewer_than_a_batch_make_smaller_batches(tmp_path, plain, capsys):
+    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(12)]
+    few = write_rows(tmp_path / "few.jsonl", rows)
+    batches = gpt.Batches(few, "demos", plain, 32, 24, 0)
+    assert (batches.step_rows, batches.steps_per_epoch, len(batches(0)["tokens"])) == (8, 1, 8)
+    assert "few.jsonl: 12 rows, fewer than --batch-size 32: a step learns from 8" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="12 rows are fewer than --batch-size 32: lower it"):
+        gpt.Batches(few, "prompts", plain, 32, 24, 0)(0)  # each iteration asks so many prompts
+
+
+def test_a_run_takes_a_step(tmp_path):
+    with pytest.raises(ValueError, match="0 steps: a run takes one step at least"):
+        gpt.Run({}, steps=0, out=tmp_path / "run", seed=0)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_byte_order_mark_is_no_part_of_a_row(tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_text('{"prompt": "q"}\n', encoding="utf-8-sig")
+    assert list(gpt.read_rows(path, "prompts")) == [(1, {"prompt": "q"})]
+
+
+def test_which_answers_were_cut(tmp_path, plain):
+    row = {"prompt": "q", "chosen": "a", "rejected": "b"}
+    ends = lambda truncated: [
+        ids[-1] == plain.eos_id
+        for ids, _ in gpt.encode_row(gpt.check_row(row | {"truncated": truncated}, "pairs")[0], "pairs", plain, 24)
+    ]
+    assert ends(False) == ends([]) == [True, True] and ends(True) == [False, False]
+    assert ends(["chosen"]) == [False, True]
+    for odd in ("yes", ["answer"], 1):
+        with pytest.raises(gpt.BadRow, match="`truncated` is"):
+            ends(odd)
+
+
 def test_a_batch_holds_the_rows_tokens_mask_and_segments(demos, plain):
     rows = [json.loads(line) for line in demos.read_text().splitlines()]
     batches = gpt.Batches(demos, "demos", plain, 8, 16, 0)

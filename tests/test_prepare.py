@@ -2,6 +2,7 @@
 
 import gzip
 import hashlib
+import itertools
 import json
 import os
 import subprocess
@@ -168,6 +169,129 @@ def test_transcripts_keep_their_turns(tmp_path):
     clean = {"prompt": "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:", "chosen": " e", "rejected": " f"}
     assert rows["pairs"] == [clean]
     assert counts(report, "repaired") == {"control characters and odd blanks": 1, "blanks at the end of lines": 1}
+
+
+# ---- what stands beside the turns
+
+
+def talk(*contents, **more):
+    roles = itertools.cycle(["user", "assistant"])
+    return [{"role": role, "content": content} | more for role, content in zip(roles, contents)]
+
+
+@pytest.mark.parametrize("prompt", ["### Response:\n", "A: ", "def f(x):\n    "])
+def test_the_seam_between_prompt_and_answer_stays(tmp_path, prompt):
+    _, rows = run(tmp_path, [{"prompt": f"Go on. \n{prompt}", "chosen": "  return x", "rejected": "no"}], heldout=0)
+    assert rows["pairs"][0]["prompt"] + rows["pairs"][0]["chosen"] == f"Go on.\n{prompt}  return x"
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "hi", "input": "", "output": "go away", "kto_tag": False},
+        {"conversations": [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "go away"}], "kto_tag": False},
+        {"prompt": talk("hi"), "response": [{"role": "assistant", "content": "go away"}], "kto_tag": False},
+    ],
+)
+def test_answers_that_are_tagged_bad_become_thumbs_down(tmp_path, row, capsys):
+    _, rows = run(tmp_path, [row], heldout=0)
+    answer = [{"role": "assistant", "content": "go away"}]
+    assert rows == {
+        "thumbs": [{"prompt": talk("hi"), "completion": answer, "label": False}],
+        "prompts": [{"prompt": talk("hi")}],
+    }
+    assert "all thumbs have label False" in capsys.readouterr().out
+
+
+def test_system_and_history_open_the_prompt(tmp_path):
+    pirate = [{"role": "system", "content": "a pirate"}]
+    rows = [
+        {"system": "a pirate", "prompt": "hi 0", "chosen": "arr", "rejected": "no"},
+        {"system": "a pirate", "question": "hi 1", "chosen": "arr", "rejected": "no"},
+        {
+            "system": "a pirate",
+            "conversations": talk("hi 2"),
+            "chosen": talk("x", "arr")[1],
+            "rejected": talk("x", "no")[1],
+        },
+    ]
+    _, written = run(tmp_path, rows, heldout=0)
+    assert [row["prompt"] for row in written["pairs"]] == [pirate + talk(f"hi {i}") for i in range(3)]
+    assert {row["chosen"][0]["content"] for row in written["pairs"]} == {"arr"}
+    alpaca = {"instruction": "go on", "output": "c", "history": [["a", "b"]], "system": "a pirate"}
+    _, written = run(tmp_path, [alpaca], heldout=0, overwrite=True)
+    assert written["demos"][0]["prompt"] == pirate + talk("a", "b", "go on")
+
+
+def test_weights_of_turns(tmp_path):
+    turns = talk("q", "rude", "r", "kind")
+    turns[1]["weight"], turns[3]["weight"] = 0, 1
+    _, rows = run(tmp_path, [{"messages": turns}], heldout=0)
+    assert rows["demos"] == [{"prompt": talk("q", "rude", "r"), "completion": talk("x", "kind")[1:]}]
+    turns[1]["weight"], turns[3]["weight"] = 1, 0
+    with pytest.raises(gpt.BadRow, match=r"in0.jsonl:1: a message has weight 0"):
+        run(tmp_path, [{"messages": turns}], heldout=0, overwrite=True)
+
+
+def test_roles_are_mapped_or_refused(tmp_path):
+    spoken = [{"from": role, "value": text} for role, text in [("User", "q"), ("chatgpt", "a")]]
+    _, rows = run(tmp_path, [{"conversations": spoken}], heldout=0)
+    assert rows["demos"] == [{"messages": talk("q", "a")}]
+    for message, word in [
+        ({"role": "tool", "content": "0 degrees"}, "role 'tool'"),
+        ({"role": "assistant", "content": "I look", "tool_calls": [{"id": 1}]}, "`tool_calls`"),
+    ]:
+        with pytest.raises(gpt.BadRow, match=f"in0.jsonl:1: .*{word}"):
+            run(tmp_path, [{"messages": [*talk("q"), message, *talk("x", "a")[1:]]}], heldout=0, overwrite=True)
+
+
+def test_empty_columns_are_absent_and_full_ones_are_refused(tmp_path):
+    row = {"prompt": "q", "completion": "a", "tools": "", "images": [], "system": "", "chosen": None}
+    report, rows = run(tmp_path, [row], heldout=0)
+    assert rows["demos"] == [{"prompt": "q", "completion": "a"}] and report["keys_not_read"] == {}
+    with pytest.raises(gpt.BadRow, match="`images` is not supported"):
+        run(tmp_path, [row | {"images": ["x.png"]}], heldout=0, overwrite=True)
+
+
+def test_flags_and_joiners_stay_and_cleaning_can_be_turned_off(tmp_path):
+    scotland = "\U0001f3f4\U000e0067\U000e0062\U000e0073\U000e0063\U000e0074\U000e007f"
+    rows = [{"prompt": "q", "completion": f"{scotland} \u0645\u06cc\u200c\u062e \U000e0041x\u200b"}]
+    _, written = run(tmp_path, rows, heldout=0)
+    assert written["demos"][0]["completion"] == f"{scotland} \u0645\u06cc\u200c\u062e x"
+    _, written = run(tmp_path, rows, heldout=0, overwrite=True, clean=False)
+    assert written["demos"][0]["completion"] == rows[0]["completion"]
+
+
+def test_what_a_kept_row_should_be_known_for(tmp_path):
+    rows = [pair("a"), pair("a") | {"chosen": pair("a")["rejected"], "rejected": pair("a")["chosen"]}]
+    rows += [{"prompt": "<|im_start|>user\nq<|im_end|>\n", "chosen": "a", "rejected": "b"}]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert len(written["pairs"]) == 3
+    assert counts(report, "noted") == {
+        "contradicts an earlier pair": 1, "holds a chat template's markers, which are read as letters": 1,
+    }  # fmt: skip
+
+
+def test_odd_rows_are_bad_rows_or_rows(tmp_path):
+    deep = '{"prompt": "q", "chosen": "a", "rejected": "b", "x": ' + "[" * 100_000 + "]" * 100_000 + "}"
+    lines = [deep, json.dumps(pair("a") | {"rejected": None})]
+    lines += [json.dumps(pair("b") | {"id": "\ud800x"}), json.dumps(pair("c") | {"id": [1]})]
+    path = tmp_path / "odd.jsonl"
+    path.write_text("\n".join(lines))
+    report, rows = run(tmp_path, str(path), heldout=0, skip_bad_rows=True)
+    assert counts(report) == {"bad row": 2} and [row["id"] for row in rows["pairs"]] == ["x", [1]]
+    rated = {"prompt": {"a": 1}, "completion": "x", "rating": 1}
+    with pytest.raises(gpt.BadRow, match="in0.jsonl:1: a message needs a role"):
+        run(tmp_path, [rated], heldout=0, overwrite=True)
+
+
+def test_rows_that_begin_alike_are_split_by_what_differs(tmp_path, capsys):
+    rows = [{"prompt": talk("Be kind.", "Yes.", f"question {i}"), "completion": talk("x", "a")[1:]} for i in range(400)]
+    _, written = run(tmp_path, rows, heldout=0.25)
+    assert 50 < len(written["demos-heldout"]) < 150 and "by their whole prompt" in capsys.readouterr().out
+    rows = [{"prompt": "Write a story.", "completion": f"story {i}"} for i in range(400)]
+    _, written = run(tmp_path, rows, heldout=0.25, overwrite=True)
+    assert 50 < len(written["demos-heldout"]) < 150 and "by their whole row" in capsys.readouterr().out
 
 
 # ---- the split
@@ -499,7 +623,7 @@ def test_same_input_same_bytes(tmp_path):
         ('{"prompt": "q", "completion": "a"}', r"in\.jsonl:3: this row holds demos, not pairs"),
         (
             '{"completion": "a", "rejected": "b"}',
-            r"in\.jsonl:3: unknown format, with the keys completion, rejected; known",
+            r"in\.jsonl:3: `chosen` and `rejected` must both be there",
         ),
         ('{"chosen": "a", "rejected": [{"role": "user", "content": "b"}]}', r"in\.jsonl:3: one of `chosen` and"),
         ('{"chosen": 1, "rejected": 2}', r"in\.jsonl:3: '1' is not a list of messages"),
