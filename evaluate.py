@@ -293,8 +293,8 @@ def chance_of_rate(values, clusters) -> float:
 
 
 def bootstrap_interval(values, clusters=None, weights=None, seed: int = 0, draws: int = 2000) -> list[float]:
-    """95% interval of the mean of values (N,), or of sum(values) / sum(weights), by resampling; with clusters (N,) whole
-    prompts are resampled with all of their answers.
+    """95% interval of the mean of values (N,), or of sum(values) / sum(weights), by resampling; with clusters (N,)
+    whole prompts are resampled with all of their answers.
 
     The percentiles are those of the t distribution, a little further out than 2.5 and 97.5, since G prompts resampled
     vary less than G new ones do ("expanded percentile" of Hesterberg 2015, arXiv:1411.5279). One prompt alone has no
@@ -489,7 +489,7 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of(exam: Exam, folder: str, *sizes) -> dict:
-    """{"rows": a row of the summary for each of the sizes n, "curve": reward and gold over n, "golds": each row's gold by
+    """{"rows": a row of the summary for each of the sizes n, "curve": reward and gold over n, "golds": of each row, by
     prompt} of the reference's answers; winners are written on the way."""
     rounds = sample_candidates(exam, max(sizes))
     powers = {2**k for k in range(len(rounds).bit_length())}
@@ -508,8 +508,8 @@ def sample_candidates(exam: Exam, n: int) -> list[Answers]:
 
 
 def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> tuple[dict, dict]:
-    """A row of the summary for each n, expectations under best-of-n with intervals over prompts, and the golds (P,) that
-    they are of."""
+    """A row of the summary for each n, expectations under best-of-n with intervals over prompts, and each row's golds
+    (P,)."""
     stacked = {name: np.stack([r.numbers[name] for r in rounds], 1) for name in rounds[0].numbers}  # (P, N)
     won = {k: wins(stacked[k], theirs.numbers[k][:, None]) for k in ("gold", "reward") if k in stacked}
     clusters, rows, golds = same_prompt(rounds[0].prompts), {}, {}

@@ -2433,8 +2433,8 @@ def to_number(value) -> float:
 
 
 def judgements(values) -> list[dict]:
-    """What a judge returned for each response, a float or a dict of named floats, as dicts of the same names: a float is
-    "gold". NaN where there is no verdict."""
+    """What a judge returned for each response, a float ("gold") or a dict of named floats, as dicts of the same names,
+    NaN where there is no verdict."""
     said = list(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else None
     if said is None or any(np.ndim(value) for value in said):
         raise ValueError(f"a judge must return a float or a dict of floats a response, not {values!r:.200}")
