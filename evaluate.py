@@ -46,9 +46,7 @@ class Config:
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
     baseline: str | None = None  # model folder that the win rates are against (default: --ref)
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
-    judge: str | None = (
-        "toy:parts"  # module:function (prompts, responses, rows) -> floats, or dicts with "gold"; None: no verdict
-    )
+    judge: str | None = "toy:parts"  # module:function (prompts, responses, rows) -> floats or dicts, None: no verdict
     reward: str | None = None  # rates answers beside the judge: reward-model folder (or ensemble), or module:function
     pairwise: str | None = None  # module:function (prompts, a, b, rows) -> P(a is better), asked in both orders
     out: Path = Path("out/report")  # folder of the report

@@ -226,6 +226,18 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
     np.testing.assert_allclose(again, [low, high])
 
 
+def test_few_prompts_have_wide_intervals():
+    rng, covered, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        low, high = evaluate.bootstrap_interval(rng.normal(0, 1, 8), draws=1000)
+        covered += low <= 0 <= high
+    assert 0.915 <= covered / runs <= 0.98  # 0.89 between the 2.5th and the 97.5th percentile
+    # 3 of 6 prompts, each asked 50 times with one answer: 5 degrees of freedom, so 2.57 in the place of 1.96
+    assert evaluate.effective_size(np.repeat([0.0, 1.0], 150), np.repeat(np.arange(6), 50)) == pytest.approx(
+        6 * (1.96793 / 2.57058) ** 2 * 5 / 6, rel=1e-4
+    )
+
+
 @pytest.mark.parametrize("hits, n", [(0, 500), (1, 500), (500, 500), (250, 500), (3, 7), (1, 1)])
 def test_the_interval_of_a_share_is_wilsons_where_no_prompt_repeats(hits, n):
     values = np.arange(n) < hits
