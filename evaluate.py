@@ -278,8 +278,8 @@ def share_interval(values, clusters) -> list[float]:
     500 is [0, 0.0076]. By cluster, it is about prompts that were not asked yet, not about more draws of the same ones.
     """
     n, p = effective_size(values, clusters), values.mean()
-    half = Z * math.sqrt(n * values.var() + Z**2 / 4)
-    return [max(0.0, float((n * p + Z**2 / 2 - half) / (n + Z**2))), float((n * p + Z**2 / 2 + half) / (n + Z**2))]
+    middle, half = n * p + Z**2 / 2, Z * math.sqrt(n * values.var() + Z**2 / 4)
+    return [max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))]
 
 
 def chance_of_rate(values, clusters) -> float:
