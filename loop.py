@@ -171,21 +171,26 @@ LEVEL = 0.05  # chance that a loop ever promotes a model that is no better than 
 MIN_PROMPTS = 100  # different ones, below which no win rate is believed
 
 
-def level(number: int, candidates: int) -> float:
-    """How small the p-value of a candidate has to be in this round: LEVEL / (number (number + 1)) / candidates.
+def level(number: int, count: int) -> float:
+    """How small the p-value of a candidate has to be in this round, one of `count` candidates: LEVEL / (number (number + 1)) / count.
 
     1 / (k (k + 1)) adds up to 1 over all rounds k = 1, 2, ..., so that by the union bound all candidates of all rounds,
     however many are played, stay below LEVEL together.
     """
-    return LEVEL / (number * (number + 1)) / candidates
+    return LEVEL / (number * (number + 1)) / count
+
+
+def candidates(models: dict) -> dict:
+    """{name: its win rate by gold} of the models that could be served: those with a folder, and a verdict."""
+    won = {name: row.get("win", {}).get("gold", {}) for name, row in models.items() if "folder" in row}
+    return {name: win for name, win in won.items() if "rate" in win}
 
 
 def winner(models: dict, number: int) -> str | None:
     """The model that beats what is served by most, if one does beyond doubt: the p-value of its win rate by gold, on
     MIN_PROMPTS different prompts or more, is below this round's level. `models` are the rows of summary.json; those
     without a folder, such as best of n, cannot be served."""
-    won = {name: row["win"]["gold"] for name, row in models.items() if "gold" in row.get("win", {}) and "folder" in row}
-    won = {name: win for name, win in won.items() if "rate" in win}  # the judge gave a verdict
+    won = candidates(models)
     if old := [name for name, win in won.items() if "p" not in win]:
         raise ValueError(f"no p-value for {', '.join(old)}: this summary.json is of an older evaluate.py; run it again")
     most = level(number, max(len(won), 1))
@@ -197,16 +202,16 @@ def pass_gate(report: Path, served: Path, number: int):
     """Put the winner's folder in the place of what is served; without a winner that stays. gate.json says which."""
     models = json.loads((report / "summary.json").read_text())["models"]
     name = winner(models, number)
-    for other, row in models.items():
-        won = row.get("win", {}).get("gold", {})
-        if "folder" not in row:
-            print(f"gate: {other} has no folder: it cannot be served")
-        elif "rate" in won:
-            few = f"; fewer than {MIN_PROMPTS} different prompts" if won["prompts"] < MIN_PROMPTS else ""
-            print(f"gate: {other} wins {won['rate']:.3f} of its comparisons, p = {won['p']:.2g}{few}")
+    for other in [other for other, row in models.items() if "folder" not in row]:
+        print(f"gate: {other} has no folder: it cannot be served")
+    won = candidates(models)
+    for other, win in won.items():
+        few = f"; fewer than {MIN_PROMPTS} different prompts" if win["prompts"] < MIN_PROMPTS else ""
+        needed = f"p = {win['p']:.2g}, {level(number, len(won)):.2g} at most is needed"
+        print(f"gate: {other} wins {win['rate']:.3f} of its comparisons, {needed}{few}")
     if name is None:
         print(f"gate: none of them beats {served} beyond doubt: it stays as it is")
-    gate = {"winner": name, "served": str(served), "promoted": name is None}
+    gate = {"winner": name, "served": str(served), "done": name is None}
     gpt.write_json(report / "gate.json", gate | ({"folder": models[name]["folder"]} if name else {}))
     promote(report)
 
@@ -214,9 +219,9 @@ def pass_gate(report: Path, served: Path, number: int):
 def promote(report: Path):
     """What gate.json decided happens, if it has not; a kill on the way leaves it to the next start."""
     gate = json.loads((report / "gate.json").read_text())
-    if not gate.get("promoted", True):
+    if not gate.get("done", True):
         replace_folder(Path(gate["served"]), gate["folder"])
-        gpt.write_json(report / "gate.json", gate | {"promoted": True})
+        gpt.write_json(report / "gate.json", gate | {"done": True})
         print(f"gate: {gate['winner']} is now {gate['served']}")
 
 

@@ -220,7 +220,10 @@ def test_the_winner_takes_the_place_of_what_is_served(gate, capsys):
     assert gate(good=won(0.6), better=won(0.7), unsure=won(0.8, p=0.2)) == "better"
     assert (gate.place / "config.json").read_text() == "better" and not (gate.place / "checkpoint").exists()
     said = capsys.readouterr().out
-    assert "better wins 0.700 of its comparisons, p = 0.0001" in said and "best-of-4 has no folder" in said
+    assert (
+        "better wins 0.700 of its comparisons, p = 0.0001, 0.0083 at most is needed" in said
+        and "best-of-4 has no folder" in said
+    )
     assert gate(few=won(0.9, prompts=20)) is None and (gate.place / "config.json").read_text() == "better"
     said = capsys.readouterr().out
     assert "fewer than 100 different prompts" in said and "stays as it is" in said
@@ -258,4 +261,4 @@ def test_a_kill_while_a_model_is_replaced_loses_none(gate, monkeypatch, calls):
     if decided["winner"] == "new":
         loop.promote(gate.report)
         assert (gate.place / "config.json").read_text() == "new" and [*gate.place.parent.glob(".*")] == []
-    assert json.loads((gate.report / "gate.json").read_text())["promoted"]
+    assert json.loads((gate.report / "gate.json").read_text())["done"]
