@@ -172,7 +172,7 @@ MIN_PROMPTS = 100  # different ones, below which no win rate is believed
 
 
 def level(number: int, count: int) -> float:
-    """How small the p-value of one of `count` candidates has to be in this round: LEVEL / (number (number + 1)) / count.
+    """The p-value that one of `count` candidates needs in this round: LEVEL / (number (number + 1)) / count.
 
     1 / (k (k + 1)) adds up to 1 over all rounds k = 1, 2, ..., so that by the union bound all candidates of all rounds,
     however many are played, stay below LEVEL together.
