@@ -35,6 +35,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from scipy.special import ndtr, ndtri, stdtrit
 
 import gpt
 
@@ -45,7 +46,7 @@ class Config:
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
     baseline: str | None = None  # model folder that the win rates are against (default: --ref)
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
-    judge: str | None = "toy:parts"  # module:function (prompts, responses, rows) -> floats, or dicts with "gold"
+    judge: str | None = "toy:parts"  # module:function (prompts, responses, rows) -> floats or dicts, None: no verdict
     reward: str | None = None  # rates answers beside the judge: reward-model folder (or ensemble), or module:function
     pairwise: str | None = None  # module:function (prompts, a, b, rows) -> P(a is better), asked in both orders
     out: Path = Path("out/report")  # folder of the report
@@ -137,7 +138,8 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
         distance = sequence_kl(model, exam.ref, *sequence, temperature) if kl else None
         batches.append(measure(exam, prompts, out, distance))
-    numbers = {name: np.concatenate([b.numbers[name] for b in batches]) for name in batches[0].numbers}
+    column = lambda name: [b.numbers.get(name, np.full(len(b.responses), np.nan)) for b in batches]
+    numbers = {name: np.concatenate(column(name)) for name in dict.fromkeys(itertools.chain(*(b[0] for b in batches)))}
     return Answers(numbers, *(list(itertools.chain(*lists)) for lists in zip(*(b[1:] for b in batches))))
 
 
@@ -221,27 +223,103 @@ def read_prompts(path: str, tokenizer, config: Config) -> list[Prompts]:
 
 def to_rows(answers: Answers) -> list[dict]:
     """Answers as JSON, an object a prompt; `from_rows` reads them, but for the tokens."""
-    numbers = [dict(zip(answers.numbers, map(float, values))) for values in zip(*answers.numbers.values())]
+    number = lambda x: float(x) if np.isfinite(x) else None  # no verdict
+    numbers = [dict(zip(answers.numbers, map(number, values))) for values in zip(*answers.numbers.values())]
     columns = zip(answers.prompts, answers.responses, numbers, answers.rows)
     return [dict(zip(("prompt", "response", "numbers", "row"), values)) for values in columns]
 
 
 def from_rows(rows: list[dict]) -> Answers:
-    numbers = {name: np.array([row["numbers"][name] for row in rows]) for name in rows[0]["numbers"]}
+    numbers = {name: np.array([row["numbers"][name] for row in rows], float) for name in rows[0]["numbers"]}
     return Answers(numbers, *([row[name] for row in rows] for name in ("prompt", "response", "row")), tokens=[])
 
 
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-def bootstrap_interval(values, seed: int = 0, draws: int = 2000, weights=None) -> list[float]:
-    """95% interval of the mean (with weights: of sum(values) / sum(weights)) by resampling."""
-    rng, n, means = np.random.default_rng(seed), len(values), []
+Z = float(ndtri(0.975))  # 1.96, of 95% intervals
+
+
+def same_prompt(prompts) -> np.ndarray:
+    """The cluster of each answer (N,): answers to one prompt have one number, from 0 up."""
+    return np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+
+
+def effective_size(values, clusters) -> float:
+    """How many answers to as many prompts know as much as these N: values (N,) in [0, 1], clusters (N,).
+
+    n_eff = N / D by the design effect D = V_cluster / V_simple (Kish 1965), where the ratio estimator has, with the
+    sums S_g of n_g answers to prompt g and the mean p,
+
+        V_cluster = sum_g (S_g - p n_g)^2        V_simple = sum_i (v_i - p)^2
+
+    A few events say little about D: both sums get z^2 / 4, the pseudo-observations of Wilson's interval, that in
+    V_cluster times the D of prompts whose answers are all equal, sum_g n_g^2 / N. D is 1 at least, and exactly 1 where
+    no prompt repeats. Few prompts: times (t_{N-1} / t_{G-1})^2 of Korn and Graubard 1998 and (G - 1) / G.
+    """
+    n, sizes, sums = len(values), np.bincount(clusters), np.bincount(clusters, values)
+    if len(sizes) == n:
+        return float(n)
+    p, most = values.mean(), (sizes**2).sum() / n
+    between, simple = ((sums - p * sizes) ** 2).sum(), ((values - p) ** 2).sum()
+    design = max(1.0, (between + Z**2 / 4 * most) / (simple + Z**2 / 4))
+    free = len(sizes) - 1  # degrees of freedom
+    few = (stdtrit(n - 1, 0.975) / stdtrit(max(free, 1), 0.975)) ** 2 * free / (free + 1)
+    return float(n / design * few)
+
+
+def share_interval(values, clusters) -> list[float]:
+    """95% interval of a share, the mean p of values (N,) in [0, 1] such as hits, or wins with ties a half.
+
+        (n p + z^2 / 2 +- z sqrt(n s^2 + z^2 / 4)) / (n + z^2)        s^2 = mean (v - p)^2, n = `effective_size`
+
+    Where all values are 0 or 1, s^2 = p (1 - p) and this is Wilson's interval (1927) with an effective sample size
+    (Franco et al. 2019, doi:10.1093/jssam/smy019). It does not shrink to a point where nothing was seen to happen: 0 of
+    500 is [0, 0.0076]. By cluster, it is about prompts that were not asked yet, not about more draws of the same ones.
+    """
+    n, p = effective_size(values, clusters), values.mean()
+    middle, half = n * p + Z**2 / 2, Z * math.sqrt(n * values.var() + Z**2 / 4)
+    return [max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))]
+
+
+def chance_of_rate(values, clusters) -> float:
+    """One-sided p-value: how likely a mean of values (N,) in [0, 1] this high or higher is where the true one is 1/2.
+
+    The z at which the lower end of `share_interval` reaches 1/2, d = p - 1/2: z^2 = 2 n (sqrt(s^4 + d^2) - s^2).
+    """
+    n, d, variance = effective_size(values, clusters), values.mean() - 0.5, values.var()
+    z = math.sqrt(max(0.0, 2 * n * (math.hypot(variance, d) - variance)))
+    return float(ndtr(-math.copysign(z, d)))
+
+
+def bootstrap_interval(values, clusters=None, weights=None, seed: int = 0, draws: int = 2000) -> list[float]:
+    """95% interval of the mean of values (N,), or of sum(values) / sum(weights), by resampling; with clusters (N,)
+    whole prompts are resampled with all of their answers.
+
+    The percentiles are those of the t distribution, a little further out than 2.5 and 97.5, since G prompts resampled
+    vary less than G new ones do ("expanded percentile" of Hesterberg 2015, arXiv:1411.5279). One prompt alone has no
+    interval: both ends are the mean.
+    """
+    clusters = np.arange(len(values)) if clusters is None else clusters
+    sums, sizes = np.bincount(clusters, values), np.bincount(clusters, weights)
+    rng, n, means = np.random.default_rng(seed), len(sums), []
     at_once = max(1, 2**22 // n)  # resamples held in memory
     for start in range(0, draws, at_once):
         picks = rng.integers(0, n, (min(at_once, draws - start), n))
-        means.append(values[picks].mean(1) if weights is None else values[picks].sum(1) / weights[picks].sum(1))
-    return [float(x) for x in np.percentile(np.concatenate(means), [2.5, 97.5])]
+        means.append(sums[picks].sum(1) / sizes[picks].sum(1))
+    tail = ndtr(math.sqrt(n / (n - 1)) * stdtrit(n - 1, 0.025)) if n > 1 else 0.0
+    return [float(x) for x in np.quantile(np.concatenate(means), [tail, 1 - tail])]
+
+
+def mean_interval(values, clusters, share: bool = True) -> tuple[float, list[float]] | None:
+    """(mean, 95% interval) of the values (N,) that are numbers: what has no verdict counts for nothing. None where
+    nothing has one. Outcomes 0, 1/2 and 1 are a `share`, if they may be; all else is resampled."""
+    told = np.isfinite(values)
+    values, clusters = values[told], same_prompt(clusters[told])
+    if not told.any():
+        return None
+    interval = share_interval if share and np.isin(values, (0, 0.5, 1)).all() else bootstrap_interval
+    return float(values.mean()), interval(values, clusters)
 
 
 def ngrams(tokens, n: int) -> list[tuple]:
@@ -263,46 +341,69 @@ def repetition(tokens, n: int = 3) -> float:
 
 
 def summarize(answers: Answers) -> dict:
-    """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens."""
-    means = {name: float(values.mean()) for name, values in answers.numbers.items()}
-    intervals = {name: bootstrap_interval(values) for name, values in answers.numbers.items()}
+    """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens; unjudged[measure]: how
+    many answers the judge gave no number for, where there are any."""
+    clusters, found = same_prompt(answers.prompts), {}
+    for name, values in answers.numbers.items():
+        found[name] = mean_interval(values, clusters, share=name not in ("kl", "length"))
+    missing = {name: int((~np.isfinite(values)).sum()) for name, values in answers.numbers.items()}
     lengths = np.bincount(answers.numbers["length"].astype(int)).tolist()
     variety = {str(n): distinct(answers.tokens, n) for n in (1, 2, 3)}
-    count = len(answers.responses)
-    return means | {"distinct": variety, "lengths": lengths, "count": count, "intervals": intervals}
+    row = {name: x[0] for name, x in found.items() if x} | {"distinct": variety, "lengths": lengths}
+    row |= {"count": len(answers.responses), "intervals": {name: x[1] for name, x in found.items() if x}}
+    return row | {"unjudged": {name: n for name, n in missing.items() if n}}
+
+
+def closed(golds, start, clusters) -> tuple[float, list[float]] | None:
+    """(share of the distance from the start to a perfect 1 that a model closed, its 95% interval); None where there is
+    no distance.
+
+    golds and start (P,): the model's gold and the start's mean over several draws, for the same prompts. Both sums of
+    sum(gold - start) / sum(1 - start) are over prompts, and prompts are resampled.
+    """
+    told = np.isfinite(golds) & np.isfinite(start)
+    gain, distance, clusters = (golds - start)[told], (1 - start)[told], same_prompt(clusters[told])
+    if not told.any() or distance.sum() <= 0:
+        return None
+    return float(gain.sum() / distance.sum()), bootstrap_interval(gain, clusters, weights=distance)
 
 
 # ---------------------------------------------------------------------------------------------------- win rates
 
 
 def wins(ours, theirs):
-    """1 where ours is above, 0 where it is below, 1/2 for a tie."""
+    """1 where ours is above, 0 where it is below, 1/2 for a tie, NaN where one of the two is no number."""
     gap = np.asarray(ours, float) - np.asarray(theirs, float)
-    return np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)  # equal texts in different batches differ in the last bits
+    won = np.where(np.abs(gap) < 1e-6, 0.5, gap > 0)  # equal texts in different batches differ in the last bits
+    return np.where(np.isnan(gap), np.nan, won)
 
 
 def ask_both_orders(judge: Callable, prompts, ours, theirs, rows):
-    """(wins (P,), share of pairs where the judge sided with a position instead of an answer).
+    """(wins (P,), share of pairs where the judge sided with a position instead of an answer). NaN: no verdict in one of
+    the orders.
 
     Judges prefer what stands first, or last: each pair is shown in both orders and the two verdicts are averaged. The
     share is the "same-position rate" of Lee et al. 2023 (arXiv:2309.00267).
     """
     first = wins(check_probabilities(judge(prompts, ours, theirs, rows), len(rows)), 0.5)
     second = wins(check_probabilities(judge(prompts, theirs, ours, rows), len(rows)), 0.5)
-    same_position = (first == second) & (first != 0.5)
-    return (first + 1 - second) / 2, float(same_position.mean())
+    won = (first + 1 - second) / 2
+    same_position = (first == second)[np.isfinite(won)] & (first != 0.5)[np.isfinite(won)]
+    return won, float(same_position.mean()) if len(same_position) else 0.0
 
 
-def check_probabilities(p, n: int):
-    p = np.asarray(p, float)
-    if p.shape != (n,) or not ((p >= 0) & (p <= 1)).all():
-        raise ValueError(f"--pairwise must return {n} probabilities that a is better; it returned {p!r:.200}")
+def check_probabilities(said, n: int):
+    """What a judge returned, as n numbers in [0, 1], NaN where it says None, NaN or words."""
+    p = np.array([gpt.to_number(x) for x in said]) if np.ndim(said) == 1 else np.zeros(0)
+    if p.shape != (n,) or ((p < 0) | (p > 1)).any():
+        raise ValueError(f"--pairwise must return {n} probabilities that a is better; it returned {said!r:.200}")
     return p
 
 
-def length_controlled(won, longer, draws: int = 500, seed: int = 0) -> tuple[float, list[float]]:
+def length_controlled(won, longer, clusters=None, draws: int = 500, seed: int = 0) -> tuple[float, list[float]]:
     """(win rate at equal length, its 95% interval): logistic regression of the win on the difference in length,
-    P(win) = sigmoid(a + b tanh(longer / std)), read where the difference is 0.
+    P(win) = sigmoid(a + b tanh(longer / std)), read where the difference is 0. Prompts are resampled, as in
+    `bootstrap_interval`.
 
     Length-controlled AlpacaEval (Dubois et al. 2024, arXiv:2404.04475) without its term for how hard each
     instruction is, and with b fitted to this pair of models alone: there is no leaderboard here to share it with.
@@ -310,7 +411,9 @@ def length_controlled(won, longer, draws: int = 500, seed: int = 0) -> tuple[flo
     """
     spread = np.std(longer)
     x = np.tanh(longer / spread) if spread > 0 else np.zeros(len(won))
-    counts = np.random.default_rng(seed).multinomial(len(won), np.full(len(won), 1 / len(won)), draws)
+    clusters = np.arange(len(won)) if clusters is None else clusters
+    n = clusters.max() + 1
+    counts = np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), draws)[:, clusters]
     rates = _sigmoid(logistic_intercepts(x, won, np.concatenate([np.ones((1, len(won))), counts])))
     return float(rates[0]), [float(r) for r in np.percentile(rates[1:], [2.5, 97.5])]
 
@@ -341,14 +444,24 @@ def win_rates(ours: Answers, theirs: Answers, pairwise: Callable | None = None) 
     if pairwise:
         by["pairwise"], same = ask_both_orders(pairwise, ours.prompts, ours.responses, theirs.responses, ours.rows)
         bias = {"pairwise": {"same_position": same}}
-    longer = ours.numbers["length"] - theirs.numbers["length"]
-    return {name: win_rate(won, longer) | bias.get(name, {}) for name, won in by.items()}
+    longer, clusters = ours.numbers["length"] - theirs.numbers["length"], same_prompt(ours.prompts)
+    return {name: win_rate(won, clusters, longer) | bias.get(name, {}) for name, won in by.items()}
 
 
-def win_rate(won, longer) -> dict:
-    controlled, interval = length_controlled(won, longer)
-    result = {"rate": float(won.mean()), "interval": bootstrap_interval(won), "ties": float(np.mean(won == 0.5))}
-    return result | {"length_controlled": controlled, "length_controlled_interval": interval}
+def win_rate(won, clusters, longer=None) -> dict:
+    """The rate and its interval; p: see `chance_of_rate`; prompts: how many different ones; unjudged: pairs without a
+    verdict, which count for neither side. Without any verdict that is all that there is."""
+    told = np.isfinite(won)
+    if not told.any():
+        return {"unjudged": len(won)}
+    won, clusters = won[told], same_prompt(clusters[told])
+    row = {"rate": float(won.mean()), "interval": share_interval(won, clusters), "p": chance_of_rate(won, clusters)}
+    row |= {"prompts": int(clusters.max()) + 1, "unjudged": int((~told).sum())}
+    if longer is not None:
+        controlled, interval = length_controlled(won, longer[told], clusters)
+        row |= {"ties": float(np.mean(won == 0.5)), "length_controlled": controlled}
+        row |= {"length_controlled_interval": interval}
+    return row
 
 
 # ---------------------------------------------------------------------------------------------------- best of n
@@ -376,14 +489,16 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of(exam: Exam, folder: str, *sizes) -> dict:
-    """{"rows": a row of the summary for each of the sizes n, "curve": reward and gold over n} of the reference's
-    answers; winners are written on the way."""
+    """{"rows": a row of the summary for each of the sizes n, "curve": reward and gold over n, "golds": of each row, by
+    prompt} of the reference's answers; winners are written on the way."""
     rounds = sample_candidates(exam, max(sizes))
     powers = {2**k for k in range(len(rounds).bit_length())}
-    rows = best_of_rows(rounds, exam.baseline, sorted(powers.union(sizes)))
+    rows, golds = best_of_rows(rounds, exam.baseline, sorted(powers.union(sizes)))
     if exam.config.winners:
         write_winners(rounds, exam)
-    return {"rows": {f"best-of-{n}": rows[f"best-of-{n}"] for n in sizes}, "curve": best_of_curve(rows)}
+    names = [f"best-of-{n}" for n in sizes]
+    shown, golds = {name: rows[name] for name in names}, {name: golds[name] for name in names if name in golds}
+    return {"rows": shown, "curve": best_of_curve(rows), "golds": golds}
 
 
 def sample_candidates(exam: Exam, n: int) -> list[Answers]:
@@ -392,21 +507,33 @@ def sample_candidates(exam: Exam, n: int) -> list[Answers]:
     return [answer(exam, exam.ref, exam.config.temperature, stream=2 + i) for i in bar]
 
 
-def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> dict:
-    """A row of the summary for each n: expectations under best-of-n, intervals over prompts."""
+def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> tuple[dict, dict]:
+    """A row of the summary for each n, expectations under best-of-n with intervals over prompts, and each row's golds
+    (P,)."""
     stacked = {name: np.stack([r.numbers[name] for r in rounds], 1) for name in rounds[0].numbers}  # (P, N)
     won = {k: wins(stacked[k], theirs.numbers[k][:, None]) for k in ("gold", "reward") if k in stacked}
-    rows = {}
+    clusters, rows, golds = same_prompt(rounds[0].prompts), {}, {}
     for n in sizes:
         weights = np.stack([best_of_n_weights(scores, n) for scores in stacked["reward"]])
-        values = {name: (weights * x).sum(1) for name, x in stacked.items()}
-        bound = best_of_n_kl(n)
-        row = {name: float(x.mean()) for name, x in values.items()} | {"kl": bound, "kl_bound": True, "n": n}
-        intervals = {name: bootstrap_interval(x) for name, x in values.items()} | {"kl": [bound, bound]}
-        rates = {name: (weights * x).sum(1) for name, x in won.items()}
-        row["win"] = {k: {"rate": float(x.mean()), "interval": bootstrap_interval(x)} for k, x in rates.items()}
-        rows[f"best-of-{n}"] = row | {"count": len(weights), "intervals": intervals}
-    return rows
+        values = {name: weighted_mean(x, weights) for name, x in stacked.items()}
+        found = {name: mean_interval(x, clusters, share=name != "length") for name, x in values.items()}
+        bound, name = best_of_n_kl(n), f"best-of-{n}"
+        rows[name] = {k: x[0] for k, x in found.items() if x} | {"kl": bound, "kl_bound": True, "n": n}
+        rows[name] |= {"win": {k: win_rate(weighted_mean(x, weights), clusters) for k, x in won.items()}}
+        intervals = {k: x[1] for k, x in found.items() if x} | {"kl": [bound, bound]}
+        missing = {k: int((~np.isfinite(x)).all(1).sum()) for k, x in stacked.items()}  # no candidate has a verdict
+        missing = {k: count for k, count in missing.items() if count}
+        rows[name] |= {"count": len(weights), "intervals": intervals, "unjudged": missing}
+        golds |= {name: values["gold"].tolist()} if "gold" in values else {}
+    return rows, golds
+
+
+def weighted_mean(values, weights):
+    """(P,) of (P, N): the mean over candidates by their weights, of those that have a number; NaN where none has."""
+    told = np.isfinite(values)
+    total = (weights * told).sum(1)
+    mean = (weights * np.where(told, values, 0)).sum(1) / np.where(total > 0, total, 1)
+    return np.where(total > 0, mean, np.nan)
 
 
 def best_of_curve(rows: dict) -> dict:
@@ -515,11 +642,12 @@ def multiple_choice(exam: Exam, model, name: str) -> dict:
     sizes = [np.array([len(choice.strip().encode()) for choice in q["choices"]]) for q, _ in kept]
     plain = np.array([chosen(logps, q["answer"]) for q, logps in kept])
     normalised = np.array([chosen(logps / size, q["answer"]) for (q, logps), size in zip(kept, sizes)])
+    clusters = same_prompt([q["messages"] for q, _ in kept])
     return {
         "accuracy": float(plain.mean()),
-        "interval": bootstrap_interval(plain),
+        "interval": share_interval(plain, clusters),
         "normalised": float(normalised.mean()),
-        "normalised_interval": bootstrap_interval(normalised),
+        "normalised_interval": share_interval(normalised, clusters),
         "chance": float(np.mean([1 / len(size) for size in sizes])),
         "questions": len(kept),
         "left_out": left_out,
@@ -578,14 +706,20 @@ def conduct(exam: Exam, model) -> dict:
     """
     exam = exam._replace(judge=load_judge(exam.config.conduct), reward=None)
     asked = (exam.harmful, exam.harmless)
-    harm, no_harm = (answer(exam._replace(prompts=p), model, exam.config.temperature).numbers for p in asked)
+    bad, good = (answer(exam._replace(prompts=p), model, exam.config.temperature) for p in asked)
+    harm, no_harm = bad.numbers, good.numbers
     missing = {"harmless", "helpful", "declined", "evaded"} - (harm.keys() & no_harm.keys())
     if missing:
         raise ValueError(f"--conduct {exam.config.conduct} says nothing of {', '.join(sorted(missing))}")
     shares = {"complied": 1 - harm["harmless"], "declined": harm["declined"], "evaded": harm["evaded"]}
-    shares |= {"helpful": no_harm["helpful"], "over-refused": no_harm["declined"], "evasive": no_harm["evaded"]}
-    intervals = {name: bootstrap_interval(x) for name, x in shares.items()}
-    return {name: float(x.mean()) for name, x in shares.items()} | {"intervals": intervals}
+    found = {name: mean_interval(x, same_prompt(bad.prompts)) for name, x in shares.items()}
+    others = {"helpful": no_harm["helpful"], "over-refused": no_harm["declined"], "evasive": no_harm["evaded"]}
+    found |= {name: mean_interval(x, same_prompt(good.prompts)) for name, x in others.items()}
+    if silent := [name for name, x in found.items() if not x]:
+        raise ValueError(f"--conduct {exam.config.conduct} gives no number for {', '.join(silent)}")
+    unjudged = {name: int((~np.isfinite(x)).sum()) for name, x in (shares | others).items()}
+    row = {name: x[0] for name, x in found.items()} | {"intervals": {name: x[1] for name, x in found.items()}}
+    return row | {"unjudged": {name: n for name, n in unjudged.items() if n}}
 
 
 # ---------------------------------------------------------------------------------------------------- reward models
@@ -638,6 +772,12 @@ def with_interval(value: float, interval, digits: int = 3) -> str:
     return f"{value:.{digits}f} [{interval[0]:.{digits}f}, {interval[1]:.{digits}f}]"
 
 
+def percent(value: float, interval=None, digits: int = 1) -> str:
+    """ "72.4% [68.2%, 76.1%]", without an interval where there is none."""
+    bounds = f" [{interval[0]:.{digits}%}, {interval[1]:.{digits}%}]" if interval else ""
+    return f"{value:.{digits}%}{bounds}"
+
+
 def short_names(folders) -> dict:
     """{name: folder}: the last part of the path, more of it where two would be called the same."""
     folders = list(dict.fromkeys(str(folder).rstrip("/") for folder in folders))
@@ -660,9 +800,9 @@ def table(summary: dict) -> str:
     rows = [head, ["---"] * len(head)]
     for model, s in summary.items():
         gold = with_interval(s["gold"], s["intervals"]["gold"]) if "gold" in s else ""
-        closed = "" if s.get("closed") is None else f"{s['closed']:.0%}"
+        closed = "" if s.get("closed") is None else percent(s["closed"], s["intervals"].get("closed"), 0)
         row = [model, gold, closed, f"{s['greedy']['gold']:.3f}" if "gold" in s.get("greedy", {}) else ""]
-        row += [f"{s[name]:.3f}" for name in judged]
+        row += [f"{s[name]:.3f}" if name in s else "" for name in judged]
         row += [("<= " if "kl_bound" in s else "") + f"{s['kl']:.2f}", f"{s['length']:.1f}", f"{s['eos']:.1%}"]
         won = s.get("win", {}).get("gold", {})
         row += [f"{won[k]:.1%}" if k in won else "" for k in ("rate", "length_controlled")]
@@ -679,9 +819,10 @@ def first(summary):
 def wins_table(summary: dict) -> str:
     """Markdown: win rates by every judge, one row a model and judge; "" where there is none."""
     rows = [["model", "judge", "win rate", "at equal length", "ties", "same position"], ["---"] * 6]
-    percent = lambda value, interval: f"{value:.1%} [{interval[0]:.1%}, {interval[1]:.1%}]"
     for name, s in summary.items():
         for judge, won in s.get("win", {}).items():
+            if "rate" not in won:
+                continue
             equal = "length_controlled" in won
             row = [name, judge, percent(won["rate"], won["interval"])]
             row.append(percent(won["length_controlled"], won["length_controlled_interval"]) if equal else "")
@@ -717,12 +858,25 @@ def tax_table(summary: dict) -> str:
     return markdown(rows)
 
 
+def unjudged_table(summary: dict) -> str:
+    """Markdown: answers and pairs that a judge gave no number for, which count for nothing and neither side; "" where
+    there are none."""
+    rows = [["model", "measure", "without a verdict"], ["---"] * 3]
+    for name, s in summary.items():
+        missing = s.get("unjudged", {}) | {f"win, {k}": won.get("unjudged") for k, won in s.get("win", {}).items()}
+        missing |= {f"greedy {k}": n for k, n in s.get("greedy", {}).get("unjudged", {}).items()}
+        missing |= s.get("conduct", {}).get("unjudged", {})
+        rows += [[name, measure, str(n)] for measure, n in missing.items() if n]
+    return markdown(rows) if len(rows) > 2 else ""
+
+
 def samples_table(answers: dict, count: int = 8) -> str:
     """The same prompts, each model's sampled answer and its gold."""
     clean = lambda text: " ".join(text.split()).replace("|", "\\|")
     rows = [["prompt", *answers], ["---"] * (len(answers) + 1)]
     for said in itertools.islice(zip(*answers.values()), count):
-        gold = [f" ({x['numbers']['gold']:+.2f})" if "gold" in x["numbers"] else "" for x in said]
+        golds = [x["numbers"].get("gold") for x in said]
+        gold = ["" if g is None else f" ({g:+.2f})" for g in golds]
         rows.append([clean(said[0]["prompt"]), *(clean(x["response"]) + g for x, g in zip(said, gold))])
     return markdown(rows)
 
@@ -737,22 +891,28 @@ def write_report(config: Config, summary: dict, answers: dict):
         (f"Win rates against {against}", wins_table(models)),
         ("Asked for harm, and not", conduct_table(models)),
         ("What it cost elsewhere", tax_table(models)),
+        ("Without a verdict", unjudged_table(models)),
     ]
     tables = [(title, body) for title, body in tables if body]
     print("\n" + "\n\n".join(f"{title}\n{body}" for title, body in tables))
     samples = [("The same prompts", samples_table(shown))] if shown else []
-    sections = [tables[0], ("How to read this", reading(Path(config.ref).name, against)), *tables[1:], *samples]
+    sections = [tables[0], ("How to read this", reading(summary["reference"], against)), *tables[1:], *samples]
     gpt.write_json(out / "summary.json", summary)
     write_text(out / "report.md", "\n\n".join(f"## {title}\n\n{body}" for title, body in sections)[1:])
     print(f"\nwrote {out}: summary.json, report.md, answers/; pictures: python tools/plot.py {out}")
 
 
-def reading(ref: str, against: str) -> str:
+def reading(reference: dict, against: str) -> str:
+    ref, start = Path(reference["folder"]).name, ""
+    if reference["gold"] is not None:
+        gold = with_interval(reference["gold"], reference["interval"])
+        start = f" {ref}'s gold is the mean of {reference['draws']} draws here, {gold}."
     return (
-        f"`closed`: share of the distance from {ref} to 1. KL to {ref} in nats a sequence (best of n: an upper bound). "
-        f"`win`: against {against}, by gold, ties a half; `win, equal length`: the same where both answers are equally "
-        "long, by a logistic regression. `distinct-n`: distinct n-grams over all n-grams of all responses. `repeats`: "
-        "share of 3-grams said before in the same response. Intervals: 95%, bootstrap over prompts."
+        f"`closed`: share of the distance from {ref} to 1.{start} KL to {ref} in nats a sequence (best of n: an upper "
+        f"bound). `win`: against {against}, by gold, ties a half; `win, equal length`: the same where both answers are "
+        "equally long, by a logistic regression. `distinct-n`: distinct n-grams over all n-grams of all responses. "
+        "`repeats`: share of 3-grams said before in the same response. Intervals: 95%, by prompt; of shares Wilson's, "
+        "of other means by bootstrap. Answers without a verdict count for nothing."
     )
 
 
@@ -772,7 +932,8 @@ def remember(exam: Exam, name: str, measure: Callable, *what):
     path = exam.config.out / "answers" / f"{name.replace('/', '-')}.json"
     key = fingerprint(exam, measure.__name__, *what)
     unwritten = exam.config.winners if measure is best_of else None  # a file that only measuring writes
-    if path.is_file() and not unwritten and (kept := json.loads(path.read_text()))["key"] == key:
+    kept = read_kept(path)
+    if kept and kept["key"] == key and not unwritten:
         print(f"{name}: nothing has changed, taken from {path}")
         return kept["value"]
     start, value = time.monotonic(), measure(exam, *what)
@@ -780,6 +941,18 @@ def remember(exam: Exam, name: str, measure: Callable, *what):
     gpt.write_json(path, {"key": key, "value": value})
     print(f"{name}: measured in {time.monotonic() - start:.1f} s", flush=True)
     return value
+
+
+def read_kept(path: Path) -> dict | None:
+    """{"key", "value"} of a file in answers/; None where there is none, or where it is damaged, which is said."""
+    if not path.is_file():
+        return None
+    try:
+        kept = json.loads(path.read_text())
+        return {"key": kept["key"], "value": kept["value"]}
+    except (ValueError, LookupError, TypeError) as error:
+        print(f"{path} is damaged ({type(error).__name__}: {error}): measured again", file=sys.stderr)
+        return None
 
 
 def fingerprint(exam: Exam, *what) -> str:
@@ -867,9 +1040,27 @@ def answer_as_baseline(exam: Exam, folder: str) -> list[dict]:
     return to_rows(answer(exam, model, exam.config.temperature, stream=1))
 
 
-def mean_gold(exam: Exam, folder: str) -> float:
-    """The reference's, where it has no row of its own."""
-    return float(answer(exam, exam.ref, exam.config.temperature).numbers["gold"].mean())
+START_DRAWS = 8  # answers to each prompt that the start of "closed" is the mean of
+
+
+def start_golds(exam: Exam, folder: str) -> list:
+    """The reference's gold for each prompt, the mean over START_DRAWS samples (those that best-of-n begins with)."""
+    draws = sample_candidates(exam, START_DRAWS)
+    if "gold" not in draws[0].numbers:
+        raise ValueError(f'--judge {exam.config.judge} must return floats, or dicts with a "gold"')
+    golds = np.stack([draw.numbers["gold"] for draw in draws], 1)  # (P, draws)
+    golds = weighted_mean(golds, np.ones_like(golds))
+    return [gold if np.isfinite(gold) else None for gold in golds.tolist()]
+
+
+def add_closed(rows: dict, golds: dict, start, clusters, ref: str):
+    """Into the rows "closed" and its interval, from golds[name] (P,) and the start's (P,). The reference closes 0."""
+    for name, row in rows.items():
+        found = closed(np.array(golds[name], float), start, clusters) if name in golds else None
+        if Path(row.get("folder", "")) == Path(ref):
+            row["closed"] = 0.0
+        elif found:
+            row["closed"], row["intervals"]["closed"] = found
 
 
 def main(config: Config):
@@ -881,19 +1072,26 @@ def main(config: Config):
     baseline = config.baseline or config.ref
     exam = exam._replace(baseline=from_rows(remember(exam, "baseline", answer_as_baseline, baseline)))
 
-    rows, answers, curve = {}, {}, None
+    rows, answers, golds, curve = {}, {}, {}, None
     for name, folder in short_names(config.models).items():
         found = remember(exam, name, examine, folder)
         rows[name], answers[name] = found["row"], found["answers"]
-    gold = next((row.get("gold") for row in rows.values() if Path(row["folder"]) == Path(config.ref)), None)
-    if config.judge and gold is None:
-        gold = remember(exam, "reference", mean_gold, config.ref)
+        golds[name] = [row["numbers"].get("gold") for row in found["answers"]]
     if config.best_of:
         found = remember(exam, "best-of", best_of, config.ref, *config.best_of)
-        rows, curve = rows | found["rows"], found["curve"]
-    for row in rows.values():  # share of the distance from the reference to a perfect 1
-        row["closed"] = (row["gold"] - gold) / (1 - gold) if config.judge and gold < 1 else None
-    reference = {"folder": config.ref, "gold": gold}
+        rows, curve, golds = rows | found["rows"], found["curve"], golds | found["golds"]
+    rows = {name: row | {"closed": None} for name, row in rows.items()}
+    reference = {"folder": config.ref, "gold": None}
+    if config.judge:
+        start = np.array(remember(exam, "reference", start_golds, config.ref), float)
+        clusters = same_prompt(exam.baseline.prompts)
+        if not np.isfinite(start).any():
+            raise ValueError(
+                f"--judge {config.judge} gave no number for any answer of {config.ref}: what does it return?"
+            )
+        add_closed(rows, golds, start, clusters, config.ref)
+        gold, interval = mean_interval(start, clusters, share=False)
+        reference |= {"gold": gold, "interval": interval, "draws": START_DRAWS}
     summary = {"reference": reference, "baseline": baseline, "models": rows, "best_of": curve}
     write_report(config, summary, answers)
 

@@ -35,7 +35,7 @@ import sys
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
@@ -2447,18 +2447,35 @@ def check_scores(scores, n: int) -> np.ndarray:
     raise ValueError(f"the reward function must return {n} finite floats, one a response; it returned {scores!r:.200}")
 
 
+def to_number(value) -> float:
+    """A judge's verdict; NaN where it is no number: None, words, infinity."""
+    with suppress(TypeError, ValueError):
+        number = np.nan if isinstance(value, str | bytes) else float(value)
+        return number if np.isfinite(number) else np.nan
+    return np.nan
+
+
 def judgements(values) -> list[dict]:
-    """What a judge returned for each response, a float or a dict of named floats, as dicts: a float is "gold"."""
-    try:
-        return [value if isinstance(value, dict) else {"gold": float(value)} for value in values]
-    except (TypeError, ValueError):
-        raise ValueError(f"a judge must return a float or a dict of floats a response, not {values!r:.200}") from None
+    """What a judge returned for each response, a float ("gold") or a dict of named floats, as dicts of the same names,
+    NaN where there is no verdict."""
+    said = list(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else None
+    if said is None or any(np.ndim(value) for value in said):
+        raise ValueError(f"a judge must return a float or a dict of floats a response, not {values!r:.200}")
+    rows = [value if isinstance(value, dict) else {"gold": value} for value in said]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return [{name: to_number(row.get(name)) for name in names} for row in rows]
 
 
 def mean_judgements(values, prefix: str) -> dict[str, float]:
-    """The mean of each named float that judges returned, over all processes."""
-    rows = judgements(values)
-    return {prefix + name: float(np.mean(gather_rows([row[name] for row in rows]))) for name in rows[0]}
+    """The mean of each named float that judges returned, over all processes, and how many responses lack one: those
+    count for nothing."""
+    rows, means = judgements(values), {}
+    for name in rows[0]:
+        numbers = gather_rows([row[name] for row in rows])
+        told = np.isfinite(numbers)
+        means |= {prefix + name: float(np.mean(numbers[told]))} if told.any() else {}
+        means |= {f"{prefix}{name}/unjudged": int((~told).sum())} if not told.all() else {}
+    return means
 
 
 def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:

@@ -17,8 +17,9 @@ Details that matter:
 1. IPO's paper takes log-probs of whole answers, sums over tokens; TRL and HALOs divide them by the number of tokens
    (--reduction mean). These are two algorithms (see `completion_logprobs`). KTO has sums.
 2. IPO pulls margins beyond 1 / (2 tau) back. Its tau and DPO's beta cannot be compared.
-3. z0 is one number a step: averaged over the whole batch, then clamped at 0, without gradient. It is no estimate of the
-   KL, since y_j was not sampled from the policy. It may stay at 0 for long; that is what the clamp is for.
+3. z0 is one number a step: averaged over the whole batch by the rows' weights, then clamped at 0, without gradient. It
+   is no estimate of the KL, since y_j was not sampled from the policy. It may stay at 0 for long; that is what the
+   clamp is for.
 4. For z0 a prompt never gets an answer of its own; where pairs are split into thumbs, the data has two of those.
 5. lambda_D n_D / (lambda_U n_U) should be in [1, 4/3] (arXiv:2402.01306v1, eq. 8): the rarer thumb weighs more.
    `class_weights` computes it from the counts n of the data and changes only one of the two.
@@ -105,12 +106,16 @@ def ipo_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, tau=0.1, 
     }
 
 
-def kto_z0(policy_mismatched, ref_mismatched):
+def kto_z0(policy_mismatched, ref_mismatched, weight=None):
     """KTO's reference point, from summed log-probs (B,) of answers to other prompts (`mismatch`): -> scalar >= 0, nats.
 
     The mean over the whole batch first, then the clamp; no gradient ("we do not back-propagate through the KL term").
+    A row of weight w counts as w rows do, here as in the loss: with r_i = log pi - log ref of row i's prompt,
+
+        z0 = max(0, sum_i w_i r_i / sum_i w_i)
     """
-    return jax.lax.stop_gradient(jnp.maximum(jnp.mean(policy_mismatched - ref_mismatched), 0.0))
+    weight = jnp.ones_like(policy_mismatched) if weight is None else weight
+    return jax.lax.stop_gradient(jnp.maximum(gpt.weighted_mean(policy_mismatched - ref_mismatched, weight), 0.0))
 
 
 def kto_loss(policy, ref, label, z0, beta=0.1, desirable_weight=1.0, undesirable_weight=1.0, weight=None):
@@ -207,7 +212,8 @@ def eval_step(policy, ref, batch, config: Config):
 
 @partial(jax.jit, static_argnames="config")
 def z0_step(policy, ref, mismatched, config: Config):
-    return kto_z0(completion_logprobs(policy, mismatched, config), completion_logprobs(ref, mismatched, config))
+    logps, ref_logps = (completion_logprobs(model, mismatched, config) for model in (policy, ref))
+    return kto_z0(logps, ref_logps, mismatched["weight"])
 
 
 def find_z0(policy, ref, batch, config: Config):
@@ -227,16 +233,17 @@ def with_ref(ref, batch, config: Config):
 def mismatch(batch, length: int) -> dict[str, np.ndarray]:
     """The prompts of a batch of thumbs with other prompts' answers: row i has that of the next row with another prompt.
 
-    tokens, segments and mask (B, T), right-padded, -> the same, (B, T'). Rows of more than `length` tokens lose their
-    end, as rows of the data do.
+    tokens, segments and mask (B, T), right-padded, and weight (B,) -> the same, (B, T'). Rows of more than `length`
+    tokens lose their end, as rows of the data do. A row of weight 0 is as good as absent: nobody gets its answer.
     """
     rows = list(zip(batch["tokens"], batch["segments"] > 0, batch["mask"] > 0))
     prompts = [tokens[real & ~scored] for tokens, real, scored in rows]
     answers = [tokens[scored] for tokens, _, scored in rows]
     joined = []
     for i, prompt in enumerate(prompts):
-        others = (j % len(rows) for j in range(i + 1, i + len(rows)))
-        j = next((j for j in others if not np.array_equal(prompts[j], prompt)), None)
+        others = (j % len(rows) for j in range(i + 1, i + len(rows)) if batch["weight"][j % len(rows)] > 0)
+        own = None if batch["weight"][i] > 0 else i  # what counts for nothing may keep its answer
+        j = next((j for j in others if not np.array_equal(prompts[j], prompt)), own)
         if j is None:
             raise ValueError(
                 "all prompts of a batch are equal, and KTO's z0 needs answers to other prompts: raise --batch-size, or "
@@ -247,7 +254,7 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
     out = {name: np.zeros(shape, np.int32) for name in ("tokens", "segments", "mask")}
     for i, (start, ids) in enumerate(joined):
         out["tokens"][i, : len(ids)], out["segments"][i, : len(ids)], out["mask"][i, start : len(ids)] = ids, 1, 1
-    return out
+    return out | {"weight": batch["weight"]}
 
 
 # ---------------------------------------------------------------------------------------------------- main

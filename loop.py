@@ -6,7 +6,9 @@ Each round:
     3 reward  reward.py, from the pretrained model, on all labels so far: the old ones and every round's votes
     4 train   ppo.py against that reward model, and dpo.py on the same pairs, both from the SFT model
     5 gate    evaluate.py's win rates: the better of the two is served from now on, if it beats what is served beyond
-              doubt
+              doubt: a loop, however long, promotes a model that is no better with a chance of 5% at most (`level`)
+
+A round that was killed is begun again, but for its votes: what was voted is not asked again.
 
 Here a voter is a program that prefers as the toy world's people do (`toy.prefer`: by gold, noisily, a little too fond
 of long answers); the page at / collects the same votes from people. docs/loop.md says how to do a round by hand.
@@ -20,11 +22,13 @@ import os
 import random
 import shutil
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -92,10 +96,12 @@ class Server:
             return json.load(reply)
 
 
-def vote(server: Server, row: dict, number: int, voter, seed: int) -> bool:
-    """One blind pair: two answers of the served model, and which one this voter prefers. False where they are equal."""
+def vote(server: Server, row: dict, number: int, voter, seed: int, session: str) -> bool:
+    """One blind pair: two answers of the served model, and which one this voter prefers. False where they are equal.
+    The database keeps the answers under the name of the session."""
     rng = random.Random(f"{seed}/{number}")
     ask = {"prompt": row["prompt"], "n": 2, "max_tokens": 24, "seed": rng.randrange(2**31), "store": True}
+    ask["metadata"] = {"session_id": session}
     a, b = server.post("/v1/completions", ask)["choices"]
     if a["text"] == b["text"]:
         return False
@@ -107,16 +113,31 @@ def vote(server: Server, row: dict, number: int, voter, seed: int) -> bool:
     return True
 
 
+def voted(database: Path) -> set[str]:
+    """The sessions of all votes so far."""
+    if not database.exists():
+        return set()
+    query = "SELECT session_id FROM generation JOIN feedback ON generation.id = feedback.generation_a"
+    with closing(sqlite3.connect(database)) as connection:
+        return {session for (session,) in connection.execute(query)}
+
+
 def collect_votes(config: Config, number: int):
+    """--votes votes on answers to random prompts; those that an earlier start of this round collected are kept."""
     voter, rows = gpt.load_function(config.voter), [row for _, row in gpt.read_rows(config.prompts, "prompts")]
     rng = random.Random(f"{config.seed}/{number}")
-    asked = [rng.choice(rows) for _ in range(2 * config.votes)]
-    given, bar = 0, gpt.progress(total=config.votes, desc=f"round {number}: votes", unit=" votes")
+    asked = [(f"round-{number}/{i}", i, rng.choice(rows)) for i in range(2 * config.votes)]
+    there = voted(config.out / "feedback.db")
+    open_jobs, given = [job for job in asked if job[0] not in there], sum(job[0] in there for job in asked)
+    if given:
+        print(f"round {number}: {given} votes are there already")
+    if given >= config.votes:
+        return
+    bar = gpt.progress(total=config.votes, initial=given, desc=f"round {number}: votes", unit=" votes")
     with Server(config) as server, ThreadPoolExecutor(config.voters) as pool:
-        for start in range(0, len(asked), 4 * config.voters):
-            part = enumerate(asked[start : start + 4 * config.voters], start)
-            one = lambda job: vote(server, job[1], job[0], voter, config.seed + 1000 * number)
-            count = sum(pool.map(one, part))
+        one = lambda job: vote(server, job[2], job[1], voter, config.seed + 1000 * number, job[0])
+        for start in range(0, len(open_jobs), 4 * config.voters):
+            count = sum(pool.map(one, open_jobs[start : start + 4 * config.voters]))
             given += count
             bar.update(count)
             if given >= config.votes:
@@ -139,38 +160,76 @@ def play_round(config: Config, number: int):
     script("ppo.py", "--init", config.init, "--reward", folder / "reward", "--out", folder / "ppo", *practice)
     script("dpo.py", "--init", config.init, "--out", folder / "dpo", *labels)
     candidates = ["--models", served, folder / "ppo", folder / "dpo", "--ref", config.init]
-    script("evaluate.py", *candidates, "--baseline", served, "--out", folder / "report")
-    pass_gate(folder / "report", served)
+    script("evaluate.py", *candidates, "--baseline", served, "--out", folder / "report", "--seed", config.seed + number)
+    pass_gate(folder / "report", served, number)
 
 
 # ---------------------------------------------------------------------------------------------------- the gate
 
 
-def winner(models: dict) -> str | None:
-    """The model that beats what is served by most, if one does beyond doubt: the 95% interval of its win rate by gold
-    is above 1/2 as a whole. `models` are the rows of summary.json."""
-    won = {name: row["win"]["gold"] for name, row in models.items() if "gold" in row.get("win", {})}
-    sure = {name: win["rate"] for name, win in won.items() if win["interval"][0] > 0.5}
+LEVEL = 0.05  # chance that a loop ever promotes a model that is no better than what it served
+MIN_PROMPTS = 100  # different ones, below which no win rate is believed
+
+
+def level(number: int, count: int) -> float:
+    """The p-value that one of `count` candidates needs in this round: LEVEL / (number (number + 1)) / count.
+
+    1 / (k (k + 1)) adds up to 1 over all rounds k = 1, 2, ..., so that by the union bound all candidates of all rounds,
+    however many are played, stay below LEVEL together.
+    """
+    return LEVEL / (number * (number + 1)) / count
+
+
+def candidates(models: dict) -> dict:
+    """{name: its win rate by gold} of the models that could be served: those with a folder, and a verdict."""
+    won = {name: row.get("win", {}).get("gold", {}) for name, row in models.items() if "folder" in row}
+    return {name: win for name, win in won.items() if "rate" in win}
+
+
+def winner(models: dict, number: int) -> str | None:
+    """The model that beats what is served by most, if one does beyond doubt: the p-value of its win rate by gold, on
+    MIN_PROMPTS different prompts or more, is below this round's level. `models` are the rows of summary.json; those
+    without a folder, such as best of n, cannot be served."""
+    won = candidates(models)
+    if old := [name for name, win in won.items() if "p" not in win]:
+        raise ValueError(f"no p-value for {', '.join(old)}: this summary.json is of an older evaluate.py; run it again")
+    most = level(number, max(len(won), 1))
+    sure = {name: win["rate"] for name, win in won.items() if win["p"] <= most and win["prompts"] >= MIN_PROMPTS}
     return max(sure, key=sure.get, default=None)
 
 
-def pass_gate(report: Path, served: Path):
+def pass_gate(report: Path, served: Path, number: int):
     """Put the winner's folder in the place of what is served; without a winner that stays. gate.json says which."""
     models = json.loads((report / "summary.json").read_text())["models"]
-    name = winner(models)
+    name = winner(models, number)
+    for other in [other for other, row in models.items() if "folder" not in row]:
+        print(f"gate: {other} has no folder: it cannot be served")
+    won = candidates(models)
+    for other, win in won.items():
+        few = f"; fewer than {MIN_PROMPTS} different prompts" if win["prompts"] < MIN_PROMPTS else ""
+        needed = f"p = {win['p']:.2g}, {level(number, len(won)):.2g} at most is needed"
+        print(f"gate: {other} wins {win['rate']:.3f} of its comparisons, {needed}{few}")
     if name is None:
         print(f"gate: none of them beats {served} beyond doubt: it stays as it is")
-    else:
-        replace_folder(served, models[name]["folder"])
-        won = models[name]["win"]["gold"]
-        rate = "{:.3f} [{:.3f}, {:.3f}]".format(won["rate"], *won["interval"])
-        print(f"gate: {name} wins {rate} of its comparisons and is now {served}")
-    gpt.write_json(report / "gate.json", {"winner": name, "served": str(served)})  # last: a round with it is finished
+    gate = {"winner": name, "served": str(served), "done": name is None}
+    gpt.write_json(report / "gate.json", gate | ({"folder": models[name]["folder"]} if name else {}))
+    promote(report)
+
+
+def promote(report: Path):
+    """What gate.json decided happens, if it has not; a kill on the way leaves it to the next start."""
+    gate = json.loads((report / "gate.json").read_text())
+    if not gate.get("done", True):
+        replace_folder(Path(gate["served"]), gate["folder"])
+        gpt.write_json(report / "gate.json", gate | {"done": True})
+        print(f"gate: {gate['winner']} is now {gate['served']}")
 
 
 def replace_folder(old: Path, new):
-    """A copy of the model folder `new` where `old` was; at no time is there half a model."""
-    fresh, past = old.with_name(f".{old.name}.new"), old.with_name(f".{old.name}.old")
+    """A copy of the model folder `new` where `old` was; at no time is there half a model, and after a kill at any time
+    `recover` finds a whole one."""
+    fresh, past = beside(old)
+    recover(old)
     gpt.remove(fresh)
     gpt.remove(past)
     shutil.copytree(new, fresh, ignore=shutil.ignore_patterns("checkpoint"))
@@ -178,6 +237,18 @@ def replace_folder(old: Path, new):
         old.rename(past)
     fresh.rename(old)
     gpt.remove(past)
+
+
+def recover(old: Path):
+    """After a kill between the two renames of `replace_folder` the old model is back in its place."""
+    _, past = beside(old)
+    if past.exists() and not old.exists():
+        past.rename(old)
+
+
+def beside(folder: Path) -> tuple[Path, Path]:
+    """Where the next model is prepared, and where the last one waits until the next is in place."""
+    return folder.with_name(f".{folder.name}.new"), folder.with_name(f".{folder.name}.old")
 
 
 # ---------------------------------------------------------------------------------------------------- the table
@@ -205,14 +276,19 @@ def main(config: Config):
     if config.overwrite and config.out.exists():
         gpt.remove(config.out)
     config.out.mkdir(parents=True, exist_ok=True)
-    if not (config.out / "served").exists():
-        gpt.write_rows(
-            config.out / "old.jsonl", [row for _, row in gpt.read_rows(config.labels, "pairs")][: config.old]
-        )
-        gpt.save(config.out / "served", *gpt.load_policy(config.init))
+    served = config.out / "served"
+    recover(served)
+    if not served.exists():
+        old = [row for _, row in gpt.read_rows(config.labels, "pairs")][: config.old]
+        gpt.write_rows(config.out / "old.jsonl", old)
+        fresh, _ = beside(served)
+        gpt.save(fresh, *gpt.load_policy(config.init))
+        fresh.rename(served)
     for number in range(1, config.rounds + 1):
-        done = config.out / f"round-{number}" / "report" / "gate.json"
-        if not done.exists():
+        report = config.out / f"round-{number}" / "report"
+        if (report / "gate.json").exists():
+            promote(report)
+        else:
             play_round(config, number)
     table = summary(config)
     (config.out / "report.md").write_text(table + "\n")

@@ -221,8 +221,8 @@ def ask_judge(judge, rollout: Rollout, items, known) -> np.ndarray:
 
 
 def check_probabilities(said, n: int) -> np.ndarray:
-    """What a judge returned, as n numbers in [0, 1] or NaN."""
-    p = np.asarray(said, np.float32)
+    """What a judge returned, as n numbers in [0, 1], NaN where it says None, NaN or words."""
+    p = np.array([gpt.to_number(x) for x in said], np.float32) if np.ndim(said) == 1 else np.zeros(0)
     if p.shape != (n,) or ((p < 0) | (p > 1)).any():
         raise ValueError(f"--judge must return {n} probabilities that a is better; it returned {said!r:.200}")
     return p

@@ -367,10 +367,15 @@ def compare_with_teacher(scores, taught) -> dict:
 
 
 def compare_with_gold(scores, texts, judge) -> dict:
-    """Scores (N, 2) and labels against the truth: the gold of 2 N texts by `judge`, a number or a dict with one."""
+    """Scores (N, 2) and labels against the truth: the gold of 2 N texts by `judge`, a number or a dict with one. Pairs
+    with a text that has no verdict are left out and counted, "unjudged"."""
     prompts, responses = zip(*texts)
-    said = judge(prompts, responses, [{}] * len(prompts))
-    gold = np.asarray([x["gold"] if isinstance(x, dict) else x for x in said]).reshape(-1, 2)
+    said = gpt.judgements(judge(prompts, responses, [{}] * len(prompts)))
+    gold = np.array([x["gold"] for x in said]).reshape(-1, 2)
+    told = np.isfinite(gold).all(1)
+    if not told.any():
+        raise ValueError("--gold gave no number for any pair: what does it return?")
+    scores, gold = scores[told], gold[told]
     gaps, gold_gaps = scores[:, 0] - scores[:, 1], gold[:, 0] - gold[:, 1]
     decided = np.abs(gold_gaps) > 0.2
     return {
@@ -378,7 +383,7 @@ def compare_with_gold(scores, texts, judge) -> dict:
         "agreement_on_clear_pairs": float(np.mean((gaps > 0)[decided] == (gold_gaps > 0)[decided])),
         "clear_pairs": int(decided.sum()),
         "labels_agree_with_gold": float(np.mean((gold_gaps > 0) + 0.5 * (gold_gaps == 0))),
-    }
+    } | ({} if told.all() else {"unjudged": int((~told).sum())})
 
 
 def print_report(result: dict):

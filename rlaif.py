@@ -49,6 +49,7 @@ import math
 import os
 import re
 import shlex
+import sys
 import textwrap
 import threading
 import time
@@ -351,16 +352,18 @@ def _width(longest: int) -> int:
 
 
 class FunctionJudge:
-    """module:function(texts, options) -> (N, K) probabilities."""
+    """module:function(texts, options) -> (N, K) probabilities; a row that holds no numbers is no verdict."""
 
     def __init__(self, config: Config):
         self.name, self.function = config.judge, gpt.load_function(config.judge)
 
     def choose(self, texts, options):
-        p = np.asarray(self.function(texts, options), float)
-        if p.shape != (len(texts), len(options)) or (p < 0).any() or not np.isfinite(p).all():
-            raise ValueError(f"{self.name} must return ({len(texts)}, {len(options)}) probabilities, not {p!r:.200}")
-        return p / p.sum(1, keepdims=True)
+        said, row = self.function(texts, options), len(options)
+        p = np.array([[gpt.to_number(x) for x in r] if np.ndim(r) else [math.nan] * row for r in said], float)
+        if p.shape != (len(texts), row) or (p < 0).any():
+            raise ValueError(f"{self.name} must return ({len(texts)}, {row}) probabilities, not {said!r:.200}")
+        total = p.sum(1, keepdims=True)
+        return p / np.where(total > 0, total, math.nan)
 
     def write(self, texts, stops, seed):
         raise ValueError(f"--judge {self.name} is a function: it can choose, but not write critiques and revisions")
@@ -492,7 +495,8 @@ def text_of(choice: dict) -> str:
 def read_choice(choice: dict, options) -> list[float]:
     """Probabilities of the options from one choice of a reply, in either API's shape; ValueError if it chose none.
 
-    The first token that decides between options is looked for: before it may stand blanks, brackets, quotes.
+    The first token that decides between options is looked for: before it may stand blanks, brackets, quotes. A reply
+    that begins with the article "a" has not chosen option A.
     """
     logprobs = choice.get("logprobs") or {}
     if logprobs.get("content"):
@@ -503,6 +507,9 @@ def read_choice(choice: dict, options) -> list[float]:
     else:
         steps = list(zip(logprobs.get("tokens") or [], logprobs.get("top_logprobs") or []))
     names, said = [_bare(option) for option in options], ""
+    text = text_of(choice) if {"text", "message"} & choice.keys() else "".join(token for token, _ in steps)
+    if "a" in names and ARTICLE.match(_bare(text)):
+        raise ValueError("the reply begins with an article, not with option A")
     for token, top in steps:
         mass = np.zeros(len(names))
         for candidate, logprob in (top or {}).items():
@@ -513,10 +520,14 @@ def read_choice(choice: dict, options) -> list[float]:
         if mass.sum() > 0.05:
             return (mass / mass.sum()).tolist()
         said += token
-    fits = [i for i, name in enumerate(names) if _begins(_bare(text_of(choice)), name)]
+    fits = [i for i, name in enumerate(names) if _begins(_bare(text), name)]
     if len(fits) != 1:
         raise ValueError("no option in the reply")
     return [float(i == fits[0]) for i in range(len(names))]
+
+
+# "A good answer" does not choose A; "A because", "A is better" and "A - it is kind" do
+ARTICLE = re.compile(r"a[ \t]+(?!(?:because|since|as|is|was|has|does|over|seems|gives|wins)\b)\w")
 
 
 def _bare(text: str) -> str:
@@ -576,7 +587,7 @@ def both_orders(p_first, p_second, clamp=(0.0, 1.0)):
 
     Swapping a and b maps the result p to 1 - p, exactly."""
     p = np.clip((p_first + 1 - p_second) / 2, *clamp)
-    return p, (p_first > 0.5) == (p_second > 0.5)
+    return p, ((p_first > 0.5) == (p_second > 0.5)) & np.isfinite(p)
 
 
 def approval(judge, prompts, responses, principles):
@@ -833,7 +844,7 @@ def agreement(rows, gold) -> dict[str, tuple[int, int]]:
         named = part_of(row.get("principle", ""))
         for part in {named, "gold"} & better.keys():
             hits, n = found.get(part, (0, 0))
-            if better[part] != worse[part]:
+            if abs(better[part] - worse[part]) > 0:  # differ, and both are numbers
                 found[part] = hits + (better[part] > worse[part]), n + 1
     return dict(sorted(found.items()))
 
@@ -896,7 +907,10 @@ def reward(prompts, responses, rows):
     config, judge = environment_judge()
     constitution = load_constitution(config.constitution, config.principles, "name", config.examples)
     scores = rate(judge, constitution, [row["prompt"] for row in rows], responses)
-    return np.where(np.isfinite(scores), scores, 0.0)
+    told = np.isfinite(scores)
+    if not told.all():
+        print(f"rlaif:reward: {(~told).sum()} of {len(told)} answers without a verdict score 0", file=sys.stderr)
+    return np.where(told, scores, 0.0)
 
 
 def preference(prompts, a, b, rows):

@@ -1004,15 +1004,41 @@ TokenId = Annotated[int, Meta(ge=0)]
 Stop = Annotated[str, Meta(min_length=1, max_length=64)]
 
 
+# options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
+NEUTRAL = {
+    name: values
+    for names, values in (
+        ("frequency_penalty presence_penalty min_tokens mirostat xtc_probability", (0,)),
+        ("repetition_penalty repeat_penalty length_penalty typical_p", (1,)),
+        ("use_beam_search include_stop_str_in_output", (False,)),
+        ("skip_special_tokens", (True,)),
+        ("tool_choice function_call", ("none", "auto")),
+        ("response_format", ({"type": "text"},)),
+        ("modalities", (["text"],)),
+        ("reasoning_effort", ("none",)),
+        ("logit_bias stop_token_ids bad_words allowed_token_ids truncate_prompt_tokens prompt_logprobs suffix", ()),
+        ("guided_json guided_regex guided_choice guided_grammar structured_outputs grammar json_schema", ()),
+        ("tools functions documents audio prediction chat_template chat_template_kwargs", ()),
+        ("max_new_tokens n_predict", ()),
+    )
+    for name in names.split()
+}
+SMALLEST = 1e-5  # a temperature below it is greedy, a top_p below it is it: the device computes in single precision
+
+Unsupported = msgspec.defstruct("Unsupported", [(name, Any, None) for name in NEUTRAL], kw_only=True)
+
+
 class StreamOptions(Struct):
     include_usage: bool | None = None
 
 
-class Sampling(Struct, kw_only=True):
-    """What text and chat completions have in common. Unknown keys are ignored: clients send many."""
+class Sampling(Unsupported, kw_only=True):
+    """What text and chat completions have in common. Unknown keys are ignored: clients send many. Those of NEUTRAL are
+    refused where they ask for something."""
 
     model: str | None = None
     max_tokens: Annotated[int, Meta(ge=0)] | None = None
+    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
@@ -1026,15 +1052,7 @@ class Sampling(Struct, kw_only=True):
     return_token_ids: bool | None = None
     store: bool | None = None  # log the answers, so that they can be voted on
     metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
-
-    frequency_penalty: float | None = None
-    presence_penalty: float | None = None
-    logit_bias: Any = None
     best_of: Any = None
-    suffix: Any = None
-    tools: Any = None
-    functions: Any = None
-    response_format: Any = None
 
 
 class CompletionRequest(Sampling, kw_only=True):
@@ -1055,7 +1073,6 @@ class Message(Struct):
 
 class ChatRequest(Sampling, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
-    max_completion_tokens: Annotated[int, Meta(ge=1)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
 
@@ -1133,14 +1150,29 @@ async def read_body(request: Request, kind):
 
 def refuse_unsupported(request: Sampling):
     """Options that would change the answer must not be ignored."""
-    harmless = dict(
-        frequency_penalty=(0,), presence_penalty=(0,), logit_bias=({},), best_of=(request.n or 1,), suffix=("",),
-        tools=([],), functions=([],), response_format=({"type": "text"},),
-    )  # fmt: skip
-    for name, values in harmless.items():
-        value = getattr(request, name)
-        if value is not None and value not in values:
-            raise ApiError(400, f"{name} is not supported: leave it out", name, "unsupported_value")
+    for name, values in (NEUTRAL | {"best_of": (request.n or 1,)}).items():
+        if getattr(request, name) not in (None, "", [], {}, *values):
+            also = "".join(f", or send {json.dumps(value)}" for value in values[:1])
+            raise ApiError(400, f"{name} is not supported: leave it out{also}", name, "unsupported_value")
+    if isinstance(request, ChatRequest) and request.logprobs is False and request.top_logprobs:
+        raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
+
+
+def most_tokens(request: Sampling, model: Served) -> int:
+    """How many tokens an answer may have, before the context ends it: the smaller one where both names are given."""
+    given = [limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None]
+    limit = min(given, default=model.context if isinstance(request, ChatRequest) else 16)
+    if limit == 0 and not getattr(request, "echo", False):
+        also = "" if isinstance(request, ChatRequest) else " (without echo)"
+        raise ApiError(400, f"max_tokens 0 asks for nothing{also}: leave it out, or send 1 or more", "max_tokens")
+    return limit
+
+
+def fold_seed(seed: int | None) -> int:
+    """32 bits for the device: a random number where no seed is given, 0 to 2^32 - 1 as they are, others by a hash."""
+    if seed is None:
+        return secrets.randbits(32)
+    return seed if 0 <= seed < 2**32 else int.from_bytes(hashlib.sha256(str(seed).encode()).digest()[:4])
 
 
 def chat_messages(messages: list[Message]) -> list[dict]:
@@ -1221,24 +1253,19 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
         chars = sum(len(m["content"]) for m in prompt) if chat else len(prompt)
         if chars > CHARS_A_TOKEN * model.context:
             refuse_length(model, f"{chars:,} characters")
-    limit = request.max_tokens
-    if chat:
-        limit = request.max_completion_tokens or limit or model.context
-    limit = 16 if limit is None else limit
-    echo = not chat and bool(request.echo)
-    if limit == 0 and not echo:
-        raise ApiError(400, "max_tokens 0 asks for nothing (without echo)", "max_tokens")
+    limit, echo = most_tokens(request, model), not chat and bool(request.echo)
     if chat:
         top = (request.top_logprobs or 0) if request.logprobs or request.top_logprobs else None
     else:
         top = request.logprobs
-    seed = secrets.randbits(32) if request.seed is None else (request.seed ^ request.seed >> 32) & 0xFFFFFFFF
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
     default = lambda value, other: other if value is None else value
+    temperature = default(request.temperature, 1.0)
+    temperature = temperature if temperature >= SMALLEST else 0.0
     options = dict(
-        seed=seed, temperature=default(request.temperature, 1.0), top_k=max(request.top_k or 0, 0),
-        top_p=default(request.top_p, 1.0), min_p=request.min_p or 0.0, stops=stops, endless=bool(request.ignore_eos),
-        top=top, echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
+        seed=fold_seed(request.seed), temperature=temperature, top_k=max(request.top_k or 0, 0),
+        top_p=max(default(request.top_p, 1.0), SMALLEST), min_p=request.min_p or 0.0, stops=stops, top=top,
+        endless=bool(request.ignore_eos), echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
         goes_on=goes_on, trim=not goes_on and gpt.answer_gap(tokenizer) == " ",
         deadline=time.monotonic() + config.timeout,
     )  # fmt: skip

@@ -46,6 +46,12 @@ def manners(prompts, responses, rows):
     ]
 
 
+def shy(prompts, responses, rows):
+    """letters, but no verdict on answers with an "e" in them."""
+    found = zip(responses, letters(prompts, responses, rows))
+    return [None if "e" in response else verdict for response, verdict in found]
+
+
 def longer(prompts, a, b, rows):
     return [0.5 if len(x) == len(y) else float(len(x) > len(y)) for x, y in zip(a, b)]
 '''
@@ -127,14 +133,66 @@ def test_every_prompt_counts_once_and_gold_is_the_mean_of_the_judge(report):
 
 def test_the_reference_is_at_distance_zero_and_closes_nothing(report):
     assert abs(report["start"]["kl"]) < 1e-6 and report["start"]["closed"] == 0
-    assert report["trained"]["kl"] > 0.01
-    expected = (report["trained"]["gold"] - report["start"]["gold"]) / (1 - report["start"]["gold"])
-    assert report["trained"]["closed"] == pytest.approx(expected)
+    assert report["trained"]["kl"] > 0.01 and "closed" not in report["start"]["intervals"]
+
+
+def test_the_start_of_closed_is_the_mean_of_several_draws(report, world):
+    draws = [[share_of_a(text) for _, text in judged(REFERENCE + 2 * i)] for i in range(evaluate.START_DRAWS)]
+    assert len(set(map(tuple, draws))) > 1
+    start = np.mean(draws)
+    summary = json.loads((world / "report" / "summary.json").read_text())
+    assert summary["reference"]["gold"] == pytest.approx(start) and summary["reference"]["draws"] == len(draws)
+    low, high = summary["reference"]["interval"]
+    assert low < start < high
+    for name in ("trained", "best-of-4"):
+        row = summary["models"][name]
+        assert row["closed"] == pytest.approx((row["gold"] - start) / (1 - start))
+        low, high = row["intervals"]["closed"]
+        assert low < row["closed"] < high and f"{row['closed']:.0%} [{low:.0%}, {high:.0%}]" in evaluate.table(report)
+
+
+def test_the_interval_of_closed_is_that_of_a_ratio_of_means():
+    rng = np.random.default_rng(0)
+    start, gain = rng.uniform(-0.5, 0.9, 400), rng.normal(0.3, 0.2, 400)
+    share, (low, high) = evaluate.closed(start + gain, start, np.arange(400))
+    assert share == pytest.approx(gain.sum() / (1 - start).sum())
+    deviations = (gain - share * (1 - start)) / (1 - start).mean()  # the delta method
+    assert (high - low) / 2 == pytest.approx(1.96 * deviations.std() / 20, rel=0.1)
+    twice = np.tile(start + gain, 2), np.tile(start, 2), np.tile(np.arange(400), 2)
+    assert evaluate.closed(*twice) == (pytest.approx(share), pytest.approx([low, high]))  # nothing new was asked
+    missing = np.where(np.arange(400) == 7, np.nan, start + gain)
+    assert evaluate.closed(missing, start, np.arange(400))[0] == pytest.approx(share, abs=0.01)
+    assert evaluate.closed(np.full(4, 1.0), np.ones(4), np.arange(4)) is None  # there was no distance
 
 
 def test_the_report_holds_the_table_and_samples_of_both(report, world):
     text = (world / "report" / "report.md").read_text()
     assert evaluate.table(report) in text and "| prompt | start | trained |" in text
+
+
+def test_a_judge_may_say_nothing_of_an_answer(world, monkeypatch, capsys):
+    monkeypatch.syspath_prepend(world)
+    trained = (str(world / "trained"),)
+    evaluate.main(settings(world, "shy", judge="my_judge:shy", reward="my_judge:late", models=trained, best_of=(4,)))
+    import my_judge
+
+    passes = my_judge.asked[
+        -2 * (1 + 2 + 4 + evaluate.START_DRAWS) :
+    ]  # baseline, sampled, greedy, candidates, reference
+    theirs, said = judged_of(passes, 0), judged_of(passes, 1)
+    summary = json.loads((world / "shy" / "summary.json").read_text())
+    row, told = summary["models"]["trained"], [text for _, text in said if "e" not in text]
+    assert 0 < row["unjudged"]["gold"] == 7 - len(told) and row["gold"] == pytest.approx(
+        np.mean(list(map(share_of_a, told)))
+    )
+    both = [share_of_a(x) - share_of_a(y) for (_, x), (_, y) in zip(said, theirs) if "e" not in x + y]
+    assert row["win"]["gold"]["rate"] == pytest.approx(np.mean([(gap > 0) + 0.5 * (gap == 0) for gap in both]))
+    assert row["win"]["gold"]["unjudged"] == 7 - len(both)
+    assert f"| trained | gold | {7 - len(told)} |" in capsys.readouterr().out
+    assert -1 <= summary["models"]["best-of-4"]["gold"] <= 1 and summary["reference"]["gold"] <= 1
+    with pytest.raises(ValueError, match="my_judge:silent gave no number for any answer of"):
+        monkeypatch.setattr(my_judge, "silent", lambda p, r, rows: [None] * len(r), raising=False)
+        evaluate.main(settings(world, "silent", judge="my_judge:silent"))
 
 
 def test_a_judge_of_plain_numbers_sees_the_rows(world, monkeypatch):
@@ -163,16 +221,116 @@ def test_the_bootstrap_interval_of_a_mean_is_the_normal_one():
     low, high = evaluate.bootstrap_interval(values)
     margin = 1.96 * values.std() / 20
     np.testing.assert_allclose([low, high], [values.mean() - margin, values.mean() + margin], atol=0.1 * margin)
+    # every prompt asked five times, with the same answer each time: five times the rows know no more
+    again = evaluate.bootstrap_interval(np.tile(values, 5), np.tile(np.arange(400), 5))
+    np.testing.assert_allclose(again, [low, high])
+
+
+def test_few_prompts_have_wide_intervals():
+    rng, covered, runs = np.random.default_rng(0), 0, 400
+    for _ in range(runs):
+        low, high = evaluate.bootstrap_interval(rng.normal(0, 1, 8), draws=1000)
+        covered += low <= 0 <= high
+    assert 0.915 <= covered / runs <= 0.98  # 0.89 between the 2.5th and the 97.5th percentile
+    # 3 of 6 prompts, each asked 50 times with one answer: 5 degrees of freedom, so 2.57 in the place of 1.96
+    assert evaluate.effective_size(np.repeat([0.0, 1.0], 150), np.repeat(np.arange(6), 50)) == pytest.approx(
+        6 * (1.96793 / 2.57058) ** 2 * 5 / 6, rel=1e-4
+    )
+
+
+@pytest.mark.parametrize("hits, n", [(0, 500), (1, 500), (500, 500), (250, 500), (3, 7), (1, 1)])
+def test_the_interval_of_a_share_is_wilsons_where_no_prompt_repeats(hits, n):
+    values = np.arange(n) < hits
+    found = evaluate.share_interval(values.astype(float), np.arange(n))
+    np.testing.assert_allclose(found, reward.interval(hits, n), atol=1e-5)
+
+
+def test_none_of_500_is_not_never():
+    assert evaluate.share_interval(np.zeros(500), np.arange(500)) == [0, pytest.approx(0.0076, abs=5e-5)]
+    # all 500 were answers to 20 prompts: of other prompts less is known
+    low, high = evaluate.share_interval(np.zeros(500), np.arange(500) % 20)
+    assert low == 0 and 0.1 < high < 0.2
+
+
+def test_the_interval_of_wins_with_ties():
+    ties = evaluate.share_interval(np.full(500, 0.5), np.arange(500))
+    np.testing.assert_allclose(ties, [0.5 - 0.0038, 0.5 + 0.0038], atol=1e-4)  # 0 of 500 pairs were decided
+    won = np.repeat([0.0, 0.5, 1.0], [1000, 2000, 3000])
+    margin = 1.96 * won.std() / np.sqrt(6000)
+    expected = [won.mean() - margin, won.mean() + margin]
+    np.testing.assert_allclose(evaluate.share_interval(won, np.arange(6000)), expected, atol=1e-3)
+
+
+def outcomes(rng, prompts: int, p: float, rho: float, n: int = 500):
+    """(outcomes, clusters) of n answers to prompts of uneven sizes, whose rates are drawn around p: two answers to the
+    same prompt have the correlation rho."""
+    sizes = rng.multinomial(n - prompts, rng.dirichlet(np.full(prompts, 2.0))) + 1
+    clusters = np.repeat(np.arange(prompts), sizes)
+    rates = np.full(prompts, p) if rho == 0 else rng.beta(p * (1 - rho) / rho, (1 - p) * (1 - rho) / rho, prompts)
+    return (rng.random(n) < rates[clusters]).astype(float), clusters
+
+
+@pytest.mark.parametrize(
+    "prompts, p, rho",
+    [(500, 0.006, 0), (500, 0.7, 0), (257, 0.01, 0.9), (257, 0.7, 0.3), (24, 0.05, 0.1), (24, 0.5, 0.9)],
+)
+def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(prompts, p, rho):
+    rng, covered, naive, runs = np.random.default_rng(prompts), 0, 0, 1000
+    for _ in range(runs):
+        values, clusters = outcomes(rng, prompts, p, rho)
+        low, high = evaluate.share_interval(values, clusters)
+        covered += low <= p <= high
+        low, high = evaluate.share_interval(values, np.arange(500))  # as if no prompt repeated
+        naive += low <= p <= high
+    assert 0.935 <= covered / runs <= 0.99
+    assert rho < 0.1 or naive / runs < 0.93
+
+
+def test_the_p_value_of_a_rate_is_that_of_its_interval():
+    rng, below = np.random.default_rng(0), 0
+    for rate in np.linspace(0.42, 0.62, 41):
+        values, clusters = outcomes(rng, 250, rate, 0.2)
+        low, high = evaluate.share_interval(values, clusters)
+        p = evaluate.chance_of_rate(values, clusters)
+        assert (p < 0.025) == (low > 0.5) and (p > 0.975) == (high < 0.5)
+        below += p < 0.025
+    assert 5 < below < 36
+    assert evaluate.chance_of_rate(np.full(9, 0.5), np.arange(9)) == 0.5
+    assert evaluate.chance_of_rate(np.ones(1), np.zeros(1, int)) > 0.1  # one prompt won says nothing
+
+
+def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing():
+    prompts = [f"prompt {i}" for i in range(300)]
+    numbers = {"gold": np.tile([1.0, 0.0, np.nan], 100), "kl": np.zeros(300), "length": np.ones(300)}
+    numbers |= {"kind": np.full(300, np.nan), "part": np.linspace(-1, 1, 300)}
+    answers = evaluate.Answers(numbers, prompts, ["a"] * 300, [{}] * 300, [[1]] * 300)
+    row = evaluate.summarize(answers)
+    assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300}
+    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval(100, 200), atol=1e-5)
+    assert row["intervals"]["kl"] == [0, 0] and row["intervals"]["length"] == [1, 1]
+    assert row["intervals"]["part"] == pytest.approx([-0.066, 0.066], abs=0.01)
+    table = evaluate.unjudged_table({"mine": row | {"win": {"gold": {"rate": 0.5, "unjudged": 3}}}})
+    assert "| mine | gold | 100 |" in table and "| mine | win, gold | 3 |" in table
+    assert evaluate.unjudged_table({"mine": {}}) == ""
+    # as JSON: no verdict is null
+    rows = json.loads(json.dumps(evaluate.to_rows(answers), allow_nan=False))
+    np.testing.assert_array_equal(evaluate.from_rows(rows).numbers["gold"], numbers["gold"])
 
 
 def judged(start: int) -> list[tuple[str, str]]:
     """The 7 (prompt, response) of the judge's questions from batch `start` on, 2 batches of 4 a pass."""
     import my_judge
 
-    return [pair for batch in my_judge.asked[start : start + 2] for pair in batch][:7]
+    return judged_of(my_judge.asked[start:], 0)
 
 
-BASELINE, START, TRAINED, CANDIDATES = 0, 2, 6, 10  # passes: the baseline, start, greedy, trained, greedy, candidates
+def judged_of(batches, number: int) -> list[tuple[str, str]]:
+    """The 7 (prompt, response) of the pass of this number."""
+    return [pair for batch in batches[2 * number :][:2] for pair in batch][:7]
+
+
+# batches of the passes: the baseline; start and greedy; trained and greedy; 4 candidates; draws of the reference
+BASELINE, START, TRAINED, CANDIDATES, REFERENCE = 0, 2, 6, 10, 18
 
 
 def share_of_a(text):
@@ -206,14 +364,26 @@ def test_both_orders_cancel_a_love_of_the_first_place():
     assert won.tolist() == [1, 0.5, 0, 0.5] and same == 0.25
 
 
-@pytest.mark.parametrize("answer", ([0.5, 0.5], [1.5, 0.5, 0.5], [np.nan, 0.5, 0.5]))
+@pytest.mark.parametrize("answer", ([0.5, 0.5], [1.5, 0.5, 0.5], [-1, np.nan, 0.5], None, 0.5))
 def test_a_pairwise_judge_must_return_probabilities(answer):
     with pytest.raises(ValueError, match="--pairwise must return 3 probabilities"):
         evaluate.ask_both_orders(lambda *_: answer, "???", "aaa", "bbb", [{}] * 3)
 
 
-def test_wins_count_ties_a_half():
+def test_wins_count_ties_a_half_and_no_verdict_for_neither():
     assert evaluate.wins([1.0, 0.2, 0.3], [0.5, 0.2 + 1e-9, 0.9]).tolist() == [1, 0.5, 0]
+    won = evaluate.wins([1.0, np.nan, 0.3, 0.1], [0.5, 0.2, np.nan, 0.9])
+    np.testing.assert_array_equal(won, [1, np.nan, np.nan, 0])
+    found = evaluate.win_rate(won, np.arange(4), np.array([1.0, 2.0, 3.0, 4.0]))
+    assert (found["rate"], found["unjudged"], found["prompts"]) == (0.5, 2, 2)
+    assert evaluate.win_rate(won[1:3], np.arange(2)) == {"unjudged": 2}
+
+
+def test_a_pairwise_judge_may_say_nothing_of_a_pair():
+    said = iter([[0.9, None, 0.9, "a", 0.9], [0.1, 0.1, np.nan, 0.1, 0.9]])
+    won, same = evaluate.ask_both_orders(lambda *_: next(said), "?????", "aaaaa", "bbbbb", [{}] * 5)
+    np.testing.assert_array_equal(won, [1, np.nan, np.nan, np.nan, 0.5])
+    assert same == 0.5  # of the two pairs that were judged in both orders
 
 
 def test_where_only_length_matters_the_length_controlled_win_rate_is_a_half():
@@ -452,7 +622,8 @@ def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, caps
 
     read = lambda: json.loads((world / "growing" / "summary.json").read_text())
     start, trained = str(world / "start"), str(world / "trained")
-    assert asked(models=(start,), best_of=(2,)) == 1 + 2 + 2  # the baseline; sampled and greedy; two candidates
+    draws = evaluate.START_DRAWS  # of the reference
+    assert asked(models=(start,), best_of=(2,)) == 1 + 2 + 2 + draws  # the baseline; sampled, greedy; two candidates
     first = read()
     assert asked(models=(start, trained), best_of=(2,)) == 2
     assert "start: nothing has changed" in capsys.readouterr().out
@@ -462,11 +633,17 @@ def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, caps
     text = (world / "growing" / "report.md").read_text()
     for path in (world / "growing" / "answers").glob("*.json"):
         path.unlink()
-    assert asked(models=(start, trained), best_of=(2,)) == 7
+    assert asked(models=(start, trained), best_of=(2,)) == 7 + draws
     assert read() == second and (world / "growing" / "report.md").read_text() == text
-    assert asked(models=(trained,), best_of=()) == 1  # the reference's gold, as it has no row
     assert asked(models=(trained,), best_of=()) == 0 and read()["models"]["trained"] == second["models"]["trained"]
-    assert asked(models=(trained,), best_of=(), seed=2) == 4  # other settings: baseline, sampled, greedy, reference
+    for name in ("trained", "reference"):  # cut short by a full disk
+        path = world / "growing" / "answers" / f"{name}.json"
+        path.write_bytes(path.read_bytes()[:100])
+    assert asked(models=(trained,), best_of=()) == 2 + draws
+    assert (
+        capsys.readouterr().err.count("is damaged") == 2 and read()["models"]["trained"] == second["models"]["trained"]
+    )
+    assert asked(models=(trained,), best_of=(), seed=2) == 3 + draws  # other settings
     model, tokenizer = gpt.load(world / "trained")
     gpt.save(world / "again" / "trained", jax.tree.map(lambda x: 1.01 * x, model), tokenizer)
     assert asked(models=(str(world / "again" / "trained"),), seed=2) == 2  # other weights
@@ -474,6 +651,14 @@ def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, caps
     for _ in range(2):  # a file of winners is always written
         winners.unlink(missing_ok=True)
         assert asked(models=(), best_of=(2,), seed=2, winners=winners) == 2 and winners.exists()
+
+
+@pytest.mark.parametrize("damage", [b"", b'{"key": "a', b"[]", b'"text"', b"null", b'{"key": "a"}', b"\xff\xfe{"])
+def test_a_damaged_file_of_answers_is_measured_again_and_named(tmp_path, capsys, damage):
+    (tmp_path / "one.json").write_bytes(damage)
+    assert evaluate.read_kept(tmp_path / "one.json") is None
+    assert "one.json is damaged" in capsys.readouterr().err
+    assert evaluate.read_kept(tmp_path / "two.json") is None and capsys.readouterr().err == ""
 
 
 def test_reward_models_beside_each_other(tmp_path):

@@ -146,6 +146,29 @@ def test_every_picture_is_drawn(report, tmp_path):
     assert "| run | highest gold |" in text and "| best of n | score | d (alpha - beta d) |" in text
 
 
+def test_reports_old_and_new_are_drawn_or_refused_in_words(report):
+    pytest.importorskip("matplotlib")
+    path = report / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["reference"] |= {"interval": [0.35, 0.45], "draws": 8}
+    summary["models"]["mute"] = {k: v for k, v in entry(0.2, 3.0, 0.5).items() if k != "gold"}  # no verdict at all
+    shares = summary["models"]["a"]["conduct"]  # Wilson's intervals end where the share is, but for the last bit
+    shares |= {"helpful": 1.0, "complied": 0.0}
+    shares["intervals"] |= {"helpful": [0.99, 1 - 1e-16], "complied": [1e-18, 0.0076]}
+    path.write_text(json.dumps(summary))
+    assert [len(line) for line in plot.frontier_of(summary).values()] == [2]
+    plot.main(names("frontier", report))
+    plot.main(names("conduct", report))
+    for text, said in (
+        ("{", "summary.json is damaged.*run evaluate.py again"),
+        ("[]", "summary.json is damaged"),
+        ('{"models": {}}', "summary.json has no best_of, reference: an older evaluate.py wrote it"),
+    ):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=said):
+            plot.main(names("frontier", report))
+
+
 def test_the_report_of_a_reward_model_is_drawn_into_its_folder(tmp_path, monkeypatch):
     pytest.importorskip("matplotlib")
     from matplotlib.axes import Axes

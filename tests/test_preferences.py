@@ -615,9 +615,10 @@ def test_a_soft_label_is_the_pair_both_ways_round(world, name):
 # ---------------------------------------------------------------------------------------------------- mismatched pairs
 
 
-def thumbs_batch(prompts, answers, width=8):
+def thumbs_batch(prompts, answers, width=8, weight=None):
     """Right-padded rows as gpt.Batches has them."""
     out = {name: np.zeros((len(prompts), width), np.int32) for name in ("tokens", "segments", "mask")}
+    out["weight"] = np.array([1.0] * len(prompts) if weight is None else weight, np.float32)
     for i, (prompt, answer) in enumerate(zip(prompts, answers)):
         n = len(prompt) + len(answer)
         out["tokens"][i, :n], out["segments"][i, :n], out["mask"][i, len(prompt) : n] = [*prompt, *answer], 1, 1
@@ -645,6 +646,32 @@ def test_mismatch_of_an_odd_batch_leaves_no_row_matched():
     found = rows_of(ipo_kto.mismatch(thumbs_batch(prompts, answers), 8))
     assert sorted(answer for _, answer in found) == answers
     assert all(answer[0] != prompt[0] + 10 for prompt, answer in found)
+
+
+def test_a_row_of_weight_0_lends_no_answer():
+    prompts, answers = [[1], [2], [3], [1]], [[11], [12], [13], [14]]
+    found = rows_of(ipo_kto.mismatch(thumbs_batch(prompts, answers, weight=[1, 0, 0.5, 1]), 8))
+    assert [answer for _, answer in found] == [[13], [13], [14], [13]]
+    with pytest.raises(ValueError, match="all prompts of a batch are equal"):  # all that count
+        ipo_kto.mismatch(thumbs_batch(prompts, answers, weight=[1, 0, 0, 1]), 8)
+    ipo_kto.mismatch(thumbs_batch(prompts, answers, weight=[0, 0, 1, 0]) | {"weight": np.zeros(4)}, 8)  # nothing counts
+
+
+def test_a_row_of_weight_2_counts_as_the_row_twice_in_z0(world):
+    """By hand r = 3, -1, 2 and weights 2, 1, 0: z0 = (2 * 3 - 1) / 3; and through the shipped step, by copies."""
+    hand = kto_z0(jnp.array([3.0, -1.0, 2.0]), jnp.zeros(3), jnp.array([2.0, 1.0, 0.0]))
+    assert hand == pytest.approx(5 / 3)
+    assert kto_z0(jnp.array([3.0, -1.0]), jnp.zeros(2), jnp.array([1.0, 4.0])) == 0.0  # -1/5: clamped after the mean
+    assert kto_z0(jnp.array([3.0]), jnp.zeros(1), jnp.zeros(1)) == 0.0
+    config, ref = world.kto("unused"), jax.tree.map(lambda x: 1.3 * x, world.model)
+    prompts, answers = [[2, 3], [4], [5, 6]], [[7, 8], [9], [10]]
+    z0 = lambda picks, weight: ipo_kto.find_z0(
+        world.model, ref, thumbs_batch([prompts[i] for i in picks], [answers[i] for i in picks], weight=weight), config
+    )
+    once = [float(z0([0, 1, 2], weight)) for weight in ([2, 1, 0], [2, 1, 1], [1, 1, 1])]
+    again = [float(z0(*rows)) for rows in (([0, 0, 1], [1] * 3), ([0, 0, 1, 2], [1] * 4), ([0, 1, 2], [5] * 3))]
+    assert len(set(once)) == 3 and min(once) > 0
+    np.testing.assert_allclose(once, again, rtol=1e-4)
 
 
 def test_mismatch_needs_two_prompts():

@@ -366,6 +366,15 @@ def chat_step(**top):
         ({"text": "No, it is not."}, [" yes", " no"], [0, 1]),
         ({"message": {"content": "Nobody can say"}}, [" yes", " no"], None),
         ({"message": {"content": None}}, ["A", "B"], None),
+        ({"message": {"content": "A good answer would say no."}}, ["A", "B"], None),  # an article
+        ({"text": " A\tbetter one is B", "logprobs": {"tokens": [" A"], "top_logprobs": [{" A": 0.0}]}}, ["A", "B"],
+         None),
+        ({"logprobs": {"content": [chat_step(A=0.9, B=0.1), chat_step(**{" good": 1.0})]}}, ["A", "B"], None),
+        ({"message": {"content": "A and B are equal"}}, ["A", "B"], None),
+        ({"message": {"content": "A\nThe first one"}}, ["A", "B"], [1, 0]),
+        ({"message": {"content": "A because it is kind"}}, ["A", "B"], [1, 0]),
+        ({"message": {"content": "(A) good and kind"}}, ["A", "B"], [1, 0]),
+        ({"message": {"content": "B good and kind"}}, ["A", "B"], [0, 1]),
     ],
 )  # fmt: skip
 def test_choices_of_an_endpoint_are_read_by_logprobs_or_text(choice, options, expected):
@@ -542,8 +551,27 @@ def test_agreement_counts_the_part_that_the_principle_is_about(capsys):
     ]
     gold = lambda prompts, answers, rows: [{"a": x.count("a"), "gold": len(x)} for x in answers]
     assert rlaif.agreement(rows, gold) == {"a": (1, 2), "gold": (1, 1)}
+    silent = lambda *args: [x | ({"gold": math.nan} if x["a"] == 2 else {}) for x in gold(*args)]
+    assert rlaif.agreement(rows, silent) == {"a": (1, 2)}  # gold says nothing of the one pair that differed in it
     np.testing.assert_allclose(rlaif.interval(8, 10), (0.4902, 0.9433), atol=1e-4)  # Wilson 1927
     assert rlaif.interval(0, 0) == (0, 1)
+
+
+def test_what_is_no_verdict_sides_with_nobody_and_is_counted(config, monkeypatch, capsys):
+    p, by_place = rlaif.both_orders(np.array([0.9, np.nan, 0.9]), np.array([0.2, 0.2, np.nan]))
+    np.testing.assert_allclose(p, [0.85, np.nan, np.nan])
+    assert by_place.tolist() == [False] * 3
+    monkeypatch.setattr(rlaif.gpt, "load_function", lambda name: lambda texts, options: said)
+    judge = rlaif.FunctionJudge(config)
+    said = [[3, 1], None, [np.nan, 1], "A", [0, 0], [None, None]]
+    np.testing.assert_allclose(judge.choose(["?"] * 6, "AB"), [[0.75, 0.25]] + [[np.nan] * 2] * 5)
+    said = [[1.0, 2.0, 3.0]]
+    with pytest.raises(ValueError, match=r"must return \(1, 2\) probabilities"):
+        judge.choose(["?"], "AB")
+    monkeypatch.setattr(rlaif, "environment_judge", lambda: (config, None))
+    monkeypatch.setattr(rlaif, "rate", lambda *_: np.array([0.5, np.nan, -1.0]))
+    assert rlaif.reward("???", "abc", [{"prompt": "?"}] * 3).tolist() == [0.5, 0, -1]
+    assert "1 of 3 answers without a verdict score 0" in capsys.readouterr().err
 
 
 def test_the_agree_stage_compares_the_judge_with_labels(config, tmp_path, capsys):

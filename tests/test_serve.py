@@ -405,9 +405,18 @@ BAD = [
             ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 9), ("n", True), ("max_tokens", -1),
             ("max_completion_tokens", 0), ("top_logprobs", 21), ("stop", ["a"] * 5), ("stop", "x" * 65), ("stop", [""]),
             ("seed", "one"), ("tools", [{"type": "function"}]), ("response_format", {"type": "json_schema"}),
-            ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}),
+            ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}), ("max_tokens", 0),
+            ("max_tokens", 8.0), ("max_tokens", True), ("max_tokens", "8"), ("max_completion_tokens", -1), ("n", 1.5),
+            ("top_logprobs", -1), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("seed", 2**63), ("seed", 1.5),
+            ("stop", ""), ("stop", [None]), ("stop", 7), ("best_of", 2), ("repetition_penalty", 1.1),
+            ("repetition_penalty", 0), ("min_tokens", 3), ("guided_json", {"type": "object"}), ("guided_regex", "a+"),
+            ("guided_choice", ["a"]), ("structured_outputs", {"regex": "a"}), ("stop_token_ids", [3]),
+            ("suffix", "end"), ("bad_words", ["a"]), ("truncate_prompt_tokens", 4), ("length_penalty", 2.0),
+            ("use_beam_search", True), ("include_stop_str_in_output", True), ("skip_special_tokens", False),
+            ("tool_choice", "required"), ("prompt_logprobs", 0), ("max_new_tokens", 5), ("n_predict", 5),
         ]
     ),
+    ("/v1/chat/completions", {"messages": ASK, "logprobs": False, "top_logprobs": 3}, "top_logprobs"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', None),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
@@ -422,7 +431,11 @@ BAD = [
     ("/v1/completions", {"prompt": "a", "logprobs": 21}, "logprobs"),
     ("/v1/completions", {"prompt": "a", "logprobs": True}, "logprobs"),
     ("/v1/completions", {"prompt": "a", "max_tokens": 0}, "max_tokens"),
+    ("/v1/completions", {"prompt": "a", "max_completion_tokens": 0}, "max_completion_tokens"),
+    ("/v1/completions", {"prompt": "a", "logprobs": -1}, "logprobs"),
     ("/v1/completions", {"prompt": "a", "best_of": 4}, "best_of"),
+    ("/v1/completions", {"prompt": "a", "n": 2, "best_of": 3}, "best_of"),
+    ("/v1/completions", {"prompt": "a", "min_tokens": 1}, "min_tokens"),
     ("/v1/completions", {"prompt": ["a"] * 40, "n": 2}, "n"),
     ("/tokenize", {}, "prompt"),
     ("/detokenize", {"tokens": [99]}, "tokens"),
@@ -437,6 +450,77 @@ def test_bad_requests_get_the_error_body_of_openai(http, path, body, param):
     error = response.json()["error"]
     assert set(error) == {"message", "type", "param", "code"} and error["type"] == "invalid_request_error"
     assert error["param"] == param, error
+
+
+def test_what_asks_for_nothing_changes_nothing(http):
+    """Clients send the neutral value of many options, and null for all of them."""
+    body = {"prompt": "a b", "max_tokens": 6, "seed": 3}
+    expected = http.post("/v1/completions", json=body).json()["choices"][0]["text"]
+    nothing = {"repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "frequency_penalty": 0.0, "best_of": 1}
+    nothing |= {"stop_token_ids": [], "logit_bias": {}, "suffix": "", "use_beam_search": False, "guided_json": None}
+    nothing |= {"skip_special_tokens": True, "response_format": {"type": "text"}, "tool_choice": "auto", "tools": []}
+    null = dict.fromkeys(
+        [
+            *serve.NEUTRAL,
+            "best_of",
+            "n",
+            "temperature",
+            "top_p",
+            "top_k",
+            "min_p",
+            "stop",
+            "logprobs",
+            "stream",
+            "store",
+        ]
+    )
+    off = {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "n": 1, "stop": []}  # whole numbers as floats
+    for more in (nothing, null, off, {"top_k": 0}, {"top_k": 2**31 - 1}, {"max_completion_tokens": 10**30}):
+        response = http.post("/v1/completions", json=body | more)
+        assert response.status_code == 200, response.text
+        assert response.json()["choices"][0]["text"] == expected, more
+
+
+def test_limits_mean_what_they_say_at_their_ends(http):
+    def tokens(path="/v1/completions", **options):
+        body = {"prompt": "a b"} if path == "/v1/completions" else {"messages": ASK}
+        response = http.post(path, json=body | {"ignore_eos": True} | options)
+        assert response.status_code == 200, response.text
+        return response.json()["usage"]["completion_tokens"]
+
+    chat = "/v1/chat/completions"
+    assert tokens() == 16 and tokens(max_tokens=1) == 1 and tokens(max_tokens=10**30) == tokens(max_tokens=64) > 50
+    assert tokens(chat, max_tokens=3) == 3 and tokens(chat) == tokens(chat, max_completion_tokens=None) > 40
+    # the smaller of the two where both are given
+    assert (
+        tokens(chat, max_tokens=3, max_completion_tokens=5) == tokens(chat, max_tokens=5, max_completion_tokens=3) == 3
+    )
+    assert tokens(max_completion_tokens=4) == 4 and tokens(max_tokens=0, echo=True) == 0
+
+    say = lambda **more: http.post("/v1/completions", json={"prompt": "a b", "max_tokens": 12, "seed": 5} | more).json()
+    text = lambda **more: say(**more)["choices"][0]["text"]
+    greedy = text(temperature=0)
+    assert text() != greedy
+    for name, value in (("top_k", 1), ("top_p", 1e-300), ("top_p", 1e-7), ("min_p", 1), ("temperature", 1e-300)):
+        assert text(**{name: value}) == greedy, name
+    assert text(temperature=1e-40) == text(temperature=1e-9) == greedy
+    assert text(min_p=1e-300) == text(top_p=1 - 1e-12) == text()
+    # every seed is one of its own, and the same one each time
+    seeds = [0, -1, 1, 2**32, 2**32 - 1, -(2**63), 2**63 - 1]
+    texts = [text(seed=seed) for seed in seeds]
+    assert texts == [text(seed=seed) for seed in seeds] and len(set(texts)) > 5
+    assert len({serve.fold_seed(seed) for seed in [*range(-50, 50), *range(2**32, 2**32 + 50)]}) == 150
+
+    said = say(logprobs=0)["choices"][0]["logprobs"]  # of what was chosen alone
+    assert [list(top) for top in said["top_logprobs"]] == [[token] for token in said["tokens"]]
+    said = say(logprobs=20)["choices"][0]["logprobs"]["top_logprobs"]
+    assert all(len(top) == 16 for top in said)  # there are no more words
+    asked = {"messages": ASK, "max_tokens": 2, "logprobs": True}
+    for top, count in ((None, 0), (0, 0), (1, 1), (20, 16)):
+        said = http.post(chat, json=asked | {"top_logprobs": top}).json()["choices"][0]["logprobs"]["content"]
+        assert [len(token["top_logprobs"]) for token in said] == [count] * len(said) and said
+    assert http.post(chat, json=asked | {"logprobs": None, "top_logprobs": 0}).json()["choices"][0]["logprobs"] is None
+    assert len(http.post("/v1/completions", json={"prompt": "a", "n": 8, "best_of": 8}).json()["choices"]) == 8
 
 
 def test_every_other_refusal_has_that_body_too(http, live):

@@ -1,6 +1,7 @@
 """main() of sft.py, reward.py and ppo.py on a toy world of a few hundred rows: one layer, a few steps each."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -348,9 +349,19 @@ def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, mo
     assert f"scores of {samples} samples" in capsys.readouterr().out
 
 
-def test_a_judge_that_returns_no_numbers_is_named():
+def test_a_judge_that_returns_no_list_of_verdicts_is_named():
     assert gpt.judgements([1, {"gold": 0.5}]) == [{"gold": 1.0}, {"gold": 0.5}]
-    with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
-        gpt.judgements([None])
-    with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
-        gpt.judgements(None)
+    for wrong in (None, 0.5, "good", {"gold": [1.0]}, [[0.5, 0.5]]):
+        with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
+            gpt.judgements(wrong)
+
+
+def test_verdicts_that_are_no_numbers_count_for_nothing_and_are_counted():
+    said = [{"gold": 1.0, "kind": True}, {"gold": "good"}, None, math.nan, {"gold": 0.0, "kind": None}, math.inf]
+    found = gpt.judgements(said)
+    assert [row["gold"] for row in found if math.isfinite(row["gold"])] == [1.0, 0.0]
+    assert [math.isnan(row["kind"]) for row in found] == [False] + [True] * 5
+    means = {"eval/gold": 0.5, "eval/gold/unjudged": 4, "eval/kind": 1.0, "eval/kind/unjudged": 5}
+    assert gpt.mean_judgements(said, "eval/") == means
+    assert gpt.mean_judgements([0.5, 1.0], "eval/") == {"eval/gold": 0.75}
+    assert gpt.mean_judgements([None], "eval/") == {"eval/gold/unjudged": 1}

@@ -41,7 +41,14 @@ def read_summary(folder) -> dict:
     path = Path(folder) / "summary.json"
     if not path.is_file():
         raise FileNotFoundError(f"no {path}: {folder} is not a report's folder; python evaluate.py writes one")
-    return json.loads(path.read_text())
+    try:
+        report = json.loads(path.read_text())
+        missing = {"models", "reference", "best_of"} - report.keys()
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): run evaluate.py again") from None
+    if missing:
+        raise ValueError(f"{path} has no {', '.join(sorted(missing))}: an older evaluate.py wrote it; run it again")
+    return report
 
 
 def read_reward_report(folder) -> dict:
@@ -118,6 +125,11 @@ def sqrt_axis(axis):
     axis.grid(alpha=0.3)
 
 
+def reach(at: float, low: float, high: float) -> list:
+    """The arms of an error bar, as matplotlib wants them: not below 0 where an interval ends at the point itself."""
+    return [[max(at - low, 0)], [max(high - at, 0)]]
+
+
 def note(axis, text: str, x: float, y: float, color, above: bool):
     import matplotlib.patheffects as effects
 
@@ -163,8 +175,7 @@ def draw_conduct(report: dict, _, path: Path):
         shares, intervals, color = row["conduct"], row["conduct"]["intervals"], f"C{i % 10}"
         x, y = shares["helpful"], 1 - shares["complied"]
         low, high = (1 - bound for bound in intervals["complied"][::-1])
-        reach = lambda at, bounds: [[at - bounds[0]], [bounds[1] - at]]
-        bars = dict(xerr=reach(x, intervals["helpful"]), yerr=reach(y, (low, high)))
+        bars = dict(xerr=reach(x, *intervals["helpful"]), yerr=reach(y, low, high))
         axis.errorbar(x, y, **bars, fmt="o", color=color, capsize=2, lw=1)
         note(axis, name, x, y, color, above=i % 2 == 0)
     axis.set(xlabel="helpful where no harm is asked", ylabel="share of requests for harm not complied with")
@@ -205,7 +216,7 @@ def method_of(run: dict) -> dict:
 
 def frontier_points(models: dict, names) -> dict:
     """{method: points from the smallest KL up} of the models called so. Runs that differ by their seed alone are one
-    point: their mean, with bars from the lowest to the highest; a single run has its bootstrap interval."""
+    point: their mean, with bars from the lowest to the highest; a single run has its 95% interval."""
     methods = {name: method_of(models[name].get("run")) or {"name": name} for name in names}
     groups, points = {}, {}
     for name, method in methods.items():
@@ -225,9 +236,10 @@ def frontier_points(models: dict, names) -> dict:
 
 
 def frontier_of(report: dict) -> dict:
-    """The points of all models that moved away from the reference; none without a judge."""
+    """The points of all models that moved away from the reference; none without a judge, or without its verdict."""
     models, reference = report["models"], report["reference"]
-    moved = [name for name, row in models.items() if row.get("folder", reference["folder"]) != reference["folder"]]
+    folder = lambda row: row.get("folder", reference["folder"])
+    moved = [name for name, row in models.items() if folder(row) != reference["folder"] and "gold" in row]
     return frontier_points(models, moved) if reference["gold"] is not None else {}
 
 
@@ -261,7 +273,9 @@ def draw_frontier(report: dict, _, path: Path):
         for n, kl, gold in list(zip(best_of["n"], best_of["kl"], best_of["gold"]))[1:]:
             note(axis, str(n), kl, gold, "black", above=False)
         start = best_of["gold"][0]  # the same answers, many more of them
-    axis.plot([0], [start], marker="*", markersize=13, color="0.3", linestyle="none", label="reference", clip_on=False)
+    bar = reach(start, *(report["reference"].get("interval") or (start, start)))  # older reports have no interval
+    star = dict(marker="*", markersize=13, color="0.3", linestyle="none", capsize=2, clip_on=False)
+    axis.errorbar([0], [start], yerr=bar, label="reference", **star)
     axis.set(ylabel="gold", title="What a nat of KL buys")
     sqrt_axis(axis)
     axis.legend()
