@@ -6,7 +6,7 @@
 
 Parts II and III are for looking up. Algorithms live in their scripts; nothing here knows what PPO is.
 
-    model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen2
+    model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen3
     logprobs = gpt.token_logprobs(model, tokens)                # (B, T) -> (B, T-1)
     out = gpt.generate(model, prompts, prompt_mask, key, 64, eos=tokenizer.eos_id)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
@@ -76,7 +76,7 @@ class Config:
     ffn: int
     kv_heads: int
     head_dim: int
-    family: str = "llama"  # gpt2: learned positions, LayerNorm, GELU. llama, qwen2: RoPE, RMSNorm, SwiGLU
+    family: str = "llama"  # gpt2: learned positions, LayerNorm, GELU. The others: RoPE, RMSNorm, SwiGLU
     norm_eps: float = 1e-5
     tied: bool = True  # the output head is the embedding
     qkv_bias: bool = False
@@ -89,16 +89,24 @@ class Config:
     def gpt2(self) -> bool:
         return self.family == "gpt2"
 
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised, head by head, before they are rotated."""
+        return self.family == "qwen3"
+
+
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
+
 
 def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int, family="llama", **other) -> Config:
     """A new model's configuration with the family's usual widths and biases."""
     if dim % heads:
         raise ValueError(f"--dim {dim} is not divisible by --heads {heads}")
-    if family not in ("gpt2", "llama", "qwen2"):
-        raise ValueError(f"unknown model family {family!r}: gpt2, llama or qwen2")
+    if family not in FAMILIES:
+        raise ValueError(f"unknown model family {family!r}: {', '.join(FAMILIES)}")
     gpt2 = family == "gpt2"
     ffn = 4 * dim if gpt2 else -(-8 * dim // 3 // 32) * 32  # SwiGLU has three matrices: two thirds of the width
-    biases = dict(qkv_bias=family != "llama", out_bias=gpt2, mlp_bias=gpt2)
+    biases = dict(qkv_bias=family in ("gpt2", "qwen2"), out_bias=gpt2, mlp_bias=gpt2)
     values = dict(ffn=ffn, kv_heads=heads, head_dim=dim // heads, family=family) | biases | other
     return Config(vocab_size=vocab_size, context=context, layers=layers, heads=heads, dim=dim, **values)
 
@@ -190,6 +198,8 @@ class Block(eqx.Module):
     k: Linear
     v: Linear
     o: Linear
+    q_norm: Norm | None  # Qwen3's: over each head's E numbers
+    k_norm: Norm | None
     norm2: Norm
     gate: Linear | None  # SwiGLU's third matrix; GPT-2 has none
     up: Linear
@@ -202,6 +212,8 @@ class Block(eqx.Module):
         attended to."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -300,6 +312,8 @@ def init(config: Config, key) -> GPT:
         k=linear(D, config.kv_heads * E, config.qkv_bias),
         v=linear(D, config.kv_heads * E, config.qkv_bias),
         o=linear(config.heads * E, D, config.out_bias, residual),
+        q_norm=norm(L, E) if config.qk_norm else None,
+        k_norm=norm(L, E) if config.qk_norm else None,
         norm2=norm(L, D),
         gate=None if config.gpt2 else linear(D, F, config.mlp_bias),
         up=linear(D, F, config.mlp_bias),
@@ -857,6 +871,7 @@ def layout(config: Config) -> list[tuple[str, str, bool]]:
         linears = {x: f"self_attn.{x}_proj" for x in "qkvo"} | {x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}
         names = [("wte", head + "embed_tokens.weight", False)]
         norms = dict(norm="norm", norm1="input_layernorm", norm2="post_attention_layernorm")
+        norms |= dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm") if config.qk_norm else {}
     biased = dict.fromkeys("qkv", config.qkv_bias) | dict(o=config.out_bias)
     for ours, theirs in norms.items():
         place, path = (head, "") if ours == "norm" else (block, "blocks.")
@@ -892,36 +907,75 @@ def config_to_hf(config: Config) -> dict:
             scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
         keys["rope_scaling"] = scaling
         keys["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta} | (scaling or {})
-        if c.family == "llama":
-            keys |= dict(attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias)
-    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[c.family]
+        keys |= dict(attention_bias=c.qkv_bias) if c.family != "qwen2" else {}
+        keys |= dict(mlp_bias=c.mlp_bias) if c.family == "llama" else {}
+    name = "GPT2LMHeadModel" if c.gpt2 else c.family.capitalize() + "ForCausalLM"
     common = dict(architectures=[name], model_type=c.family, vocab_size=c.vocab_size, tie_word_embeddings=c.tied)
     return common | keys | dict(torch_dtype="float32")
 
 
+SHARED_DEFAULTS = dict(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, head_dim=None,
+    intermediate_size=22016, hidden_act="silu", vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
+    tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+)  # fmt: skip
+
+
+HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configuration classes of transformers 5.24 say
+    "gpt2": dict(
+        n_embd=768, n_layer=12, n_head=12, n_inner=None, n_positions=1024, vocab_size=50257, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True, activation_function="gelu_new",
+    ),
+    "llama": SHARED_DEFAULTS | dict(
+        vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048, num_key_value_heads=None,
+    ),
+    "mistral": SHARED_DEFAULTS | dict(
+        vocab_size=32000, intermediate_size=14336, max_position_embeddings=131072, num_key_value_heads=8,
+        sliding_window=4096,
+    ),
+    "qwen2": SHARED_DEFAULTS | dict(sliding_window=4096, max_window_layers=28),
+    "qwen3": SHARED_DEFAULTS | dict(head_dim=128, sliding_window=4096, max_window_layers=28),
+}  # fmt: skip
+
+
 def config_from_hf(hf: dict, path="config.json") -> Config:
-    """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters)."""
+    """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters). What it leaves
+    out has the default of transformers; what is not computed here is refused by name. A Mistral without sliding windows
+    computes what a Llama does, and becomes one."""
     family = hf.get("model_type")
-    if family == "gpt2":
-        heads, dim = hf["n_head"], hf["n_embd"]
-        sizes = dict(layers=hf["n_layer"], heads=heads, dim=dim, ffn=hf.get("n_inner") or 4 * dim)
-        sizes |= dict(kv_heads=heads, head_dim=dim // heads, context=hf["n_positions"])
-        _refuse(
-            path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_by_inverse_layer_idx=(False,)
-        )
-        return Config(
-            hf["vocab_size"], family=family, norm_eps=hf.get("layer_norm_epsilon", 1e-5), qkv_bias=True, out_bias=True,
-            mlp_bias=True, tied=hf.get("tie_word_embeddings", True), **sizes,
-        )  # fmt: skip
-    if family not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: model_type {family!r} is not one of gpt2, llama, qwen2")
-    heads, dim = hf["num_attention_heads"], hf["hidden_size"]
-    _refuse(path, hf, hidden_act=("silu",), use_sliding_window=(False, None))
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {})
+    if family not in HF_DEFAULTS:
+        why = " (norms, activation and local attention of its own)" if str(family).startswith("gemma") else ""
+        raise ValueError(f"{path}: model_type {family!r}{why} is not computed here, only {', '.join(HF_DEFAULTS)}")
+    hf = HF_DEFAULTS[family] | hf
+    _refuse(path, hf, quantization_config=(None,))
+    return _gpt2_config(hf, path) if family == "gpt2" else _rotary_config(hf, path)
+
+
+def _gpt2_config(hf: dict, path) -> Config:
+    _refuse(
+        path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
+    )  # fmt: skip
+    heads, dim = hf["n_head"], hf["n_embd"]
+    return Config(
+        vocab_size=hf["vocab_size"], context=hf["n_positions"], layers=hf["n_layer"], heads=heads, dim=dim,
+        ffn=hf["n_inner"] or 4 * dim, kv_heads=heads, head_dim=dim // heads, family="gpt2",
+        norm_eps=hf["layer_norm_epsilon"], tied=hf["tie_word_embeddings"], qkv_bias=True, out_bias=True, mlp_bias=True,
+    )  # fmt: skip
+
+
+def _rotary_config(hf: dict, path) -> Config:
+    """Of the families with rotary positions: all but GPT-2."""
+    family, heads, dim = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"]
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported (default, llama3)")
-    attention_bias = hf.get("attention_bias", False)
+        raise ValueError(f"{path}: rope type {kind!r} is not supported (only default, llama3)")
+    _refuse(path, hf, hidden_act=("silu", "swish"), partial_rotary_factor=(1.0, None))
+    _refuse(path, rope, partial_rotary_factor=(1.0, None))
+    if family != "llama":  # which knows no windows
+        _refuse_windows(hf, path)
+    original = hf.get("original_max_position_embeddings") or rope.get(ROPE_SCALING[-1], hf["max_position_embeddings"])
     return Config(
         vocab_size=hf["vocab_size"],
         context=hf["max_position_embeddings"],
@@ -929,23 +983,35 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         heads=heads,
         dim=dim,
         ffn=hf["intermediate_size"],
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or dim // heads,
-        family=family,
+        kv_heads=hf["num_key_value_heads"] or heads,
+        head_dim=hf["head_dim"] or dim // heads,
+        family="llama" if family == "mistral" else family,
         norm_eps=hf["rms_norm_eps"],
-        tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=attention_bias or family == "qwen2",
-        out_bias=attention_bias and family == "llama",
-        mlp_bias=hf.get("mlp_bias", False),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        rope_scaling=tuple(float(rope[f]) for f in ROPE_SCALING) if kind == "llama3" else None,
+        tied=hf["tie_word_embeddings"],
+        qkv_bias=family == "qwen2" or (family != "mistral" and hf["attention_bias"]),
+        out_bias=family in ("llama", "qwen3") and hf["attention_bias"],
+        mlp_bias=family == "llama" and hf["mlp_bias"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=(*(float(rope[x]) for x in ROPE_SCALING[:-1]), float(original)) if kind == "llama3" else None,
     )
+
+
+def _refuse_windows(hf: dict, path):
+    """ValueError where some layers see only a window of the tokens, and rows may be longer than it."""
+    window, context = hf.get("sliding_window"), hf["max_position_embeddings"]
+    beyond = hf.get("use_sliding_window") and hf["num_hidden_layers"] > hf["max_window_layers"]  # Qwen's later layers
+    slides = hf["model_type"] == "mistral" or beyond or "sliding_attention" in (hf.get("layer_types") or ())
+    if slides and window is not None and window < context:
+        raise ValueError(
+            f"{path}: sliding_window = {window} is not supported, since rows may be longer (max_position_embeddings = "
+            f"{context}); where yours never are, write {window} there"
+        )
 
 
 def _refuse(path, hf, **allowed):
     for key, values in allowed.items():
         if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} = {hf[key]!r} is not supported (only {', '.join(map(str, values))})")
+            raise ValueError(f"{path}: {key} = {hf[key]!r:.60} is not supported (only {', '.join(map(str, values))})")
 
 
 def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:

@@ -51,7 +51,7 @@ class Config:
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
-    family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
+    family: Literal["gpt2", "llama", "qwen2", "qwen3"] = "llama"  # a fresh model's family, layers, heads, width
     layers: int = 4
     heads: int = 2
     dim: int = 128

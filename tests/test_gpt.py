@@ -19,8 +19,8 @@ from scipy.special import log_softmax
 import gpt
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
-LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2"]
-CLASSIFIERS = ["gpt2_score", "llama_score"]
+LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2", "qwen3", "qwen3_bias"]
+CLASSIFIERS = ["gpt2_score", "llama_score", "qwen3_score"]
 B, T, V, NEW = 3, 6, 61, 8
 
 
@@ -34,7 +34,7 @@ hidden_states = jax.jit(lambda model, tokens: model(tokens))
 scores_of = jax.jit(lambda model, tokens, mask: model(tokens, mask))
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen3"])
 def model(request, golden):
     return gpt.load(golden / request.param)[0]
 
@@ -76,7 +76,7 @@ def test_logits_are_those_of_transformers(name, spelling, golden, tmp_path):
     np.testing.assert_allclose(got, want["logits"], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_left_padded_logits_are_those_of_transformers(name, golden):
     want = np.load(golden / name / "logits.npz")
     mask = want["padded_mask"]

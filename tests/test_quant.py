@@ -162,7 +162,7 @@ def dense_model(model: gpt.GPT) -> gpt.GPT:
     return gpt.GPT(model.wte.dense(), model.wpe, blocks, model.norm, head, model.config)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama_bias"])
+@pytest.fixture(scope="module", params=["gpt2", "llama_bias", "qwen3"])
 def model(request, golden):
     return gpt.load(golden / request.param)[0]
 

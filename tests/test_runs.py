@@ -354,6 +354,7 @@ def test_a_leaf_is_split_along_its_longest_axis_but_never_along_its_layers():
     assert spec((), 512, 64) == ("data", None)
     assert spec((), 509, 64) == (None, "data")
     assert spec((), 16, 16) == spec((), 509, 63) == ()
+    assert spec((*blocks, jax.tree_util.GetAttrKey("q_norm"), jax.tree_util.GetAttrKey("scale")), 28, 128) == ()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
