@@ -8,7 +8,7 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
 
     model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen3
     logprobs = gpt.token_logprobs(model, tokens)                # (B, T) -> (B, T-1)
-    out = gpt.generate(model, prompts, prompt_mask, key, 64, eos=tokenizer.eos_id)
+    out = gpt.generate(model, prompts, prompt_mask, key, 64, ends=tokenizer.end_ids)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
 One alphabet of dimensions, everywhere:
@@ -84,6 +84,7 @@ class Config:
     mlp_bias: bool = False
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3: factor, low, high, original context
+    known_ids: int | None = None  # the tokenizer has the ids below this one, and only they have a probability
 
     @property
     def gpt2(self) -> bool:
@@ -269,11 +270,15 @@ class GPT(eqx.Module):
         return shard_batch(x), rope_angles(self.config, positions)
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
+        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer. Published models may
+        have more rows than their tokenizer has ids (Qwen2: 151,936 for 151,669): no text would show what they say, so
+        that where `known_ids` is set they are masked, in sampling, log-probs and training alike."""
         head = self.wte if self.head is None else self.head
-        if isinstance(head, eqx.Module):
-            return head(hidden, jnp.float32)
-        return unembed(hidden, head, jnp.float32)
+        own = isinstance(head, eqx.Module)
+        logits = head(hidden, jnp.float32) if own else unembed(hidden, head, jnp.float32)
+        if self.config.known_ids is None:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.known_ids, logits, MASKED)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -440,8 +445,8 @@ def weighted_mean(x, weight):
 
 
 class Generation(NamedTuple):
-    tokens: Array  # (B, T) sampled tokens, `pad` after EOS
-    mask: Array  # (B, T) 1 on sampled tokens including EOS
+    tokens: Array  # (B, T) sampled tokens, `pad` after the end
+    mask: Array  # (B, T) 1 on sampled tokens including the one that ends them
     logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
 
 
@@ -452,12 +457,12 @@ class SamplerState(NamedTuple):
     tokens: Array  # these three as in Generation
     mask: Array
     logprobs: Array
-    done: Array  # (B,) whether EOS was drawn
+    done: Array  # (B,) whether a token was drawn that ends the response
     visible: Array  # (B, Q + T) places of the cache that hold a real token
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature"))
 def generate(
     model: GPT,
     prompts: Int[Array, "B Q"],
@@ -465,12 +470,13 @@ def generate(
     key,
     max_new_tokens: int,
     *,
-    eos: int,
+    ends: tuple[int, ...],
     pad: int = 0,
     temperature: float = 1.0,
     rows=None,
 ) -> Generation:
-    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
+    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until one of the tokens `ends` or
+    `max_new_tokens`.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
@@ -495,9 +501,9 @@ def generate(
         return state._replace(
             t=t + 1,
             tokens=column(state.tokens, jnp.where(state.done, pad, token)),
-            mask=column(state.mask, ~state.done),  # `done` is from before this draw: EOS itself still counts
+            mask=column(state.mask, ~state.done),  # `done` is from before this draw: the end itself still counts
             logprobs=column(state.logprobs, jnp.where(state.done, 0.0, logprob)),
-            done=state.done | (token == eos),
+            done=state.done | is_end(token, ends),
         )
 
     def step(state: SamplerState) -> SamplerState:
@@ -523,6 +529,16 @@ def generate(
     unfinished = lambda state: (state.t < T) & ~state.done.all()
     end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
     return Generation(end.tokens, end.mask, end.logprobs)
+
+
+def is_end(tokens, ends: tuple[int, ...]):
+    """Where `tokens`, an array of any shape, are one of the ids that end a response."""
+    return (tokens[..., None] == jnp.asarray(ends, tokens.dtype)).any(-1)
+
+
+def has_ended(tokens: Int[Array, "B T"], mask, ends: tuple[int, ...]) -> Array:
+    """(B,) whether each response came to its end: whether a token of it, where `mask` is 1, is one of `ends`."""
+    return (is_end(tokens, ends) & (mask > 0)).any(1)
 
 
 def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
@@ -557,18 +573,19 @@ def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature
     return token, chosen - jnp.log(p.sum(-1))
 
 
-def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, ends: tuple[int, ...]):
     """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
     1 on their real tokens.
 
-    The score is read at the last of them: the EOS of a finished response, or the `suffix`, which takes the place of EOS
-    and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained on.
+    The score is read at the last of them: the token of `ends` that finishes a response, or the `suffix`, which takes
+    its place and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained
+    on.
     """
     S, start = len(suffix), prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
     end = start + mask.sum(1)
     if suffix:
-        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+        end = end - has_ended(responses, mask, ends)
     index = jnp.arange(tokens.shape[1])
     for i, token in enumerate(suffix):
         tokens = jnp.where(index == end[:, None] + i, token, tokens)
@@ -576,11 +593,11 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
-@partial(jax.jit, static_argnames=("eos", "chunks"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+@partial(jax.jit, static_argnames=("ends", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks: int = 1) -> Float[Array, " B"]:
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
-    the two masks. The rows are scored in so many `chunks`, one after the other."""
-    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
     return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
 
 
@@ -647,7 +664,10 @@ CHATML_TEMPLATE = (
 )
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "generation_config.json",
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -830,7 +850,7 @@ def _huggingface_tokenizer(spec, raw):
     encode = lambda t: lambda text: t.encode(trim(text), add_special_tokens=False).ids if text else []
     specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
     decode = lambda ids, errors=None: special.decode(ids, skip_special_tokens=False)
-    return encode(plain), encode(special), decode, special.get_vocab_size(), specials
+    return encode(plain), encode(special), decode, max(special.get_vocab().values()) + 1, specials
 
 
 def need_tokenizer(path) -> Tokenizer:
@@ -1028,7 +1048,8 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
 
 
 def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
-    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it."""
+    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it.
+    Ids that the model has and the tokenizer does not get no probability."""
     model, tokenizer = load(path)
     if isinstance(model, ScoreModel):
         raise ValueError(
@@ -1042,6 +1063,9 @@ def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
             f"the tokenizer of {tokenizer_path or path} has {tokenizer.vocab_size} ids, more than the "
             f"{model.config.vocab_size} of the model in {path}: it belongs to another model"
         )
+    if tokenizer.vocab_size < model.config.vocab_size:
+        known = dataclasses.replace(model.config, known_ids=tokenizer.vocab_size)
+        model = dataclasses.replace(model, config=known)
     return model, tokenizer
 
 
@@ -1159,8 +1183,9 @@ def _path(path) -> str:
 
 
 def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict | None = None, dtype=np.float32):
-    """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors and
-    the tokenizer's files. `extra` joins config.json. Each file is written aside and renamed into place."""
+    """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors, the
+    tokenizer's files and, of a language model, generation_config.json. `extra` joins config.json. Each file is written
+    aside and renamed into place."""
     from safetensors.numpy import save_file
 
     path, scores = Path(path), isinstance(model, ScoreModel)
@@ -1192,7 +1217,25 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         write_atomic(path / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         for name, content in (tokenizer.files if tokenizer else {}).items():
             write_atomic(path / name, lambda file, content=content: Path(file).write_bytes(content))
+        if tokenizer is not None and not scores:
+            write_json(path / "generation_config.json", generation_config(tokenizer))
         write_json(path / "config.json", hf | (extra or {}))
+
+
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """How other programs are to generate: as the tokenizer's folder says, with its temperature and the like, until any
+    of the tokenizer's ends. A PAD that is an ordinary token, as it is where the files name none, is not written: it
+    would be shown as text."""
+    found = json.loads(tokenizer.files.get("generation_config.json", "{}"))
+    for name in ("_from_model_config", "transformers_version"):  # of whoever wrote it
+        found.pop(name, None)
+    ends = list(tokenizer.end_ids)
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if tokenizer.bos_id is not None:
+        found["bos_token_id"] = tokenizer.bos_id
+    if tokenizer.pad_id in tokenizer.special_ids:
+        found["pad_token_id"] = tokenizer.pad_id
+    return found
 
 
 def save_adapter(path, model: "Adapter | ScoreModel", base):

@@ -172,7 +172,7 @@ def show_samples(run, step, model, batch, kind: str, tokenizer, key, config: Con
     for i, n in enumerate(given):  # padded on the left, since they end where the answer begins
         prompts[i, width - n :], mask[i, width - n :] = tokens[i, :n], 1
     new = max(config.length - width, 1)
-    out = gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    out = gpt.generate(model, prompts, mask, key, new, ends=tokenizer.end_ids, pad=tokenizer.pad_id)
     texts = tokenizer.decode_rows(prompts, mask), tokenizer.decode_rows(out.tokens, out.mask)
     for prompt, sample in zip(*texts):
         run.sample(step, prompt=prompt, sample=sample)

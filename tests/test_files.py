@@ -6,6 +6,7 @@ import os
 import shutil
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +20,13 @@ from safetensors.numpy import load_file, save_file
 import dpo
 import evaluate
 import gpt
+import grpo
 import ipo_kto
 import online
 import ppo
 import prepare
 import reward
+import rlaif
 import sft
 
 FOLDERS = [
@@ -303,6 +306,85 @@ def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_pat
         given |= dict(data=(str(write_rows(tmp_path / "rows.jsonl", [row] * 4)),), out=tmp_path / "out")
     with pytest.raises(ValueError, match="reward is a reward model, not a language model"):
         script.main(script.Config(**given))
+
+
+class Sampled(Exception):
+    """What `gpt.generate` was asked for."""
+
+
+def sampling_calls(tokenizer, folder, tmp_path):
+    """name -> what samples in a script, up to its first call of `gpt.generate`."""
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
+    rl = dict(init=str(folder), data=(str(rows),), reward=("json:loads",), batch_size=4, minibatch_size=4)
+    batch = dict(tokens=np.ones((2, 3), np.int32), mask=np.ones((2, 3), np.int32), segments=np.ones((2, 3), np.int32))
+    exam = lambda: evaluate.Exam(evaluate.Config(), tokenizer, None, [SimpleNamespace(texts=["a"] * 2, **batch)], None)
+    judge = rlaif.Config(judge=str(folder), batch_size=2)
+    scorer = SimpleNamespace(init=str(folder), normalize_with=str(folder), normalize_data=(str(rows),), length=32,
+                             response_length=8, normalize_samples=4, seed=0)  # fmt: skip
+    return {
+        "sft": lambda key: sft.show_samples(None, 0, None, batch, "demos", tokenizer, key, sft.Config()),
+        "reward": lambda key: reward.normalize(gpt.load(folder)[0], tokenizer, scorer, key),
+        "ppo": lambda key: ppo.main(ppo.Config(out=tmp_path / "ppo", **rl)),
+        "grpo": lambda key: grpo.main(grpo.Config(out=tmp_path / "grpo", **rl)),
+        "online": lambda key: online.sample(
+            gpt.load(folder)[0], tokenizer, None, batch, key, online.Config(minibatch_size=1, candidates=2)
+        ),
+        "rlaif": lambda key: rlaif.sample(None, tokenizer, batch, 2, key, judge),
+        "judge": lambda key: rlaif.LocalJudge(judge).write(["a"], (), 0),
+        "evaluate": lambda key: evaluate.answer(exam(), None, 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "grpo", "online", "rlaif", "judge", "evaluate"])
+def test_every_script_samples_until_any_of_the_ends(name, words, plain, tiny_model, tmp_path, monkeypatch):
+    real, ends = gpt.load_tokenizer, (plain.eos_id, plain.specials["<pad>"])
+
+    def load_tokenizer(path):
+        tokenizer = real(path)
+        tokenizer.end_ids = ends
+        return tokenizer
+
+    def generate(*args, ends, **options):
+        raise Sampled(ends)
+
+    monkeypatch.setattr(gpt, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(gpt, "generate", generate)
+    monkeypatch.setattr(gpt, "start", lambda seed: jax.random.key(seed))
+    gpt.save(tmp_path / "model", tiny_model, plain)
+    with pytest.raises(Sampled) as asked:
+        sampling_calls(load_tokenizer(words), tmp_path / "model", tmp_path)[name](jax.random.key(0))
+    assert asked.value.args == (ends,)
+
+
+def test_ids_that_only_the_model_has_are_known_when_it_is_to_write(plain, words, tiny_model, tmp_path):
+    gpt.save(tmp_path, tiny_model, plain)  # 32 rows for 16 ids
+    model, tokenizer = gpt.load_policy(tmp_path)
+    assert model.config.known_ids == tokenizer.vocab_size == 16
+    assert gpt.load(tmp_path)[0].config.known_ids is None
+    exact = gpt.make_config(tokenizer.vocab_size, context=32, layers=1, heads=2, dim=16)
+    gpt.save(tmp_path / "exact", gpt.init(exact, jax.random.key(0)), plain)
+    assert gpt.load_policy(tmp_path / "exact")[0].config.known_ids is None
+
+
+def test_how_to_generate_is_written_beside_the_weights(words, plain, tiny_model, tmp_path):
+    """The ids are those of the tokenizer; what the folder that it came from said besides stays."""
+    shutil.copytree(words, tmp_path / "words")
+    settings = dict(temperature=0.6, top_p=0.9, eos_token_id=3, pad_token_id=3, transformers_version="4.40.0")
+    (tmp_path / "words" / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path / "words")
+    tokenizer.end_ids = (plain.eos_id, 3)
+    gpt.save(tmp_path / "model", tiny_model, tokenizer)
+    read = lambda folder: json.loads((tmp_path / folder / "generation_config.json").read_text())
+    kept = dict(temperature=0.6, top_p=0.9, pad_token_id=plain.specials["<pad>"])
+    assert read("model") == dict(eos_token_id=[plain.eos_id, 3], **kept)
+    gpt.save(tmp_path / "one", tiny_model, plain)
+    assert read("one") == dict(eos_token_id=plain.eos_id, pad_token_id=plain.specials["<pad>"])
+    shutil.copytree(words, tmp_path / "no-pad")
+    change_json(tmp_path / "no-pad" / "tokenizer_config.json", lambda settings: settings.pop("pad_token"))
+    gpt.save(tmp_path / "none", tiny_model, gpt.load_tokenizer(tmp_path / "no-pad"))
+    assert read("none") == dict(eos_token_id=plain.eos_id)  # its PAD is a word: masks alone tell
+    gpt.save(tmp_path / "score", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
+    assert not (tmp_path / "score" / "generation_config.json").exists()
 
 
 def test_a_half_written_file_is_never_seen(tmp_path):

@@ -70,7 +70,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
 
 def test_generation_is_that_of_the_merged_model(tiny_model):
     model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
-    sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, eos=-1)
+    sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, ends=())
     ours, merged = sample(model), sample(gpt.merge(model))
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
     np.testing.assert_array_equal(ours.logprobs, merged.logprobs)
