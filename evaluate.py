@@ -132,7 +132,7 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
     for i, prompts in enumerate(exam.prompts):
         size = len(prompts.texts)
         out = gpt.generate(
-            model, prompts.tokens, prompts.mask, key, exam.config.response_length, eos=exam.tokenizer.eos_id,
+            model, prompts.tokens, prompts.mask, key, exam.config.response_length, ends=exam.tokenizer.end_ids,
             pad=exam.tokenizer.pad_id, temperature=temperature, rows=jnp.arange(size) + i * size,
         )  # fmt: skip
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
@@ -148,10 +148,11 @@ def measure(exam: Exam, prompts: Prompts, out: gpt.Generation, kl) -> Answers:
     tokens, mask = gpt.to_numpy((out.tokens, out.mask))
     ids = [row[m > 0] for row, m in zip(tokens, mask)]
     responses = [exam.tokenizer.decode(row) for row in ids]
-    bare = [row[row != exam.tokenizer.eos_id].tolist() for row in ids]
+    ended = gpt.to_numpy(gpt.has_ended(out.tokens, out.mask, exam.tokenizer.end_ids))
+    bare = [(row[:-1] if end else row).tolist() for row, end in zip(ids, ended)]
     numbers = {
         "length": mask.sum(1),
-        "eos": [exam.tokenizer.eos_id in row for row in ids],
+        "eos": ended,
         "repetition": [repetition(row) for row in bare],
     }
     if kl is not None:
@@ -172,7 +173,7 @@ def load_judge(name: str | None) -> Callable:
     return lambda prompts, responses, rows: gpt.judgements(function(prompts, responses, rows))
 
 
-reward_scores = jax.jit(gpt.score, static_argnames="eos")
+reward_scores = jax.jit(gpt.score, static_argnames="ends")
 
 
 def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
@@ -187,7 +188,9 @@ def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
 
     def rate(prompts, out, texts):
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
-        return np.mean(gpt.to_numpy([reward_scores(member, *sequence, eos=tokenizer.eos_id) for member in members]), 0)
+        return np.mean(
+            gpt.to_numpy([reward_scores(member, *sequence, ends=tokenizer.end_ids) for member in members]), 0
+        )
 
     return rate
 

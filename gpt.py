@@ -6,9 +6,9 @@
 
 Parts II and III are for looking up. Algorithms live in their scripts; nothing here knows what PPO is.
 
-    model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen2
+    model, tokenizer = gpt.load("out/sft")                      # a Hugging Face folder: GPT-2, Llama, Qwen3
     logprobs = gpt.token_logprobs(model, tokens)                # (B, T) -> (B, T-1)
-    out = gpt.generate(model, prompts, prompt_mask, key, 64, eos=tokenizer.eos_id)
+    out = gpt.generate(model, prompts, prompt_mask, key, 64, ends=tokenizer.end_ids)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
 One alphabet of dimensions, everywhere:
@@ -76,7 +76,7 @@ class Config:
     ffn: int
     kv_heads: int
     head_dim: int
-    family: str = "llama"  # gpt2: learned positions, LayerNorm, GELU. llama, qwen2: RoPE, RMSNorm, SwiGLU
+    family: str = "llama"  # gpt2: learned positions, LayerNorm, GELU. The others: RoPE, RMSNorm, SwiGLU
     norm_eps: float = 1e-5
     tied: bool = True  # the output head is the embedding
     qkv_bias: bool = False
@@ -84,21 +84,30 @@ class Config:
     mlp_bias: bool = False
     rope_theta: float = 10000.0
     rope_scaling: tuple[float, float, float, float] | None = None  # Llama 3: factor, low, high, original context
+    known_ids: int | None = None  # the tokenizer has the ids below this one, and only they have a probability
 
     @property
     def gpt2(self) -> bool:
         return self.family == "gpt2"
+
+    @property
+    def qk_norm(self) -> bool:
+        """Whether queries and keys are normalised, head by head, before they are rotated."""
+        return self.family == "qwen3"
+
+
+FAMILIES = ("gpt2", "llama", "qwen2", "qwen3")
 
 
 def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int, family="llama", **other) -> Config:
     """A new model's configuration with the family's usual widths and biases."""
     if dim % heads:
         raise ValueError(f"--dim {dim} is not divisible by --heads {heads}")
-    if family not in ("gpt2", "llama", "qwen2"):
-        raise ValueError(f"unknown model family {family!r}: gpt2, llama or qwen2")
+    if family not in FAMILIES:
+        raise ValueError(f"unknown model family {family!r}: {', '.join(FAMILIES)}")
     gpt2 = family == "gpt2"
     ffn = 4 * dim if gpt2 else -(-8 * dim // 3 // 32) * 32  # SwiGLU has three matrices: two thirds of the width
-    biases = dict(qkv_bias=family != "llama", out_bias=gpt2, mlp_bias=gpt2)
+    biases = dict(qkv_bias=family in ("gpt2", "qwen2"), out_bias=gpt2, mlp_bias=gpt2)
     values = dict(ffn=ffn, kv_heads=heads, head_dim=dim // heads, family=family) | biases | other
     return Config(vocab_size=vocab_size, context=context, layers=layers, heads=heads, dim=dim, **values)
 
@@ -190,6 +199,8 @@ class Block(eqx.Module):
     k: Linear
     v: Linear
     o: Linear
+    q_norm: Norm | None  # Qwen3's: over each head's E numbers
+    k_norm: Norm | None
     norm2: Norm
     gate: Linear | None  # SwiGLU's third matrix; GPT-2 has none
     up: Linear
@@ -202,6 +213,8 @@ class Block(eqx.Module):
         attended to."""
         h = self.norm1(x)
         q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
+        if self.q_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
         if cache is not None:
@@ -257,11 +270,15 @@ class GPT(eqx.Module):
         return shard_batch(x), rope_angles(self.config, positions)
 
     def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
-        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer."""
+        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer. Published models may
+        have more rows than their tokenizer has ids (Qwen2: 151,936 for 151,669): no text would show what they say, so
+        that where `known_ids` is set they are masked, in sampling, log-probs and training alike."""
         head = self.wte if self.head is None else self.head
-        if isinstance(head, eqx.Module):
-            return head(hidden, jnp.float32)
-        return unembed(hidden, head, jnp.float32)
+        own = isinstance(head, eqx.Module)
+        logits = head(hidden, jnp.float32) if own else unembed(hidden, head, jnp.float32)
+        if self.config.known_ids is None:
+            return logits
+        return jnp.where(jnp.arange(logits.shape[-1]) < self.config.known_ids, logits, MASKED)
 
 
 def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
@@ -300,6 +317,8 @@ def init(config: Config, key) -> GPT:
         k=linear(D, config.kv_heads * E, config.qkv_bias),
         v=linear(D, config.kv_heads * E, config.qkv_bias),
         o=linear(config.heads * E, D, config.out_bias, residual),
+        q_norm=norm(L, E) if config.qk_norm else None,
+        k_norm=norm(L, E) if config.qk_norm else None,
         norm2=norm(L, D),
         gate=None if config.gpt2 else linear(D, F, config.mlp_bias),
         up=linear(D, F, config.mlp_bias),
@@ -426,8 +445,8 @@ def weighted_mean(x, weight):
 
 
 class Generation(NamedTuple):
-    tokens: Array  # (B, T) sampled tokens, `pad` after EOS
-    mask: Array  # (B, T) 1 on sampled tokens including EOS
+    tokens: Array  # (B, T) sampled tokens, `pad` after the end
+    mask: Array  # (B, T) 1 on sampled tokens including the one that ends them
     logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
 
 
@@ -438,12 +457,12 @@ class SamplerState(NamedTuple):
     tokens: Array  # these three as in Generation
     mask: Array
     logprobs: Array
-    done: Array  # (B,) whether EOS was drawn
+    done: Array  # (B,) whether a token was drawn that ends the response
     visible: Array  # (B, Q + T) places of the cache that hold a real token
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "eos", "pad", "temperature"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature"))
 def generate(
     model: GPT,
     prompts: Int[Array, "B Q"],
@@ -451,12 +470,13 @@ def generate(
     key,
     max_new_tokens: int,
     *,
-    eos: int,
+    ends: tuple[int, ...],
     pad: int = 0,
     temperature: float = 1.0,
     rows=None,
 ) -> Generation:
-    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until EOS or `max_new_tokens`.
+    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until one of the tokens `ends` or
+    `max_new_tokens`.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
@@ -481,9 +501,9 @@ def generate(
         return state._replace(
             t=t + 1,
             tokens=column(state.tokens, jnp.where(state.done, pad, token)),
-            mask=column(state.mask, ~state.done),  # `done` is from before this draw: EOS itself still counts
+            mask=column(state.mask, ~state.done),  # `done` is from before this draw: the end itself still counts
             logprobs=column(state.logprobs, jnp.where(state.done, 0.0, logprob)),
-            done=state.done | (token == eos),
+            done=state.done | is_end(token, ends),
         )
 
     def step(state: SamplerState) -> SamplerState:
@@ -509,6 +529,16 @@ def generate(
     unfinished = lambda state: (state.t < T) & ~state.done.all()
     end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
     return Generation(end.tokens, end.mask, end.logprobs)
+
+
+def is_end(tokens, ends: tuple[int, ...]):
+    """Where `tokens`, an array of any shape, are one of the ids that end a response."""
+    return (tokens[..., None] == jnp.asarray(ends, tokens.dtype)).any(-1)
+
+
+def has_ended(tokens: Int[Array, "B T"], mask, ends: tuple[int, ...]) -> Array:
+    """(B,) whether each response came to its end: whether a token of it, where `mask` is 1, is one of `ends`."""
+    return (is_end(tokens, ends) & (mask > 0)).any(1)
 
 
 def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
@@ -543,18 +573,19 @@ def sample_token(logits: Float[Array, "B V"], u: Float[Array, " B"], temperature
     return token, chosen - jnp.log(p.sum(-1))
 
 
-def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
+def score_inputs(prompts, prompt_mask, responses, mask, suffix, ends: tuple[int, ...]):
     """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
     1 on their real tokens.
 
-    The score is read at the last of them: the EOS of a finished response, or the `suffix`, which takes the place of EOS
-    and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained on.
+    The score is read at the last of them: the token of `ends` that finishes a response, or the `suffix`, which takes
+    its place and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained
+    on.
     """
     S, start = len(suffix), prompts.shape[1]
     tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
     end = start + mask.sum(1)
     if suffix:
-        end = end - jnp.any((responses == eos) & (mask > 0), axis=1)
+        end = end - has_ended(responses, mask, ends)
     index = jnp.arange(tokens.shape[1])
     for i, token in enumerate(suffix):
         tokens = jnp.where(index == end[:, None] + i, token, tokens)
@@ -562,11 +593,11 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, eos: int):
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
-@partial(jax.jit, static_argnames=("eos", "chunks"))
-def score(model: ScoreModel, prompts, prompt_mask, responses, mask, eos: int, chunks: int = 1) -> Float[Array, " B"]:
+@partial(jax.jit, static_argnames=("ends", "chunks"))
+def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks: int = 1) -> Float[Array, " B"]:
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
-    the two masks. The rows are scored in so many `chunks`, one after the other."""
-    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, eos)
+    the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
+    tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
     return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
 
 
@@ -633,7 +664,10 @@ CHATML_TEMPLATE = (
 )
 
 
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
+    "generation_config.json",
+)  # fmt: skip
 
 
 class Tokenizer:
@@ -816,7 +850,7 @@ def _huggingface_tokenizer(spec, raw):
     encode = lambda t: lambda text: t.encode(trim(text), add_special_tokens=False).ids if text else []
     specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
     decode = lambda ids, errors=None: special.decode(ids, skip_special_tokens=False)
-    return encode(plain), encode(special), decode, special.get_vocab_size(), specials
+    return encode(plain), encode(special), decode, max(special.get_vocab().values()) + 1, specials
 
 
 def need_tokenizer(path) -> Tokenizer:
@@ -857,6 +891,7 @@ def layout(config: Config) -> list[tuple[str, str, bool]]:
         linears = {x: f"self_attn.{x}_proj" for x in "qkvo"} | {x: f"mlp.{x}_proj" for x in ("gate", "up", "down")}
         names = [("wte", head + "embed_tokens.weight", False)]
         norms = dict(norm="norm", norm1="input_layernorm", norm2="post_attention_layernorm")
+        norms |= dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm") if config.qk_norm else {}
     biased = dict.fromkeys("qkv", config.qkv_bias) | dict(o=config.out_bias)
     for ours, theirs in norms.items():
         place, path = (head, "") if ours == "norm" else (block, "blocks.")
@@ -892,36 +927,75 @@ def config_to_hf(config: Config) -> dict:
             scaling["original_max_position_embeddings"] = int(c.rope_scaling[3])
         keys["rope_scaling"] = scaling
         keys["rope_parameters"] = {"rope_type": "default", "rope_theta": c.rope_theta} | (scaling or {})
-        if c.family == "llama":
-            keys |= dict(attention_bias=c.qkv_bias, mlp_bias=c.mlp_bias)
-    name = {"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM", "qwen2": "Qwen2ForCausalLM"}[c.family]
+        keys |= dict(attention_bias=c.qkv_bias) if c.family != "qwen2" else {}
+        keys |= dict(mlp_bias=c.mlp_bias) if c.family == "llama" else {}
+    name = "GPT2LMHeadModel" if c.gpt2 else c.family.capitalize() + "ForCausalLM"
     common = dict(architectures=[name], model_type=c.family, vocab_size=c.vocab_size, tie_word_embeddings=c.tied)
     return common | keys | dict(torch_dtype="float32")
 
 
+SHARED_DEFAULTS = dict(
+    hidden_size=4096, num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32, head_dim=None,
+    intermediate_size=22016, hidden_act="silu", vocab_size=151936, max_position_embeddings=32768, rms_norm_eps=1e-6,
+    tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
+)  # fmt: skip
+
+
+HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configuration classes of transformers 5.24 say
+    "gpt2": dict(
+        n_embd=768, n_layer=12, n_head=12, n_inner=None, n_positions=1024, vocab_size=50257, layer_norm_epsilon=1e-5,
+        tie_word_embeddings=True, activation_function="gelu_new",
+    ),
+    "llama": SHARED_DEFAULTS | dict(
+        vocab_size=32000, intermediate_size=11008, max_position_embeddings=2048, num_key_value_heads=None,
+    ),
+    "mistral": SHARED_DEFAULTS | dict(
+        vocab_size=32000, intermediate_size=14336, max_position_embeddings=131072, num_key_value_heads=8,
+        sliding_window=4096,
+    ),
+    "qwen2": SHARED_DEFAULTS | dict(sliding_window=4096, max_window_layers=28),
+    "qwen3": SHARED_DEFAULTS | dict(head_dim=128, sliding_window=4096, max_window_layers=28),
+}  # fmt: skip
+
+
 def config_from_hf(hf: dict, path="config.json") -> Config:
-    """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters)."""
+    """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters). What it leaves
+    out has the default of transformers; what is not computed here is refused by name. A Mistral without sliding windows
+    computes what a Llama does, and becomes one."""
     family = hf.get("model_type")
-    if family == "gpt2":
-        heads, dim = hf["n_head"], hf["n_embd"]
-        sizes = dict(layers=hf["n_layer"], heads=heads, dim=dim, ffn=hf.get("n_inner") or 4 * dim)
-        sizes |= dict(kv_heads=heads, head_dim=dim // heads, context=hf["n_positions"])
-        _refuse(
-            path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_by_inverse_layer_idx=(False,)
-        )
-        return Config(
-            hf["vocab_size"], family=family, norm_eps=hf.get("layer_norm_epsilon", 1e-5), qkv_bias=True, out_bias=True,
-            mlp_bias=True, tied=hf.get("tie_word_embeddings", True), **sizes,
-        )  # fmt: skip
-    if family not in ("llama", "qwen2"):
-        raise ValueError(f"{path}: model_type {family!r} is not one of gpt2, llama, qwen2")
-    heads, dim = hf["num_attention_heads"], hf["hidden_size"]
-    _refuse(path, hf, hidden_act=("silu",), use_sliding_window=(False, None))
-    rope = hf.get("rope_parameters") or {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or {})
+    if family not in HF_DEFAULTS:
+        why = " (norms, activation and local attention of its own)" if str(family).startswith("gemma") else ""
+        raise ValueError(f"{path}: model_type {family!r}{why} is not computed here, only {', '.join(HF_DEFAULTS)}")
+    hf = HF_DEFAULTS[family] | hf
+    _refuse(path, hf, quantization_config=(None,))
+    return _gpt2_config(hf, path) if family == "gpt2" else _rotary_config(hf, path)
+
+
+def _gpt2_config(hf: dict, path) -> Config:
+    _refuse(
+        path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
+        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
+    )  # fmt: skip
+    heads, dim = hf["n_head"], hf["n_embd"]
+    return Config(
+        vocab_size=hf["vocab_size"], context=hf["n_positions"], layers=hf["n_layer"], heads=heads, dim=dim,
+        ffn=hf["n_inner"] or 4 * dim, kv_heads=heads, head_dim=dim // heads, family="gpt2",
+        norm_eps=hf["layer_norm_epsilon"], tied=hf["tie_word_embeddings"], qkv_bias=True, out_bias=True, mlp_bias=True,
+    )  # fmt: skip
+
+
+def _rotary_config(hf: dict, path) -> Config:
+    """Of the families with rotary positions: all but GPT-2."""
+    family, heads, dim = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"]
+    rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported (default, llama3)")
-    attention_bias = hf.get("attention_bias", False)
+        raise ValueError(f"{path}: rope type {kind!r} is not supported (only default, llama3)")
+    _refuse(path, hf, hidden_act=("silu", "swish"), partial_rotary_factor=(1.0, None))
+    _refuse(path, rope, partial_rotary_factor=(1.0, None))
+    if family != "llama":  # which knows no windows
+        _refuse_windows(hf, path)
+    original = hf.get("original_max_position_embeddings") or rope.get(ROPE_SCALING[-1], hf["max_position_embeddings"])
     return Config(
         vocab_size=hf["vocab_size"],
         context=hf["max_position_embeddings"],
@@ -929,23 +1003,35 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         heads=heads,
         dim=dim,
         ffn=hf["intermediate_size"],
-        kv_heads=hf.get("num_key_value_heads") or heads,
-        head_dim=hf.get("head_dim") or dim // heads,
-        family=family,
+        kv_heads=hf["num_key_value_heads"] or heads,
+        head_dim=hf["head_dim"] or dim // heads,
+        family="llama" if family == "mistral" else family,
         norm_eps=hf["rms_norm_eps"],
-        tied=hf.get("tie_word_embeddings", False),
-        qkv_bias=attention_bias or family == "qwen2",
-        out_bias=attention_bias and family == "llama",
-        mlp_bias=hf.get("mlp_bias", False),
-        rope_theta=float(rope.get("rope_theta", hf.get("rope_theta", 10000.0))),
-        rope_scaling=tuple(float(rope[f]) for f in ROPE_SCALING) if kind == "llama3" else None,
+        tied=hf["tie_word_embeddings"],
+        qkv_bias=family == "qwen2" or (family != "mistral" and hf["attention_bias"]),
+        out_bias=family in ("llama", "qwen3") and hf["attention_bias"],
+        mlp_bias=family == "llama" and hf["mlp_bias"],
+        rope_theta=float(rope["rope_theta"]),
+        rope_scaling=(*(float(rope[x]) for x in ROPE_SCALING[:-1]), float(original)) if kind == "llama3" else None,
     )
+
+
+def _refuse_windows(hf: dict, path):
+    """ValueError where some layers see only a window of the tokens, and rows may be longer than it."""
+    window, context = hf.get("sliding_window"), hf["max_position_embeddings"]
+    beyond = hf.get("use_sliding_window") and hf["num_hidden_layers"] > hf["max_window_layers"]  # Qwen's later layers
+    slides = hf["model_type"] == "mistral" or beyond or "sliding_attention" in (hf.get("layer_types") or ())
+    if slides and window is not None and window < context:
+        raise ValueError(
+            f"{path}: sliding_window = {window} is not supported, since rows may be longer (max_position_embeddings = "
+            f"{context}); where yours never are, write {window} there"
+        )
 
 
 def _refuse(path, hf, **allowed):
     for key, values in allowed.items():
         if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} = {hf[key]!r} is not supported (only {', '.join(map(str, values))})")
+            raise ValueError(f"{path}: {key} = {hf[key]!r:.60} is not supported (only {', '.join(map(str, values))})")
 
 
 def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
@@ -962,7 +1048,8 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
 
 
 def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
-    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it."""
+    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it.
+    Ids that the model has and the tokenizer does not get no probability."""
     model, tokenizer = load(path)
     if isinstance(model, ScoreModel):
         raise ValueError(
@@ -976,6 +1063,9 @@ def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
             f"the tokenizer of {tokenizer_path or path} has {tokenizer.vocab_size} ids, more than the "
             f"{model.config.vocab_size} of the model in {path}: it belongs to another model"
         )
+    if tokenizer.vocab_size < model.config.vocab_size:
+        known = dataclasses.replace(model.config, known_ids=tokenizer.vocab_size)
+        model = dataclasses.replace(model, config=known)
     return model, tokenizer
 
 
@@ -1093,8 +1183,9 @@ def _path(path) -> str:
 
 
 def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict | None = None, dtype=np.float32):
-    """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors and
-    the tokenizer's files. `extra` joins config.json. Each file is written aside and renamed into place."""
+    """Write a model folder that transformers, vLLM and llama.cpp's converter read: config.json, model.safetensors, the
+    tokenizer's files and, of a language model, generation_config.json. `extra` joins config.json. Each file is written
+    aside and renamed into place."""
     from safetensors.numpy import save_file
 
     path, scores = Path(path), isinstance(model, ScoreModel)
@@ -1126,7 +1217,25 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         write_atomic(path / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         for name, content in (tokenizer.files if tokenizer else {}).items():
             write_atomic(path / name, lambda file, content=content: Path(file).write_bytes(content))
+        if tokenizer is not None and not scores:
+            write_json(path / "generation_config.json", generation_config(tokenizer))
         write_json(path / "config.json", hf | (extra or {}))
+
+
+def generation_config(tokenizer: Tokenizer) -> dict:
+    """How other programs are to generate: as the tokenizer's folder says, with its temperature and the like, until any
+    of the tokenizer's ends. A PAD that is an ordinary token, as it is where the files name none, is not written: it
+    would be shown as text."""
+    found = json.loads(tokenizer.files.get("generation_config.json", "{}"))
+    for name in ("_from_model_config", "transformers_version"):  # of whoever wrote it
+        found.pop(name, None)
+    ends = list(tokenizer.end_ids)
+    found["eos_token_id"] = ends if len(ends) > 1 else ends[0]
+    if tokenizer.bos_id is not None:
+        found["bos_token_id"] = tokenizer.bos_id
+    if tokenizer.pad_id in tokenizer.special_ids:
+        found["pad_token_id"] = tokenizer.pad_id
+    return found
 
 
 def save_adapter(path, model: "Adapter | ScoreModel", base):

@@ -149,7 +149,7 @@ def sample(policy, tokenizer, prompts: gpt.Batches, batch, key, config: Config) 
     for items in np.arange(len(queries)).reshape(-1, config.minibatch_size * config.candidates):
         x = gpt.put_batch({"queries": queries[items], "mask": query_mask[items]})
         out = gpt.generate(
-            policy, x["queries"], x["mask"], key, config.response_length, eos=tokenizer.eos_id, pad=tokenizer.pad_id,
+            policy, x["queries"], x["mask"], key, config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id,
             rows=items,
         )  # fmt: skip
         answers.append(gpt.to_numpy((out.tokens, out.mask)))
@@ -161,7 +161,7 @@ def sample(policy, tokenizer, prompts: gpt.Batches, batch, key, config: Config) 
 
 def is_usable(ids, text: str, tokenizer, keep_truncated: bool) -> bool:
     """Whether an answer may be trained on: it ended, and its text, which is judged, says all that is in its ids."""
-    ended = ids[-1] == tokenizer.eos_id
+    ended = ids[-1] in tokenizer.end_ids
     special = tokenizer.special_ids & set((ids[:-1] if ended else ids).tolist())
     cut = "\ufffd" in text  # a character cut in two
     return bool(text.strip()) and not special and not cut and bool(ended or keep_truncated)
@@ -177,7 +177,7 @@ def make_pairs(reward, judge, rollout: Rollout, tokenizer, config: Config):
     if judge:
         items, metrics = np.arange(len(usable)).reshape(-1, 2), {}
     else:
-        scores = ask_reward(reward, rollout, tokenizer.eos_id, config)
+        scores = ask_reward(reward, rollout, tokenizer.end_ids, config)
         items, metrics = best_against_worst(scores, usable, config.candidates), {"objective/scores": scores.mean()}
     known = usable[items].all(1) & [rollout.answers[a] != rollout.answers[b] for a, b in items]
     p = ask_judge(judge, rollout, items, known) if judge else np.ones(len(items), np.float32)
@@ -196,11 +196,11 @@ def best_against_worst(scores, usable, candidates: int) -> np.ndarray:
     return np.stack([best, worst], 1) + candidates * np.arange(len(scores))[:, None]
 
 
-def ask_reward(reward, rollout: Rollout, eos: int, config: Config) -> np.ndarray:
+def ask_reward(reward, rollout: Rollout, ends, config: Config) -> np.ndarray:
     """Scores (B K,) by a reward model, or by a function: each process asks it about its own items."""
     if isinstance(reward, gpt.ScoreModel):
         arrays = gpt.put_batch(dict(enumerate(rollout[:4])))  # queries, query_mask, responses, mask
-        return gpt.to_numpy(gpt.score(reward, *arrays.values(), eos, config.batch_size // config.minibatch_size))
+        return gpt.to_numpy(gpt.score(reward, *arrays.values(), ends, config.batch_size // config.minibatch_size))
     own = [gpt.own_rows(x) for x in (rollout.prompts, rollout.answers, rollout.rows)]
     return gpt.gather_rows(gpt.check_scores(reward(*own), len(own[0])))
 

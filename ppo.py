@@ -115,16 +115,17 @@ def sampler(policy, base, config: Config) -> gpt.GPT:
     return gpt.cast(gpt.attach(policy, base), gpt.compute_dtype(config.dtype))
 
 
-def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, eos: int, config: Config):
-    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids."""
+def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, ends, config: Config):
+    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids. A
+    response ends with one of the ids `ends`, or is cut off."""
     if reward.function:
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
     else:
-        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, eos, chunks(config)
+        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, ends, chunks(config)
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
-    ended = jnp.any((generation.tokens == eos) & (generation.mask > 0), axis=1)
+    ended = gpt.has_ended(generation.tokens, generation.mask, ends)
     if config.missing_eos is not None:
         scores = jnp.where(ended, scores, -config.missing_eos)
     return scores, {
@@ -423,10 +424,10 @@ def main(config: Config):
         # 1 sample and score
         generation = gpt.generate(
             sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
-            config.response_length, eos=tokenizer.eos_id, pad=tokenizer.pad_id, temperature=config.temperature,
+            config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
-        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.eos_id, config)
+        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches

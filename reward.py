@@ -201,9 +201,9 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
             policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
-            eos=tokenizer.eos_id, pad=tokenizer.pad_id,
+            ends=tokenizer.end_ids, pad=tokenizer.pad_id,
         )  # fmt: skip
-        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.eos_id))
+        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.end_ids))
     scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")

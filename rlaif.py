@@ -330,14 +330,14 @@ class LocalJudge:
         batch = gpt.put_batch(dict(tokens=tokens, mask=mask))
         out = gpt.generate(
             self.model, batch["tokens"], batch["mask"], key, self.config.response_length,
-            eos=self.tokenizer.eos_id, pad=self.tokenizer.pad_id,
+            ends=self.tokenizer.end_ids, pad=self.tokenizer.pad_id,
         )  # fmt: skip
         return [finish(text, ended, stops) for text, ended in zip(*decoded(out, self.tokenizer))][:n]
 
 
 def decoded(out: gpt.Generation, tokenizer):
-    """(texts, whether each came to its EOS)."""
-    ended = gpt.to_numpy(((out.tokens == tokenizer.eos_id) & (out.mask > 0)).any(1))
+    """(texts, whether each came to its end)."""
+    ended = gpt.to_numpy(gpt.has_ended(out.tokens, out.mask, tokenizer.end_ids))
     return tokenizer.decode_rows(out.tokens, out.mask), ended.tolist()
 
 
@@ -679,10 +679,10 @@ def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
 
 
 def sample(policy, tokenizer, host, copies: int, key, config: Config):
-    """`copies` answers to each prompt of a batch, one after the other: (texts, whether each came to its EOS)."""
+    """`copies` answers to each prompt of a batch, one after the other: (texts, whether each came to its end)."""
     batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "segments")})
-    eos, pad = tokenizer.eos_id, tokenizer.pad_id
-    out = gpt.generate(policy, batch["tokens"], batch["segments"], key, config.response_length, eos=eos, pad=pad)
+    prompts, ends, pad = (batch["tokens"], batch["segments"]), tokenizer.end_ids, tokenizer.pad_id
+    out = gpt.generate(policy, *prompts, key, config.response_length, ends=ends, pad=pad)
     return decoded(out, tokenizer)
 
 

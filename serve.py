@@ -416,7 +416,7 @@ class Slots(NamedTuple):
     top_k: np.ndarray  # 0: off
     top_p: np.ndarray
     min_p: np.ndarray
-    endless: np.ndarray  # go on after EOS
+    endless: np.ndarray  # go on after a token that ends answers
     scored: np.ndarray  # wants the likeliest alternatives
 
 
@@ -427,10 +427,11 @@ def idle_slots(n: int) -> Slots:
     return Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
 
 
-@partial(jax.jit, static_argnames=("window", "eos"), donate_argnames="caches")
-def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int):
-    """Draw up to `steps` tokens in every busy slot. Returns the caches, tokens (MOST_STEPS, S) with -1 where a slot was
-    idle or had ended, and their log-probs. Attention reads only the first `window` positions of the caches."""
+@partial(jax.jit, static_argnames=("window", "ends"), donate_argnames="caches")
+def decode(weights: Weights, caches, slots: Slots, steps, window: int, ends: tuple[int, ...]):
+    """Draw up to `steps` tokens in every busy slot, until one of the tokens `ends`. Returns the caches, tokens
+    (MOST_STEPS, S) with -1 where a slot was idle or had ended, and their log-probs. Attention reads only the first
+    `window` positions of the caches."""
     outer, S = weights.outer, len(slots.token)
     keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
 
@@ -453,7 +454,7 @@ def decode(weights: Weights, caches, slots: Slots, steps, window: int, eos: int)
         found = alternatives(logits, token, (busy & slots.scored).any())
         tokens = tokens.at[t].set(jnp.where(busy, token, -1))
         logprobs = jax.tree.map(lambda rows, row: rows.at[t].set(row), logprobs, found)
-        left = jnp.where((token == eos) & ~slots.endless, 0, slots.remaining - 1)
+        left = jnp.where(gpt.is_end(token, ends) & ~slots.endless, 0, slots.remaining - 1)
         slots = slots._replace(
             token=jnp.where(busy, token, slots.token), position=slots.position + busy,
             remaining=jnp.where(busy, left, 0), drawn=slots.drawn + busy,
@@ -514,14 +515,14 @@ def highest_cut(logits, weights, wanted):
 
 class TextStream:
     """Text from tokens as they come, in complete characters. Each token is decoded together with the one before it,
-    since decoders put blanks between words."""
+    since decoders put blanks between words. What ends an answer is no text."""
 
     def __init__(self, tokenizer: gpt.Tokenizer, before=()):
         """`before`: the last tokens of the text that is continued."""
         self.tokenizer, self.ids, self.start, self.read = tokenizer, list(before), 0, len(before)
 
     def add(self, ids, last: bool = False) -> str:
-        self.ids += ids
+        self.ids += [i for i in ids if i not in self.tokenizer.end_ids]
         before = self.tokenizer.decode(self.ids[self.start : self.read])
         text = self.tokenizer.decode(self.ids[self.start :])[len(before) :]
         if text.endswith("\ufffd") and not last:
@@ -566,7 +567,8 @@ class Choice:
     top_p: float = 1.0
     min_p: float = 0.0
     stops: tuple = ()
-    endless: bool = False  # go on after EOS
+    stop_ids: frozenset = frozenset()  # tokens that end the answer because the request names them
+    endless: bool = False  # go on after a token that ends answers
     top: int | None = None  # alternatives a token; None: no log-probs
     echo: bool = False  # log-probs of the prompt, too
     stream: bool = False
@@ -589,8 +591,8 @@ class Choice:
     finish: str | None = None
 
     def add(self, ids, logprobs, tops, last: bool):
-        """Take in drawn tokens; True if a stop string ended the answer. Tokens are decoded one by one only where their
-        places in the text matter, and not before the end where nobody waits for the text."""
+        """Take in drawn tokens; True if a stop ended the answer. Tokens are decoded one by one only where their places
+        in the text matter, and not before the end where nobody waits for the text."""
         if not (self.stream or self.stops or self.top is not None or last):
             self.ids_drawn += ids
             self.unread += ids
@@ -601,6 +603,9 @@ class Choice:
             before = len(self.text)
             self.ids_drawn += ids[i : i + step]
             self.logprob_sum += sum(logprobs[i : i + step])
+            if self.stop_ids and ids[i] in self.stop_ids:
+                self.text += self.read([], True)
+                return True
             self.text += self.read(ids[i : i + step], last and i + step >= len(ids))
             if self.top is not None:
                 self.tokens.append(Token(ids[i], before, logprobs[i], tops(i)[: self.top]))
@@ -732,7 +737,7 @@ class Served:
 
     def decode(self, steps: int, window: int):
         self.caches, *drawn = decode(
-            self.weights, self.caches, self.state, steps, window=window, eos=self.tokenizer.eos_id
+            self.weights, self.caches, self.state, steps, window=window, ends=self.tokenizer.end_ids
         )
         return drawn
 
@@ -846,7 +851,7 @@ class Served:
             def tops(i, slot=slot):
                 return list(zip(*(x[i, slot].tolist() for x in alternatives[::-1]))) if alternatives else []
 
-            ended = ids[-1] == self.tokenizer.eos_id and not choice.endless
+            ended = ids[-1] in self.tokenizer.end_ids and not choice.endless
             last = ended or state.remaining[slot] == 0
             try:
                 stopped = choice.add(ids, chosen[slot][:n], tops, last)
@@ -1264,10 +1269,10 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     temperature = temperature if temperature >= SMALLEST else 0.0
     options = dict(
         seed=fold_seed(request.seed), temperature=temperature, top_k=max(request.top_k or 0, 0),
-        top_p=max(default(request.top_p, 1.0), SMALLEST), min_p=request.min_p or 0.0, stops=stops, top=top,
-        endless=bool(request.ignore_eos), echo=echo and (top is not None or limit == 0), stream=bool(request.stream),
-        goes_on=goes_on, trim=not goes_on and gpt.answer_gap(tokenizer) == " ",
-        deadline=time.monotonic() + config.timeout,
+        top_p=max(default(request.top_p, 1.0), SMALLEST), min_p=request.min_p or 0.0, stops=stops,
+        stop_ids=named_stops(stops, tokenizer), endless=bool(request.ignore_eos), top=top,
+        echo=echo and (top is not None or limit == 0), stream=bool(request.stream), goes_on=goes_on,
+        trim=not goes_on and gpt.answer_gap(tokenizer) == " ", deadline=time.monotonic() + config.timeout,
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
     for prompt in prompts:
@@ -1282,6 +1287,18 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
             choices.append(choice)
     name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
     return Job(request, model, chat, name, int(time.time()), prompts, choices, events)
+
+
+def named_stops(stops, tokenizer: gpt.Tokenizer) -> frozenset:
+    """The ids of tokens that stop strings name: text shows no special tokens, so that their id is what stops."""
+    for stop in stops:
+        for name, token in tokenizer.specials.items():
+            if name in stop and name != stop and token in tokenizer.special_ids:
+                raise ApiError(
+                    400, f"stop {stop!r} holds more than the special token {name}, and the text of an answer shows no "
+                    f"special tokens: give {name} as a stop of its own", "stop",
+                )  # fmt: skip
+    return frozenset(tokenizer.specials[stop] for stop in stops if stop in tokenizer.specials)
 
 
 def prompt_list(prompt) -> list:

@@ -51,7 +51,7 @@ class Config:
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
     tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
-    family: Literal["gpt2", "llama", "qwen2"] = "llama"  # a fresh model's family, layers, heads, width
+    family: Literal["gpt2", "llama", "qwen2", "qwen3"] = "llama"  # a fresh model's family, layers, heads, width
     layers: int = 4
     heads: int = 2
     dim: int = 128
@@ -172,7 +172,7 @@ def show_samples(run, step, model, batch, kind: str, tokenizer, key, config: Con
     for i, n in enumerate(given):  # padded on the left, since they end where the answer begins
         prompts[i, width - n :], mask[i, width - n :] = tokens[i, :n], 1
     new = max(config.length - width, 1)
-    out = gpt.generate(model, prompts, mask, key, new, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
+    out = gpt.generate(model, prompts, mask, key, new, ends=tokenizer.end_ids, pad=tokenizer.pad_id)
     texts = tokenizer.decode_rows(prompts, mask), tokenizer.decode_rows(out.tokens, out.mask)
     for prompt, sample in zip(*texts):
         run.sample(step, prompt=prompt, sample=sample)

@@ -114,7 +114,7 @@ def loglikelihood(model, tokenizer, question: str, answer: str) -> tuple[float, 
 def greedy_answer(model, tokenizer, question: str) -> str:
     ids = jnp.array([tokenizer.encode(question)])
     key = jax.random.key(0)
-    out = gpt.generate(model, ids, jnp.ones_like(ids), key, 12, eos=tokenizer.eos_id, temperature=0)
+    out = gpt.generate(model, ids, jnp.ones_like(ids), key, 12, ends=tokenizer.end_ids, temperature=0)
     return tokenizer.decode_rows(out.tokens, out.mask)[0].partition("\n\nHuman:")[0].strip()
 
 

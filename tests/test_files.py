@@ -1,10 +1,12 @@
 """Files in and out: weights, tokenizers, chat, rows, and the batches made of them."""
 
+import dataclasses
 import json
 import os
 import shutil
 from functools import partial
 from itertools import pairwise
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -18,14 +20,27 @@ from safetensors.numpy import load_file, save_file
 import dpo
 import evaluate
 import gpt
+import grpo
 import ipo_kto
 import online
 import ppo
 import prepare
 import reward
+import rlaif
 import sft
 
-FOLDERS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2", "gpt2_score", "llama_score"]
+FOLDERS = [
+    "gpt2",
+    "llama",
+    "llama3",
+    "llama_bias",
+    "qwen2",
+    "qwen3",
+    "qwen3_bias",
+    "gpt2_score",
+    "llama_score",
+    "qwen3_score",
+]
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 TEXTS = [
     "The quick brown fox, 12 dogs.",
@@ -141,6 +156,7 @@ def test_weights_in_several_files_are_one_model(golden, tmp_path):
         ("llama", "lm_head.weight"),
         ("gpt2", "transformer.h.1.attn.c_attn.weight"),
         ("llama_score", "score.weight"),
+        ("qwen3", "model.layers.0.self_attn.k_norm.weight"),
     ],
 )
 def test_missing_and_misshapen_tensors_are_named(folder, name, rewritten):
@@ -164,17 +180,90 @@ def test_a_truncated_file_is_a_clear_error(golden, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change, named",
+    "name, change, named",
     [
-        ({"model_type": "mamba"}, "mamba"),
-        ({"hidden_act": "relu"}, "hidden_act"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ("llama", {"model_type": "mamba"}, "'mamba' is not computed here, only gpt2, llama, mistral, qwen2, qwen3"),
+        ("llama", {"model_type": "gemma3_text"}, "'gemma3_text' .norms, activation and local attention of its own."),
+        ("llama", {"hidden_act": "relu"}, "hidden_act"),
+        ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
+        ("llama", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
+        ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
+        ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
+        ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq"),
+        ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
+        ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
+        ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
+        ("gpt2", {"activation_function": "relu"}, "activation_function"),
+        (
+            "llama",
+            {"model_type": "mistral", "sliding_window": 32},
+            "sliding_window = 32 .*max_position_embeddings = 64",
+        ),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, "sliding_window = 32"),
+        ("qwen3", {"layer_types": ["full_attention", "sliding_attention"], "sliding_window": 32}, "sliding_window"),
     ],
 )
-def test_what_the_model_cannot_compute_is_refused(change, named, golden):
-    config = json.loads((golden / "llama" / "config.json").read_text())
+def test_what_the_model_cannot_compute_is_refused_by_name(name, change, named, golden):
+    config = json.loads((golden / name / "config.json").read_text())
+    if name != "gpt2":
+        config.pop("layer_types", None)
     with pytest.raises(ValueError, match=named):
         gpt.config_from_hf(config | change)
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 64, "max_window_layers": 0}),
+        ("qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 2}),  # no layer is beyond
+        ("qwen3", {"use_sliding_window": False, "sliding_window": 32, "max_window_layers": 0}),
+        ("llama", {"sliding_window": 32, "pretraining_tp": 2}),  # a Llama knows no windows; products in parts are equal
+        ("gpt2", {"reorder_and_upcast_attn": True, "scale_attn_weights": True}),
+    ],
+)
+def test_what_changes_nothing_that_is_computed_is_read(name, change, golden):
+    config = json.loads((golden / name / "config.json").read_text())
+    config.pop("layer_types", None)
+    assert gpt.config_from_hf(config | change) == gpt.config_from_hf(config)
+
+
+def test_a_mistral_without_windows_is_a_llama(golden):
+    llama = json.loads((golden / "llama" / "config.json").read_text())
+    for window in (None, 64):
+        mistral = llama | {"model_type": "mistral", "sliding_window": window}
+        assert gpt.config_from_hf(mistral) == gpt.config_from_hf(llama)
+
+
+@pytest.mark.parametrize(
+    "family, values",
+    [  # as print(transformers.LlamaConfig()) and so on show them, version 5.24
+        ("gpt2", dict(vocab_size=50257, context=1024, layers=12, dim=768, ffn=3072, norm_eps=1e-5, tied=True)),
+        ("llama", dict(vocab_size=32000, context=2048, layers=32, ffn=11008, kv_heads=32, head_dim=128)),
+        ("mistral", dict(vocab_size=32000, ffn=14336, kv_heads=8, head_dim=128)),
+        ("qwen2", dict(vocab_size=151936, context=32768, ffn=22016, kv_heads=32, head_dim=128, qkv_bias=True)),
+        ("qwen3", dict(vocab_size=151936, context=32768, ffn=22016, kv_heads=32, head_dim=128, qkv_bias=False)),
+    ],
+)
+def test_what_a_configuration_leaves_out_has_the_default_of_transformers(family, values):
+    whole = {"sliding_window": None} if family == "mistral" else {}  # its default window is shorter than its context
+    config = dataclasses.asdict(gpt.config_from_hf({"model_type": family} | whole))
+    rotary = {} if family == "gpt2" else dict(norm_eps=1e-6, tied=False, rope_theta=10000.0, rope_scaling=None)
+    assert values | rotary == {name: config[name] for name in values | rotary}
+    if family == "mistral":
+        with pytest.raises(ValueError, match="sliding_window = 4096"):
+            gpt.config_from_hf({"model_type": family})
+
+
+def test_defaults_that_follow_from_other_values(golden):
+    few = {"model_type": "qwen3", "num_attention_heads": 40, "hidden_size": 2560}
+    assert (gpt.config_from_hf(few).head_dim, gpt.config_from_hf(few).kv_heads) == (128, 32)
+    few = {"model_type": "llama", "num_attention_heads": 40, "hidden_size": 2560}
+    assert (gpt.config_from_hf(few).head_dim, gpt.config_from_hf(few).kv_heads) == (64, 40)
+    llama3 = json.loads((golden / "llama3" / "config.json").read_text())
+    del llama3["rope_parameters"]["original_max_position_embeddings"]
+    assert gpt.config_from_hf(llama3).rope_scaling == (8.0, 1.0, 4.0, llama3["max_position_embeddings"])
+    llama3["original_max_position_embeddings"] = 32  # transformers prefers it
+    assert gpt.config_from_hf(llama3).rope_scaling == (8.0, 1.0, 4.0, 32.0)
 
 
 @pytest.mark.parametrize("name", ["reward", "reward-ai", "mine"])
@@ -217,6 +306,85 @@ def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_pat
         given |= dict(data=(str(write_rows(tmp_path / "rows.jsonl", [row] * 4)),), out=tmp_path / "out")
     with pytest.raises(ValueError, match="reward is a reward model, not a language model"):
         script.main(script.Config(**given))
+
+
+class Sampled(Exception):
+    """What `gpt.generate` was asked for."""
+
+
+def sampling_calls(tokenizer, folder, tmp_path):
+    """name -> what samples in a script, up to its first call of `gpt.generate`."""
+    rows = write_rows(tmp_path / "prompts.jsonl", [{"prompt": "a", "completion": " b"}] * 4)
+    rl = dict(init=str(folder), data=(str(rows),), reward=("json:loads",), batch_size=4, minibatch_size=4)
+    batch = dict(tokens=np.ones((2, 3), np.int32), mask=np.ones((2, 3), np.int32), segments=np.ones((2, 3), np.int32))
+    exam = lambda: evaluate.Exam(evaluate.Config(), tokenizer, None, [SimpleNamespace(texts=["a"] * 2, **batch)], None)
+    judge = rlaif.Config(judge=str(folder), batch_size=2)
+    scorer = SimpleNamespace(init=str(folder), normalize_with=str(folder), normalize_data=(str(rows),), length=32,
+                             response_length=8, normalize_samples=4, seed=0)  # fmt: skip
+    return {
+        "sft": lambda key: sft.show_samples(None, 0, None, batch, "demos", tokenizer, key, sft.Config()),
+        "reward": lambda key: reward.normalize(gpt.load(folder)[0], tokenizer, scorer, key),
+        "ppo": lambda key: ppo.main(ppo.Config(out=tmp_path / "ppo", **rl)),
+        "grpo": lambda key: grpo.main(grpo.Config(out=tmp_path / "grpo", **rl)),
+        "online": lambda key: online.sample(
+            gpt.load(folder)[0], tokenizer, None, batch, key, online.Config(minibatch_size=1, candidates=2)
+        ),
+        "rlaif": lambda key: rlaif.sample(None, tokenizer, batch, 2, key, judge),
+        "judge": lambda key: rlaif.LocalJudge(judge).write(["a"], (), 0),
+        "evaluate": lambda key: evaluate.answer(exam(), None, 1.0),
+    }
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "grpo", "online", "rlaif", "judge", "evaluate"])
+def test_every_script_samples_until_any_of_the_ends(name, words, plain, tiny_model, tmp_path, monkeypatch):
+    real, ends = gpt.load_tokenizer, (plain.eos_id, plain.specials["<pad>"])
+
+    def load_tokenizer(path):
+        tokenizer = real(path)
+        tokenizer.end_ids = ends
+        return tokenizer
+
+    def generate(*args, ends, **options):
+        raise Sampled(ends)
+
+    monkeypatch.setattr(gpt, "load_tokenizer", load_tokenizer)
+    monkeypatch.setattr(gpt, "generate", generate)
+    monkeypatch.setattr(gpt, "start", lambda seed: jax.random.key(seed))
+    gpt.save(tmp_path / "model", tiny_model, plain)
+    with pytest.raises(Sampled) as asked:
+        sampling_calls(load_tokenizer(words), tmp_path / "model", tmp_path)[name](jax.random.key(0))
+    assert asked.value.args == (ends,)
+
+
+def test_ids_that_only_the_model_has_are_known_when_it_is_to_write(plain, words, tiny_model, tmp_path):
+    gpt.save(tmp_path, tiny_model, plain)  # 32 rows for 16 ids
+    model, tokenizer = gpt.load_policy(tmp_path)
+    assert model.config.known_ids == tokenizer.vocab_size == 16
+    assert gpt.load(tmp_path)[0].config.known_ids is None
+    exact = gpt.make_config(tokenizer.vocab_size, context=32, layers=1, heads=2, dim=16)
+    gpt.save(tmp_path / "exact", gpt.init(exact, jax.random.key(0)), plain)
+    assert gpt.load_policy(tmp_path / "exact")[0].config.known_ids is None
+
+
+def test_how_to_generate_is_written_beside_the_weights(words, plain, tiny_model, tmp_path):
+    """The ids are those of the tokenizer; what the folder that it came from said besides stays."""
+    shutil.copytree(words, tmp_path / "words")
+    settings = dict(temperature=0.6, top_p=0.9, eos_token_id=3, pad_token_id=3, transformers_version="4.40.0")
+    (tmp_path / "words" / "generation_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path / "words")
+    tokenizer.end_ids = (plain.eos_id, 3)
+    gpt.save(tmp_path / "model", tiny_model, tokenizer)
+    read = lambda folder: json.loads((tmp_path / folder / "generation_config.json").read_text())
+    kept = dict(temperature=0.6, top_p=0.9, pad_token_id=plain.specials["<pad>"])
+    assert read("model") == dict(eos_token_id=[plain.eos_id, 3], **kept)
+    gpt.save(tmp_path / "one", tiny_model, plain)
+    assert read("one") == dict(eos_token_id=plain.eos_id, pad_token_id=plain.specials["<pad>"])
+    shutil.copytree(words, tmp_path / "no-pad")
+    change_json(tmp_path / "no-pad" / "tokenizer_config.json", lambda settings: settings.pop("pad_token"))
+    gpt.save(tmp_path / "none", tiny_model, gpt.load_tokenizer(tmp_path / "no-pad"))
+    assert read("none") == dict(eos_token_id=plain.eos_id)  # its PAD is a word: masks alone tell
+    gpt.save(tmp_path / "score", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
+    assert not (tmp_path / "score" / "generation_config.json").exists()
 
 
 def test_a_half_written_file_is_never_seen(tmp_path):

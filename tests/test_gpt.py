@@ -19,8 +19,8 @@ from scipy.special import log_softmax
 import gpt
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
-LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2"]
-CLASSIFIERS = ["gpt2_score", "llama_score"]
+LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2", "qwen3", "qwen3_bias"]
+CLASSIFIERS = ["gpt2_score", "llama_score", "qwen3_score"]
 B, T, V, NEW = 3, 6, 61, 8
 
 
@@ -34,7 +34,7 @@ hidden_states = jax.jit(lambda model, tokens: model(tokens))
 scores_of = jax.jit(lambda model, tokens, mask: model(tokens, mask))
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama"])
+@pytest.fixture(scope="module", params=["gpt2", "llama", "qwen3"])
 def model(request, golden):
     return gpt.load(golden / request.param)[0]
 
@@ -76,7 +76,7 @@ def test_logits_are_those_of_transformers(name, spelling, golden, tmp_path):
     np.testing.assert_allclose(got, want["logits"], **CLOSE)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "llama", "qwen3"])
 def test_left_padded_logits_are_those_of_transformers(name, golden):
     want = np.load(golden / name / "logits.npz")
     mask = want["padded_mask"]
@@ -134,13 +134,13 @@ def test_a_score_does_not_depend_on_the_side_or_content_of_the_padding(pool, tin
 
 @pytest.mark.parametrize("suffix", [(), (9,), (9, 8)])
 def test_a_score_is_read_where_the_response_ends(suffix):
-    eos, pad = 2, 0
+    eos, other, pad = 2, 3, 0
     prompts, prompt_mask = jnp.array([[0, 5, 6], [4, 5, 6], [4, 5, 6]]), jnp.array([[0, 1, 1], [1, 1, 1], [1, 1, 1]])
-    responses = jnp.array([[7, eos, pad, pad], [7, 7, 7, 7], [eos, pad, pad, pad]])
+    responses = jnp.array([[7, eos, pad, pad], [7, 7, 7, 7], [other, pad, pad, pad]])
     mask = jnp.array([[1, 1, 0, 0], [1, 1, 1, 1], [1, 0, 0, 0]])
     inputs = jax.jit(gpt.score_inputs, static_argnums=(4, 5))
-    tokens, real = inputs(prompts, prompt_mask, responses, mask, suffix, eos)
-    ends = [list(suffix) or [eos], list(suffix), list(suffix) or [eos]]
+    tokens, real = inputs(prompts, prompt_mask, responses, mask, suffix, (eos, other))
+    ends = [list(suffix) or [eos], list(suffix), list(suffix) or [other]]
     want = [[5, 6, 7, *ends[0]], [4, 5, 6, 7, 7, 7, 7, *ends[1]], [4, 5, 6, *ends[2]]]
     assert [row[seen].tolist() for row, seen in zip(np.asarray(tokens), np.asarray(real))] == want
 
@@ -488,7 +488,7 @@ def test_an_answer_is_blind_to_the_other_answer_and_to_padding(model):
 
 
 def test_greedy_decoding_with_a_cache_is_the_full_forward_step_by_step(model, prompts):
-    out = gpt.generate(model, *prompts, jax.random.key(0), NEW, temperature=0, eos=-1)
+    out = gpt.generate(model, *prompts, jax.random.key(0), NEW, temperature=0, ends=())
     row, mask = (np.pad(x, ((0, 0), (0, NEW))) for x in prompts)
     for t in range(T, T + NEW):
         logits = np.asarray(all_logits(model, row, mask))[:, t - 1]
@@ -499,13 +499,15 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_step_by_step(model, pr
     assert out.mask.all()
 
 
-ROWS = np.arange(100, 160)
+ROWS, ENDS = np.arange(100, 160), (2, 25)
 
 
 def sample(model, prompts, key, rows=ROWS):
-    """Each prompt twenty times, at temperature 0.7; 2 is EOS."""
+    """Each prompt twenty times, at temperature 0.7; 2 and 25 end a response."""
     tokens, mask = (np.tile(x, (20, 1))[rows - 100] for x in prompts)
-    return gpt.to_numpy(gpt.generate(model, tokens, mask, jax.random.key(key), NEW, eos=2, temperature=0.7, rows=rows))
+    return gpt.to_numpy(
+        gpt.generate(model, tokens, mask, jax.random.key(key), NEW, ends=ENDS, temperature=0.7, rows=rows)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -524,12 +526,34 @@ def test_sampled_logprobs_are_those_of_the_training_forward(llama, prompts, samp
     np.testing.assert_allclose(out.logprobs, want * out.mask, rtol=1e-4, atol=1e-4)
 
 
-def test_nothing_follows_eos_but_padding(samples):
+def test_nothing_follows_an_end_but_padding(samples):
     out = samples[0]
-    done = np.cumsum(out.tokens == 2, 1) - (out.tokens == 2) > 0
+    ends = np.isin(out.tokens, ENDS)
+    done = np.cumsum(ends, 1) - ends > 0
     np.testing.assert_array_equal(out.mask, ~done)
     assert (out.tokens[done] == 0).all() and (out.logprobs[done] == 0).all() and (out.logprobs[~done] < 0).all()
-    assert 0 < (out.tokens == 2).any(1).sum() < len(ROWS)  # the test has seen both
+    np.testing.assert_array_equal(gpt.has_ended(out.tokens, out.mask, ENDS), ends.any(1))
+    counts = [(out.tokens == end).any(1).sum() for end in ENDS]
+    assert min(counts) > 0 and sum(counts) < len(ROWS)  # the test has seen both ends, and rows without
+
+
+def test_ids_that_the_tokenizer_lacks_are_not_drawn_and_have_no_probability(golden, prompts):
+    """As of a vocabulary that is padded from 20 words to 61. Both sides are log-probs of what is drawn."""
+    full, _ = gpt.load(golden / "qwen3")
+    model = dataclasses.replace(full, config=dataclasses.replace(full.config, known_ids=20))
+    out = sample(model, prompts, 0)
+    assert out.tokens.max() == 19 and sample(full, prompts, 0).tokens.max() > 19
+    tokens, mask = (np.concatenate([np.tile(x, (20, 1)), y], 1) for x, y in zip(prompts, out))
+    tokens = np.where(mask > 0, tokens, 0)
+    own = np.asarray(all_logits(full, tokens, mask))[..., :20]
+    want = np.take_along_axis(log_softmax(own / 0.7, -1)[:, T - 1 : -1], out.tokens[..., None], -1)[..., 0]
+    trained = token_logprobs(model, tokens, mask, 0.7)[:, T - 1 :]
+    np.testing.assert_allclose(out.logprobs, want * out.mask, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(trained * out.mask, want * out.mask, rtol=1e-4, atol=1e-4)
+    hidden = hidden_states(full, tokens[:2])
+    entropy = gpt.head_logprobs(model, hidden, tokens[:2])[1]
+    p = log_softmax(np.asarray(full.logits(hidden), np.float64)[..., :20], -1)
+    np.testing.assert_allclose(entropy, -(np.exp(p) * p).sum(-1), rtol=1e-4, atol=1e-4)
 
 
 def test_the_key_decides_the_text(samples):
@@ -556,7 +580,7 @@ def test_decoding_stops_when_every_row_is_done(llama, prompts, monkeypatch):
         return jnp.where(u < 0.4, 2, 9), u
 
     monkeypatch.setattr(gpt, "sample_token", stop_at_times)
-    out = gpt.generate(llama, *prompts, jax.random.key(0), 50, eos=2)
+    out = gpt.generate(llama, *prompts, jax.random.key(0), 50, ends=(2,))
     jax.effects_barrier()
     lengths = out.mask.sum(1)
     assert len(drawn) == lengths.max() < 50
@@ -607,7 +631,7 @@ def test_generation_beyond_learned_positions_is_refused(golden):
     model, _ = gpt.load(golden / "gpt2")
     prompts = np.ones((1, 30), np.int32)
     with pytest.raises(ValueError, match="32 positions"):
-        gpt.generate(model, prompts, prompts, jax.random.key(0), 3, eos=2)
+        gpt.generate(model, prompts, prompts, jax.random.key(0), 3, ends=(2,))
 
 
 # a real model ---------------------------------------------------------------------------------------------------------
@@ -619,7 +643,7 @@ def test_a_published_model_tells_stories():
     model, tokenizer = gpt.load(folder / "weights" / "tinystories-656k")
     start = np.array([tokenizer.encode("<|start_story|>", special=True)], np.int32)
     assert start.shape == (1, 1)
-    out = gpt.generate(model, start, np.ones_like(start), jax.random.key(0), 16, eos=tokenizer.eos_id, temperature=0)
+    out = gpt.generate(model, start, np.ones_like(start), jax.random.key(0), 16, ends=tokenizer.end_ids, temperature=0)
     opening = "Once upon a time, there was a little girl named Lily."
     assert tokenizer.decode(out.tokens[0]).lstrip().startswith(opening)
 

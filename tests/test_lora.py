@@ -70,7 +70,7 @@ def test_a_fresh_adapter_changes_nothing_and_a_moved_one_is_merged_without_loss(
 
 def test_generation_is_that_of_the_merged_model(tiny_model):
     model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
-    sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, eos=-1)
+    sample = lambda model: gpt.generate(model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 8, ends=())
     ours, merged = sample(model), sample(gpt.merge(model))
     np.testing.assert_array_equal(ours.tokens, merged.tokens)
     np.testing.assert_array_equal(ours.logprobs, merged.logprobs)
@@ -147,7 +147,7 @@ def scorer(adapter, base):
     return dataclasses.replace(gpt.init_score_model(base, jax.random.key(5), "attention", (1, 2)), body=adapter)
 
 
-@pytest.mark.parametrize("folder", ["llama", "llama3"])  # a head of its own, and a tied one
+@pytest.mark.parametrize("folder", ["llama", "qwen3"])  # a head of its own, and a tied one
 def test_a_llama_adapter_has_the_names_and_shapes_of_peft(golden, tmp_path, folder):
     model, base, tensors, settings = write(tmp_path, folder, golden, policy)
     c = base.config
@@ -195,7 +195,7 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "llama"])
+@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
 @pytest.mark.parametrize("model_of", [policy, scorer])
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
     model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))

@@ -371,7 +371,7 @@ def test_scores_of_samples_equal_scores_of_training_rows(tokenizer, pool, suffix
         responses[i, : len(a)], mask[i, : len(a)] = a, 1
     args = (jnp.asarray(x, jnp.int32) for x in (prompts, prompt_mask, responses, mask))
     assert cut == 1 and len(np.unique(np.round(trained, 4))) == len(texts)
-    np.testing.assert_allclose(gpt.score(model, *args, tokenizer.eos_id), trained, **CLOSE)
+    np.testing.assert_allclose(gpt.score(model, *args, tokenizer.end_ids), trained, **CLOSE)
 
 
 # ------------------------------------------------------------------------------------------------- ppo.py, estimators
@@ -620,7 +620,7 @@ def world(temperature=1.0):
     tokens = np.where(segments, rng.integers(1, 6, (8, 4)), PAD).astype(np.int32)
     batch = dict(tokens=jnp.asarray(tokens), segments=jnp.asarray(segments))
     generation = gpt.generate(
-        policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD, temperature=temperature
+        policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, temperature=temperature
     )
     assert 8 < generation.mask.sum() < 40  # some end early, some go on
     state = ppo.State(policy, SGD.init(policy), critic, SGD.init(critic))
@@ -714,7 +714,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     critic = replace(state.critic, body=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic))
     policy = gpt.attach(adapter, base)
-    generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, eos=EOS, pad=PAD)
+    generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD)
     rollout, metrics = ppo.complete_rollout(lora, base, base, batch, generation, SCORES, config)
     assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
     after, metrics = update(lora, base, rollout, FOUR, config)
@@ -849,11 +849,11 @@ def test_target_kl_takes_no_step_from_too_far_away():
 # ---------------------------------------------------------------------------------------------------- ppo.py, scores
 
 
-def scored(script, scores, generation, batch=None, models=(), **options):
+def scored(script, scores, generation, batch=None, models=(), ends=(EOS,), **options):
     """What a script makes of a function's scores, or of reward models."""
     reward = gpt.Reward(list(models), None if models else lambda *_: scores)
     rows = [{}] * len(generation.tokens)
-    return script.score_responses(reward, batch, generation, ([], []), rows, EOS, script.Config(**options))
+    return script.score_responses(reward, batch, generation, ([], []), rows, ends, script.Config(**options))
 
 
 @pytest.mark.parametrize("script", [ppo, grpo])
@@ -867,6 +867,9 @@ def test_missing_eos_rule_applies_exactly_where_the_response_has_no_eos(script):
     metrics = finish(4.0)[1]
     np.testing.assert_allclose(metrics["objective/scores"], -7 / 3, **CLOSE)  # after the rule: what PPO is given
     assert metrics["val/num_eos_tokens"] == 1 and metrics["eos_rate"] == pytest.approx(1 / 3)
+    scores, metrics = scored(script, [1.0, 2.0, 3.0], generation, missing_eos=4.0, ends=(EOS, 5))  # any of them
+    np.testing.assert_allclose(scores, [1, 2, -4])
+    assert metrics["val/num_eos_tokens"] == 2
 
 
 @pytest.mark.parametrize("bad", [[1.0, 2.0], [1.0, 2.0, np.nan], [1.0, 2.0, np.inf], 3.0, [[1.0], [2.0], [3.0]]])

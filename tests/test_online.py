@@ -131,6 +131,9 @@ def test_answers_that_may_be_trained_on(words, ids, text, cut_too, expected):
     tokenizer = gpt.load_tokenizer(words)
     numbers = [tokenizer.specials[w] if w in tokenizer.specials else tokenizer.encode(w)[0] for w in ids.split()]
     assert online.is_usable(np.array(numbers), text, tokenizer, cut_too) is expected
+    if ids == "a <pad>":
+        tokenizer.end_ids = (*tokenizer.end_ids, tokenizer.specials["<pad>"])
+        assert online.is_usable(np.array(numbers), text, tokenizer, False)
 
 
 def test_each_process_asks_about_its_own_pairs(monkeypatch):

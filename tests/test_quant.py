@@ -162,7 +162,7 @@ def dense_model(model: gpt.GPT) -> gpt.GPT:
     return gpt.GPT(model.wte.dense(), model.wpe, blocks, model.norm, head, model.config)
 
 
-@pytest.fixture(scope="module", params=["gpt2", "llama_bias"])
+@pytest.fixture(scope="module", params=["gpt2", "llama_bias", "qwen3"])
 def model(request, golden):
     return gpt.load(golden / request.param)[0]
 
@@ -190,7 +190,7 @@ def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeyp
     outs = []
     for vnni in (True, False):
         monkeypatch.setattr(serve, "has_vnni", lambda vnni=vnni: vnni)
-        ask = jax.jit(lambda m, p: gpt.generate.__wrapped__(m, p, p * 0 + 1, jax.random.key(0), 6, eos=-1))
+        ask = jax.jit(lambda m, p: gpt.generate.__wrapped__(m, p, p * 0 + 1, jax.random.key(0), 6, ends=()))
         outs.append(ask(small, prompts.astype(np.int32)))
     jax.tree.map(np.testing.assert_array_equal, *outs)
 
@@ -200,7 +200,7 @@ def test_generate_samples_the_quantised_model(tiny_model, how, rows):
     """Its log-probs are those of a forward pass of the same weights (unstacked there, scanned here)."""
     small = serve.quantize(tiny_model, how)
     prompts = np.random.default_rng(1).integers(4, 32, (rows, 5)).astype(np.int32)
-    out = gpt.generate(small, prompts, np.ones_like(prompts), jax.random.key(0), 6, eos=-1)
+    out = gpt.generate(small, prompts, np.ones_like(prompts), jax.random.key(0), 6, ends=())
     tokens = np.concatenate([prompts, out.tokens], 1)
     want = jax.jit(gpt.token_logprobs)(small, tokens)[:, 4:]
     # keys and values that differ in the last bit may round to another int8: w8a8 is near, not equal

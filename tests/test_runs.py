@@ -177,7 +177,7 @@ def test_the_final_folder_is_a_model_that_knows_its_run(whole, config):
     model, tokenizer = gpt.load(whole[0])
     assert model.config.dim == 16 and tokenizer.eos_id == 14
     prompt = np.array([tokenizer.encode("c d e")], np.int32)
-    out = gpt.generate(model, prompt, np.ones_like(prompt), jax.random.key(0), 2, eos=tokenizer.eos_id, temperature=0)
+    out = gpt.generate(model, prompt, np.ones_like(prompt), jax.random.key(0), 2, ends=tokenizer.end_ids, temperature=0)
     assert tokenizer.decode(out.tokens[0]) in ("f g", "f", "")
     run = json.loads((whole[0] / "config.json").read_text())["run"]
     assert run["config"]["lr"] == "0.003" and run["parameters"] == gpt.count_parameters(model)
@@ -300,7 +300,7 @@ def compute(model):
 
     loss, grads, after = step(model, opt_state, gpt.put_batch(dict(tokens=tokens, mask=mask)))
     place = gpt.put_batch(prompts)
-    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, eos=2, rows=np.arange(16))
+    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, ends=(2,), rows=np.arange(16))
     return gpt.to_numpy((loss, grads, out)), after, opt_state
 
 (loss, grads, out), after, _ = compute(model)
@@ -354,6 +354,7 @@ def test_a_leaf_is_split_along_its_longest_axis_but_never_along_its_layers():
     assert spec((), 512, 64) == ("data", None)
     assert spec((), 509, 64) == (None, "data")
     assert spec((), 16, 16) == spec((), 509, 63) == ()
+    assert spec((*blocks, jax.tree_util.GetAttrKey("q_norm"), jax.tree_util.GetAttrKey("scale")), 28, 128) == ()
 
 
 @pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="needs glibc")
@@ -428,7 +429,7 @@ import jax, gpt
 gpt.start()
 model = jax.jit(lambda key: gpt.init(gpt.make_config(32, 32, 2, 2, 16), key))(jax.random.key(0))
 prompts = jax.numpy.ones((2, 4), int)
-gpt.generate(model, prompts, prompts, jax.random.key(0), 4, eos=0)
+gpt.generate(model, prompts, prompts, jax.random.key(0), 4, ends=(0,))
 """
 
 

@@ -171,7 +171,7 @@ def test_greedy_answers_are_those_of_generate(folder, http):
     rows = [tokenizer.encode(text) for text in texts]
     prompts = jnp.array([[0] * (width - len(ids)) + ids for ids in rows])
     mask = jnp.array([[0] * (width - len(ids)) + [1] * len(ids) for ids in rows])
-    out = gpt.generate(model, prompts, mask, jax.random.key(0), 12, eos=tokenizer.eos_id, temperature=0)
+    out = gpt.generate(model, prompts, mask, jax.random.key(0), 12, ends=tokenizer.end_ids, temperature=0)
     body = dict(prompt=texts, temperature=0, max_tokens=12, return_token_ids=True)
     for i, choice in enumerate(http.post("/v1/completions", json=body).json()["choices"]):
         assert choice["token_ids"] == out.tokens[i][out.mask[i] > 0].tolist()
@@ -296,6 +296,50 @@ def test_stops_end_answers_and_usage_counts_what_was_drawn(http):
     shown = [entry["token"] for entry in choice["logprobs"]["content"]]
     assert shown[: len(before)] == before and shown[len(before) :] in ([], [stop])  # whose blank is still shown
     assert cut["usage"]["total_tokens"] == cut["usage"]["prompt_tokens"] + cut["usage"]["completion_tokens"]
+
+
+def test_a_stop_that_names_a_special_token_stops_at_its_id(http):
+    """The text does not show it, with and without a stream; a stop of a name and more could never match."""
+    ask = lambda **options: say(http, "c d", max_tokens=40, temperature=1.5, **options)
+    seed, ended = next((seed, r) for seed in range(99) if len(text_of(r := ask(seed=seed)).split()) > 3
+                       and r.json()["choices"][0]["finish_reason"] == "stop")  # fmt: skip
+    text, drawn = text_of(ended), ended.json()["usage"]["completion_tokens"]
+    longer = ask(seed=seed, ignore_eos=True, logprobs=True).json()["choices"][0]
+    assert longer["finish_reason"] == "length" and longer["message"]["content"].startswith(text)
+    assert [entry["token"] for entry in longer["logprobs"]["content"]].index("<eos>") == drawn - 1
+    for stop in ("<eos>", ["never", "<eos>"]):
+        found = ask(seed=seed, ignore_eos=True, stop=stop, logprobs=True).json()
+        assert found["choices"][0]["message"]["content"] == text
+        assert found["choices"][0]["finish_reason"] == "stop" and found["usage"]["completion_tokens"] == drawn
+        assert "<eos>" not in [entry["token"] for entry in found["choices"][0]["logprobs"]["content"]]
+        parts = frames(ask(seed=seed, ignore_eos=True, stop=stop, stream=True).text)
+        assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text
+    refused = ask(stop=["a", "<eos> b"])
+    assert refused.status_code == 400 and "give <eos> as a stop of its own" in refused.json()["error"]["message"]
+
+
+def test_every_end_ends_an_answer_and_none_is_text(measured):
+    """A greedy answer, and the same where its third token is an end too: an ordinary word here."""
+    finishes = []
+
+    def ask(**options):
+        choice = serve.Choice(0, measured.tokenizer.encode("a b c"), 8, None, np.inf, temperature=0.0, **options)
+        measured.waiting.append(choice)
+        while measured.busy:
+            measured.step(lambda delta: None)
+        finishes.append(choice.finish)
+        return choice
+
+    with compressed(measured, None):
+        whole, ends = ask(endless=True), measured.tokenizer.end_ids
+        end = next(i for i, token in enumerate(whole.ids_drawn) if i > 1 and token not in whole.ids_drawn[:i])
+        try:
+            measured.tokenizer.end_ids = (*ends, whole.ids_drawn[end])
+            cut, goes_on = ask(), ask(endless=True)
+        finally:
+            measured.tokenizer.end_ids = ends
+    assert cut.ids_drawn == whole.ids_drawn[: end + 1] and goes_on.ids_drawn == whole.ids_drawn
+    assert cut.text == measured.tokenizer.decode(whole.ids_drawn[:end]) and finishes == ["length", "stop", "length"]
 
 
 # ---- the API through the client that everybody uses
@@ -1082,7 +1126,7 @@ def test_what_is_measured_is_what_generate_would_be(measured, folder, heldout, h
 def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, folder, how):
     dense, tokenizer = gpt.load(folder / "one")
     prompts = np.array([tokenizer.encode(text) for text in ("a b c", "d e f", "h g b", "yes no a")])
-    greedy = partial(gpt.generate, eos=tokenizer.eos_id, temperature=0)
+    greedy = partial(gpt.generate, ends=tokenizer.end_ids, temperature=0)
     out = greedy(serve.quantize(dense, how), prompts, np.ones_like(prompts), jax.random.key(0), 12)
     choices = [serve.Choice(i, ids.tolist(), 12, None, np.inf, temperature=0.0) for i, ids in enumerate(prompts)]
     with compressed(measured, how) as model:

@@ -202,8 +202,10 @@ def test_normalised_scores_of_the_reference_have_mean_0_and_std_1(world):
     for i in range(4):
         batch = prompts(i)
         tokens, mask = batch["tokens"], batch["segments"]
-        out = gpt.generate(policy, tokens, mask, jax.random.key(100 + i), 8, eos=tokenizer.eos_id, pad=tokenizer.pad_id)
-        scores.append([gpt.score(m, tokens, mask, out.tokens, out.mask, tokenizer.eos_id) for m in world.members])
+        out = gpt.generate(
+            policy, tokens, mask, jax.random.key(100 + i), 8, ends=tokenizer.end_ids, pad=tokenizer.pad_id
+        )
+        scores.append([gpt.score(m, tokens, mask, out.tokens, out.mask, tokenizer.end_ids) for m in world.members])
     scores = np.concatenate(scores, 1)
     assert (np.abs(scores.mean(1)) < 0.25).all() and (np.abs(scores.std(1) - 1) < 0.25).all()
 

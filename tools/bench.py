@@ -385,7 +385,7 @@ def measure_generate(table: Table, config: Config, limits: dict):
             model, temperature = serve.quantize(full, "w8a8") if form else full, float(rows > 1)
             prompts = jnp.asarray(random_tokens(shape, rows, prompt))
             sample = partial(
-                gpt.generate, model, prompts, jnp.ones_like(prompts), key, new, temperature=temperature, eos=-1
+                gpt.generate, model, prompts, jnp.ones_like(prompts), key, new, temperature=temperature, ends=()
             )
             python, more = None if form else config.peers, dict(new=new, temperature=temperature)
             with start_peer(python, config, "generate", shape, rows, prompt, **more) as peer:
@@ -491,7 +491,7 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
 
     def sample(state, ref, prompts, key):
         policy, new = ppo.sampler(state.policy, base_of(ref), settings), settings.response_length
-        return gpt.generate(policy, prompts, jnp.ones_like(prompts), key, new, eos=-1)
+        return gpt.generate(policy, prompts, jnp.ones_like(prompts), key, new, ends=())
 
     def score(reward, ref, prompts, generation):
         answers, model = (generation.tokens, generation.mask), gpt.attach(reward, base_of(ref))

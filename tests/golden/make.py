@@ -1,19 +1,20 @@
 """Tiny random models in the Hugging Face layout, with the logits PyTorch computes from them.
 
 The folders beside this file were made once, with torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and
-numpy 2.4.6, in an environment of their own (the project itself needs neither torch nor transformers):
+numpy 2.4.6, in an environment of their own (the project itself needs neither torch nor transformers); those named
+qwen3 with torch 2.14.1 and transformers 5.24.0:
 
     python3 -m venv peer
     peer/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
-    peer/bin/python tests/golden/make.py
+    peer/bin/python tests/golden/make.py               # all of them, or those that are named
 
 Each folder NAME/ holds
     config.json        as transformers 5 writes it (`rope_parameters`, `dtype`)
     config.v4.json     the same model as older files spell it (`rope_theta`, `rope_scaling`, `torch_dtype`; `head_dim`
                        and `layer_types` left out where they are the default)
     model.safetensors  as `save_pretrained` writes it, in the dtype the config names
-    logits.npz         `tokens` (2, 12) int32 and `logits` (2, 12, vocabulary) float32, computed in float32; gpt2 and
-                       llama also `padded_tokens`, `padded_mask`, `padded_positions`, `padded_logits`: row 0 is the
+    logits.npz         `tokens` (2, 12) int32 and `logits` (2, 12, vocabulary) float32, computed in float32; gpt2, llama
+                       and qwen3 also `padded_tokens`, `padded_mask`, `padded_positions`, `padded_logits`: row 0 is the
                        first 7 tokens behind 5 pads, row 1 is whole; logits at pads are stored as 0.
 Classifiers (NAME ends in _score) hold instead `tokens`, `mask` and `scores` (3,): row 0 whole, row 1 with 5 pads on
 the right, row 2 the same 7 tokens with the 5 pads on the left (its positions count from the first real token).
@@ -24,6 +25,7 @@ transposed matrix or a wrong rotation shows in the first digit.
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -38,6 +40,9 @@ from transformers import (
     LlamaForSequenceClassification,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+    Qwen3ForSequenceClassification,
 )
 
 HERE = Path(__file__).resolve().parent
@@ -75,6 +80,7 @@ LLAMA3_ROPE = {
     "original_max_position_embeddings": 32,
 }
 SMALL = {"hidden_size": 16, "intermediate_size": 32}
+QWEN3 = LLAMA | SMALL | {"head_dim": 8, "rms_norm_eps": 1e-6, "eos_token_id": 2}  # 4 heads of 8 on a width of 16
 MODELS = {
     "gpt2": (GPT2LMHeadModel, GPT2Config(**GPT2), "float16"),
     "llama": (LlamaForCausalLM, LlamaConfig(**LLAMA), "float32"),
@@ -107,6 +113,9 @@ MODELS = {
         LlamaConfig(**LLAMA | SMALL, num_labels=1, pad_token_id=0),
         "float32",
     ),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config(**QWEN3, tie_word_embeddings=True), "bfloat16"),
+    "qwen3_bias": (Qwen3ForCausalLM, Qwen3Config(**QWEN3, attention_bias=True), "float32"),
+    "qwen3_score": (Qwen3ForSequenceClassification, Qwen3Config(**QWEN3, num_labels=1, pad_token_id=0), "float32"),
 }
 
 
@@ -165,6 +174,8 @@ def pad(rows):
 def main():
     transformers.logging.disable_progress_bar()
     for seed, (name, (cls, config, dtype)) in enumerate(MODELS.items()):
+        if name not in (sys.argv[1:] or MODELS):
+            continue
         folder = HERE / name
         shutil.rmtree(folder, ignore_errors=True)
         model = cls(config)
@@ -183,7 +194,7 @@ def main():
             check = lambda m: (forward(m, tokens, mask)[:, 0], out["scores"])  # noqa: B023
         else:
             out = {"tokens": tokens, "logits": forward(model, tokens)}
-            if name in ("gpt2", "llama"):
+            if name in ("gpt2", "llama", "qwen3"):
                 padded, mask = pad([(tokens[0, :SHORT], TIME - SHORT), (tokens[1], 0)])
                 logits = forward(model, padded, mask) * mask[..., None].astype(np.float32)
                 np.testing.assert_allclose(logits[0, TIME - SHORT :], out["logits"][0, :SHORT], atol=1e-4)
