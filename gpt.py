@@ -640,11 +640,13 @@ class Tokenizer:
     """Text to ids and back. Special tokens are read from text only with `special=True`: what a person types, or a data
     set holds, never becomes one."""
 
-    def __init__(self, plain, special, decode, size, specials, eos, pad=None, bos=None, template=None, files=None):
+    def __init__(
+        self, plain, special, decode, size, specials, eos, pad=None, bos=None, template=None, files=None, ends=()
+    ):
         self._plain, self._special, self._decode = plain, special, decode
         self.vocab_size, self.specials = size, specials  # specials: text -> id
         self.eos_id = specials[eos]
-        self.end_ids = (self.eos_id,)  # the ids that end an answer; rows that are trained on end with `eos_id`
+        self.end_ids = tuple({self.eos_id: 0, **dict.fromkeys(ends, 0)})  # all that end an answer; rows end with eos_id
         self.bos_id = specials.get(bos)  # put before every text and plain prompt, where the model was trained so
         # PAD is never EOS: a model that is not scored on its EOS never learns to stop. Masks come from lengths, so any
         # other id will do where the files name none.
@@ -744,11 +746,9 @@ def load_tokenizer(path) -> Tokenizer | None:
 
 def _finish_tokenizer(plain, special, decode, size, specials, settings, spec, files, path) -> Tokenizer:
     token = lambda name: t["content"] if isinstance(t := settings.get(name), dict) else t
-    eos, bos = token("eos_token"), token("bos_token")
+    eos, bos, ends = token("eos_token"), token("bos_token"), _end_ids(path)
     if eos is None:  # a folder may name it by id only
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-        ids = config.get("eos_token_id")
-        eos = next((text for text, i in specials.items() if i in np.atleast_1d(ids)), None) if ids is not None else None
+        eos = next((text for end in ends for text, i in specials.items() if i == end), None)
     if eos not in specials:
         raise ValueError(f"{path}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
     adds_bos = settings.get("add_bos_token", bool(bos) and f'"{bos}"' in json.dumps(spec.get("post_processor") or {}))
@@ -756,7 +756,17 @@ def _finish_tokenizer(plain, special, decode, size, specials, settings, spec, fi
     if template is None and {"<|im_start|>", "<|im_end|>"} <= specials.keys():
         template = CHATML_TEMPLATE
     bos = bos if adds_bos else None
-    return Tokenizer(plain, special, decode, size, specials, eos, token("pad_token"), bos, template, files)
+    return Tokenizer(plain, special, decode, size, specials, eos, token("pad_token"), bos, template, files, ends)
+
+
+def _end_ids(path: Path) -> list[int]:
+    """The ids at which generation ends, as the model's folder lists them: one id, several, or none."""
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            ids = json.loads((path / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []
 
 
 def _tiktoken_from_json(spec, raw):
