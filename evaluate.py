@@ -663,7 +663,7 @@ def choice_logprobs(exam: Exam, model, questions: list[dict], length: int) -> li
     for q in questions:
         prompt = gpt.encode_prompt(q["messages"], exam.tokenizer)
         # without EOS: whether a model stops after its answer is not the question
-        ids = [gpt.encode_completion([{"content": c.strip()}], exam.tokenizer)[:-1] for c in q["choices"]]
+        ids = [gpt.encode_opening(q["messages"], c.strip(), exam.tokenizer) for c in q["choices"]]
         if len(prompt) + max(map(len, ids)) > length:
             places.append(None)
             continue

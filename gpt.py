@@ -28,6 +28,7 @@ import json
 import math
 import os
 import re
+import secrets
 import shlex
 import shutil
 import signal
@@ -39,6 +40,7 @@ from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from datetime import datetime
 from functools import cached_property, lru_cache, partial
 from operator import attrgetter
 from pathlib import Path
@@ -666,191 +668,292 @@ CHATML_TEMPLATE = (
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-    "generation_config.json",
+    "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
 
 class Tokenizer:
-    """Text to ids and back. Special tokens are read from text only with `special=True`: what a person types, or a data
-    set holds, never becomes one."""
+    """Text to ids and back as transformers does it from the same files, but for one thing: the text of a special token
+    becomes that token only with `special=True`, and in a chat only where the template wrote it. What a person types,
+    or a data set holds, never does. Added tokens that are not special (<think>) are text like any other."""
 
-    def __init__(self, plain, special, decode, size, specials, eos, pad=None, bos=None, template=None, files=None):
-        self._plain, self._special, self._decode = plain, special, decode
-        self.vocab_size, self.specials = size, specials  # specials: text -> id
-        self.eos_id = specials[eos]
-        self.end_ids = (self.eos_id,)  # the ids that end an answer; rows that are trained on end with `eos_id`
-        self.bos_id = specials.get(bos)  # put before every text and plain prompt, where the model was trained so
-        # PAD is never EOS: a model that is not scored on its EOS never learns to stop. Masks come from lengths, so any
+    def __init__(self, library, settings: dict, files=None, ends=(), folder="", encode=None):
+        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a quicker way to its ids."""
+        _name_special(library, settings, ends)
+        tokens = library.get_added_tokens_decoder()  # id -> token
+        self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
+        self.specials = {token.content: i for i, token in tokens.items()}  # all added tokens, special or not
+        self.vocab_size = max([*library.get_vocab().values(), *tokens]) + 1
+        names = {name: _token_text(settings.get(name)) for name in NAMED_TOKENS}
+        self.names = {name: text for name, text in names.items() if text}  # what chat templates call the tokens
+        if names["eos_token"] not in self.specials:
+            raise ValueError(f"{folder}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
+        self.eos_id = self.specials[names["eos_token"]]
+        self.end_ids = tuple(dict.fromkeys([self.eos_id, *ends]))  # all that end an answer; `eos_id` is the first
+        # Put before every text, where the model was trained so: a setting has the last word over tokenizer.json.
+        first = library.encode("a")
+        self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
+        if {"add_bos_token", "add_eos_token"} & settings.keys():
+            self.bos_id = self.specials.get(names["bos_token"]) if settings.get("add_bos_token") else None
+        # PAD is no end: a model that is not scored on its ends never learns to stop. Masks come from lengths, so any
         # other id will do where the files name none.
-        self.pad_id = specials[pad] if pad in specials and pad != eos else int(self.eos_id == 0)
-        self.template = template or PLAIN_TEMPLATE
-        self.files = files or {}  # name -> bytes, written beside the weights by `save`
+        pad = self.specials.get(names["pad_token"], -1)
+        self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
+        self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
+        self._library, self._tokens = library, tokens
+        self._prefixes = any(token in ("▁a", "Ġa", "▁") for token in first.tokens)  # begins texts with a blank
+        self._special_texts = _any_of(tokens[i].content for i in self.special_ids)
+        self._end_texts = _any_of(tokens[i].content for i in self.end_ids if i in tokens)
+        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in self.special_ids}
+        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in self.special_ids])
+        self._real = {library.token_to_id(_alias(i)): i for i in self.special_ids}
+        self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
 
-    @cached_property
-    def special_ids(self) -> set[int]:
-        return set(self.specials.values())
+    def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
+        """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
+        own (SentencePiece's) put none there."""
+        text = self._aliased(text) if special else text
+        if not (after and text and self._prefixes):
+            return self._read(text)
+        before, both = self._read(after), self._read(after + text)
+        return both[len(before) :] if both[: len(before)] == before else self._read(text)
 
-    def encode(self, text: str, special: bool = False) -> list[int]:
-        return self._special(text) if special else self._plain(text)
+    def _read(self, text: str) -> list[int]:
+        ids = self._encode(text) if text else []
+        return [self._real.get(i, i) for i in ids] if SECRET in text else ids
+
+    def _aliased(self, text: str) -> str:
+        return self._special_texts.sub(lambda found: _alias(self.specials[found[0]]), text)
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
         return self._decode([i for i in map(int, ids) if i not in self.special_ids])
 
-    @cached_property
-    def fingerprint(self) -> str:
-        """Tokenizers with the same fingerprint give the same ids: a reward model can then score a policy's ids as they
-        are."""
-        probe = self.encode("The quick brown fox, 12 dogs.\n\nHuman: é? i do not know .", False)
-        words = [self._decode([i]) for i in range(self.vocab_size)]
-        return hashlib.sha256(json.dumps([probe, words, self.specials], sort_keys=True).encode()).hexdigest()
-
-    @cached_property
-    def _jinja(self):
-        from jinja2.sandbox import ImmutableSandboxedEnvironment  # a template from a model folder is somebody's code
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = _template_refuses
-        return environment.from_string(self.template)
-
-    def render(self, messages: list[dict], reply: bool) -> str:
-        """Messages as the model's own text; `reply` opens the assistant's next turn."""
-        special = {"eos_token": self._name(self.eos_id), "bos_token": self._name(self.bos_id)}
-        return self._jinja.render(messages=messages, add_generation_prompt=reply, **special)
-
-    def _name(self, token_id):
-        return next((text for text, i in self.specials.items() if i == token_id), "")
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """A token's own bytes; in a byte-level vocabulary they may be only a part of a character."""
-        return self._decode([token_id], "surrogateescape").encode("utf-8", "surrogateescape")
+    def _decode(self, ids) -> str:
+        return self._library.decode(ids, skip_special_tokens=False)
 
     def decode_rows(self, tokens, mask) -> list[str]:
         """The text of each row of ids (B, T), without the ids whose mask is 0."""
         return [self.decode(ids[m > 0]) for ids, m in zip(*to_numpy((tokens, mask)))]
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """A token's own bytes; in a byte-level vocabulary they may be only a part of a character."""
+        text, decoder = self._library.id_to_token(token_id) or "", str(self._library.decoder)
+        if token_id in self._tokens:
+            return text.encode()
+        if "ByteLevel" in decoder:
+            return b"".join(bytes([BYTES[c]]) if c in BYTES else c.encode() for c in text)
+        if "ByteFallback" in decoder and re.fullmatch("<0x[0-9A-F]{2}>", text):
+            return bytes([int(text[3:5], 16)])
+        return text.replace("▁", " ").encode()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Tokenizers with the same fingerprint give the same ids: a reward model can then score a policy's ids as they
+        are."""
+        probe = "The quick brown fox, 12 dogs.\n\n1. Human:  é? e\u0301 ½ i'll DO 東京🦊\r\n\t i do not know ."
+        words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
+        whole = [self.encode(probe), words, self.specials, sorted(self.special_ids)]
+        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
-        """Ids of a conversation. Markers of the template may be special tokens; the contents of messages never are."""
-        marks = [f"\ue000{i}\ue001" for i in range(len(messages))]  # private-use characters stand in for the contents
-        hollow = [m | {"content": mark} for m, mark in zip(messages, marks)]
-        pieces, rest = [], self.render(hollow, reply)
-        if any(rest.count(mark) != 1 for mark in marks):  # the template edits or repeats contents: take it as it is
-            if any(text in message["content"] for text in self.specials for message in messages):
-                raise BadRow("a message holds the text of a special token, which this chat template cannot keep apart")
-            return self.encode(self.render(messages, reply), special=True)
-        for message, mark in zip(messages, marks):
-            before, rest = rest.split(mark)
-            # the blank before a content belongs to the content's first word, as in running text
-            gap = before[len(before.rstrip(" ")) :]
-            pieces += self.encode(before.rstrip(" "), special=True) + self.encode(gap + message["content"])
-        return pieces + (self.encode(rest, special=True) if rest else [])
+        """Ids of a conversation; `reply` opens the assistant's next turn."""
+        messages, mark = self.hide(messages)
+        return self.reveal(self.render(messages, reply), mark)
+
+    def render(self, messages: list[dict], reply: bool) -> str:
+        """The messages as the template writes them. BadRow where it refuses them, with its reason."""
+        given = dict(messages=messages, add_generation_prompt=reply, tools=None, documents=None)
+        template = self._template
+        try:
+            return template.render(given | self.names)
+        except Exception as error:  # somebody's code: it may fail in any way
+            raise BadRow(f"the chat template refuses these messages: {str(error) or type(error).__name__}") from None
+
+    @cached_property
+    def _template(self):
+        try:
+            return _template_environment().from_string(self.template)
+        except Exception as error:
+            where = f"{self.folder}: its chat template cannot be read (line {getattr(error, 'lineno', '?')}: {error})"
+            raise ValueError(f"{where}; mend it, or take it out of the folder") from None
+
+    def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
+        """The messages with a mark after each character of the special tokens' texts in them, so that these are told
+        from the template's own; and the mark, a character that the messages do not hold."""
+        whole = json.dumps(messages, ensure_ascii=False)
+        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
+        split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)
+        return _map_texts(messages, split), mark
+
+    def has_special(self, value) -> bool:
+        """Whether a text, or one in messages, holds the text of a special token."""
+        return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
+
+    def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
+        """Ids of a text that the template wrote of hidden messages. `before`: what it wrote before this text."""
+        token = re.search(rf"({self._special_texts.pattern})\Z", before)
+        after = before and (self._aliased(token[0]) if token else "\n")
+        return self.encode(self._aliased(text).replace(mark, ""), after=after)
+
+    def turn(self, messages: list[dict]) -> tuple[str, str]:
+        """What the template writes up to the opening of the last message's turn, and what it then writes of that
+        message, up to the token that ends the turn. Where it writes a turn otherwise than it opens one (thoughts), the
+        message's content as it is."""
+        opened, whole = self.render(messages[:-1], True), self.render(messages, False)
+        said = whole.removeprefix(opened) if whole.startswith(opened) else messages[-1]["content"]
+        end = self._end_texts.search(said)
+        return opened, said[: end.end()] if end else said
 
 
-def _template_refuses(message):
-    raise ValueError(f"the chat template refuses these messages: {message}")
+def _alias(token_id: int) -> str:
+    return f"\ue000{SECRET}-{token_id}\ue001"
+
+
+def _any_of(texts) -> re.Pattern:
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or "(?!)")
+
+
+def _map_texts(value, change):
+    """A JSON value with its texts changed."""
+    if isinstance(value, dict):
+        return {name: _map_texts(x, change) for name, x in value.items()}
+    if isinstance(value, list):
+        return [_map_texts(x, change) for x in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _token_text(token) -> str | None:
+    return token["content"] if isinstance(token, dict) else token
+
+
+def _name_special(library, settings: dict, ends):
+    """Special are the tokens that the folder's settings name, and its ends where they are added tokens. A name that the
+    vocabulary does not know is passed over: the model has no row for it."""
+    if not settings.get("eos_token") and ends:  # a folder may name it by id only
+        settings["eos_token"] = library.id_to_token(ends[0])
+    known, more = library.get_added_tokens_decoder(), settings.get("extra_special_tokens") or {}
+    named = [settings.get(name) for name in NAMED_TOKENS] + list(more.values() if isinstance(more, dict) else more)
+    texts = [known[i].content for i in ends if i in known] + [_token_text(token) for token in named if token]
+    library.add_special_tokens([text for text in texts if library.token_to_id(text) is not None])
+
+
+def _chat_template(settings: dict, tokenizer: Tokenizer, folder) -> str:
+    """The folder's template, the one named default of several; where it has none, ChatML or plain text."""
+    template = settings.get("chat_template")
+    if isinstance(template, list):
+        named = {entry["name"]: entry["template"] for entry in template}
+        if "default" not in named:
+            raise ValueError(f"{folder}: none of its chat templates ({', '.join(named)}) is named default: rename one")
+        template = named["default"]
+    ours = CHATML_TEMPLATE if {"<|im_start|>", "<|im_end|>"} <= tokenizer.specials.keys() else PLAIN_TEMPLATE
+    return template or (ours if tokenizer.bos_id is None else "{{ bos_token }}" + ours)
+
+
+@lru_cache
+def _template_environment():
+    """Where chat templates run: a sandbox, since they are somebody's code, with what transformers offers them."""
+    from jinja2 import ext, nodes
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(ext.Extension):
+        """{% generation %} marks the assistant's text for training; here the roles do."""
+
+        tags = {"generation"}  # noqa: RUF012
+
+        def parse(self, parser):
+            line = next(parser.stream).lineno
+            return nodes.Scope(parser.parse_statements(["name:endgeneration"], drop_needle=True)).set_lineno(line)
+
+    def refuse(message):
+        raise ValueError(message)
+
+    tags = [Generation, ext.loopcontrols]
+    environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True, extensions=tags)
+    environment.filters["tojson"] = partial(json.dumps, ensure_ascii=False)
+    environment.globals |= dict(raise_exception=refuse, strftime_now=lambda form: datetime.now().strftime(form))
+    return environment
 
 
 def load_tokenizer(path) -> Tokenizer | None:
     """The tokenizer of a folder: `tokenizer.json`, or GPT-2's `vocab.json` + `merges.txt` (also under their first
     names, `encoder.json` + `vocab.bpe`). None where there is none."""
-    path = Path(path)
+    path, encode = Path(path), None
     old_names = {"vocab.json": path / "encoder.json", "merges.txt": path / "vocab.bpe"}
     files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
     files |= {name: old.read_bytes() for name, old in old_names.items() if name not in files and old.is_file()}
-    if (path / "chat_template.jinja").is_file():
-        files["chat_template.jinja"] = (path / "chat_template.jinja").read_bytes()
-    settings = json.loads(files.get("tokenizer_config.json", "{}"))
-    settings = json.loads(files.get("special_tokens_map.json", "{}")) | settings
+    settings = json.loads(files.get("special_tokens_map.json", "{}"))
+    settings |= json.loads(files.get("tokenizer_config.json", "{}"))
     if "chat_template.jinja" in files:
         settings["chat_template"] = files["chat_template.jinja"].decode()
     if "tokenizer.json" in files:
-        spec = json.loads(files["tokenizer.json"])
-        byte_level = spec["model"].get("type", "BPE") == "BPE" and '"ByteLevel"' in json.dumps(spec["pre_tokenizer"])
-        build = _tiktoken_from_json if byte_level else _huggingface_tokenizer
-        return _finish_tokenizer(*build(spec, files["tokenizer.json"]), settings, spec, files, path)
-    if {"vocab.json", "merges.txt"} <= set(files):
-        vocab, merges = json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n")
-        merges = [line for line in merges if line and not line.startswith("#version")]
-        built = _tiktoken(vocab, merges, GPT2_SPLIT, {"<|endoftext|>": vocab.get("<|endoftext|>", len(vocab))})
-        return _finish_tokenizer(*built, {"eos_token": "<|endoftext|>"} | settings, {}, files, path)
-    return None
+        library = _read_tokenizer_json(files["tokenizer.json"], settings, path)
+    elif {"vocab.json", "merges.txt"} <= set(files):
+        settings = {"eos_token": "<|endoftext|>"} | settings
+        library, encode = _gpt2_tokenizer(json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n"))
+    else:
+        return None
+    return Tokenizer(library, settings, files, _end_ids(path), path, encode)
 
 
-def _finish_tokenizer(plain, special, decode, size, specials, settings, spec, files, path) -> Tokenizer:
-    token = lambda name: t["content"] if isinstance(t := settings.get(name), dict) else t
-    eos, bos = token("eos_token"), token("bos_token")
-    if eos is None:  # a folder may name it by id only
-        config = json.loads((path / "config.json").read_text()) if (path / "config.json").is_file() else {}
-        ids = config.get("eos_token_id")
-        eos = next((text for text, i in specials.items() if i in np.atleast_1d(ids)), None) if ids is not None else None
-    if eos not in specials:
-        raise ValueError(f"{path}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
-    adds_bos = settings.get("add_bos_token", bool(bos) and f'"{bos}"' in json.dumps(spec.get("post_processor") or {}))
-    template = settings.get("chat_template") if isinstance(settings.get("chat_template"), str) else None
-    if template is None and {"<|im_start|>", "<|im_end|>"} <= specials.keys():
-        template = CHATML_TEMPLATE
-    bos = bos if adds_bos else None
-    return Tokenizer(plain, special, decode, size, specials, eos, token("pad_token"), bos, template, files)
+def _end_ids(path: Path) -> list[int]:
+    """The ids at which generation ends, as the model's folder lists them: one id, several, or none."""
+    for name in ("generation_config.json", "config.json"):
+        if (path / name).is_file():
+            ids = json.loads((path / name).read_text()).get("eos_token_id")
+            if ids is not None:
+                return ids if isinstance(ids, list) else [ids]
+    return []
 
 
-def _tiktoken_from_json(spec, raw):
-    """A byte-level BPE `tokenizer.json` as a tiktoken encoding: same ids, several times the speed."""
-    model, pre = spec["model"], spec["pre_tokenizer"]
-    steps = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-    splits = [s["pattern"].get("Regex") or s["pattern"]["String"] for s in steps if s["type"] == "Split"]
-    unknown = {s["type"] for s in steps} - {"Split", "ByteLevel"}
-    if unknown or len(splits) > 1 or any(s.get("add_prefix_space") for s in steps):
-        return _huggingface_tokenizer(spec, raw)
-    merges = [m if isinstance(m, str) else " ".join(m) for m in model["merges"]]
-    specials = {t["content"]: t["id"] for t in spec.get("added_tokens", [])}
-    kinds = [n["type"] for n in _flatten_normalizer(spec.get("normalizer"))]
-    if set(kinds) - {"NFC"}:
-        return _huggingface_tokenizer(spec, raw)
-    return _tiktoken(model["vocab"], merges, splits[0] if splits else GPT2_SPLIT, specials, nfc="NFC" in kinds)
-
-
-def _flatten_normalizer(node):
-    return [] if node is None else node["normalizers"] if node["type"] == "Sequence" else [node]
-
-
-def _tiktoken(vocab: dict, merges: list[str], split: str, specials: dict, nfc: bool = False):
-    import unicodedata
-
-    import tiktoken
-
-    # byte-level BPE writes each byte as a printable character; undo that
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    order = printable + [b for b in range(256) if b not in printable]
-    to_byte = {chr(b if i < len(printable) else 256 + i - len(printable)): b for i, b in enumerate(order)}
-    to_bytes = lambda token: bytes(to_byte[c] for c in token)
-    # tiktoken merges the pair of lowest rank: single bytes first, then the results of the merges in their order
-    tokens = [c for c in to_byte if c in vocab] + [m.replace(" ", "", 1) for m in merges]
-    tokens = [t for t in dict.fromkeys(tokens) if t in vocab]
-    ids = np.array([vocab[t] for t in tokens] + list(specials.values()))
-    ranks = {to_bytes(t): rank for rank, t in enumerate(tokens)}
-    special_ranks = {text: len(tokens) + i for i, text in enumerate(specials)}
-    encoding = tiktoken.Encoding("local", pat_str=split, mergeable_ranks=ranks, special_tokens=special_ranks)
-    back = {int(i): rank for rank, i in enumerate(ids)}
-    normal = (lambda s: unicodedata.normalize("NFC", s)) if nfc else lambda s: s
-    plain = lambda text: ids[encoding.encode(normal(text), disallowed_special=())].tolist() if text else []
-    special = lambda text: ids[encoding.encode(normal(text), allowed_special="all")].tolist() if text else []
-    decode = lambda token_ids, errors="replace": encoding.decode([back[i] for i in token_ids if i in back], errors)
-    return plain, special, decode, int(ids.max()) + 1, specials
-
-
-def _huggingface_tokenizer(spec, raw):
-    """Whatever is not byte-level BPE (SentencePiece BPE, whole words), through the `tokenizers` library."""
+def _read_tokenizer_json(raw: bytes, settings: dict, path: Path):
+    """A `tokenizer.json` as the library reads it that wrote it."""
     import tokenizers
 
-    special, plain = (tokenizers.Tokenizer.from_str(raw.decode()) for _ in range(2))
-    plain.encode_special_tokens = True  # special tokens in the text stay text
-    # SentencePiece puts a blank before every text; ours have their own where one belongs
-    prepends = any(n["type"] == "Prepend" for n in _flatten_normalizer(spec.get("normalizer")))
-    trim = (lambda s: s.removeprefix(" ")) if prepends else lambda s: s
-    encode = lambda t: lambda text: t.encode(trim(text), add_special_tokens=False).ids if text else []
-    specials = {t["content"]: t["id"] for t in spec.get("added_tokens", []) if t.get("special")}
-    decode = lambda ids, errors=None: special.decode(ids, skip_special_tokens=False)
-    return encode(plain), encode(special), decode, max(special.get_vocab().values()) + 1, specials
+    try:
+        library = tokenizers.Tokenizer.from_buffer(raw)
+    except Exception as error:
+        raise ValueError(f"{path / 'tokenizer.json'} cannot be read: {error}") from None
+    library.no_truncation()
+    library.no_padding()
+    library.encode_special_tokens = True  # the texts of special tokens are text
+    llama = str(settings.get("tokenizer_class")).removesuffix("Fast") == "LlamaTokenizer"
+    if llama and "ByteLevel" not in str(library.decoder):
+        # transformers goes by the settings here: a blank before the text alone, or after special tokens as well
+        where = "always" if settings.get("legacy") else "first"
+        where = "never" if settings.get("add_prefix_space") is False else where
+        library.normalizer, library.pre_tokenizer = None, tokenizers.pre_tokenizers.Metaspace("▁", where, split=False)
+    return library
+
+
+# Byte-level BPE writes each byte as a printable character: character -> byte
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [b for b in range(256) if b not in _PRINTABLE]
+BYTES = {chr(b): b for b in _PRINTABLE} | {chr(256 + i): b for i, b in enumerate(_OTHERS)}
+
+
+def _gpt2_tokenizer(vocab: dict, merges: list[str]):
+    """GPT-2's byte pairs as a tokenizers.Tokenizer, and their ids through tiktoken, at several times its speed."""
+    import tiktoken
+    import tokenizers
+
+    pairs = [tuple(line.split(" ")) for line in merges if line and not line.startswith("#version")]
+    library = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, pairs))
+    library.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = tokenizers.decoders.ByteLevel()
+    library.add_special_tokens(["<|endoftext|>"])
+    library.encode_special_tokens = True
+    # tiktoken merges the pair of lowest rank: single bytes first, then the results of the merges in their order
+    tokens = [t for t in dict.fromkeys([*BYTES, *map("".join, pairs)]) if t in vocab]
+    end = library.token_to_id("<|endoftext|>")
+    ids = np.array([vocab[t] for t in tokens] + [len(library.get_vocab())])  # where `library` puts the alias
+    ranks = {bytes(BYTES[c] for c in t): rank for rank, t in enumerate(tokens)}
+    quick = tiktoken.Encoding(
+        "gpt2", pat_str=GPT2_SPLIT, mergeable_ranks=ranks, special_tokens={_alias(end): len(tokens)}
+    )
+    return library, lambda text: ids[quick.encode(text, allowed_special="all")].tolist()
 
 
 def need_tokenizer(path) -> Tokenizer:
@@ -1350,6 +1453,10 @@ class BadRow(ValueError):
     """A row that cannot be used, with its reason."""
 
 
+class Unfit(BadRow):
+    """A sound row that has no place in this run: it is left out and counted."""
+
+
 def open_text(path):
     path = Path(path)
     if not path.is_file():
@@ -1490,49 +1597,64 @@ def parse_sources(data) -> list[tuple[str, float | None]]:
 # 9. Tokens: rows as ids, cached on disk
 
 
+SPECIAL_NOTE = "texts hold the text of a special token, such as a chat template's marker: it is read as letters"
 EXTRAS = ("margin", "weight", "label_p", "label")  # optional numbers of a row: 0, 1, 1, 1 where absent
 
 
 def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-        return ids if tokenizer.bos_id is None else [tokenizer.bos_id, *ids]
-    ids = tokenizer.chat(prompt)
-    return ids if tokenizer.bos_id is None or ids[:1] == [tokenizer.bos_id] else [tokenizer.bos_id, *ids]
+    if not isinstance(prompt, str):
+        return tokenizer.chat(prompt)
+    return [i for i in (tokenizer.bos_id,) if i is not None] + tokenizer.encode(prompt)
 
 
-def answer_gap(tokenizer: Tokenizer) -> str:
-    """What stands between the template's opening of an assistant turn and its first word: nothing after ChatML's and
-    Llama 3's markers, which end with a line break, and a blank otherwise."""
-    return "" if tokenizer.specials.keys() & {"<|im_start|>", "<|start_header_id|>"} else " "
-
-
-def encode_completion(completion, tokenizer: Tokenizer) -> list[int]:
-    """Completion ids with exactly one EOS at the end. Tokenised apart from the prompt: these are the ids that the
-    policy would have to produce, whatever merges the joint text would allow."""
+def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
+    """Ids of the completion of `prompt`, each a text or messages, with exactly one end token: the one with which the
+    chat template ends a turn, or EOS. Tokenised apart from the prompt: these are the ids that the policy would have to
+    produce, whatever merges the joint text would allow."""
+    if isinstance(completion, list) and isinstance(prompt, list):
+        messages, mark = tokenizer.hide([*prompt, completion[-1]])
+        opened, said = tokenizer.turn(messages)
+        return _ended(tokenizer.reveal(said, mark, opened), tokenizer)
     if isinstance(completion, list):
-        completion = answer_gap(tokenizer) + completion[-1]["content"]
-    ids = tokenizer.encode(completion)
-    while ids and ids[-1] == tokenizer.eos_id:
-        ids.pop()
-    return [*ids, tokenizer.eos_id]
+        completion = ("" if prompt[-1:].isspace() else " ") + completion[-1]["content"]
+    return _ended(tokenizer.encode(completion, after="\n"), tokenizer)
 
 
-def encode_messages(messages, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
-    """A conversation as (ids, mask): 1 on the assistant's tokens and the token that ends its turn."""
-    ids, mask = [], []
+def encode_opening(prompt: list[dict], content: str, tokenizer: Tokenizer) -> list[int]:
+    """Ids with which an assistant's turn after `prompt` begins, up to the end of `content`: the turn goes on."""
+    messages, mark = tokenizer.hide([*prompt, {"role": "assistant", "content": content}])
+    opened, said = tokenizer.turn(messages)
+    for text in (messages[-1]["content"], messages[-1]["content"].strip()):  # templates trim
+        if text in said:
+            said = said[: said.rfind(text) + len(text)] if text else ""
+            break
+    return tokenizer.reveal(said, mark, opened)
+
+
+def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
+    """The ids with one end token: the first of those that they end with, or EOS."""
+    end = tokenizer.eos_id
+    while ids and ids[-1] in tokenizer.end_ids:
+        *ids, end = ids
+    return [*ids, end]
+
+
+def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> tuple[list[int], list[int]]:
+    """A conversation as (ids, mask): 1 on the assistant's tokens and the token that ends its turn. A turn that the
+    template later shows otherwise (with its thoughts cut) is not trained on; `note` is told of it."""
+    hidden, mark = tokenizer.hide(messages)
+    ids, scored, done = [], [], ""  # done: the text so far
     for i, message in enumerate(messages):
-        if message["role"] != "assistant":
-            continue
-        prompt = encode_prompt(messages[:i], tokenizer)
-        if prompt[: len(ids)] != ids:  # templates without an end-of-turn token: the EOS stays at the very end
-            ids, mask = ids[:-1], mask[:-1]
-        if prompt[: len(ids)] != ids:
-            raise BadRow("the chat template changes earlier turns: make {prompt, completion} rows of the conversation")
-        answer = encode_completion([message], tokenizer)
-        mask = mask + [0] * (len(prompt) - len(mask)) + [1] * len(answer)
-        ids = prompt + answer
-    return ids, mask
+        if message["role"] == "assistant":
+            opened, said = tokenizer.turn(hidden[: i + 1])
+            if not opened.startswith(done):
+                note("the chat template shows earlier turns otherwise: only the answers after them are trained on")
+                ids, scored, done = [], [], ""
+            prompt = tokenizer.reveal(opened[len(done) :], mark, done)
+            answer = tokenizer.reveal(said, mark, opened)
+            ids, scored, done = ids + prompt + answer, scored + [0] * len(prompt) + [1] * len(answer), opened + said
+    whole = _ended(ids, tokenizer)
+    return whole, (scored + [1])[: len(whole)]
 
 
 def truncated_sides(row: dict) -> list:
@@ -1542,37 +1664,42 @@ def truncated_sides(row: dict) -> list:
     return ["completion", "chosen", "rejected"] if sides is True else sides or []
 
 
-def encode_row(row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suffix=()) -> list[tuple[list, list]]:
+def encode_row(
+    row: dict, kind: str, tokenizer: Tokenizer, max_length: int, suffix=(), note=lambda text: None
+) -> list[tuple[list, list]]:
     """The row's sequences as (ids, mask) with mask 1 on scored tokens: one sequence, or chosen and rejected.
 
     A completion that does not fit `max_length` loses its end, EOS included: a cut answer must not teach stopping.
-    `suffix` replaces the EOS of whole completions (where a reward model reads its score). BadRow where no room is left.
+    `suffix` replaces the end of whole completions (where a reward model reads its score). `note` is told what should be
+    known of the row. Unfit where no room is left; BadRow where the chat template refuses the row.
     """
+    if any(tokenizer.has_special(row[name]) for name in (*NEEDED[kind], "messages") if name in row):
+        note(SPECIAL_NOTE)
     if kind == "text":
         ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
         return [(ids, [0] + [1] * (len(ids) - 1))]
     if kind == "demos" and "messages" in row:
-        ids, mask = encode_messages(row["messages"], tokenizer)
+        ids, mask = encode_messages(row["messages"], tokenizer, note)
         if 1 not in mask[:max_length]:
-            raise BadRow(f"no assistant token within {max_length} tokens")
+            raise Unfit(f"no assistant token within {max_length} tokens")
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
     if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
-        raise BadRow(f"the prompt alone fills {max_length} tokens")
+        raise Unfit(f"the prompt alone fills {max_length} tokens")
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
     sequences = []
     for name in ("chosen", "rejected") if kind == "pairs" else ("completion",):
-        answer = encode_completion(row[name], tokenizer)
+        answer = encode_completion(row[name], tokenizer, row["prompt"])
         if name in truncated_sides(row):
             answer = answer[:-1]
         answer = answer[:room]
         if suffix:
-            answer = answer[:-1] + list(suffix) if answer[-1] == tokenizer.eos_id else answer + list(suffix)
+            answer = answer[:-1] + list(suffix) if answer[-1] in tokenizer.end_ids else answer + list(suffix)
         sequences.append((prompt + answer, [0] * len(prompt) + [1] * len(answer)))
     if kind == "pairs" and sequences[0][0] == sequences[1][0]:
-        raise BadRow("chosen and rejected are equal (after truncation)")
+        raise Unfit("chosen and rejected are equal (after truncation)")
     return sequences
 
 
@@ -1611,7 +1738,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     if not path.is_file():
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 6]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1630,6 +1757,8 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     data = TokenData(folder)
     for reason, count in data.info["dropped"].items():
         print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
+    for text, (count, line) in data.info["notes"].items():
+        print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
     if data.info["truncated"]:
         print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
     if len(data) == 0:
@@ -1639,21 +1768,27 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, scored, extras, row_starts, dropped, truncated = [], [], [], [], Counter(), 0
+    lengths, scored, extras, row_starts, dropped, notes, truncated = [], [], [], [], Counter(), {}, 0
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
         tokens, masks, rows = (stack.enter_context(open(folder / name, "wb")) for name in names)
-        for _, row in read_rows(path, kind, skip_bad):
+        for line, row in read_rows(path, kind, skip_bad):
             bar.update()
+            found = set()
             try:
-                sequences = encode_row(row, kind, tokenizer, max_length, suffix)
+                sequences = encode_row(row, kind, tokenizer, max_length, suffix, found.add)
             except BadRow as reason:
+                if not (skip_bad or isinstance(reason, Unfit)):
+                    raise BadRow(f"{path}:{line}: {reason} (--skip-bad-rows goes on without such rows)") from None
                 dropped[str(reason)] += 1
                 continue
+            for text in found:
+                count, first = notes.get(text, (0, line))
+                notes[text] = (count + 1, first)
             for ids, mask in sequences:
                 if kind != "text" and kind != "prompts":
-                    truncated += len(ids) == max_length and ids[-1] != tokenizer.eos_id
+                    truncated += len(ids) == max_length and ids[-1] not in tokenizer.end_ids
                 lengths.append(len(ids))
                 scored.append(sum(mask))
                 tokens.write(np.asarray(ids, dtype).tobytes())
@@ -1672,7 +1807,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
     info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped)))
+    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped), notes=notes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -449,7 +449,7 @@ def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
 
 
 def suffix_ids(config: Config, tokenizer) -> tuple:
-    return tuple(tokenizer.encode(config.suffix)) if config.suffix else ()
+    return tuple(tokenizer.encode(config.suffix, after="\n")) if config.suffix else ()
 
 
 def empty_out(config: Config):

@@ -290,7 +290,7 @@ class LocalJudge:
 
     def choose(self, texts, options):
         """Log-probs of the options, summed over their tokens and normalised over the options."""
-        ends = [self.tokenizer.encode(option) for option in options]
+        ends = [self.tokenizer.encode(option, after="\n") for option in options]
         ids, total = self.encode(texts, max(map(len, ends))), []
         for start in range(0, len(ids), self.config.batch_size):
             batch = self._batch(ids[start : start + self.config.batch_size], ends)

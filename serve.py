@@ -1193,11 +1193,20 @@ def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
     if opened and len(messages) == 1:
         raise ApiError(400, "messages hold an assistant's turn alone: nothing is asked", "messages")
     try:
-        ids = gpt.encode_prompt(messages[: len(messages) - opened], tokenizer)
-        return ids + gpt.encode_completion(messages[-1:], tokenizer)[:-1] if opened else ids
+        if not opened:
+            return gpt.encode_prompt(messages, tokenizer)
+        prompt, content = messages[:-1], messages[-1]["content"]
+        return gpt.encode_prompt(prompt, tokenizer) + gpt.encode_opening(prompt, content, tokenizer)
     except Exception as error:  # a template is somebody's code; what it says itself is a ValueError
         reason = f"the chat template cannot render these messages ({type(error).__name__})"
         raise ApiError(400, str(error) if isinstance(error, ValueError) else reason, "messages") from None
+
+
+def opens_with_blank(tokenizer: gpt.Tokenizer) -> bool:
+    """Whether the chat template puts a blank between the opening of the assistant's turn and its first word."""
+    with contextlib.suppress(gpt.BadRow):
+        return tokenizer.turn([{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}])[1][:1] == " "
+    return False
 
 
 def text_ids(text: str, tokenizer: gpt.Tokenizer, bos: bool = True) -> list[int]:
@@ -1272,7 +1281,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
         top_p=max(default(request.top_p, 1.0), SMALLEST), min_p=request.min_p or 0.0, stops=stops,
         stop_ids=named_stops(stops, tokenizer), endless=bool(request.ignore_eos), top=top,
         echo=echo and (top is not None or limit == 0), stream=bool(request.stream), goes_on=goes_on,
-        trim=not goes_on and gpt.answer_gap(tokenizer) == " ", deadline=time.monotonic() + config.timeout,
+        trim=not goes_on and opens_with_blank(tokenizer), deadline=time.monotonic() + config.timeout,
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
     for prompt in prompts:
