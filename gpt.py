@@ -490,9 +490,12 @@ def generate(
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
     lengths = prompt_mask.sum(1)
+    # Adapters are merged where nothing is lost by it. A step of training moves a weight by less than bf16 can tell, so
+    # that in bf16 a merged policy would not be the one that is scored.
+    fold = merge if jax.tree.leaves(model)[0].dtype == jnp.float32 else lambda layer: layer
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
-    layers = [merge(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
-    model = merge(dataclasses.replace(model, blocks=None))
+    layers = [fold(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]
+    model = fold(dataclasses.replace(model, blocks=None))
 
     def draw(state: SamplerState, hidden) -> SamplerState:
         """Token t of every row, from the hidden states (B, D) of the token before it."""
@@ -2499,9 +2502,13 @@ def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def steps_taken(opt_state):
-    """How many steps the optimiser has taken, as a device array. PPO may skip the rest of a rollout's minibatches."""
-    return optax.tree_utils.tree_get_all_with_path(opt_state, "count")[0][1]
+def at_step(opt_state, step: int):
+    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: PPO
+    may skip the rest of a rollout's minibatches, and its rate still ends where it should."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    at = lambda count: place(np.asarray(step, count.dtype), count.sharding)
+    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
+    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
 
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
@@ -2728,6 +2735,13 @@ def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tu
     return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
 
 
+def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
+    """Special tokens a response, its end not counted: text does not show them, so a reward must not pay for them."""
+    tokens, mask = to_numpy((generation.tokens, generation.mask))
+    unseen = sorted(tokenizer.special_ids - set(tokenizer.end_ids))
+    return float((np.isin(tokens, unseen) & (mask > 0)).sum(1).mean())
+
+
 class Watch:
     """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
 
@@ -2738,6 +2752,12 @@ class Watch:
         length = metrics["response_length"]
         self.first_length = self.first_length or length
         self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
+        no_price = metrics.get("val/below_missing_eos", 0) > 0.5
+        price = (
+            "raise --missing-eos: most scores are below minus that, so it costs nothing not to end"
+            if no_price
+            else ("raise --response-length, or --missing-eos, which is what it costs not to end (None: nothing)")
+        )
         moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
         faults = {
             "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
@@ -2745,7 +2765,9 @@ class Watch:
             "shrank": (length < 0.4 * self.first_length, moved),
             "grew": (length > 2.5 * self.first_length, moved),
             "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length or --missing-eos"),
+            "eos": (metrics["eos_rate"] < 0.5, f"most responses do not end: {price}"),
+            "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
+                        "tokens each that their text does not show: look at what the reward pays for them"),
         }  # fmt: skip
         for name, (wrong, text) in faults.items():
             if wrong and name not in self.said:

@@ -16,7 +16,8 @@ Choices where code bases disagree:
    another one than PPO's and RLOO's (tests/test_enumerable.py).
 3. Old and reference log-probs come from one forward pass after the rollout, at the rollout's temperature: the ratio of
    the first minibatch is 1.
-4. With --lora-rank the policy is a low-rank adapter on a frozen base, which itself is the reference.
+4. A response that does not end scores -(--missing-eos) at most, as in ppo.py.
+5. With --lora-rank the policy is a low-rank adapter on a frozen base, which itself is the reference.
 
     python grpo.py                                            # out/sft + out/reward -> out/grpo, by GRPO
     python grpo.py --advantage rloo --out out/rloo
@@ -58,7 +59,7 @@ class Config:
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end gets minus this for its score (None: keeps its own)
+    missing_eos: float | None = 2.0  # a response that does not end scores minus this at most (None: keeps its own)
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
@@ -109,9 +110,12 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
+    metrics = {}
     if config.missing_eos is not None:
-        scores = jnp.where(ended, scores, -config.missing_eos)
-    return scores, {
+        most = -config.missing_eos
+        metrics["val/below_missing_eos"] = jnp.mean(scores < most)  # there the rule takes nothing from a response
+        scores = jnp.where(ended, scores, jnp.minimum(scores, most))
+    return scores, metrics | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
@@ -329,9 +333,9 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
-    updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
+    updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
     peak = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
-    lr = gpt.schedule(peak, updates, kind="linear", final=0.1)
+    lr = gpt.schedule(peak, config.steps * updates, kind="linear", final=0.1)
     optimizer = gpt.adamw(lr, eps=1e-5)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
@@ -348,17 +352,20 @@ def main(config: Config):
         )  # fmt: skip
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
+        metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what policy and reference say of every response token; advantages
         rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
-        lr_now, history = lr(gpt.steps_taken(state.policy_opt)), []
+        # an iteration has its own learning rate, also after one that --target-kl ended early
+        state, history = state._replace(policy_opt=gpt.at_step(state.policy_opt, step * updates)), []
         for minibatch in minibatches(step, config):
             state, losses = update(state, base, rollout, minibatch, optimizer, config)
             history.append(losses)
             if config.target_kl and losses["policy/approxkl_k3"] > config.target_kl:
                 break
 
-        metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl) | {"lr": lr_now})
+        metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl))
+        metrics["lr"] = float(lr(step * updates))
         if monitor:
             metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
         if step % 10 == 0 or step == config.steps - 1:

@@ -20,8 +20,9 @@ Choices where code bases disagree:
    ones, at the rollout's temperature. So the ratio of the first minibatch is exactly 1.
 4. Advantages are whitened over the whole rollout. Losses are means over the tokens of a minibatch. Both are taken over
    all devices and micro-batches together; variances divide by n.
-5. A response that does not end is given the score -(--missing-eos), whatever the reward says. It must lie below what
-   finished responses get: reward.py's scores have mean 0 and standard deviation 1.
+5. A response that does not end scores -(--missing-eos) at most. It must lie below what finished responses get:
+   reward.py's scores have mean 0 and standard deviation 1. In OpenAI's code (Huang et al. 2024, arXiv:2403.17031, "EOS
+   trick") the constant replaces the score, which pays for not ending as soon as finished responses score less.
 6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic starts as the
    reward model's body with a head of zeros: the first advantages come from rewards alone.
 7. With --lora-rank, policy and critic are low-rank adapters on one frozen base (Hydra-PPO, arXiv:2309.00754). The base
@@ -70,7 +71,7 @@ class Config:
     lam: float = 0.95  # of GAE: 1 sums all rewards to come, 0 looks one token ahead and trusts the critic for the rest
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end gets minus this for its score (None: keeps its own)
+    missing_eos: float | None = 2.0  # a response that does not end scores minus this at most (None: keeps its own)
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
@@ -126,9 +127,12 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
+    metrics = {}
     if config.missing_eos is not None:
-        scores = jnp.where(ended, scores, -config.missing_eos)
-    return scores, {
+        most = -config.missing_eos
+        metrics["val/below_missing_eos"] = jnp.mean(scores < most)  # there the rule takes nothing from a response
+        scores = jnp.where(ended, scores, jnp.minimum(scores, most))
+    return scores, metrics | {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
@@ -409,8 +413,10 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
-    updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
-    lr, critic_lr = (gpt.schedule(x, updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr))
+    updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
+    lr, critic_lr = (
+        gpt.schedule(x, config.steps * updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr)
+    )
     policy_optimizer, critic_optimizer = (gpt.adamw(x, eps=1e-5) for x in (lr, critic_lr))
     policy_opt, critic_opt = gpt.shard((policy_optimizer.init(policy), critic_optimizer.init(critic)))
     state = State(policy, policy_opt, critic, critic_opt)
@@ -428,10 +434,13 @@ def main(config: Config):
         )  # fmt: skip
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
+        metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
-        lr_now, history = lr(gpt.steps_taken(state.policy_opt)), []
+        # an iteration has its own learning rates, also after one that --target-kl ended early
+        opts, history = gpt.at_step((state.policy_opt, state.critic_opt), step * updates), []
+        state = state._replace(policy_opt=opts[0], critic_opt=opts[1])
         for minibatch in minibatches(step, config):
             args = base, rollout, minibatch
             critic, critic_opt, losses = wait_if_many(
@@ -445,7 +454,8 @@ def main(config: Config):
             if config.target_kl and more_losses["policy/approxkl_k3"] > config.target_kl:
                 break
 
-        metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl) | {"lr": lr_now})
+        metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl))
+        metrics["lr"] = float(lr(step * updates))
         if monitor:
             metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
         if step % 10 == 0 or step == config.steps - 1:

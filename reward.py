@@ -189,14 +189,9 @@ def make_optimizer(config: Config, steps: int):
 def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
     """The model with gain = 1 / std and bias = -gain * mean folded into its head: mean and std are those of its scores
     of the reference policy's samples. `base` is what its body is an adapter on, None where it is none."""
-    policy, policy_tokenizer = gpt.load_policy(config.normalize_with)
-    gpt.check_same_tokenizer(tokenizer, policy_tokenizer, config.init, config.normalize_with)
-    policy = gpt.shard(policy)
-    load = lambda size: gpt.Batches(
-        config.normalize_data, "prompts", tokenizer, size, config.length - config.response_length, config.seed
-    )
-    size = min(config.normalize_samples, 128, sum(load(1).sizes))
-    prompts, scores, scorer = load(size), [], gpt.attach(model, base)
+    policy = gpt.shard(gpt.load_policy(config.normalize_with)[0])
+    size = min(config.normalize_samples, 128, sum(load_prompts(config, tokenizer, 1).sizes))
+    prompts, scores, scorer = load_prompts(config, tokenizer, size), [], gpt.attach(model, base)
     for i in range(-(-config.normalize_samples // size)):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
@@ -208,6 +203,12 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
     return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+
+
+def load_prompts(config: Config, tokenizer, size: int) -> gpt.Batches:
+    """The prompts of --normalize-data that leave room for a response, in batches of `size`."""
+    longest = config.length - config.response_length
+    return gpt.Batches(config.normalize_data, "prompts", tokenizer, size, longest, config.seed)
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
@@ -458,11 +459,12 @@ def empty_out(config: Config):
     gpt.empty_out(config.out, config.resume, config.overwrite, vars(config), "member-*", "report.*", "reward.png")
 
 
-def check_inputs(config: Config, heldout: str | None):
+def check_inputs(config: Config, tokenizer, heldout: str | None):
     """What is needed after training is there before it."""
     if config.normalize_with:
-        gpt.find_folder(config.normalize_with)
-        gpt.open_text(config.normalize_data).close()
+        theirs = gpt.need_tokenizer(gpt.find_folder(config.normalize_with))
+        gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.normalize_with)
+        load_prompts(config, tokenizer, 1)
     if heldout:
         gpt.open_text(heldout).close()
     if heldout and config.gold:
@@ -475,7 +477,7 @@ def main(config: Config):
     heldout = config.heldout or gpt.heldout_file(config.data)
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
-    check_inputs(config, heldout)
+    check_inputs(config, tokenizer, heldout)
     steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
     empty_out(config)
     optimizer = make_optimizer(config, steps)

@@ -76,6 +76,24 @@ def test_generation_is_that_of_the_merged_model(tiny_model):
     np.testing.assert_array_equal(ours.logprobs, merged.logprobs)
 
 
+def test_in_bf16_what_is_sampled_is_what_is_scored(tiny_model):
+    """Of weights of +-1 a change of 0.001 is below bf16's last digit: merged, it is lost."""
+    base = gpt.cast(dataclasses.replace(tiny_model, head=jnp.sign(tiny_model.wte)), jnp.bfloat16)
+    V, D = base.head.shape
+    change = gpt.LoraTable(None, (-1.0) ** jnp.arange(V)[:, None], jnp.full((1, D), 0.0005), scale=2.0)
+    policy = gpt.cast(gpt.attach(gpt.Adapter({}, {"head": change}), base), jnp.bfloat16)
+    likeliest = lambda model: gpt.generate(
+        model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 4, eos=-1, temperature=0.0
+    )
+    ours, before = likeliest(policy), likeliest(base)
+    np.testing.assert_array_equal(ours.tokens, before.tokens)
+    rows = jnp.concatenate([TOKENS, ours.tokens], 1)
+    scored = [gpt.token_logprobs(model, rows)[:, TOKENS.shape[1] - 1 :] for model in (policy, base, gpt.merge(policy))]
+    moved = np.asarray(scored[0] - scored[1])
+    assert np.abs(moved).max() > 1e-3 and (scored[2] == scored[1]).all()
+    np.testing.assert_allclose(ours.logprobs - before.logprobs, moved, atol=0.1 * np.abs(moved).max())
+
+
 def test_quantised_is_the_merged_model(tiny_model):
     model = gpt.attach(adapter_of(tiny_model)[1], tiny_model)
     ours, merged = serve.quantize(model, "int8"), serve.quantize(gpt.merge(model), "int8")

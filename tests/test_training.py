@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import numpy as np
+import optax
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
 
@@ -295,13 +296,40 @@ def test_ppo_stopped_by_a_signal_and_resumed_is_bit_identical(learned, world):
     assert same(gpt.load(world.root / "resumed")[0], gpt.load(learned)[0])
 
 
-def test_target_kl_ends_an_iteration_and_the_rate_is_that_of_the_steps_taken(world):
-    config = world.ppo("near", target_kl=1e-9, epochs=2)
+def schedule_count(opt_state):
+    (count,) = [x.count for x in jax.tree.leaves(opt_state, is_leaf=is_schedule) if is_schedule(x)]
+    return int(count)
+
+
+def is_schedule(x):
+    return isinstance(x, optax.ScaleByScheduleState)
+
+
+@pytest.mark.parametrize("target_kl, taken", [(None, 4), (1e-9, 1)])
+def test_learning_rates_end_where_they_should_also_where_target_kl_skips_steps(world, monkeypatch, target_kl, taken):
+    """4 optimiser steps in each of 3 iterations: the last one has the rate of the plan, a tenth and a bit."""
+    asked = {"policy": [], "critic": []}
+    for name, seen in asked.items():
+        update = getattr(ppo, f"update_{name}")
+
+        def wrapped(model, opt_state, *args, update=update, seen=seen):
+            seen.append((schedule_count(opt_state), args[-2]))  # where its schedule is, and the optimiser
+            return update(model, opt_state, *args)
+
+        monkeypatch.setattr(ppo, f"update_{name}", wrapped)
+    rates, schedule = [], gpt.schedule
+    monkeypatch.setattr(gpt, "schedule", lambda *args, **more: rates.append(schedule(*args, **more)) or rates[-1])
+    config = world.ppo(f"near-{taken}", target_kl=target_kl, epochs=2)
     ppo.main(config)
     steps = log(config.out)
-    assert all(row["updates"] == 1 and row["stopped_early"] == 1 for row in steps)
-    whole = 3 * 2 * 2  # optimiser steps of a run that is not cut short: 3 iterations, 2 epochs, 2 minibatches
-    assert [row["lr"] for row in steps] == pytest.approx([3e-3 * (1 - 0.9 * taken / whole) for taken in range(3)])
+    assert [row["updates"] for row in steps] == [taken] * 3 and steps[0]["stopped_early"] == (taken == 1)
+    at = [4 * i + k for i in range(3) for k in range(4 if taken == 4 else 2)]  # the second step of two is not kept
+    assert [count for count, _ in asked["policy"]] == [count for count, _ in asked["critic"]] == at
+    plan = lambda peak, at: peak * (1 - 0.9 * at / 12)
+    for rate, peak in zip(rates, (3e-3, 1e-2), strict=True):  # policy, critic
+        assert [float(rate(k)) for k in (0, 8, 12)] == pytest.approx([plan(peak, k) for k in (0, 8, 12)])
+    assert [row["lr"] for row in steps] == pytest.approx([plan(3e-3, 4 * i) for i in range(3)])
+    assert len({id(optimizer) for seen in asked.values() for _, optimizer in seen}) == 2
 
 
 @pytest.mark.parametrize(
@@ -349,6 +377,38 @@ def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, mo
     config = replace(world.reward_config, normalize_data=str(tmp_path / "prompts.jsonl"), normalize_samples=samples)
     reward.normalize(world.members[0], gpt.load(world.sft)[1], config, jax.random.key(0))
     assert f"scores of {samples} samples" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(length=40, response_length=40), "prompts.jsonl: no usable row of kind prompts"),
+        (dict(normalize_with="other"), "has another tokenizer than"),
+        (dict(normalize_data="nowhere.jsonl"), "no data file nowhere.jsonl"),
+    ],
+)
+def test_what_scores_are_normalised_on_is_looked_at_before_training(
+    world, tmp_path, words, monkeypatch, options, message
+):
+    gpt.save(tmp_path / "other", gpt.load(world.sft)[0], gpt.load_tokenizer(words))
+    if "normalize_with" in options:
+        options = dict(normalize_with=str(tmp_path / "other"))
+    monkeypatch.setattr(reward, "train_member", lambda *_: pytest.fail("trained first"))
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        reward.main(replace(world.reward_config, out=tmp_path / "out", **options))
+
+
+def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text().replace("\\\n", " ")
+    mine = {
+        words[1]: words
+        for words in map(str.split, readme.splitlines())
+        if words[:1] == ["python"] and "data/mine" in " ".join(words)
+    }
+    option = lambda script, name: mine[script][mine[script].index(name) + 1]
+    assert option("reward.py", "--response-length") == option("ppo.py", "--response-length")
+    assert option("reward.py", "--normalize-with") == option("ppo.py", "--init")
+    assert reward.Config().response_length == ppo.Config().response_length
 
 
 def test_a_judge_that_returns_no_list_of_verdicts_is_named():
