@@ -83,7 +83,7 @@ def test_in_bf16_what_is_sampled_is_what_is_scored(tiny_model):
     change = gpt.LoraTable(None, (-1.0) ** jnp.arange(V)[:, None], jnp.full((1, D), 0.0005), scale=2.0)
     policy = gpt.cast(gpt.attach(gpt.Adapter({}, {"head": change}), base), jnp.bfloat16)
     likeliest = lambda model: gpt.generate(
-        model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 4, eos=-1, temperature=0.0
+        model, TOKENS, jnp.ones_like(TOKENS), jax.random.key(0), 4, ends=(-1,), temperature=0.0
     )
     ours, before = likeliest(policy), likeliest(base)
     np.testing.assert_array_equal(ours.tokens, before.tokens)
@@ -154,7 +154,7 @@ def write(folder, name, golden, model_of, targets=gpt.TARGETS):
 
 
 def convert_folder(source, target, base=None):
-    convert.main(convert.Config(str(source), str(target), base and str(base)))
+    convert.main(convert.Config(str(source), str(target), base=base and str(base)))
 
 
 def policy(adapter, base):

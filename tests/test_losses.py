@@ -131,7 +131,7 @@ def test_samples_continue_a_prompt_of_any_length_or_the_first_8_tokens_of_a_text
     answer = lambda model, prompts, mask, key, new, **_: SimpleNamespace(tokens=prompts[:, -1:], mask=mask[:, -1:])
     monkeypatch.setattr(gpt, "generate", answer)  # says the prompt's last token again
     decode_rows = lambda tokens, mask: [ids[m > 0].tolist() for ids, m in zip(tokens, mask)]
-    tokenizer, shown = SimpleNamespace(pad_id=0, eos_id=9, decode_rows=decode_rows), []
+    tokenizer, shown = SimpleNamespace(pad_id=0, end_ids=(9,), decode_rows=decode_rows), []
     run, batch = SimpleNamespace(sample=lambda step, **record: shown.append(record)), dict(tokens=tokens, mask=mask)
     sft.show_samples(run, 0, None, batch, kind, tokenizer, None, sft.Config())
     assert shown == [dict(prompt=prompt, sample=prompt[-1:]) for prompt in given]
