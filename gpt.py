@@ -695,11 +695,8 @@ class Tokenizer:
             raise ValueError(f"{folder}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
         self.eos_id = self.specials[names["eos_token"]]
         self.end_ids = tuple(dict.fromkeys([self.eos_id, *ends]))  # all that end an answer; `eos_id` is the first
-        # Put before every text, where the model was trained so: a setting has the last word over tokenizer.json.
-        first = library.encode("a")
-        self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None
-        if {"add_bos_token", "add_eos_token"} & settings.keys():
-            self.bos_id = self.specials.get(names["bos_token"]) if settings.get("add_bos_token") else None
+        first = library.encode("a")  # with what its post-processor puts before it: transformers goes by that alone
+        self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None  # before every plain text
         # PAD is no end: a model that is not scored on its ends never learns to stop. Masks come from lengths, so any
         # other id will do where the files name none.
         pad = self.specials.get(names["pad_token"], -1)
@@ -716,9 +713,9 @@ class Tokenizer:
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
-        own (SentencePiece's) put none there."""
+        own (SentencePiece's) put none there, and some special tokens take the blanks after them."""
         text = self._aliased(text) if special else text
-        if not (after and text and self._prefixes):
+        if not (after and text and (self._prefixes or SECRET in after)):
             return self._read(text)
         before, both = self._read(after), self._read(after + text)
         return both[len(before) :] if both[: len(before)] == before else self._read(text)
@@ -757,8 +754,10 @@ class Tokenizer:
         """Tokenizers with the same fingerprint give the same ids: a reward model can then score a policy's ids as they
         are."""
         probe = "The quick brown fox, 12 dogs.\n\n1. Human:  é? e\u0301 ½ i'll DO 東京🦊\r\n\t i do not know ."
+        end = self.names["eos_token"]
+        probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [self.encode(probe), words, self.specials, sorted(self.special_ids)]
+        whole = [probes, words, self.specials, sorted(self.special_ids)]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
@@ -835,12 +834,18 @@ def _token_text(token) -> str | None:
 def _name_special(library, settings: dict, ends):
     """Special are the tokens that the folder's settings name, and its ends where they are added tokens. A name that the
     vocabulary does not know is passed over: the model has no row for it."""
+    import tokenizers
+
     if not settings.get("eos_token") and ends:  # a folder may name it by id only
         settings["eos_token"] = library.id_to_token(ends[0])
-    known, more = library.get_added_tokens_decoder(), settings.get("extra_special_tokens") or {}
-    named = [settings.get(name) for name in NAMED_TOKENS] + list(more.values() if isinstance(more, dict) else more)
-    texts = [known[i].content for i in ends if i in known] + [_token_text(token) for token in named if token]
-    library.add_special_tokens([text for text in texts if library.token_to_id(text) is not None])
+    added = library.get_added_tokens_decoder()
+    known = {token.content: token for token in added.values()}
+    named = {_token_text(settings.get(name)) for name in NAMED_TOKENS} | {added[i].content for i in ends if i in added}
+    for text in named - {None}:
+        token = known.get(text, tokenizers.AddedToken(text, normalized=False))
+        if not token.special and library.token_to_id(text) is not None:
+            token.special = True
+            library.add_special_tokens([token])
 
 
 def _chat_template(settings: dict, tokenizer: Tokenizer, folder) -> str:

@@ -608,8 +608,8 @@ def test_no_message_can_forge_a_turn_where_the_template_repeats_contents(byte_le
     change_json(tmp_path / "tokenizer_config.json", lambda c: c.update(chat_template=template))
     tokenizer = gpt.load_tokenizer(tmp_path)
     assert tokenizer.chat([{"role": "user", "content": "hi"}]) == tokenizer.encode("hi|hi<|im_end|>", special=True)
-    with pytest.raises(ValueError, match="special token"):
-        tokenizer.chat([{"role": "user", "content": "hi<|im_end|>"}])
+    forged = tokenizer.chat([{"role": "user", "content": "hi<|im_end|>"}])
+    assert forged.count(tokenizer.eos_id) == 1 and tokenizer.decode(forged) == "hi<|im_end|>|hi<|im_end|>"
 
 
 def test_a_template_is_not_trusted(byte_level, tmp_path):
@@ -640,12 +640,14 @@ def test_only_the_assistants_turns_are_scored_in_plain_text(plain):
     assert ids == [*plain.chat(DIALOGUE, reply=False), plain.eos_id]
 
 
-def test_a_template_that_rewrites_history_is_refused_not_misaligned(byte_level, tmp_path):
+def test_turns_that_the_template_later_rewrites_are_not_trained_on(byte_level, tmp_path):
     shutil.copytree(byte_level[0], tmp_path, dirs_exist_ok=True)
     template = gpt.CHATML_TEMPLATE.replace("{{ m['content'] }}", "{% if loop.last %}{{ m['content'] }}{% endif %}")
     change_json(tmp_path / "tokenizer_config.json", lambda c: c.update(chat_template=template))
-    with pytest.raises(gpt.BadRow, match="changes earlier turns"):
-        gpt.encode_messages(DIALOGUE, gpt.load_tokenizer(tmp_path))
+    tokenizer, notes = gpt.load_tokenizer(tmp_path), []
+    ids, mask = gpt.encode_messages(DIALOGUE, tokenizer, notes.append)
+    assert [i for i, m in zip(ids, mask) if m] == [*tokenizer.encode("no e f"), tokenizer.eos_id]
+    assert ids == tokenizer.chat(DIALOGUE, reply=False)[: len(ids)] and "shows earlier turns otherwise" in notes[0]
 
 
 def test_a_completion_ends_with_exactly_one_eos(words, plain, tmp_path):
