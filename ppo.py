@@ -408,6 +408,7 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
+    prompts.plan(config.steps)
     updates = config.steps * config.epochs * (config.batch_size // config.minibatch_size)
     lr, critic_lr = (gpt.schedule(x, updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr))
     policy_optimizer, critic_optimizer = (gpt.adamw(x, eps=1e-5) for x in (lr, critic_lr))
