@@ -220,7 +220,7 @@ def check(config: Config):
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
     try:
-        config.skip_bad_rows or gpt.find_kind(config.data, ("pairs",))
+        gpt.find_kind(config.data, ("pairs",), config.skip_bad_rows)
     except gpt.BadRow as error:
         raise ValueError(
             f"{error}. DPO learns from pairs: demonstrations are for sft.py, single answers with a label for "
@@ -242,7 +242,7 @@ def main(config: Config):
     for batches in filter(None, (pairs, heldout)):
         gpt.check_context(policy, batches)
 
-    steps = config.steps or pairs.steps_per_epoch
+    steps = pairs.plan(config.steps, config.micro_batches)
     lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
     optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, key)

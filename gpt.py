@@ -1448,6 +1448,7 @@ KINDS = {
 }
 
 
+TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
     "text": ["text"],
     "demos": ["prompt", "completion"],
@@ -1455,6 +1456,11 @@ NEEDED = {  # the texts of a row that training reads; demonstrations may be {mes
     "thumbs": ["prompt", "completion"],
     "prompts": ["prompt"],
 }
+
+
+# Keys that change what a row means and that training does not read: `prepare.py` maps them, or refuses them as well.
+MEANING = ("kto_tag", "system", "history", "tools", "images")
+MESSAGE_MEANING = ("tool_calls", "function_call")
 
 
 class BadRow(ValueError):
@@ -1470,7 +1476,8 @@ def open_text(path):
     if not path.is_file():
         made = " (toy.py makes data/toy, rlaif.py data/rlaif, prepare.py rows from all other data)"
         raise FileNotFoundError(f"no data file {path}{made if 'data' in path.parts and not path.exists() else ''}")
-    return gzip.open(path, "rt", encoding="utf-8-sig") if path.suffix == ".gz" else open(path, encoding="utf-8-sig")
+    opener = gzip.open if path.suffix == ".gz" else open
+    return opener(path, "rt", encoding="utf-8-sig")  # the mark that some editors put in front is not part of the text
 
 
 def read_rows(path, kind: str, skip_bad: bool = False):
@@ -1494,19 +1501,34 @@ def read_rows(path, kind: str, skip_bad: bool = False):
 def parse_json(line: str) -> dict:
     try:
         row = json.loads(line)
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise BadRow(f"not JSON ({error})") from None
+    except RecursionError:
+        raise BadRow("JSON that is nested too deep") from None
     if not isinstance(row, dict):
         raise BadRow(f"a {type(row).__name__}, not an object")
     return row
 
 
+def refuse_keys(values: dict, names, why: str):
+    """BadRow if one of the names has a value that says something."""
+    for name in names:
+        if values.get(name) not in (None, "", [], {}, "[]"):
+            raise BadRow(f"`{name}` changes what a row means{why}")
+
+
 def check_row(row: dict, kind: str) -> list[dict]:
-    """[row], or the two thumbs of a pair; BadRow where what training reads is missing or of another type."""
+    """[row], or the two thumbs of a pair; BadRow where what training reads is missing or of another type, and where a
+    key says something that would be lost. A text that is null is absent, as in tables."""
+    row = {name: value for name, value in row.items() if value is not None or name not in TEXTS}
     if kind == "thumbs" and "chosen" in row:
         return split_pair(*check_row(row, "pairs"))
     for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
         _check_text(row, name)
+    if kind in ("demos", "pairs", "thumbs"):
+        refuse_keys(row, MEANING, ", and training does not read it: `prepare.py` maps it, or says why it cannot")
+        if kind == "demos" and row.get("weight") not in (None, 1):
+            raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
         value, most = row.get(name, 0), 1 if name == "label_p" else sys.float_info.max
         if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
@@ -1545,6 +1567,10 @@ def _check_text(row: dict, name: str):
         raise BadRow(f"`{name}` holds {found}: an answer is one assistant turn; put earlier ones into the prompt")
     if not any(message["content"].strip() for message in messages):
         raise BadRow(f"`{name}` is empty")
+    for message in messages:
+        refuse_keys(message, MESSAGE_MEANING, ", and tool use is not trained here")
+        if (answer or name == "messages") and message.get("weight") not in (None, 1):
+            raise BadRow("messages have no `weight` here: `prepare.py` makes rows of what counts")
 
 
 def split_pair(row: dict) -> list[dict]:
@@ -1558,24 +1584,27 @@ def completion_of(row: dict, side: str) -> dict:
     return {"completion": row[side]} | ({"truncated": ["completion"]} if side in truncated_sides(row) else {})
 
 
-def find_kind(data, kinds) -> str:
-    """The first of `kinds` that the data's first row belongs to; BadRow with the reason if it belongs to none."""
-    path = parse_sources(data)[0][0]
-    reasons = []
-    try:
-        with open_text(path) as lines:
-            row = parse_json(next((line for line in lines if line.strip()), "{}"))
-    except BadRow as error:
-        raise BadRow(f"{path}:1: {error}") from None
-    for kind in kinds:
-        try:
-            check_row(row, kind)
-            return kind
-        except BadRow as error:
-            reasons.append(str(error))
-    reason = min(reasons, key=lambda text: text.startswith("no `"))  # of a kind whose keys the row has, if there is one
+def find_kind(data, kinds, skip_bad: bool = False) -> str:
+    """The first of `kinds` that the data's first row belongs to, or with `skip_bad` the first row that belongs to one;
+    BadRow with the reason if there is none."""
+    path, reason = parse_sources(data)[0][0], None
+    with open_text(path) as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            reasons = []
+            for kind in kinds:
+                try:
+                    check_row(parse_json(line), kind)
+                    return kind
+                except BadRow as error:
+                    reasons.append(str(error))
+            # of a kind whose keys the row has, if there is one
+            reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
+            if not skip_bad:
+                break
     known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
-    raise BadRow(f"{path}:1: {reason}. This script reads {known}")
+    raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
 
 
 def heldout_file(data) -> str | None:
@@ -1829,6 +1858,7 @@ class Batches:
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
     little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
+    What is trained on asks for its steps with `plan`, which sees to it that there are batches.
     """
 
     WINDOW = 50
@@ -1853,28 +1883,37 @@ class Batches:
         self.keys = np.concatenate([self._sort_keys(data) for data in self.sets])
         self._epochs = lru_cache(maxsize=2)(self._epoch)
 
-    @cached_property
-    def step_rows(self) -> int:
-        """Rows of a training step: --batch-size, or its largest divisor that fewer rows fill. What divides the batch
-        (devices, micro-batches) most often divides that one, too."""
-        rows = sum(self.counts)
-        if self.kind == "prompts" or rows >= self.batch_size:
-            return self.batch_size
-        most = max(n for n in range(1, rows + 1) if self.batch_size % n == 0)
-        names = ", ".join(self.hashes)
-        print(f"{names}: {rows} rows, fewer than --batch-size {self.batch_size}: a step learns from {most}")
-        return most
-
-    @cached_property
+    @property
     def steps_per_epoch(self) -> int:
-        return sum(self.counts) // self.step_rows
+        return sum(self.counts) // self.batch_size
+
+    def plan(self, steps: int | None = None, micro_batches: int = 1) -> int:
+        """How many steps a run takes: `steps`, or one epoch. Where there are fewer rows than --batch-size, the batch
+        becomes all of them, or as many as devices and micro-batches can share. Prompts are refused instead: how many
+        a rollout has decides the sizes of what follows."""
+        if steps is not None and steps < 1:
+            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
+        rows, asked = sum(self.counts), self.batch_size
+        if rows < asked and self.kind == "prompts":
+            raise ValueError(
+                f"{rows:,} prompts in {', '.join(self.hashes)}, and a batch takes {asked:,}: lower --batch-size"
+            )
+        if rows < asked:
+            mesh = jax.sharding.get_mesh()
+            devices = jax.device_count() if mesh.empty else mesh.shape["data"]
+            shares = math.lcm(devices, jax.process_count(), micro_batches)
+            self.batch_size = rows // shares * shares
+            if not self.batch_size:
+                raise ValueError(
+                    f"{rows:,} rows cannot be shared by {devices} devices and {micro_batches} micro-batches"
+                )
+            print(f"{rows:,} rows are fewer than --batch-size {asked:,}: a batch has {self.batch_size:,}")
+        return self.steps_per_epoch if steps is None else steps
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         """tokens, mask (1 on scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the
         rows' extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is
         decided on the host is decided alike, and `put_batch` gives each device its rows."""
-        if self.steps_per_epoch == 0:
-            raise ValueError(f"{sum(self.counts)} rows are fewer than --batch-size {self.batch_size}: lower it")
         epoch, at = divmod(step, self.steps_per_epoch)
         return self._assemble(self._epochs(epoch)[at])
 
@@ -1903,7 +1942,7 @@ class Batches:
         return [self.sets[source].row(row) for source, row in batch["index"]]
 
     def _epoch(self, epoch: int) -> np.ndarray:
-        """(steps, step_rows, 2): which (source, row) each batch of this pass over the data holds."""
+        """(steps, batch_size, 2): which (source, row) each batch of this pass over the data holds."""
         picks = []
         for source, (size, count) in enumerate(zip(self.sizes, self.counts)):
             # the next `count` rows of this source's endless stream of shuffled passes
@@ -1912,14 +1951,14 @@ class Batches:
             rows = np.concatenate(passes)[epoch * count - first * size :][:count]
             picks.append(np.stack([np.full(count, source), rows], 1))
         rng = np.random.default_rng((self.seed, 1_000_003, epoch))
-        picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.step_rows]
+        picks = rng.permutation(np.concatenate(picks))[: self.steps_per_epoch * self.batch_size]
         if self.kind not in ("text", "prompts"):
-            width = self.WINDOW * self.step_rows
+            width = self.WINDOW * self.batch_size
             starts = np.concatenate([[0], np.cumsum(self.sizes)])
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
             orders = [np.argsort(self.keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
-        return rng.permutation(picks.reshape(-1, self.step_rows, 2))
+        return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
     def _split_prompts(self, batch: dict) -> dict:
         """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
@@ -2860,7 +2899,10 @@ class Run:
         self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
-        self._saved, self._agreed = 0, False
+        self._saved, self._agreed, self._before = 0, False, None
+        if settings.get("epochs", 1) < 1:
+            raise ValueError(f"--epochs {settings['epochs']}: a rollout is learned from once at least")
+        self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
         self.info = dict(
@@ -2896,7 +2938,9 @@ class Run:
         return self._manager
 
     def restore(self, state):
-        """(state, first step): the last checkpoint with --resume, otherwise what was given and 0."""
+        """(state, first step): the last checkpoint with --resume, otherwise what was given and 0. The state begins with
+        the model that learns."""
+        self._before = fingerprint(state[0])
         if not self.resume:
             return state, 0
         import orbax.checkpoint as ocp
@@ -2913,7 +2957,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {error}") from None
         self._cut_logs(step)
-        self._saved = step
+        self._saved, self._before = step, None
         print(f"continuing {self.out} at step {step:,}")
         if self.main and (changes := self._changes()):
             print(f"warning: this run began with other settings: {'; '.join(changes)}", file=sys.stderr)
@@ -2939,6 +2983,8 @@ class Run:
         import orbax.checkpoint as ocp
 
         self.flush()  # a NaN is found before it is saved
+        if done == self.total and self._learns and self._before is not None:
+            self._check_learned(state[0])
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
         if done != self._saved:
             self.manager.save(done, args=ocp.args.StandardSave(leaves))
@@ -2949,6 +2995,14 @@ class Run:
             why = self.stopping or "another process"
             print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
             raise SystemExit(1)
+
+    def _check_learned(self, model):
+        """A run whose model is at its end what it was at its start has learned from nothing."""
+        if (fingerprint(model) == self._before).all():
+            raise ValueError(
+                f"{self.total:,} steps have changed no weight: every gradient was 0 (rows that weigh nothing, rewards "
+                "that are all alike), or --lr is too small for the weights' precision. No model was written"
+            )
 
     def _cut_logs(self, step: int):
         """Forget what was logged after the checkpoint: those steps will be run again."""
@@ -3056,6 +3110,12 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
+
+
+def fingerprint(model) -> np.ndarray:
+    """(arrays,) a number for each array of a model; another one when any of its numbers changes."""
+    bits = lambda x: lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).sum()
+    return to_numpy(jax.jit(lambda model: jnp.stack([bits(x) for x in jax.tree.leaves(model)]))(model))
 
 
 def _step_of(line: str) -> float:

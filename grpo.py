@@ -333,6 +333,7 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
+    prompts.plan(config.steps)
     updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
     peak = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     lr = gpt.schedule(peak, config.steps * updates, kind="linear", final=0.1)

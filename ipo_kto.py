@@ -31,6 +31,7 @@ Details that matter:
     python ipo_kto.py --loss kto --init out/hh-sft --data data/hh/pairs.jsonl --length 512 --lr 1e-6 --beta 0.1
 """
 
+import sys
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -286,7 +287,7 @@ def resolve(config: Config) -> Config:
             "2 rows at least; 32 and more are usual"
         )
     try:
-        config.skip_bad_rows or gpt.find_kind(config.data, (kind,))
+        gpt.find_kind(config.data, (kind,), config.skip_bad_rows)
     except gpt.BadRow as error:
         hint = {"pairs": "single answers with a label are for --loss kto", "thumbs": "demonstrations are for sft.py"}
         raise ValueError(f"{error}. {config.loss.upper()} learns from {kind}: {hint[kind]}") from None
@@ -304,7 +305,32 @@ def with_class_weights(config: Config, batches: gpt.Batches) -> Config:
     ratio = weights[0] * up / max(weights[1] * down, 1e-9)
     print(f"{up:,} desirable and {down:,} undesirable answers: lambda_D {weights[0]:.4g}, lambda_U {weights[1]:.4g}")
     print(f"  lambda_D n_D / (lambda_U n_U) = {ratio:.4g}; the paper has 1 to 4/3")
+    if not up or not down:
+        print(
+            f"warning: no answer is {'undesirable' if up else 'desirable'}: KTO learns from one side alone",
+            file=sys.stderr,
+        )
     return replace(config, desirable_weight=weights[0], undesirable_weight=weights[1])
+
+
+def check_prompts(batches: gpt.Batches, heldout: gpt.Batches | None) -> gpt.Batches | None:
+    """Refuse thumbs on answers to one prompt alone, from which z0 cannot be had; held-out ones are done without."""
+    if one_prompt(batches):
+        raise ValueError(
+            f"all prompts of {', '.join(batches.hashes)} are equal, and KTO's z0 needs answers to other prompts: mix "
+            "in data with other prompts"
+        )
+    if heldout and one_prompt(heldout):
+        print(f"no validation: z0 needs two prompts, and {', '.join(heldout.hashes)} has one", file=sys.stderr)
+        return None
+    return heldout
+
+
+def one_prompt(batches: gpt.Batches) -> bool:
+    rows = (data.sequence(row) for data in batches.sets for row in range(len(data)))
+    prompts = (ids[scored == 0].tolist() for ids, scored in rows)
+    first = next(prompts)
+    return all(prompt == first for prompt in prompts)
 
 
 def main(config: Config):
@@ -323,9 +349,9 @@ def main(config: Config):
     heldout = load_rows(heldout) if heldout else None
     for rows in filter(None, (batches, heldout)):
         gpt.check_context(policy, rows)
-    config = with_class_weights(config, batches) if kto else config
-
-    steps = config.steps or batches.steps_per_epoch
+    steps = batches.plan(config.steps, config.micro_batches)
+    if kto:
+        config, heldout = with_class_weights(config, batches), check_prompts(batches, heldout)
     lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
     optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))

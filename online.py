@@ -281,6 +281,7 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
+    prompts.plan(config.steps)
     updates = config.batch_size // config.minibatch_size
     lr = gpt.schedule(config.lr, config.steps * updates, config.warmup, "linear")
     optimizer = gpt.adamw(lr, clip=config.clip_norm)

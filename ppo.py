@@ -413,6 +413,7 @@ def main(config: Config):
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
+    prompts.plan(config.steps)
     updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
     lr, critic_lr = (
         gpt.schedule(x, config.steps * updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr)

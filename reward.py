@@ -291,7 +291,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
     gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
     n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
     order = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and judged on the other
-    temperature, judged = fit_temperature(gaps[order[: n // 2]]), gaps[order[n // 2 :]]
+    temperature, judged = fit_temperature(gaps[order[: max(n // 2, 1)]]), gaps[order[n // 2 :]]
     result = {
         "pairs": n,
         "accuracy": correct / n,
@@ -381,7 +381,7 @@ def compare_with_gold(scores, texts, judge) -> dict:
     decided = np.abs(gold_gaps) > 0.2
     return {
         "correlation": correlation(scores.ravel(), gold.ravel()),
-        "agreement_on_clear_pairs": float(np.mean((gaps > 0)[decided] == (gold_gaps > 0)[decided])),
+        "agreement_on_clear_pairs": float(np.mean(((gaps > 0) == (gold_gaps > 0))[decided])) if decided.any() else 0.5,
         "clear_pairs": int(decided.sum()),
         "labels_agree_with_gold": float(np.mean((gold_gaps > 0) + 0.5 * (gold_gaps == 0))),
     } | ({} if told.all() else {"unjudged": int((~told).sum())})
@@ -478,7 +478,9 @@ def main(config: Config):
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
     check_inputs(config, tokenizer, heldout)
-    steps = config.steps or load_pairs(config, tokenizer).steps_per_epoch
+    pairs = load_pairs(config, tokenizer)
+    steps = pairs.plan(config.steps, config.micro_batches)
+    config = replace(config, batch_size=pairs.batch_size)
     empty_out(config)
     optimizer = make_optimizer(config, steps)
     outs = [config.out / f"member-{i}" for i in range(config.members)] if config.members > 1 else [config.out]

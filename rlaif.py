@@ -672,10 +672,12 @@ class Parts:
 
 
 def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
-    return gpt.Batches(
+    prompts = gpt.Batches(
         data or config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
         skip_bad=config.skip_bad_rows,
     )  # fmt: skip
+    prompts.plan()  # refuses fewer prompts than a batch
+    return prompts
 
 
 def sample(policy, tokenizer, host, copies: int, key, config: Config):

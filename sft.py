@@ -181,12 +181,13 @@ def show_samples(run, step, model, batch, kind: str, tokenizer, key, config: Con
 def main(config: Config):
     key = gpt.start(config.seed)
     gpt.check_batch_size(config.batch_size)
-    kind = gpt.find_kind(config.data, ("text", "demos"))
+    kind = gpt.find_kind(config.data, ("text", "demos"), config.skip_bad_rows)
     model, tokenizer = make_model(config, jax.random.fold_in(key, 0))
     load_batches = partial(
         gpt.Batches, kind=kind, tokenizer=tokenizer, length=config.length, skip_bad=config.skip_bad_rows,
     )  # fmt: skip
     batches = load_batches(config.data, batch_size=config.batch_size, seed=config.seed)
+    batches.plan(config.steps, config.micro_batches)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_batches(heldout, batch_size=min(config.batch_size, 32), seed=0) if heldout else None
 

@@ -762,6 +762,26 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("thumbs", {"prompt": "a", "completion": "b"}, "`label` is None"),
         ("thumbs", {"prompt": "a", "completion": "b", "label": True, "weight": float("nan")}, "`weight` is nan"),
         ("prompts", {"text": "a"}, "no `prompt`"),
+        ("pairs", "[" * 100_000, "nested too deep"),
+        ("pairs", PAIR | {"truncated": True}, "`truncated` is True, not a list of the row's answers"),
+        (
+            "pairs",
+            PAIR | {"truncated": ["completion"]},
+            "`truncated` is .'completion'.*not a list of the row's answers",
+        ),
+        (
+            "demos",
+            {"prompt": "a", "completion": "b", "kto_tag": False},
+            "`kto_tag` changes what a row means.*prepare.py",
+        ),
+        (
+            "thumbs",
+            {"prompt": "a", "completion": "b", "label": True, "system": "s"},
+            "`system` changes what a row means",
+        ),
+        ("demos", {"prompt": "a", "completion": "b", "weight": 0}, "demonstrations have no `weight`"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"weight": 0}]}, "messages have no `weight`.*prepare.py"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"tool_calls": [1]}]}, "`tool_calls` changes"),
     ],
 )
 def test_a_bad_row_is_reported_with_its_file_and_line(kind, row, reason, tmp_path, capsys):
@@ -783,6 +803,23 @@ def test_the_kind_of_a_file_is_found_from_its_first_row(tmp_path):
     empty = write_rows(tmp_path / "rows.jsonl", [PAIR | {"chosen": " "}])
     with pytest.raises(gpt.BadRow, match="`chosen` is empty. This script reads pairs: {prompt, chosen, rejected}"):
         gpt.find_kind([empty], ("pairs",))
+
+
+def test_the_first_row_may_be_skipped_when_the_kind_is_looked_for(tmp_path):
+    path = write_rows(tmp_path / "rows.jsonl", ["", "{", {"txt": "a"}, PAIR])
+    with pytest.raises(gpt.BadRow, match="rows.jsonl:2: not JSON"):
+        gpt.find_kind([path], ("text", "pairs"))
+    assert gpt.find_kind([path], ("text", "pairs"), skip_bad=True) == "pairs"
+    with pytest.raises(gpt.BadRow, match="rows.jsonl:2: not JSON.*This script reads text"):
+        gpt.find_kind([path], ("text",), skip_bad=True)
+
+
+def test_a_byte_order_mark_and_columns_that_are_null_do_no_harm(tmp_path):
+    path = tmp_path / "rows.jsonl"
+    row = PAIR | {"messages": None, "margin": 2}
+    path.write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
+    assert gpt.find_kind([path], ("demos", "pairs")) == "pairs"
+    assert list(gpt.read_rows(path, "pairs")) == [(1, PAIR | {"margin": 2})]
 
 
 def test_mixtures_need_a_weight_for_every_file_or_for_none():
@@ -837,6 +874,23 @@ def test_a_pass_cut_short_is_a_sample_of_the_whole_file_and_always_the_same(sour
     assert 1 <= sum(row >= 40 for row in passes[0][0]) <= 8
 
 
+def test_a_run_plans_its_steps(sources, demos, plain, capsys):
+    """One epoch where none are given; a batch of all rows where there are fewer, which other rows never fill up."""
+    batches = sources(16)
+    assert (batches.plan(), batches.plan(7), batches.batch_size) == (3, 7, 16)
+    batches = sources(64)
+    assert (batches.plan(), batches.batch_size) == (1, 50)
+    assert "50 rows are fewer than --batch-size 64: a batch has 50" in capsys.readouterr().out
+    for step in range(2):
+        assert sorted(batches(step)["index"][:, 1]) == list(range(50))
+    batches = sources(64)
+    assert (batches.plan(None, micro_batches=4), batches.batch_size) == (1, 48)
+    with pytest.raises(ValueError, match="50 rows cannot be shared by 1 devices and 51 micro-batches"):
+        sources(64).plan(micro_batches=51)
+    with pytest.raises(ValueError, match="64 prompts in .*demos.jsonl, and a batch takes 65: lower --batch-size"):
+        gpt.Batches(demos, "prompts", plain, 65, 16, 0).plan(5)
+
+
 @pytest.mark.parametrize("batch_size", [7, 64])
 def test_other_rows_fill_the_last_batch_of_a_pass(sources, batch_size):
     """7 x 7 + 1: one new row; 50 of 64: nothing but repeats is left."""
@@ -853,16 +907,6 @@ def test_every_row_comes_once_in_every_pass(kind, demos, plain):
     passes = [[tuple(p) for step in range(8) for p in batches(8 * epoch + step)["index"].tolist()] for epoch in (0, 1)]
     assert all(sorted(rows) == [(0, i) for i in range(64)] for rows in passes)
     assert passes[0] != passes[1]
-
-
-def test_rows_fewer_than_a_batch_make_smaller_batches(tmp_path, plain, capsys):
-    rows = [{"prompt": f"q {i}", "completion": f"a {i}"} for i in range(12)]
-    few = write_rows(tmp_path / "few.jsonl", rows)
-    batches = gpt.Batches(few, "demos", plain, 32, 24, 0)
-    assert (batches.step_rows, batches.steps_per_epoch, len(batches(0)["tokens"])) == (8, 1, 8)
-    assert "few.jsonl: 12 rows, fewer than --batch-size 32: a step learns from 8" in capsys.readouterr().out
-    with pytest.raises(ValueError, match="12 rows are fewer than --batch-size 32: lower it"):
-        gpt.Batches(few, "prompts", plain, 32, 24, 0)(0)  # each iteration asks so many prompts
 
 
 def test_a_run_takes_a_step(tmp_path):

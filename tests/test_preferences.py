@@ -873,7 +873,7 @@ def strangers(world, tmp_path_factory):
         ("ipo", dict(data="thumbs"), "IPO learns from pairs: single answers with a label are for --loss kto"),
         ("kto", dict(data="demos"), "KTO learns from thumbs: demonstrations are for sft.py"),
         ("kto", dict(batch_size=1), "needs 2 rows at least"),
-        ("kto", dict(data="one"), "all prompts of a batch are equal.*raise --batch-size"),
+        ("kto", dict(data="one"), "all prompts of .*one.jsonl are equal.*mix in data"),
         ("dpo", dict(ref="ref"), "another tokenizer.*Give --ref a model with the tokenizer of --init"),
         ("dpo", dict(ref="ref", precompute_ref=True), "another tokenizer.*Give --ref a model"),
         ("ipo", dict(ref="ref"), "another tokenizer.*Give --ref a model with the tokenizer of --init"),
@@ -887,6 +887,37 @@ def test_what_is_wrong_is_named_with_what_to_do(world, strangers, name, options,
     main = dpo.main if name == "dpo" else ipo_kto.main
     with pytest.raises(ValueError, match=message):
         main(getattr(world, name)("wrong", overwrite=True, **options))
+
+
+@pytest.mark.parametrize("name, rows, micro, taken", [("dpo", 5, 1, 5), ("ipo", 5, 2, 4), ("kto", 3, 1, 6)])
+def test_few_rows_are_a_smaller_batch(world, tmp_path, capsys, name, rows, micro, taken):
+    """Each pair is two thumbs. One step an epoch; the weights have moved."""
+    prompts = [f"Human: {x} Assistant:" for x in "abcdefgh"[:rows]]
+    data = write_rows(tmp_path / "few.jsonl", [dict(prompt=p, chosen=" yes", rejected=" no") for p in prompts])
+    write_rows(tmp_path / "few-heldout.jsonl", [dict(prompt=prompts[0], chosen=" yes", rejected=" no")])
+    config = getattr(world, name)(f"few-{name}", data=(data,), steps=None, batch_size=32, micro_batches=micro)
+    (dpo if name == "dpo" else ipo_kto).main(config)
+    out, err = capsys.readouterr()
+    assert f"rows are fewer than --batch-size 32: a batch has {taken}" in out and len(log(config.out)) == 1
+    assert ("no validation: z0 needs two prompts" in err) == (name == "kto")
+    assert gpt.weights_hash(config.out) != gpt.weights_hash(gpt.find_folder(world.sft))
+
+
+def test_too_few_rows_or_steps_are_refused(world, tmp_path):
+    data = write_rows(tmp_path / "two.jsonl", [dict(prompt="Human: a Assistant:", chosen=" b", rejected=" c")] * 2)
+    for options, message in (
+        (dict(data=(data,), micro_batches=4), "2 rows cannot be shared by 1 devices and 4 micro-batches"),
+        (dict(steps=0), "--steps 0: a run takes 1 step at least"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            dpo.main(world.dpo("too-few", **options))
+    assert not (world.root / "too-few").exists()
+
+
+def test_thumbs_of_one_side_are_said(world, tmp_path, capsys):
+    rows = [dict(prompt=f"Human: {x} Assistant:", completion=" yes", label=True) for x in "abcd"]
+    ipo_kto.main(world.kto("one-side", data=(write_rows(tmp_path / "up.jsonl", rows),), steps=1))
+    assert "warning: no answer is undesirable" in capsys.readouterr().err
 
 
 def test_the_command_line_says_it_in_one_line(world, strangers, monkeypatch, capsys):

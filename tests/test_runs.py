@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -55,17 +56,22 @@ class Config:
     steps: int = 6
 
 
-def count_up(config, stop=6, loss=float):
+class Count(NamedTuple):
+    count: jax.Array
+    more: jax.Array | None = None
+
+
+def count_up(config, stop=6, loss=float, by=1, **more):
     """A run whose state counts its steps; returns the state at the end and the first step."""
-    run = gpt.Run({}, **vars(config))
-    state, first = run.restore({"count": jnp.zeros(3)})
+    run = gpt.Run({}, **vars(config), **more)
+    state, first = run.restore(Count(jnp.zeros(3)))
     for step in run.steps(first):
         if step == stop:
             raise InterruptedError
-        state = jax.tree.map(lambda x: x + 1, state)
+        state = jax.tree.map(lambda x: x + by, state)
         run.log(step, {"loss": loss(step)})
         run.checkpoint(step, state)
-    return state["count"].tolist(), first
+    return state.count.tolist(), first
 
 
 def read_lines(path):
@@ -75,7 +81,7 @@ def read_lines(path):
 def test_a_run_that_goes_on_with_other_settings_or_data_says_so(tmp_path, capsys):
     def go_on(seed, digest, **more):
         run = gpt.Run({"a.jsonl": digest}, **vars(Config(tmp_path, seed=seed, **more)))
-        run.restore({"count": jnp.zeros(3)})
+        run.restore(Count(jnp.zeros(3)))
         return capsys.readouterr().err
 
     with pytest.raises(InterruptedError):
@@ -118,7 +124,7 @@ def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
     count_up(Config(tmp_path))
     with pytest.raises(ValueError, match="does not fit this configuration"):
         run = gpt.Run({}, **vars(Config(tmp_path, resume=True)))
-        run.restore({"count": jnp.zeros(4), "more": jnp.zeros(2)})
+        run.restore(Count(jnp.zeros(4), jnp.zeros(2)))
 
 
 def test_a_nan_stops_the_run_before_it_is_saved(tmp_path):
@@ -127,6 +133,16 @@ def test_a_nan_stops_the_run_before_it_is_saved(tmp_path):
     assert os.listdir(tmp_path / "checkpoint") == ["2"]
     with pytest.raises(FloatingPointError, match="step 0 is nan. Nothing was saved yet"):
         count_up(Config(tmp_path / "at-once"), loss=lambda step: float("nan"))
+
+
+def test_a_run_that_changes_no_weight_is_an_error(tmp_path):
+    with pytest.raises(ValueError, match="6 steps have changed no weight"):
+        count_up(Config(tmp_path / "still"), by=0)
+    assert count_up(Config(tmp_path / "meant"), by=0, lr=0.0)[0] == [0, 0, 0]
+    assert count_up(Config(tmp_path / "little"), by=1e-30)[0] != [0, 0, 0]
+    with pytest.raises(ValueError, match="--epochs 0: a rollout is learned from once at least"):
+        count_up(Config(tmp_path / "never"), epochs=0)
+    assert count_up(Config(tmp_path / "meant", resume=True), by=0)[1] == 6  # a finished run has nothing left to learn
 
 
 # training -------------------------------------------------------------------------------------------------------------

@@ -369,6 +369,27 @@ def test_a_run_never_deletes_what_it_starts_from(world):
     assert (world.sft / "model.safetensors").read_bytes() == before
 
 
+def test_a_reward_model_learns_from_few_pairs_and_is_reported_on_one(world, tmp_path):
+    lines = Path(world.file("pairs")).read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:12]))
+    (tmp_path / "few-heldout.jsonl").write_text(lines[12])
+    few = dict(data=(str(tmp_path / "few.jsonl"),), out=tmp_path / "out", steps=None, members=1, normalize_with=None)
+    reward.main(replace(world.reward_config, **few))
+    assert len(log(tmp_path / "out")) == 1
+    report = json.loads((tmp_path / "out/report.json").read_text(), parse_constant=pytest.fail)  # no NaN
+    assert report["pairs"] == 1
+
+
+def test_fewer_prompts_than_a_batch_stop_ppo_before_it_samples(world, tmp_path):
+    lines = Path(world.file("prompts")).read_text().splitlines(keepends=True)
+    (tmp_path / "few.jsonl").write_text("".join(lines[:20]))
+    with pytest.raises(ValueError, match="20 prompts in .*few.jsonl, and a batch takes 32: lower --batch-size"):
+        ppo.main(world.ppo("few", data=(str(tmp_path / "few.jsonl"),)))
+    with pytest.raises(ValueError, match="--epochs 0"):
+        ppo.main(world.ppo("few", epochs=0))
+    assert not (world.root / "few").exists()
+
+
 @pytest.mark.parametrize("prompts, samples", [(20, 50), (160, 200)])
 def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, monkeypatch, capsys, prompts, samples):
     lines = Path(world.file("prompts")).read_text().splitlines()[:prompts]
