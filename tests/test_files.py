@@ -647,7 +647,8 @@ def test_turns_that_the_template_later_rewrites_are_not_trained_on(byte_level, t
     tokenizer, notes = gpt.load_tokenizer(tmp_path), []
     ids, mask = gpt.encode_messages(DIALOGUE, tokenizer, notes.append)
     assert [i for i, m in zip(ids, mask) if m] == [*tokenizer.encode("no e f"), tokenizer.eos_id]
-    assert ids == tokenizer.chat(DIALOGUE, reply=False)[: len(ids)] and "shows earlier turns otherwise" in notes[0]
+    assert ids == [*tokenizer.chat(DIALOGUE[:-1]), *tokenizer.encode("no e f"), tokenizer.eos_id]
+    assert "shows earlier turns otherwise" in notes[0]
 
 
 def test_a_completion_ends_with_exactly_one_eos(words, plain, tmp_path):
@@ -763,11 +764,11 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("thumbs", {"prompt": "a", "completion": "b", "label": True, "weight": float("nan")}, "`weight` is nan"),
         ("prompts", {"text": "a"}, "no `prompt`"),
         ("pairs", "[" * 100_000, "nested too deep"),
-        ("pairs", PAIR | {"truncated": True}, "`truncated` is True, not a list of the row's answers"),
+        ("pairs", PAIR | {"truncated": 1}, "`truncated` is 1: true, or a list of the answers that were cut"),
         (
             "pairs",
             PAIR | {"truncated": ["completion"]},
-            "`truncated` is .'completion'.*not a list of the row's answers",
+            "`truncated` is .'completion'.*a list of the answers that were cut",
         ),
         (
             "demos",
@@ -1100,7 +1101,7 @@ def test_tokens_are_cached_until_something_changes(demos, words, plain, tmp_path
     assert rewrites() == 0
     assert rewrites(length=12) == rewrites(suffix=(3,)) == 1
     shutil.copytree(words, tmp_path / "other")
-    change_json(tmp_path / "other" / "tokenizer_config.json", lambda c: c.update(bos_token="<pad>", add_bos_token=True))
+    change_json(tmp_path / "other" / "tokenizer_config.json", lambda c: c.update(eos_token="<pad>"))
     assert rewrites(gpt.load_tokenizer(tmp_path / "other")) == 1
     with open(path, "a") as file:
         file.write(json.dumps({"prompt": "a", "completion": " yes"}) + "\n")
