@@ -54,8 +54,8 @@ class Config:
         Positional[str], arg(metavar="SOURCE")
     ]  # a GGUF, a model folder, a run with an adapter, or a PEFT folder
     target: Annotated[Positional[str], arg(metavar="TARGET")]  # the folder to write, new or empty, or NAME.gguf
-    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"  # of the matrices in a GGUF: 32, 16, 16 or 8.5 bits a weight
     base: str | None = None  # folder or Hub name of the adapter's base (default: the one that SOURCE names)
+    type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"  # of the matrices in a GGUF: 32, 16, 16 or 8.5 bits a weight
 
 
 # ---------------------------------------------------------------------------------------------------- names
@@ -481,7 +481,10 @@ def check_tensors(arrays: dict, wanted: list[Place]):
     for place in wanted:
         if place.gguf not in arrays:
             raise ValueError(f"the tensor {place.gguf} is missing")
-        found, shape = tuple(arrays[place.gguf].shape[::-1]), place.shape[::-1] if place.flipped else place.shape
+        found, shape = (
+            tuple(map(int, arrays[place.gguf].shape[::-1])),
+            place.shape[::-1] if place.flipped else place.shape,
+        )
         if found != shape:
             raise ValueError(f"the tensor {place.gguf} has shape {found}, the configuration needs {shape}")
     if extra := arrays.keys() - {place.gguf for place in wanted}:
@@ -882,7 +885,7 @@ def find_splits(spec: dict) -> str | None:
 
 def find_scores(spec: dict) -> dict[str, float] | None:
     """The scores by which SentencePiece joins tokens as a tokenizer.json does; None where there are none."""
-    model, normalizer = spec["model"], json.dumps(spec.get("normalizer"))
+    model, normalizer = spec["model"], json.dumps(spec.get("normalizer"), ensure_ascii=False)
     if (
         model.get("type") != "BPE"
         or not model.get("byte_fallback")
