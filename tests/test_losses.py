@@ -831,7 +831,7 @@ def test_a_rollout_scored_in_chunks_is_the_same():
     np.testing.assert_allclose(gpt.score(state.critic, *args, 4), gpt.score(state.critic, *args), atol=1e-5)
 
 
-def test_target_kl_takes_no_step_from_too_far_away():
+def test_ppos_target_kl_takes_no_step_from_too_far_away():
     state, ref, batch, generation, config = world()
     rollout, _ = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     config = replace(config, target_kl=1e-9)
@@ -844,6 +844,35 @@ def test_target_kl_takes_no_step_from_too_far_away():
     metrics = ppo.summarize_updates([first, second], None)
     assert metrics["updates"] == 2 and metrics["stopped_early"] == 0
     np.testing.assert_allclose(metrics["val/ratio"], (first["val/ratio"] + second["val/ratio"]) / 2)
+
+
+def test_grpos_target_kl_takes_no_step_from_too_far_away():
+    policy, ref, batch, generation = copy(world()[0].policy), *world()[1:4]
+    config = grpo.Config(dtype="float32", batch_size=8, minibatch_size=4, beta=0.1, target_kl=1e-9)
+    rollout, _ = grpo.complete_rollout(policy, None, ref, batch, generation, SCORES, config)
+    step = lambda state, rows: grpo.update(copy(state), None, rollout, rows, SGD, config)[0]
+    near = step(grpo.State(policy, SGD.init(policy)), FOUR)
+    assert not same(policy, near.policy) and same(near, step(near, FOUR[::-1]))
+
+
+@pytest.mark.parametrize("script", [ppo, grpo])
+def test_the_clip_is_the_one_that_was_asked_for(script, monkeypatch):
+    state, ref, batch, generation, config = world()
+    config, asked, loss = (
+        script.Config(clip=0.07, dtype="float32", batch_size=8, minibatch_size=4),
+        [],
+        script.policy_loss,
+    )
+    monkeypatch.setattr(script, "policy_loss", lambda *args: asked.append(args[4]) or loss(*args))
+    part = (state.policy, state.policy_opt) if script is ppo else (grpo.State(state.policy, state.policy_opt),)
+    rows = jnp.zeros((8, 5))
+    fields = dict(logprobs=rows, ref_logprobs=rows, advantages=rows) | (
+        dict(values=rows, returns=rows) if script is ppo else {}
+    )
+    rollout = script.Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, **fields)
+    step = script.update_policy if script is ppo else script.update
+    jax.eval_shape(lambda part, rollout: step.__wrapped__(*part, None, rollout, FOUR, SGD, config), part, rollout)
+    assert asked == [0.07]
 
 
 # ---------------------------------------------------------------------------------------------------- ppo.py, scores

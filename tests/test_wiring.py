@@ -17,6 +17,7 @@ import ipo_kto
 import online
 import ppo
 import reward
+import rlaif
 import sft
 
 SEED = 7
@@ -311,6 +312,40 @@ def test_body_and_head_of_a_reward_model_have_their_own_rates(world):
         of = lambda tree: float(np.abs(jax.tree.leaves(tree)[0]).max())
         assert of(updates.head) == pytest.approx(head_lr / 10, rel=1e-2)  # the first of ten steps of warm-up
         assert of(updates.body) == pytest.approx(lr / 10, rel=1e-2)
+
+
+def test_a_validation_loss_counts_each_row_once(world, monkeypatch):
+    """64 rows in batches of 24: of the last batch 8 rows are repeats."""
+
+    def eval_step(model, batch, config):
+        count = batch["mask"].sum()
+        return (batch["tokens"] * batch["mask"]).sum() / count, count
+
+    monkeypatch.setattr(sft, "eval_step", eval_step)
+    tokenizer = gpt.load_tokenizer(world.words)
+    load = lambda size: gpt.Batches(demonstrations(world), "demos", tokenizer, size, 40, 0)
+    found, wanted = (sft.evaluate(None, load(size), sft.Config())["val/loss"] for size in (24, 64))
+    assert float(found) == pytest.approx(float(wanted), rel=1e-6)
+
+
+def test_rewards_are_normalised_on_new_samples_of_new_prompts(world, sampled, monkeypatch):
+    monkeypatch.setattr(gpt, "score", lambda model, prompts, *_: jnp.arange(float(len(prompts))))
+    config = reward.Config(
+        normalize_with=world.sft, normalize_data=world.prompts, normalize_samples=192, length=12, response_length=5,
+        dtype="float32",
+    )  # fmt: skip
+    model = gpt.init_score_model(world.model, jax.random.key(0))
+    reward.normalize(model, gpt.load_tokenizer(world.words), config, jax.random.key(1))
+    assert [len(call["tokens"]) for call in sampled] == [64] * 3 and {call["new"] for call in sampled} == {5}
+    assert all_differ(call["key"] for call in sampled) and all_differ(call["tokens"] for call in sampled)
+
+
+def test_a_judge_writes_with_new_noise_in_every_batch_and_for_every_seed(world, sampled):
+    config = rlaif.Config(judge=world.sft, batch_size=2, response_length=5, dtype="float32")
+    judge = rlaif.LocalJudge(config)
+    for seed in (0, 1):
+        assert len(judge.write(["a b", "c", "d", "e"], ["\n"], seed)) == 4
+    assert len(sampled) == 4 and all_differ(call["key"] for call in sampled)
 
 
 def test_a_rows_margin_widens_the_gap_that_is_asked_for(world, monkeypatch):
