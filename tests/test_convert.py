@@ -40,7 +40,7 @@ def byte_level(splits=None, **model):
 
 
 def tokenizer_folder(folder, spec=None, **settings):
-    names = dict(eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    names = dict(eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|im_start|>", chat_template=TEMPLATE)
     return write_tokenizer(folder, spec or byte_level(), **names | dict(add_bos_token=False) | settings)
 
 
@@ -106,7 +106,7 @@ def test_a_folder_comes_back_from_a_gguf(tmp_path, family):
         assert tokenizer.encode(text) == ours.encode(text) and tokenizer.encode(text, True) == ours.encode(text, True)
     messages = [{"role": "user", "content": "hello"}]
     assert tokenizer.chat(messages) == ours.chat(messages) == [261, 259, 262]
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (262, 260, None)
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (262, 261, None)
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [262, 260]
 
 
@@ -186,7 +186,7 @@ def test_what_a_gguf_says_of_the_model(tmp_path):
     assert (
         tokens["token_type"] == [kinds.NORMAL] * 260 + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED] + [kinds.UNUSED] * 6
     )
-    assert [tokens[f"{x}_token_id"] for x in ("eos", "bos", "padding")] == [262, 261, 260]
+    assert [tokens[f"{x}_token_id"] for x in ("eos", "bos", "padding")] == [262, 261, 261]
     assert tokens["add_bos_token"] is False and said["tokenizer.chat_template"] == TEMPLATE
 
 
