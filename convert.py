@@ -22,8 +22,10 @@ layer, where ours is W + scale a b for W (I, O), a (I, r) and b (r, O).
    diagonal.
 2. The two factors of an embedding are lora_embedding_A (r, V) and lora_embedding_B (D, r).
 3. A tied head changes with its embedding: PEFT keeps the same factors a second time, under lm_head. (It finds out that
-   the two are tied by the names embed_tokens and lm_head: one of them has to be among the targets.)
-4. What a reward model has beside its head (pooling, bias, suffix) is metadata of the file, which PEFT does not read.
+   the two are tied by the names embed_tokens and lm_head: one of them has to be among the targets.) Merging would add
+   them to the one table twice; the README.md that is written beside them says how to merge.
+4. What a reward model has beside its head (pooling, bias, suffix) is metadata of the file, which PEFT does not read;
+   README.md says it as well.
 """
 
 import dataclasses
@@ -50,9 +52,7 @@ import gpt
 
 @dataclass(frozen=True)
 class Config:
-    source: Annotated[
-        Positional[str], arg(metavar="SOURCE")
-    ]  # a GGUF, a model folder, a run with an adapter, or a PEFT folder
+    source: Annotated[Positional[str], arg(metavar="SOURCE")]  # a GGUF, a model folder, or one with an adapter
     target: Annotated[Positional[str], arg(metavar="TARGET")]  # the folder to write, new or empty, or NAME.gguf
     base: str | None = None  # folder or Hub name of the adapter's base (default: the one that SOURCE names)
     type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"  # of the matrices in a GGUF: 32, 16, 16 or 8.5 bits a weight
@@ -151,6 +151,40 @@ def write_peft(target: Path, model: gpt.Adapter | gpt.ScoreModel, base: str):
     target.mkdir(parents=True, exist_ok=True)
     gpt.write_atomic(target / "adapter_model.safetensors", partial(save_file, tensors, metadata=notes))
     gpt.write_json(target / "adapter_config.json", settings)
+    if settings["ensure_weight_tying"] and "wte" in adapter.tables:
+        print(f"PEFT's merge_and_unload would change the tied embedding twice: {target}/README.md says what to do")
+        (target / "README.md").write_text(TIED_CARD.format(base=base, adapter=target))
+    if is_score:
+        (target / "README.md").write_text(SCORE_CARD.format(pool=score["pool"], **describe_end(score)))
+
+
+TIED_CARD = """# An adapter on a tied model
+
+`PeftModel.from_pretrained` reads it as it was trained. Before `merge_and_unload`, part the head from the embedding: the
+adapter is on both, they are one table, and PEFT would add it there twice.
+
+```python
+model = AutoModelForCausalLM.from_pretrained("{base}")
+model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+model.config.tie_word_embeddings = False
+merged = PeftModel.from_pretrained(model, "{adapter}").merge_and_unload()
+```
+
+The run that this adapter comes from holds the merged model as well.
+"""
+
+
+SCORE_CARD = """# An adapter that is a reward model
+
+PEFT reads its weights and its head. What it does not read: pooling {pool!r} (transformers has "last" alone), the bias
+{bias!r}, to be added to the logit, and what stands at the end of a row in place of its end token: {end}.
+"""
+
+
+def describe_end(score: dict) -> dict:
+    return dict(
+        bias=score["bias"], end=f"the ids {score['suffix']}" if score["suffix"] else "nothing, the end token itself"
+    )
 
 
 def peft_tensors(adapter: gpt.Adapter, config: gpt.Config, tied: bool) -> tuple[dict, dict[str, int]]:

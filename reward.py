@@ -438,7 +438,45 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     if config.normalize_with:
         model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
+    if run.main:
+        (out / "README.md").write_text(card(model, tokenizer, out))
     return gpt.attach(model, base)
+
+
+CARD = """# A reward model
+
+`--reward {folder}` of the scripts here reads it. Its score for a response is a number without a unit: {where}.
+
+## The same score in transformers
+
+{others}
+"""
+
+
+OTHERS = """`AutoModelForSequenceClassification` reads body and head, and knows neither what ends a row nor the bias:
+
+```python
+model = AutoModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)
+ids = prompt_ids + response_ids + {end}  # response_ids without its end token
+score = model(torch.tensor([ids])).logits[0, 0].item() + {bias!r}
+```
+
+It reads the score at the last token that is not {pad}, its `pad_token_id`: give it one row at a time, or pad with that.
+Prompt and response are tokenised apart.
+"""
+
+
+def card(model: gpt.ScoreModel, tokenizer, folder) -> str:
+    """README.md of a reward model's folder: what other tools need beside the weights to get its score."""
+    if model.pool != "last":
+        where = f"the {model.pool} of all tokens goes through the head"
+        return CARD.format(folder=folder, where=where, others="There is none: transformers has no such pooling.")
+    where = f"read at the end token, {tokenizer.eos_id}"
+    if model.suffix:
+        where = f"read at the last token of {tokenizer.decode(model.suffix)!r}, which stands in the end token's place"
+    end, bias = list(model.suffix) or [tokenizer.eos_id], float(model.bias)
+    others = OTHERS.format(folder=folder, end=end, bias=bias, pad=tokenizer.pad_id)
+    return CARD.format(folder=folder, where=where, others=others.rstrip())
 
 
 def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:

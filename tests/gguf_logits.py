@@ -79,7 +79,7 @@ def compare_answers(llama, model, tokenizer, length=40):
                 break
             theirs.append(token)
         prompt, mask = jnp.asarray([ids]), jnp.ones((1, len(ids)), jnp.int32)
-        answer = gpt.generate(model, prompt, mask, jax.random.key(0), length, eos=tokenizer.eos_id, temperature=0.0)
+        answer = gpt.generate(model, prompt, mask, jax.random.key(0), length, ends=tokenizer.end_ids, temperature=0.0)
         ours = [int(i) for i, m in zip(answer.tokens[0], answer.mask[0]) if m > 0 and int(i) not in stops]
         shared = next(
             (i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs))

@@ -40,7 +40,7 @@ def byte_level(splits=None, **model):
 
 
 def tokenizer_folder(folder, spec=None, **settings):
-    names = dict(eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|endoftext|>", chat_template=TEMPLATE)
+    names = dict(eos_token="<|im_end|>", bos_token="<|im_start|>", pad_token="<|im_start|>", chat_template=TEMPLATE)
     return write_tokenizer(folder, spec or byte_level(), **names | dict(add_bos_token=False) | settings)
 
 
@@ -186,7 +186,7 @@ def test_what_a_gguf_says_of_the_model(tmp_path):
     assert (
         tokens["token_type"] == [kinds.NORMAL] * 260 + [kinds.CONTROL] * 3 + [kinds.USER_DEFINED] + [kinds.UNUSED] * 6
     )
-    assert [tokens[f"{x}_token_id"] for x in ("eos", "bos", "padding")] == [262, 261, 260]
+    assert [tokens[f"{x}_token_id"] for x in ("eos", "bos", "padding")] == [262, 261, 261]
     assert tokens["add_bos_token"] is False and said["tokenizer.chat_template"] == TEMPLATE
 
 
