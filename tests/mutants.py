@@ -113,9 +113,9 @@ def run_tests(tree: Path, tests: str, limit: float = 600) -> str:
     return "failed" if done.returncode else "passed"
 
 
-def fingerprint(tests: str, *more: str) -> str:
+def fingerprint(tree: Path, tests: str, *more: str) -> str:
     """Of what decides a result: the scripts and the file of the tests."""
-    files = [*sorted(ROOT.glob("*.py")), ROOT / "tests" / tests.split()[0]]
+    files = [*sorted(tree.glob("*.py")), tree / "tests" / tests.split()[0]]
     sources = [hashlib.sha256(path.read_bytes()).hexdigest() for path in files]
     return hashlib.sha256(json.dumps([tests, more, sources]).encode()).hexdigest()[:16]
 
@@ -142,10 +142,11 @@ class Results:
 
 def try_mutant(mutant: Mutant, tree: Path, results: Results) -> str:
     """killed, or survived."""
-    before = results.get(fingerprint(mutant.tests), lambda: run_tests(tree, mutant.tests))
+    before = results.get(fingerprint(tree, mutant.tests), lambda: run_tests(tree, mutant.tests))
     if before != "passed":
         raise SystemExit(f"pytest {mutant.tests} fails without any mutant")
-    file, source = tree / mutant.file, (ROOT / mutant.file).read_text()
+    file, key = tree / mutant.file, fingerprint(tree, mutant.tests, *mutant[:3])
+    source = file.read_text()
 
     def compute():
         file.write_text(mutate(source, mutant))
@@ -154,7 +155,7 @@ def try_mutant(mutant: Mutant, tree: Path, results: Results) -> str:
         finally:
             file.write_text(source)
 
-    return results.get(fingerprint(mutant.tests, *mutant[:3]), compute)
+    return results.get(key, compute)
 
 
 def main():

@@ -398,7 +398,14 @@ def test_batches_of_like_length_come_in_no_order_and_two_files_share_them(world,
         assert lengths != sorted(lengths) and np.corrcoef(lengths, range(32))[0, 1] < 0.5
         assert max(int(np.ptp(batch["segments"].sum(1))) for batch in epochs[0]) <= 4  # alike within one
     assert longest[0] != longest[1]
-    assert np.mean([len(set(batch["index"][:, 0])) == 2 for batch in epochs[0]]) > 0.9
+    prompts = gpt.Batches(files, "prompts", tokenizer, 16, 64, 0)
+    for batches in epochs[0], [prompts(step) for step in range(32)]:
+        assert np.mean([len(set(batch["index"][:, 0])) == 2 for batch in batches]) > 0.9
+    # 64 of the first file's 256 rows in an epoch of 512: which ones, the seed says
+    mixture = lambda seed: gpt.Batches([f"{files[0]}:1", f"{files[1]}:7"], "prompts", tokenizer, 16, 64, seed)
+    picks = [np.concatenate([mixture(seed)(step)["index"] for step in range(32)]) for seed in (0, 1)]
+    first = [sorted(rows[rows[:, 0] == 0, 1]) for rows in picks]
+    assert len(first[0]) == len(first[1]) == 64 and first[0] != first[1]
 
 
 def test_a_fresh_model_has_smaller_weights_where_layers_add_to_the_stream():
