@@ -106,7 +106,7 @@ def test_a_folder_comes_back_from_a_gguf(tmp_path, family):
         assert tokenizer.encode(text) == ours.encode(text) and tokenizer.encode(text, True) == ours.encode(text, True)
     messages = [{"role": "user", "content": "hello"}]
     assert tokenizer.chat(messages) == ours.chat(messages) == [261, 259, 262]
-    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (262, 0, None)  # padded with what ends nothing
+    assert (tokenizer.eos_id, tokenizer.pad_id, tokenizer.bos_id) == (262, 261, None)
     assert json.loads((back / "generation_config.json").read_text())["eos_token_id"] == [262, 260]
 
 
