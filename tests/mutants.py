@@ -1,6 +1,6 @@
 """Do the tests notice when one line is wrong? mutants.txt has plausible mistakes, and the tests that should find each.
 
-    python tests/mutants.py                    # all of them, on a copy of this tree: half an hour on two cores
+    python tests/mutants.py                    # all of them, on a copy of this tree: a quarter of an hour on two cores
     python tests/mutants.py --only ppo.py      # those of one file, or whose line holds this text
     python tests/mutants.py --list
 

@@ -494,6 +494,16 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
     assert (tmp_path / "rejection" / "model.safetensors").is_file()
 
 
+def test_the_winner_is_the_candidate_that_scores_best_among_the_complete_ones(world):
+    candidate = lambda text, reward, eos: evaluate.Answers(
+        {"eos": [eos, 0], "reward": [reward, reward]}, ["p", "q"], [text, text], [{"prompt": "p"}, {"prompt": "q"}],
+        [[3], [3]],
+    )  # fmt: skip
+    rounds = [candidate("a", 0.1, 1), candidate("b", 0.9, 0), candidate("c", 0.5, 1), candidate("d", 0.3, 1)]
+    winners = evaluate.pick_winners(rounds, gpt.load_tokenizer(world / "start"))
+    assert winners == [{"prompt": "p", "completion": "c", "reward": 0.5}]  # nobody completes an answer to q
+
+
 def test_an_answer_with_a_character_cut_in_two_cannot_win(world):
     numbers = lambda reward: {"eos": [1], "reward": [reward]}
     rounds = [

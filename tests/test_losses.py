@@ -689,6 +689,8 @@ def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advan
     else:
         rows = np.concatenate([(g - g.mean()) / (g.std(ddof=1) + 1e-4) for g in np.asarray(groups)])
     np.testing.assert_allclose(rollout.advantages, rows[:, None] * rollout.mask, atol=1e-4)
+    for model, found in ((state.policy, rollout.logprobs), (ref, rollout.ref_logprobs)):
+        np.testing.assert_allclose(found * rollout.mask, forward(model, rollout, config)[0] * rollout.mask, atol=1e-5)
 
     policy = copy(state.policy)
     after, metrics = grpo.update(grpo.State(policy, SGD.init(policy)), None, rollout, FOUR, SGD, config)
