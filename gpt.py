@@ -1774,7 +1774,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     path = Path(path)
     if not path.is_file():
         open_text(path)
-    ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.end_ids, tokenizer.bos_id]
+    ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
     key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
