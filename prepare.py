@@ -22,15 +22,17 @@ project's formats (gpt.KINDS) or these:
     {instruction, input, output}, Alpaca               demos, as messages
     {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
     {turns: [...]}, MT-bench                           prompts: the first turn
-In each of them, `response` answers a prompt, an instruction or a question as `completion` does; a question or an
-instruction may stand beside chosen and rejected; `system` and `history` open the prompt; `kto_tag` makes a thumb of a
-demonstration; a conversation whose assistant turns but the last have weight 0 teaches the last. Tools, images, other
-roles and other weights are refused by line; keys that are not read are counted.
+In each of them, `response`, `output` and `solution` answer a prompt, an instruction, a question or a problem as
+`completion` does; a question or an instruction, with its `input` or `context`, may stand beside chosen and rejected;
+`system`, `system_prompt` and `history` open the prompt; `kto_tag`, or a `label` that is true or false, makes a thumb of
+a demonstration; a conversation whose assistant turns but the last have weight 0 teaches the last. Tools, images, other
+roles and other weights are refused by line; keys that are not read, of messages too, are counted.
 
 Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
 --heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
-together. Where most rows open with one and the same turn, all of the prompt is hashed, or all of the row. With
---heldout-data the files decide, and training rows whose first turn occurs in those files are dropped.
+together. Where that holds out nothing, or far more than asked, a second pass over the data takes one prompt at least,
+or goes by two turns, the whole prompt or the whole row, and says so. With --heldout-data the files decide, and training
+rows whose first turn occurs in those files are dropped.
 
 Mixing. Sources with weights are read in turn, so that at every point the rows kept so far have the given proportions;
 the mixture ends where the first source ends. Sources without weights are read one after the other.
@@ -167,6 +169,8 @@ def read_array(file, name: str):
                 row, end = decoder.raw_decode(buffer, position)
             except ValueError:  # the rest of this object is in the next chunk, or it is broken
                 break
+            except RecursionError:
+                raise gpt.BadRow(f"{name}:{line}: JSON that is nested too deep") from None
             yield f"{name}:{line}", row
             line, position = line + buffer.count("\n", position, end), end
         buffer = buffer[position:]
@@ -204,8 +208,9 @@ ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant")
 ROLES |= {"system": "system", "developer": "system"}
 # keys that would change what a row teaches, and that no shape reads; a row that says something there is refused
-REFUSED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "audios")
-RENAMED = {"prompt": "completion", "instruction": "output", "question": "answer"}  # what `response` answers
+REFUSED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio")
+SAME = {"system_prompt": "system", "system_message": "system", "problem": "question", "query": "question"}
+REPLIES = ("response", "output", "solution")  # names of what answers a prompt, an instruction or a question
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
 
 
@@ -224,23 +229,46 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
     if not isinstance(row, dict):
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
+    row = {SAME.get(name, name) if SAME.get(name) not in row else name: value for name, value in row.items()}
     row = {name: value for name, value in row.items() if name not in REFUSED + ("system", "history") or value}
     refuse_keys(row, REFUSED)
     if ("chosen" in row) != ("rejected" in row):
         raise gpt.BadRow("`chosen` and `rejected` must both be there")
-    if "response" in row and (name := next((RENAMED[x] for x in RENAMED if x in row), None)) not in (None, *row):
-        row[name] = row.pop("response")
+    row = rename_replies(row)
     shape = next((shape for shape in SHAPES if row.keys() >= set(shape.keys)), None)
     if shape is None:
         known = ", ".join("{" + ", ".join(shape.keys) + "}" for shape in reversed(SHAPES))
         raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {known}")
     try:
         texts = shape.read(row) if shape.read else take(row, *shape.keys)
-    except (TypeError, AttributeError, LookupError) as error:
+        kind, texts, around = surround(shape.kind, row, texts)
+    except gpt.BadRow:
+        raise
+    except (TypeError, AttributeError, LookupError, ValueError) as error:
         raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
     carried = ("source",) if shape.kind == "text" else CARRIED
-    kind, texts, around = surround(shape.kind, row, texts)
-    return kind, take(row, *carried) | texts, row.keys() - {*shape.keys, *shape.more, *carried, *around}
+    unread = row.keys() - {*shape.keys, *shape.more, *carried, *around}
+    return kind, take(row, *carried) | texts, unread | message_keys(take(row, *shape.keys, *shape.more))
+
+
+def rename_replies(row: dict) -> dict:
+    """The row with its answer under the name that its shape has: completion of a prompt, output of an instruction."""
+    reply = next((name for name in REPLIES if name in row), None)
+    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
+    if "context" in row and asked in ("instruction", "question") and "input" not in row:
+        row = {"input" if name == "context" else name: value for name, value in row.items()}
+    if not reply or not asked or "chosen" in row or (asked == "prompt" and "completion" in row):
+        return row
+    names = {reply: "completion" if asked == "prompt" else "output", "question": "instruction"}
+    return {name if asked == "prompt" and name == "question" else names.get(name, name): x for name, x in row.items()}
+
+
+def message_keys(values: dict) -> set[str]:
+    """Keys of messages that say something and are not read, as NAME.KEY."""
+    lists = {name: [value] if isinstance(value, dict) else value for name, value in values.items()}
+    messages = [(name, m) for name, value in lists.items() if isinstance(value, list) for m in value]
+    keys = {(name, key) for name, m in messages if isinstance(m, dict) for key in m if m[key] is not None}
+    return {f"{name}.{key}" for name, key in keys if key not in ("role", "from", "content", "value", "weight")}
 
 
 def refuse_keys(row: dict, names):
@@ -257,15 +285,14 @@ def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
         earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     if earlier and kind != "text":
         texts = add_earlier(texts, to_messages(earlier))
-    if "kto_tag" in row:
-        if kind != "demos" or not isinstance(row["kto_tag"], bool):
-            raise gpt.BadRow(
-                f"`kto_tag` is {row['kto_tag']!r} on a row of {kind}; it is true or false on a demonstration"
-            )
+    tag = "label" if kind == "demos" and isinstance(row.get("label"), bool) else "kto_tag"
+    if tag in row:
+        if kind != "demos" or not isinstance(row[tag], bool):
+            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}; it is true or false on a demonstration")
         if "messages" in texts:
             texts = {"prompt": texts["messages"][:-1], "completion": texts["messages"][-1:]}
-        kind, texts = "thumbs", texts | {"label": row["kto_tag"]}
-    return kind, texts, {"kto_tag"} | ({"system", "history"} if kind != "text" else set())
+        kind, texts = "thumbs", texts | {"label": row[tag]}
+    return kind, texts, {tag} | ({"system", "history"} if kind != "text" else set())
 
 
 def add_earlier(texts: dict, earlier: list[dict]) -> dict:
@@ -274,7 +301,9 @@ def add_earlier(texts: dict, earlier: list[dict]) -> dict:
     if isinstance(texts[name], str):
         if HUMAN in texts[name] or any(m["role"] != "system" for m in earlier):
             raise gpt.BadRow("`system` and `history` stand beside a plain transcript: put them into its prompt")
-        answers = {x: [{"role": "assistant", "content": texts[x]}] for x in ANSWERS if isinstance(texts.get(x), str)}
+        answers = {
+            x: [{"role": "assistant", "content": texts[x].strip()}] for x in ANSWERS if isinstance(texts.get(x), str)
+        }
         texts = texts | answers | {name: [{"role": "user", "content": texts[name]}]}
     if earlier[0]["role"] == texts[name][0]["role"] == "system":
         raise gpt.BadRow("the row has a `system` key and a system message: which one holds?")
@@ -299,6 +328,8 @@ def to_messages(value) -> list[dict]:
         raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
     for message in messages:
         refuse_keys(message, REFUSED)
+        if message.get("train") is False:
+            raise gpt.BadRow("a message says `train`: false: give the others weight 1, and it weight 0")
         if message.get("weight") not in (None, 1):
             raise gpt.BadRow(
                 f"a message has weight {message['weight']!r}: every assistant turn of a conversation is learned. Only "
@@ -337,8 +368,8 @@ def read_pair(row: dict) -> dict:
     prompt = row.get("prompt", row.get("conversations"))
     asked = row.get("question", row.get("instruction"))
     if prompt is None and asked is not None:
-        prompt = [{"role": "user", "content": "\n\n".join(filter(None, (asked, row.get("input"))))}]
-        answer = lambda side: [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        prompt = [{"role": "user", "content": join_input(asked, row)}]
+        answer = lambda side: [{"role": "assistant", "content": side.strip()}] if isinstance(side, str) else side
         chosen, rejected = answer(chosen), answer(rejected)
     if prompt is not None and not isinstance(prompt, str):
         prompt = to_messages(prompt)
@@ -387,12 +418,17 @@ def read_labelled_messages(row: dict) -> dict:
 
 
 def read_instruction(row: dict) -> dict:
-    return exchange("\n\n".join(filter(None, (row["instruction"], row.get("input")))), row["output"])
+    """`answer` beside the output is the short one, which a reward function may want to see."""
+    return exchange(join_input(row["instruction"], row), row["output"]) | take(row, "answer")
 
 
 def read_question(row: dict) -> dict:
     _, marker, answer = row["answer"].rpartition("####")
-    return exchange(row["question"], row["answer"]) | ({"answer": answer.strip()} if marker else {})
+    return exchange(join_input(row["question"], row), row["answer"]) | ({"answer": answer.strip()} if marker else {})
+
+
+def join_input(asked: str, row: dict) -> str:
+    return "\n\n".join(filter(None, (asked, row.get("input"))))
 
 
 def exchange(question: str, answer: str) -> dict:
@@ -409,9 +445,9 @@ SHAPES = (  # a row has the first of them that fits
     Shape("demos", ("prompt", "completion")),
     Shape("demos", ("messages",), read=read_messages("messages")),
     Shape("demos", ("conversations",), read=read_messages("conversations")),
-    Shape("demos", ("instruction", "output"), ("input",), read_instruction),
-    Shape("demos", ("question", "answer"), read=read_question),
-    Shape("prompts", ("prompt",)),
+    Shape("demos", ("instruction", "output"), ("input", "answer"), read_instruction),
+    Shape("demos", ("question", "answer"), ("input",), read_question),
+    Shape("prompts", ("prompt",), ("answer",), lambda row: take(row, "prompt", "answer")),
     Shape("prompts", ("turns",), read=lambda row: {"prompt": [{"role": "user", "content": row["turns"][0]}]}),
     Shape("text", ("text",)),
 )
@@ -443,6 +479,8 @@ def as_kind(found: str, row: dict, kind: str) -> list[dict]:
     if (found, kind) == ("pairs", "thumbs"):
         if row["chosen"] == row["rejected"]:
             raise Dropped("equal sides")
+        if row.get("label_p", 1) != 1:
+            raise gpt.BadRow("`label_p` says that the label may be wrong, and a thumb cannot say it")
         return gpt.split_pair(take(row, "prompt", "chosen", "rejected", "id", "source", "weight", "truncated"))
     if kind == "text" and found in ("pairs", "demos"):
         return [transcript(demo_row(row) if found == "pairs" else row)]
@@ -458,7 +496,8 @@ def prompt_row(row: dict) -> dict:
 
 
 def demo_row(row: dict) -> dict:
-    return {"prompt": row["prompt"]} | gpt.completion_of(row, "chosen") | take(row, "id", "source")
+    better = "rejected" if row.get("label_p", 1) < 0.5 else "chosen"
+    return {"prompt": row["prompt"]} | gpt.completion_of(row, better) | take(row, "id", "source")
 
 
 def transcript(row: dict) -> dict:
@@ -544,7 +583,7 @@ def clean_value(value, name: str, repairs: set):
         text = clean_text(value, repairs, keep_end=name == "prompt")  # the answer continues a prompt as it ends
         return text.lstrip("\n") if name == "text" else text
     if isinstance(value, list):
-        return [m | {"content": clean_text(m["content"], repairs).lstrip()} for m in to_messages(value)]
+        return [m | {"content": clean_text(m["content"], repairs)} for m in to_messages(value)]
     raise gpt.BadRow(f"`{name}` is {type(value).__name__}, not text or messages")
 
 
@@ -553,10 +592,11 @@ def clean_row(row: dict, repairs: set) -> dict:
     clean = row | {name: clean_value(row[name], name, repairs) for name in TEXTS if name in row}
     clean |= {name: clean_text(row[name], set()) for name in ("id", "source") if isinstance(row.get(name), str)}
     if isinstance(clean.get("prompt"), str) and clean["prompt"].rstrip().endswith(ASSISTANT):
-        clean["prompt"] = clean["prompt"].rstrip()
-        for name in ANSWERS:
-            if isinstance(clean.get(name), str):
-                clean[name] = " " + clean[name].strip()
+        seam = {name: " " + clean[name].strip() for name in ANSWERS if isinstance(clean.get(name), str)}
+        seam["prompt"] = clean["prompt"].rstrip()
+        if any(clean[name] != text for name, text in seam.items()):
+            repairs.add("not one blank after Assistant:")
+        clean |= seam
     return clean
 
 
@@ -568,19 +608,32 @@ def texts_of(row: dict) -> dict[str, str]:
     return {name: flat(row[name]) for name in TEXTS if name in row}
 
 
-def first_turn(row: dict) -> str:
-    """The first human turn (all of a text), lower case and with single blanks: what the split is made by."""
-    value = row.get("prompt") or row.get("messages") or row.get("text") or ""
+def prompt_of(row: dict):
+    """All that stands before the last answer, or all of a text."""
+    return row["text"] if "text" in row else prompt_row(row)["prompt"] or row["messages"]
+
+
+def human_turns(row: dict) -> list[str]:
+    """What people say in a row's prompt (all of a text), lower case and with single blanks."""
+    value = prompt_of(row)
     if isinstance(value, list):
-        value = next((m["content"] for m in value if m["role"] == "user"), value[0]["content"])
+        turns = [m["content"] for m in value if m["role"] == "user"] or [value[0]["content"]]
     elif HUMAN in "\n\n" + value:  # a text has lost the blank lines in front
-        value = ("\n\n" + value).partition(HUMAN)[2].partition(ASSISTANT)[0]
-    return " ".join(value.lower().split())
+        turns = [turn.partition(ASSISTANT)[0] for turn in ("\n\n" + value).split(HUMAN)[1:]]
+    else:
+        turns = [value]
+    return [" ".join(turn.lower().split()) for turn in turns]
+
+
+def first_turn(row: dict) -> str:
+    return human_turns(row)[0]
 
 
 def check_use(row: dict, words: dict[str, list], turn: str, config: Config):
     """Raise Dropped for a row that is no use for training; `words` are those of its texts."""
     messages = [message for name in TEXTS if isinstance(row.get(name), list) for message in row[name]]
+    if row.get("weight") == 0:
+        raise Dropped("weight 0")
     if not all(words.values()) or not all(m["content"] for m in messages) or ("prompt" in row and not turn):
         raise Dropped("empty")
     answers = [row[name] for name in ANSWERS if name in row]
@@ -677,6 +730,48 @@ def near_text(row: dict) -> str:
     return " ".join([prompt, *(text for name, text in texts_of(row).items() if name != "prompt")])
 
 
+class Split:
+    """Which rows are held out: those whose hash of (seed, key) falls below a limit. `by` says what the key is: a row's
+    first human turn, its first two, its prompt, or all of it. What each of them would hold out is counted, so that
+    `better` knows a split for data on which this one fails."""
+
+    BY = ("first human turn", "first two human turns", "whole prompt", "whole row")
+
+    def __init__(self, share: float, seed: int, by: int = 0, limit: float | None = None):
+        self.share, self.seed, self.by = share, seed, by
+        self.limit = share * 2**64 if limit is None else limit
+        self.rows, self.held, self.least = 0, [0] * 4, [(2**64, 0)] * 4  # per key; the least hash, its rows
+
+    def __call__(self, row: dict) -> bool:
+        turns, whole = human_turns(row), flat(prompt_of(row))
+        keys = turns[:1], turns[:2], [whole], texts_of(row).values()
+        hashes = [key_of(str(self.seed), *key) for key in keys]
+        self.rows += 1
+        for i, found in enumerate(hashes):
+            self.held[i] += found < self.share * 2**64
+            least, rows = self.least[i]
+            if found <= least:
+                self.least[i] = found, rows + 1 if found == least else 1
+        return hashes[self.by] < self.limit
+
+    def better(self) -> "Split | None":
+        """The split by the first key that holds out some rows, and at most a quarter or twice the share: by the share,
+        or where that takes nobody, of the one prompt with the least hash. Where no key does, none is held out. None
+        where this split is it."""
+        most = min(max(self.rows / 4, 2 * self.share * self.rows), self.rows - 1)
+        best = Split(self.share, self.seed, limit=0)
+        for by, (held, (least, rows)) in reversed([*enumerate(zip(self.held, self.least))]):
+            if 0 < (held or rows) <= most:
+                best = Split(self.share, self.seed, by, None if held else least + 1)
+        same = (best.by, best.limit) == (self.by, self.limit) or not (best.limit or self.held[self.by])
+        return None if same else best
+
+    def __str__(self) -> str:
+        by = f"by its {self.BY[self.by]}, since the data hardly differ before" if self.by else ""
+        few = "" if self.limit == self.share * 2**64 else f"of one prompt, since {self.share:g} of the rows is less"
+        return "a row is held out " + " and ".join(filter(None, (by, few))) if self.limit else "no row is held out"
+
+
 # -------------------------------------------------------------------------------------------------------------- report
 
 
@@ -720,7 +815,10 @@ class Report:
 
 
 def shorten(value) -> str:
-    text = " ".join((flat(value) if isinstance(value, str | list) else str(value)).split())
+    try:
+        text = " ".join(flat(value).split())
+    except (TypeError, KeyError):  # neither text nor messages
+        text = str(value)
     return text.encode("utf-8", "replace").decode() if len(text) <= 70 else f"{text[:32]} ... {text[-32:]}"
 
 
@@ -755,12 +853,12 @@ def print_report(report: dict):
 class Cleaner:
     """One pass over the sources; what it has seen is shared by all of them."""
 
-    def __init__(self, config: Config, kind: str):
+    def __init__(self, config: Config, kind: str, split: Split | None):
         self.config, self.kind, self.report = config, kind, Report()
         self.seen, self.heldout_turns = Seen(), Seen()
         self.near = NearSearch() if config.near_duplicates else None
         self.labels = Counter()  # of thumbs
-        self.split_level = "first turn"  # what rows are held out by
+        self.split = split
 
     def converted(self, name: str):
         """(where, row) of the wanted kind."""
@@ -777,6 +875,8 @@ class Cleaner:
     def convert(self, raw) -> list[dict]:
         found, row, unread = convert(raw)
         self.report.unread.update(unread)
+        if self.config.kind == "auto" and found not in (self.kind, "ratings"):
+            raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
         return as_kind(found, row, self.kind)
 
     def bad(self, where: str, error: Exception):
@@ -811,9 +911,8 @@ class Cleaner:
                 self.report.count("repaired", repair, where, row)
             self.report.keep(words)
             self.report.kept[name] += 1
-            share = 0 if self.config.heldout_data else self.config.heldout
-            in_share = key_of(str(self.config.seed), self.split_by(row, turn)) < share * 2**64
-            yield row | {"source": row.get("source", source)} if source else row, heldout or in_share
+            held = heldout or bool(self.split and self.split(row))
+            yield row | {"source": row.get("source", source)} if source else row, held
 
     def notes(self, row: dict, texts: dict) -> list[str]:
         """What a kept row should be known for."""
@@ -821,26 +920,11 @@ class Cleaner:
         found = []
         if "chosen" in row and key_of("row", "None", texts["prompt"], texts["rejected"], texts["chosen"]) in self.seen:
             found.append("contradicts an earlier pair")
+        if "label" in row and key_of("row", str(not row["label"]), *texts.values()) in self.seen:
+            found.append("contradicts an earlier thumb")
         if any(MARKERS.search(text) for text in texts.values()):
             found.append("holds a chat template's markers, which are read as letters")
         return found
-
-    def find_split(self, names: list[str]):
-        """Split by the first human turn, unless most rows share it: then by all of the prompt, or by all of the row."""
-        sample = itertools.chain(*(itertools.islice(self.converted(name), 1000) for name in names))
-        rows = [row for _, row in sample]
-        for self.split_level in ("first turn", "prompt", "row"):
-            most = Counter(self.split_by(row, first_turn(row)) for row in rows).most_common(1)
-            if not most or most[0][1] < 10 or most[0][1] < len(rows) / 2:
-                break
-        if self.split_level != "first turn":
-            print(f"  most rows begin with the same turn: rows are held out by their whole {self.split_level}")
-
-    def split_by(self, row: dict, turn: str) -> str:
-        if self.split_level == "first turn":
-            return turn
-        prompt = row.get("prompt") or row.get("messages") or row.get("text") or ""
-        return flat(prompt) if self.split_level == "prompt" else "\0".join(texts_of(row).values())
 
     def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool):
         if heldout:
@@ -929,7 +1013,9 @@ def write_rows(rows, outputs: Outputs, kind: str, seen: Seen, limit: int | None)
 def first_kind(name: str, config: Config) -> str:
     """The kind of a file: what its first rows hold. A row that lacks one of its texts looks like one of less."""
     order, found = [shape.kind for shape in SHAPES], []
-    for where, raw in itertools.islice(read_source(name, config.separator), 20):
+    for where, raw in read_source(name, config.separator):
+        if len(found) == 20:
+            break
         try:
             found.append(convert(raw)[0])
         except Dropped:
@@ -974,32 +1060,40 @@ def main(config: Config) -> dict:
     sources = gpt.parse_sources(config.data)
     heldout = [name for name, _ in gpt.parse_sources(config.heldout_data)]
     kind = find_kind([name for name, _ in sources] + heldout, config)
-    cleaner = Cleaner(config, kind)
+    split = Split(config.heldout, config.seed) if config.heldout and not heldout else None
+    report, better = write_all(config, kind, sources, heldout, split)
+    if better:
+        print(f"a second pass: {better}")
+        report, _ = write_all(config, kind, sources, heldout, better)
+    gpt.write_json(config.out / "report.json", report)
+    return report
+
+
+def write_all(config: Config, kind: str, sources: list, heldout: list[str], split: Split | None):
+    """One pass over the data: (its report, None), or ({}, a better split), where there is one; no file is then left."""
+    cleaner = Cleaner(config, kind, split)
     labels = [source_label(name) if len(sources) > 1 else None for name, _ in sources]
     streams = [cleaner.rows(name, label, heldout=False) for (name, _), label in zip(sources, labels)]
     outputs = Outputs(config.out, kind, ("", "-heldout") if heldout or config.heldout else ("",))
     try:
-        if config.heldout and not heldout:
-            splitter = Cleaner(config, kind)
-            splitter.find_split([name for name, _ in sources])
-            cleaner.split_level = splitter.split_level
         # held-out files come first: what is in them is then known when the training rows pass
         for name in heldout:
             write_rows(cleaner.rows(name, None, heldout=True), outputs, kind, cleaner.seen, None)
         write_rows(mix(streams, [weight for _, weight in sources]), outputs, kind, cleaner.seen, config.limit)
         report = cleaner.report.as_dict(kind, outputs.close())
+        if split and (better := split.better()):
+            return {}, better
         print_report(report)
         if len(cleaner.labels) == 1 and None not in cleaner.labels:
             print(f"  all thumbs have label {next(iter(cleaner.labels))}: KTO learns from both, up and down")
         if (heldout or config.heldout) and not any(name.endswith("-heldout.jsonl") for name in report["files"]):
-            print("  no row was held out: raise --heldout, or give --heldout-data")
+            print("  no row was held out: too few prompts differ. --heldout-data takes the rows of another file")
         if not any(f"{name}.jsonl" in report["files"] for name in FILES[kind]):
             raise ValueError(f"no row is left for {config.out}/{FILES[kind][0]}.jsonl: see the reasons above")
         outputs.move()
     finally:
         shutil.rmtree(outputs.partial, ignore_errors=True)
-    gpt.write_json(config.out / "report.json", report)
-    return report
+    return report, None
 
 
 if __name__ == "__main__":

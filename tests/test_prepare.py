@@ -168,7 +168,11 @@ def test_transcripts_keep_their_turns(tmp_path):
     report, rows = run(tmp_path, [{"prompt": prompt + " ", "chosen": "  e\u200b\n", "rejected": "f"}], heldout=0)
     clean = {"prompt": "\n\nHuman: a\nb\n\nAssistant: c\n\nHuman: d\n\nAssistant:", "chosen": " e", "rejected": " f"}
     assert rows["pairs"] == [clean]
-    assert counts(report, "repaired") == {"control characters and odd blanks": 1, "blanks at the end of lines": 1}
+    assert counts(report, "repaired") == {
+        "control characters and odd blanks": 1,
+        "blanks at the end of lines": 1,
+        "not one blank after Assistant:": 1,
+    }
 
 
 # ---- what stands beside the turns
@@ -206,7 +210,7 @@ def test_answers_that_are_tagged_bad_become_thumbs_down(tmp_path, row, capsys):
 def test_system_and_history_open_the_prompt(tmp_path):
     pirate = [{"role": "system", "content": "a pirate"}]
     rows = [
-        {"system": "a pirate", "prompt": "hi 0", "chosen": "arr", "rejected": "no"},
+        {"system": "a pirate", "prompt": "hi 0", "chosen": " arr", "rejected": " no"},
         {"system": "a pirate", "question": "hi 1", "chosen": "arr", "rejected": "no"},
         {
             "system": "a pirate",
@@ -283,15 +287,6 @@ def test_odd_rows_are_bad_rows_or_rows(tmp_path):
     rated = {"prompt": {"a": 1}, "completion": "x", "rating": 1}
     with pytest.raises(gpt.BadRow, match="in0.jsonl:1: a message needs a role"):
         run(tmp_path, [rated], heldout=0, overwrite=True)
-
-
-def test_rows_that_begin_alike_are_split_by_what_differs(tmp_path, capsys):
-    rows = [{"prompt": talk("Be kind.", "Yes.", f"question {i}"), "completion": talk("x", "a")[1:]} for i in range(400)]
-    _, written = run(tmp_path, rows, heldout=0.25)
-    assert 50 < len(written["demos-heldout"]) < 150 and "by their whole prompt" in capsys.readouterr().out
-    rows = [{"prompt": "Write a story.", "completion": f"story {i}"} for i in range(400)]
-    _, written = run(tmp_path, rows, heldout=0.25, overwrite=True)
-    assert 50 < len(written["demos-heldout"]) < 150 and "by their whole row" in capsys.readouterr().out
 
 
 # ---- the split
@@ -378,6 +373,7 @@ ASK = HH.format("q")
         ),
         ({"text": "t", "title": "x", "source": "s"}, "text", {"text": "t", "source": "s"}),
         ({"prompt": "q"}, "prompts", {"prompt": "q"}),
+        ({"prompt": "q", "answer": "4"}, "prompts", {"prompt": "q", "answer": "4"}),
         ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")]}),
         ({"prompt": "q", "completion": "a", "id": 7}, "demos", {"id": 7, "prompt": "q", "completion": "a"}),
         ({"messages": [user("q"), assistant("a")]}, "demos", {"messages": [user("q"), assistant("a")]}),
@@ -452,7 +448,7 @@ def test_null_columns_are_absent_and_keys_that_are_not_read_are_named(tmp_path, 
 def test_too_few_rows_for_a_heldout_file_leave_none(tmp_path, capsys):
     report, written = run(tmp_path, [pair("a")], heldout=1e-9)
     assert set(written) == {"pairs", "prompts", "demos"} and set(report["files"]) == {f"{n}.jsonl" for n in written}
-    assert "no row was held out: raise --heldout" in capsys.readouterr().out
+    assert "no row was held out: too few prompts differ" in capsys.readouterr().out
 
 
 def test_kind_can_be_asked_for(tmp_path):
@@ -709,6 +705,116 @@ def test_help_shows_the_docstring():
     done = subprocess.run([sys.executable, prepare.__file__, "--help"], capture_output=True, text=True)
     assert done.returncode == 0 and "python prepare.py --data hub:" in done.stdout and "Alpaca" in done.stdout
     assert subprocess.run([sys.executable, prepare.__file__], capture_output=True).returncode == 2  # no --data
+
+
+# ---- what rows mean, and what becomes of few of them
+
+
+@pytest.mark.parametrize(
+    "turns, by",
+    [
+        (("Be kind.", "Yes.", "question {}"), "by its first two human turns"),
+        (("Be {}.", "Yes.", "and so on"), None),
+        (("Be kind.", "Yes.", "go on", "Yes {}.", "go on"), "by its whole prompt"),
+        (("Be kind.",), "by its whole row"),
+    ],
+)
+def test_rows_that_begin_alike_are_split_by_what_differs(tmp_path, capsys, turns, by):
+    """As many as asked for; several cuts of one dialogue stay together as long as two turns tell dialogues apart."""
+    fill = lambda i: [turn.format(i) for turn in turns]
+    rows = [{"prompt": talk(*fill(i // 2)), "completion": [assistant(f"answer {i}")]} for i in range(400)]
+    _, written = run(tmp_path, rows, heldout=0.25)
+    out = capsys.readouterr().out
+    assert 50 < len(written["demos-heldout"]) < 150 and (by in out if by else "second pass" not in out)
+    if len(turns) > 1:
+        sides = [{json.dumps(row["prompt"]) for row in written[name]} for name in ("demos", "demos-heldout")]
+        assert not sides[0] & sides[1]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_few_rows_hold_out_one_prompt_where_there_are_four(tmp_path, capsys, seed):
+    for n in (1, 3, 4, 10, 20):
+        _, written = run(tmp_path, [pair(f"question {i}") for i in range(n)], seed=seed, overwrite=True)
+        held = len(written.get("pairs-heldout", []))
+        assert 1 <= held <= max(n / 4, 1) if n >= 4 else held == 0
+        assert len(written["pairs"]) == n - held
+        assert ("no row was held out: too few prompts differ" in capsys.readouterr().out) == (n < 4)
+
+
+@pytest.mark.parametrize(
+    "row, kind, want",
+    [
+        ({"conversations": TURN + [{"from": "gpt", "value": "a"}], "label": False}, "thumbs", {"label": False}),
+        ({"instruction": "q", "output": "a", "label": False}, "thumbs", {"label": False}),
+        ({"instruction": "q", "output": "a", "label": "sums"}, "demos", {}),
+        ({"prompt": "q", "output": "a"}, "demos", {"prompt": "q", "completion": "a"}),
+        ({"prompt": "q", "completion": "a", "response": "other"}, "demos", {"prompt": "q", "completion": "a"}),
+        ({"problem": "q", "solution": "a", "answer": "4"}, "demos", {"answer": "4"}),
+        ({"question": "q", "response": "a", "answer": "4", "system_prompt": "s"}, "demos", {"answer": "4"}),
+        ({"instruction": "q", "context": "c", "response": "a"}, "demos", {}),
+        ({"prompt": "q", "chosen": "x", "rejected": "a", "label_p": 0.1}, "pairs", {"label_p": 0.1}),
+    ],
+)
+def test_keys_that_change_what_a_row_means_are_read(tmp_path, row, kind, want):
+    report, written = run(tmp_path, [row], heldout=0)
+    found = written[kind][0]
+    assert report["kind"] == kind and {name: found.get(name) for name in want} == want
+    asked = [
+        *([{"role": "system", "content": "s"}] if "system_prompt" in row else []),
+        user("q\n\nc" if "context" in row else "q"),
+    ]
+    assert found["prompt"] == ("q" if "prompt" in row else asked)
+    if kind != "thumbs":  # the better answer is the one to show
+        assert prepare.flat(written["demos"][0]["completion"]) == "a"
+    assert set(report["keys_not_read"]) == {"label"} & {x for x in row if kind == "demos"} | {"response"} & (
+        row.keys() if "completion" in row else set()
+    )
+
+
+def test_what_weighs_nothing_teaches_nothing(tmp_path):
+    report, written = run(tmp_path, [pair("a", weight=0), pair("b")], heldout=0)
+    assert counts(report) == {"weight 0": 1} and len(written["pairs"]) == len(written["demos"]) == 1
+
+
+def test_no_row_becomes_one_of_another_kind_unasked(tmp_path):
+    prompts = [{"prompt": f"q {i}"} for i in range(25)]
+    demos = [row | {"completion": "a"} for row in prompts]
+    for rows, more, message in ((prompts, demos[0], "demos, not prompts"), (demos, pair("x"), "pairs, not demos")):
+        with pytest.raises(gpt.BadRow, match=f"in0.jsonl:26: this row holds {message}: --kind says"):
+            run(tmp_path, [*rows, more], heldout=0, overwrite=True)
+        _, written = run(tmp_path, [*rows, more], heldout=0, kind=message.split(", not ")[1], overwrite=True)
+        assert "pairs" not in written
+
+
+def test_keys_of_messages_are_named_and_their_indents_stay(tmp_path):
+    answer = assistant("    return x") | {"name": "bob", "weight": 1, "tool_calls": None}
+    report, written = run(tmp_path, [{"messages": [user("write"), answer]}], heldout=0)
+    assert report["keys_not_read"] == {"messages.name": 1}
+    assert written["demos"][0]["messages"][1] == assistant("    return x")
+
+
+def test_odd_values_are_bad_rows_or_kept(tmp_path):
+    """What had ended in a traceback, or without file and line."""
+    report, _ = run(tmp_path, [pair("a", id=[1, 2])] * 2, heldout=0)
+    assert counts(report) == {"exact duplicate": 1}
+    thumb = {"prompt": "q", "completion": "a", "label": True}
+    report, _ = run(tmp_path, [thumb, thumb | {"label": False}], heldout=0, out="thumbs")
+    assert counts(report, "noted") == {"contradicts an earlier thumb": 1}
+    (tmp_path / "deep.jsonl").write_text("[" * 100_000)
+    for source, message in (
+        (str(tmp_path / "deep.jsonl"), "deep.jsonl:1: JSON that is nested too deep"),
+        ([{"instruction": "q", "output": "a", "history": [["x"]]}], "in0.jsonl:1: a value is not of the type"),
+        ([{"messages": [user("q"), assistant("a") | {"train": False}]}], "in0.jsonl:1: a message says `train`"),
+        ([{"prompt": "q", "completion": "a", "audio": "x.wav"}], "in0.jsonl:1: `audio`"),
+    ):
+        with pytest.raises(gpt.BadRow, match=message):
+            run(tmp_path, source, heldout=0, out="bad")
+    with pytest.raises(gpt.BadRow, match="`label_p` says that the label may be wrong"):
+        run(tmp_path, [pair("a", label_p=0.1)], heldout=0, kind="thumbs", out="bad")
+    lines = ["{"] * 30 + [json.dumps(thumb)]
+    (tmp_path / "late.jsonl").write_text("\n".join(lines))
+    report, _ = run(tmp_path, str(tmp_path / "late.jsonl"), heldout=0, skip_bad_rows=True, out="late")
+    assert report["kind"] == "thumbs" and counts(report) == {"bad row": 30}
 
 
 # ---- real files
