@@ -798,7 +798,7 @@ def test_odd_values_are_bad_rows_or_kept(tmp_path):
     report, _ = run(tmp_path, [pair("a", id=[1, 2])] * 2, heldout=0)
     assert counts(report) == {"exact duplicate": 1}
     thumb = {"prompt": "q", "completion": "a", "label": True}
-    report, _ = run(tmp_path, [thumb, thumb | {"label": False}], heldout=0, out="thumbs")
+    report, _ = run(tmp_path, [thumb | {"label": False}, thumb], heldout=0, out="thumbs")
     assert counts(report, "noted") == {"contradicts an earlier thumb": 1}
     (tmp_path / "deep.jsonl").write_text("[" * 100_000)
     for source, message in (
