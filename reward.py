@@ -379,12 +379,14 @@ def compare_with_gold(scores, texts, judge) -> dict:
     scores, gold = scores[told], gold[told]
     gaps, gold_gaps = scores[:, 0] - scores[:, 1], gold[:, 0] - gold[:, 1]
     decided = np.abs(gold_gaps) > 0.2
-    return {
+    found = {
         "correlation": correlation(scores.ravel(), gold.ravel()),
-        "agreement_on_clear_pairs": float(np.mean(((gaps > 0) == (gold_gaps > 0))[decided])) if decided.any() else 0.5,
         "clear_pairs": int(decided.sum()),
         "labels_agree_with_gold": float(np.mean((gold_gaps > 0) + 0.5 * (gold_gaps == 0))),
-    } | ({} if told.all() else {"unjudged": int((~told).sum())})
+    }
+    if decided.any():
+        found["agreement_on_clear_pairs"] = float(np.mean(((gaps > 0) == (gold_gaps > 0))[decided]))
+    return found | ({} if told.all() else {"unjudged": int((~told).sum())})
 
 
 def print_report(result: dict):

@@ -380,6 +380,13 @@ def test_a_reward_model_learns_from_few_pairs_and_is_reported_on_one(world, tmp_
     assert report["pairs"] == 1
 
 
+def test_no_agreement_is_reported_where_no_pair_is_clear():
+    texts = [("q", "a"), ("q", "b")]
+    found = lambda gold: reward.compare_with_gold(np.array([[2.0, 1.0]]), texts, lambda *_: gold)
+    assert found([0.5, 0.4])["clear_pairs"] == 0 and "agreement_on_clear_pairs" not in found([0.5, 0.4])
+    assert found([0.9, 0.4])["agreement_on_clear_pairs"] == 1 and found([0.4, 0.9])["agreement_on_clear_pairs"] == 0
+
+
 def test_fewer_prompts_than_a_batch_stop_ppo_before_it_samples(world, tmp_path):
     lines = Path(world.file("prompts")).read_text().splitlines(keepends=True)
     (tmp_path / "few.jsonl").write_text("".join(lines[:20]))
