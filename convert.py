@@ -845,6 +845,8 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     words = {i: word for word, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
     kinds = dict.fromkeys(words, NORMAL) | {i: CONTROL if token["special"] else USER for i, token in added.items()}
     if name := find_splits(spec):
+        if spec.get("normalizer"):
+            print("left out, since llama.cpp has no such step: bringing text into Unicode's form NFC")
         writer.add_tokenizer_model("gpt2")
         writer.add_tokenizer_pre(name)
         writer.add_token_merges(

@@ -496,7 +496,9 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    gpt.empty_out(config.out, config.resume, config.overwrite, vars(config), "member-*", "report.*", "reward.png")
+    gpt.empty_out(
+        config.out, config.resume, config.overwrite, vars(config), "member-*", "README.md", "report.*", "reward.png"
+    )
 
 
 def check_inputs(config: Config, tokenizer, heldout: str | None):

@@ -250,12 +250,13 @@ def test_a_gguf_of_others_becomes_a_model_folder(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", convert.SPLITS)
-def test_how_text_is_cut_has_a_name_and_comes_back(tmp_path, name):
+def test_how_text_is_cut_has_a_name_and_comes_back(tmp_path, capsys, name):
     spec = byte_level(convert.SPLITS[name], ignore_merges=name == "llama-bpe")
     spec["normalizer"] = {"type": "NFC"} if name == "qwen2" else None
     folder = saved(tmp_path / "model", gpt.make_config(V, 8, 1, 1, 8), spec)
     file = run(folder, tmp_path / "x.gguf")
     assert metadata(file)["tokenizer.ggml.pre"] == name
+    assert ("form NFC" in capsys.readouterr().out) == (name == "qwen2")
     ours, back = gpt.load_tokenizer(folder), gpt.load_tokenizer(run(file, tmp_path / "back"))
     assert [ours.encode(text) for text in TEXTS] == [back.encode(text) for text in TEXTS]
 
