@@ -338,6 +338,66 @@ def test_the_vote_that_raises_the_question_of_consent_is_kept(visit, url):
 
 
 @needs_browser
+def test_after_settings_one_writes_and_a_message_may_begin_with_a_slash(visit):
+    page = visit()
+    bodies = sent(page)
+    press(page, "Settings")
+    page.keyboard.press("Escape")
+    page.wait_for_function("document.activeElement.id === 'input'")
+    page.keyboard.type("/etc a")
+    page.keyboard.press("Enter")
+    page.get_by_text("begin with //").wait_for()
+    ask(page, "//etc a")
+    assert [body["messages"][-1]["content"] for body in bodies] == ["/etc a"]
+
+
+@needs_browser
+def test_a_wrong_key_is_said_to_be_wrong(visit):
+    page = visit(consent=False)
+    refused = {"error": {"message": "a valid API key is needed"}}
+    page.route("**/completions", lambda route: route.fulfill(status=401, json=refused))
+    page.get_by_label("Message").fill("a")
+    page.keyboard.press("Enter")
+    for said in ("", "The server did not accept this key."):
+        page.get_by_label("API key").fill("guess")
+        assert page.locator("#key-wrong").inner_text() == said
+        page.keyboard.press("Enter")
+        page.wait_for_timeout(200)
+
+
+@needs_browser
+def test_old_turns_are_left_out_and_it_is_said(visit):
+    page = visit()
+    ask(page, "a b")
+    page.wait_for_function("document.querySelector('#checkpoint').textContent.includes('% full')")
+    for _ in range(3):
+        ask(page, "c d " * 250)
+    assert "earlier messages left out" not in page.locator("#log").inner_text()
+    page.evaluate("models.forEach(model => { model.max_model_len = 1000 })")
+    bodies = sent(page)
+    ask(page, "a")
+    assert "6 earlier messages left out" in answers(page).last.inner_text()
+    assert [m["role"] for m in bodies[-1]["messages"]] == ["user", "assistant", "user"]
+    page.evaluate("models.forEach(model => { model.max_model_len = 100 })")
+    ask(page, "b")  # too small for conversations: each question stands alone
+    assert len(bodies[-1]["messages"]) == 1
+
+
+@needs_browser
+def test_two_tabs_of_one_chat_keep_the_newer_state(visit):
+    page = visit()
+    ask(page, "a b")
+    chat = page.evaluate("chat.id")
+    page.evaluate(
+        """id => { const newer = stored.get("chat:" + id)
+        newer.version += 5; newer.nodes[0].text = "c d"; stored.set("chat:" + id, newer); save() }""",
+        chat,
+    )
+    assert page.get_by_role("article", name="You").inner_text().startswith("c d")
+    assert page.evaluate("id => stored.get('chat:' + id).nodes[0].text", chat) == "c d"
+
+
+@needs_browser
 def test_equal_answers_are_no_choice_and_a_digit_is_text(visit):
     page = visit()
     canned(page, "the same")
