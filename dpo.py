@@ -74,6 +74,7 @@ class Config:
 
 
 WARMUP = 10  # optimiser steps in which the learning rate rises
+FEW = 60  # pairs, up to which a run ends by saying how far it moved the policy on them
 
 
 class State(NamedTuple):
@@ -214,6 +215,12 @@ def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, mo
     return {f"val/{name}": value for name, value in gpt.heldout_means(batches, step, most).items()}
 
 
+def learnt(found: dict, count: int) -> str:
+    """What a run on few pairs did to them, from `evaluate`'s means. At the start the margin is 0."""
+    share, margin = (found[f"val/rewards/{name}"] for name in ("accuracies", "margins"))
+    return f"of its {count} pairs the policy now sides with {share:.0%}, by a mean margin (z) of {margin:.3g} nats"
+
+
 def check(config: Config):
     """Complain of what cannot work, before anything is loaded."""
     gpt.check_batch_size(config.batch_size)
@@ -266,6 +273,8 @@ def main(config: Config):
             metrics |= evaluate(state.policy, base, ref, heldout, heldout_tables, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
+    if sum(pairs.counts) <= FEW:
+        print(learnt(evaluate(state.policy, base, ref, pairs, tables, config), sum(pairs.counts)))
     run.finish(state.policy, tokenizer, config.init)
 
 

@@ -1824,6 +1824,7 @@ class Server:
             Route("/metrics", self.metrics),
             Route("/v1/completions", partial(self.complete, kind=CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self.complete, kind=ChatRequest), methods=["POST"]),
+            Route("/v1/responses", self.responses, methods=["POST"]),
             *also_v1("/tokenizer_info", self.tokenizer_info),
             *also_v1("/tokenize", self.tokenize, methods=["POST"]),
             *also_v1("/detokenize", self.detokenize, methods=["POST"]),
@@ -1898,6 +1899,10 @@ class Server:
         if body.stream:
             return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
         return await self.answer(request, job)
+
+    async def responses(self, request):
+        hint = "use /v1/chat/completions (in the openai client: client.chat.completions.create)"
+        raise ApiError(404, f"this server has no Responses API: {hint}", code="responses_not_supported")
 
     async def answer(self, request: Request, job: Job) -> Response:
         """Wait for all choices and answer with them, unless the client hangs up first."""

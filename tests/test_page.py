@@ -497,6 +497,9 @@ def test_what_a_model_says_stays_text(visit):
     for piece in ("<img src=x onerror='window.hacked=1'>", "</script></script>", "[click](javascript:window.hacked=1)"):
         assert piece in text
     assert log.locator("pre code").inner_text() == "<b>bold</b>"
+    page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text }")
+    press(page, "Copy code")
+    assert page.evaluate("window.copied") == "<b>bold</b>"
     assert log.locator("li strong").inner_text() == "one" and log.locator("li code").inner_text() == "two"
 
 

@@ -1,6 +1,7 @@
 """dpo.py and ipo_kto.py: losses by hand, optima of a world that is enumerable, and whole runs on a handful of rows."""
 
 import json
+import re
 import signal
 import sys
 from dataclasses import replace
@@ -900,6 +901,8 @@ def test_few_rows_are_a_smaller_batch(world, tmp_path, capsys, name, rows, micro
     out, err = capsys.readouterr()
     assert f"rows are fewer than --batch-size 32: a batch has {taken}" in out and len(log(config.out)) == 1
     assert ("no validation: z0 needs two prompts" in err) == (name == "kto")
+    moved = re.search(r"of its 5 pairs the policy now sides with 100%, by a mean margin \(z\) of (\S+) nats", out)
+    assert moved is not None and float(moved[1]) > 0 if name == "dpo" else moved is None
     assert gpt.weights_hash(config.out) != gpt.weights_hash(gpt.find_folder(world.sft))
 
 

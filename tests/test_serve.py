@@ -631,6 +631,11 @@ def test_a_stream_that_fails_ends_in_an_error(http, live, monkeypatch):
     assert "disk full" not in text and frames(text)[-1]["error"]["type"] == "server_error"
 
 
+def test_the_other_api_of_openai_is_refused_in_words(client):
+    with pytest.raises(openai.NotFoundError, match="use /v1/chat/completions"):
+        client.responses.create(model="one", input="a b")
+
+
 def test_a_long_text_is_refused_before_it_is_tokenised(http):
     for body in ({"prompt": "a " * 9000}, {"messages": [{"role": "user", "content": "a " * 9000}]}):
         response = http.post("/tokenize", json=body)
