@@ -2797,12 +2797,6 @@ class Watch:
         length = metrics["response_length"]
         self.first_length = self.first_length or length
         self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        no_price = metrics.get("val/below_missing_eos", 0) > 0.5
-        price = (
-            "raise --missing-eos: most scores are below minus that, so it costs nothing not to end"
-            if no_price
-            else ("raise --response-length, or --missing-eos, which is what it costs not to end (None: nothing)")
-        )
         moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
         faults = {
             "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
@@ -2810,7 +2804,8 @@ class Watch:
             "shrank": (length < 0.4 * self.first_length, moved),
             "grew": (length > 2.5 * self.first_length, moved),
             "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, f"most responses do not end: {price}"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
+                    "--missing-eos, which is what it costs not to end (None: nothing)"),
             "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
                         "tokens each that their text does not show: look at what the reward pays for them"),
         }  # fmt: skip

@@ -59,7 +59,7 @@ class Config:
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end scores minus this at most (None: keeps its own)
+    missing_eos: float | None = 2.0  # price of not ending: such a response scores this below its own and below 0
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
@@ -110,12 +110,9 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
-    metrics = {}
-    if config.missing_eos is not None:
-        most = -config.missing_eos
-        metrics["val/below_missing_eos"] = jnp.mean(scores < most)  # there the rule takes nothing from a response
-        scores = jnp.where(ended, scores, jnp.minimum(scores, most))
-    return scores, metrics | {
+    if config.missing_eos is not None:  # whatever the scale of the scores, not to end costs at least that much
+        scores = jnp.where(ended, scores, jnp.minimum(scores, 0) - config.missing_eos)
+    return scores, {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
