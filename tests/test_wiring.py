@@ -105,13 +105,15 @@ def settings(world, module, name, **options):
 
 @pytest.fixture
 def rollouts(monkeypatch):
-    """What step 2 of ppo.py or grpo.py is given, as (policy, reference, scores), and what each optimiser step is."""
-    asked, updates = [], []
+    """What step 2 of ppo.py or grpo.py is given, as (policy, reference, scores), where the critic starts then, and what
+    each optimiser step is."""
+    asked, updates, levels = [], [], []
     metrics = {"response_length": 5.0, "objective/kl": 0.0}
 
     def complete(state, base, ref, batch, generation, scores, config):
         policy = getattr(state, "policy", state)
         asked.append((first_number(policy), first_number(ref), np.asarray(scores)))
+        levels.extend([float(state.critic.bias)] if hasattr(state, "critic") else [])
         return len(asked), metrics
 
     def update(which, losses):
@@ -133,7 +135,7 @@ def rollouts(monkeypatch):
     monkeypatch.setattr(ppo, "update_critic", update("critic", {"loss/value_avg": 0.0}))
     monkeypatch.setattr(ppo, "update_policy", policy_step)
     monkeypatch.setattr(grpo, "update", grpo_step)
-    return SimpleNamespace(asked=asked, updates=updates)
+    return SimpleNamespace(asked=asked, updates=updates, levels=levels)
 
 
 def gpt_count(opt_state) -> int:
@@ -166,6 +168,15 @@ def test_ppo_has_new_noise_prompts_and_minibatches_each_iteration_and_two_rates(
     assert all_differ(call["tokens"] for call in sampled)
     check_loop(config, sampled, rollouts, optimizers, ("policy", "critic"), (1e-3, 5e-3))
     assert all(scores.shape == (8,) and (scores == -2).all() for _, _, scores in rollouts.asked)  # none has ended
+
+
+def test_a_critic_starts_at_the_mean_of_the_first_scores_and_learns_from_there(world, sampled, rollouts):
+    """From 0 a critic of scores around -13 would find fault with every EOS, where the score is paid: policies then learn
+    not to end. Each of the 4 updates of an iteration moves all weights by 0.001."""
+    ppo.main(settings(world, ppo, "level"))
+    first = rollouts.asked[0][2].mean()
+    assert first != 0
+    np.testing.assert_allclose(rollouts.levels, [first, first + 0.004, first + 0.008], rtol=1e-5)
 
 
 def test_a_critics_rate_is_the_policys_where_none_is_given(world):
