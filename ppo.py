@@ -433,7 +433,7 @@ def main(config: Config):
         texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
-        if step == 0:  # a critic far from the scores would blame or praise what comes last, EOS, for all of the distance
+        if step == 0:  # a critic far from the scores would give all of the distance to what comes last, EOS
             state = state._replace(critic=replace(state.critic, bias=scores.mean()))
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)

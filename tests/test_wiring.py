@@ -171,8 +171,8 @@ def test_ppo_has_new_noise_prompts_and_minibatches_each_iteration_and_two_rates(
 
 
 def test_a_critic_starts_at_the_mean_of_the_first_scores_and_learns_from_there(world, sampled, rollouts):
-    """From 0 a critic of scores around -13 would find fault with every EOS, where the score is paid: policies then learn
-    not to end. Each of the 4 updates of an iteration moves all weights by 0.001."""
+    """From 0 a critic of scores around -13 would find fault with every EOS, where the score is paid: a policy then
+    learns not to end. Each of the 4 updates of an iteration moves all weights by 0.001."""
     ppo.main(settings(world, ppo, "level"))
     first = rollouts.asked[0][2].mean()
     assert first != 0
