@@ -17,6 +17,7 @@ project's formats (gpt.KINDS) or these:
     {chosen, rejected}, HH-RLHF                        pairs; the prompt is the start that both sides share
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
+    {prompt, chosen: [text], rejected: [text, ...]}, RewardBench 2's            pairs, each of one side with each other
     {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos
     {messages, label}                                  thumbs on the last message
     {instruction, input, output}, Alpaca               demos, as messages
@@ -221,6 +222,19 @@ class Shape(NamedTuple):
     keys: tuple[str, ...]  # a row has this shape if it has these keys
     more: tuple[str, ...] = ()  # keys that are read where they are there
     read: Callable[[dict], dict] | None = None  # row -> the project's keys; None where `keys` are those already
+
+
+def spread(raw: str | dict) -> list:
+    """A row with lists of answers, one chosen and several rejected, as a row for every pair of them; else [raw]."""
+    row = gpt.parse_json(raw) if isinstance(raw, str) else raw
+    sides = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, dict) else []
+    many = [isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides]
+    if not any(many):
+        return [raw]
+    if not all(sides):
+        raise gpt.BadRow("`chosen` and `rejected` must both hold an answer")
+    sides = [side if several else [side] for side, several in zip(sides, many)]
+    return [row | {"chosen": chosen, "rejected": rejected} for chosen, rejected in itertools.product(*sides)]
 
 
 def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
@@ -447,7 +461,7 @@ SHAPES = (  # a row has the first of them that fits
     Shape("demos", ("conversations",), read=read_messages("conversations")),
     Shape("demos", ("instruction", "output"), ("input", "answer"), read_instruction),
     Shape("demos", ("question", "answer"), ("input",), read_question),
-    Shape("prompts", ("prompt",), ("answer",), lambda row: take(row, "prompt", "answer")),
+    Shape("prompts", ("prompt",), ("answer", "rubric"), lambda row: take(row, "prompt", "answer", "rubric")),
     Shape("prompts", ("turns",), read=lambda row: {"prompt": [{"role": "user", "content": row["turns"][0]}]}),
     Shape("text", ("text",)),
 )
@@ -492,7 +506,7 @@ def prompt_row(row: dict) -> dict:
     if "messages" in row:
         last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
         row = row | {"prompt": row["messages"][:last]}
-    return take(row, "prompt", "answer", "id", "source")
+    return take(row, "prompt", "answer", "rubric", "id", "source")
 
 
 def demo_row(row: dict) -> dict:
@@ -873,11 +887,13 @@ class Cleaner:
                 self.bad(where, error)
 
     def convert(self, raw) -> list[dict]:
-        found, row, unread = convert(raw)
-        self.report.unread.update(unread)
-        if self.config.kind == "auto" and found not in (self.kind, "ratings"):
-            raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
-        return as_kind(found, row, self.kind)
+        rows = []
+        for found, row, unread in map(convert, spread(raw)):
+            self.report.unread.update(unread)
+            if self.config.kind == "auto" and found not in (self.kind, "ratings"):
+                raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
+            rows += as_kind(found, row, self.kind)
+        return rows
 
     def bad(self, where: str, error: Exception):
         if not self.config.skip_bad_rows:
@@ -1017,7 +1033,7 @@ def first_kind(name: str, config: Config) -> str:
         if len(found) == 20:
             break
         try:
-            found.append(convert(raw)[0])
+            found.append(convert(spread(raw)[0])[0])
         except Dropped:
             found.append("pairs")
         except gpt.BadRow as error:

@@ -34,6 +34,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
     python reward.py --init out/small --teacher out/reward --lr 2e-4 --head-lr 2e-3 --out out/reward-small
 """
 
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -308,6 +309,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "score_std": float(scores.std()),
         "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
     }
+    if choices := best_of(gaps, texts[::2]):
+        result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
@@ -357,6 +360,25 @@ def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.i
     return rows
 
 
+def best_of(gaps, chosen) -> dict | None:
+    """A stricter measure than pairs (RewardBench 2, arXiv:2506.01937): an answer must beat several. Pairs of
+    one prompt and one chosen answer, `chosen` (N,) hashable, are one choice; it is right where each of its gaps (N,) is
+    above 0. None where fewer than half of the pairs belong to such a choice: then the data are plain pairs."""
+    groups = defaultdict(list)
+    for name, gap in zip(chosen, gaps):
+        groups[name].append(gap)
+    groups = [group for group in groups.values() if len(group) > 1]
+    if 2 * sum(map(len, groups)) < len(gaps):
+        return None
+    right = sum(min(group) > 0 for group in groups)
+    return {
+        "choices": len(groups),
+        "accuracy": right / len(groups),
+        "accuracy_interval": interval(right, len(groups)),
+        "chance": float(np.mean([1 / (1 + len(group)) for group in groups])),
+    }
+
+
 def compare_with_teacher(scores, taught) -> dict:
     """The student's and the teacher's scores, (N, 2) each."""
     taught_right, right = taught[:, 0] > taught[:, 1], scores[:, 0] > scores[:, 1]
@@ -393,6 +415,11 @@ def print_report(result: dict):
     low, high = result["accuracy_interval"]
     print(f"held-out accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['pairs']:,} pairs", end="; ")
     print(f"the longer side wins in {result['longer_wins']:.3f}")
+    if choices := result.get("best_of"):
+        share = "{:.3f} [{:.3f}, {:.3f}]".format(choices["accuracy"], *choices["accuracy_interval"])
+        print(
+            f"  it beats all others of its choice in {share} of {choices['choices']:,}; chance {choices['chance']:.3f}"
+        )
     for name in ("before", "after"):
         print(
             f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())

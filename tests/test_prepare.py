@@ -336,6 +336,20 @@ def test_ratings_become_pairs_with_margins(tmp_path):
     assert counts(report) == {"equal ratings": 1, "one rating for its prompt": 1}
 
 
+def test_one_answer_against_several_becomes_a_pair_with_each(tmp_path):
+    """RewardBench 2's shape. The pairs keep what the row carries; an empty side has a reason and a line."""
+    rows = [
+        {"prompt": "p", "chosen": ["a"], "rejected": ["x", "y", "z"], "id": "7", "num_correct": 1},
+        {"prompt": "q", "chosen": ["a", "b"], "rejected": ["x"]},
+    ]
+    report, written = run(tmp_path, rows, heldout=0)
+    wanted = [("p", "a", "x"), ("p", "a", "y"), ("p", "a", "z"), ("q", "a", "x"), ("q", "b", "x")]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in written["pairs"]] == wanted
+    assert [row.get("id") for row in written["pairs"]] == ["7"] * 3 + [None] * 2
+    with pytest.raises(ValueError, match=r"jsonl:1: `chosen` and `rejected` must both hold an answer"):
+        run(tmp_path, [{"prompt": "p", "chosen": ["a"], "rejected": []}], heldout=0, overwrite=True)
+
+
 def test_pairs_rated_the_other_way_round_are_dropped(tmp_path):
     pair = {"prompt": "p", "chosen": "x", "rejected": "y"}
     rows = [

@@ -178,6 +178,16 @@ def test_reward_report_has_sane_values(world):
     assert 0.5 < gold["labels_agree_with_gold"] <= 1
 
 
+def test_an_answer_must_beat_all_others_of_its_choice():
+    """Two choices of four answers, one right in all three of its pairs, one in two of them; and a pair that stands
+    alone. Where most pairs stand alone there is no such measure."""
+    gaps, chosen = np.array([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, -1.0]), list("aaabbbc")
+    found = reward.best_of(gaps, chosen)
+    assert (found["choices"], found["accuracy"], found["chance"]) == (2, 0.5, 0.25)
+    assert found["accuracy_interval"] == pytest.approx(reward.interval(1, 2))
+    assert reward.best_of(gaps[2:], list("abcde")) is None and reward.best_of(gaps[:5], list("aabcd")) is None
+
+
 def test_reward_members_differ_in_head_and_in_data_order(world):
     first, second = (log(world.reward / f"member-{i}") for i in range(2))
     assert len(first) == len(second) == 10
