@@ -37,10 +37,9 @@ def world(tmp_path_factory) -> Path:
 
 
 def begin(world, out, *names, devices=1, **env):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "every_script.py"), str(world), str(out), *names],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "DEBUG": "1"} | env,
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "DEBUG": "1"} | env,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
