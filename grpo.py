@@ -162,7 +162,7 @@ def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     before = lambda first, then: jnp.concatenate([jnp.repeat(first[:, -1:], K, axis=0), flat(then)[:, :-1]], 1)
     tokens, segments = before(rollout.queries, rollout.responses), before(rollout.query_mask, rollout.mask)
-    prefix, prefix_mask = rollout.queries[:, :-1], rollout.query_mask[:, :-1]
+    prefix, prefix_mask = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in rollout[:2])  # never of width 0
     hidden = gpt.continue_prefix(model, tokens, segments, prefix, prefix_mask, config.remat)
     said = gpt.head_logprobs(model, hidden, flat(rollout.responses), config.temperature)
     return tuple(x.reshape(P, K, T, *x.shape[2:]) for x in (*said, hidden))
@@ -264,7 +264,7 @@ def exact_kl(policy, hidden, ref, ref_hidden, config: Config):
 
 
 def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
-    """KL to the reference, entropy, and how far the sampler's log-probs are from the policy's: (P, K, T) x 3, (P, K)."""
+    """KL to the reference, entropy, and how far sampler and policy are apart: (P, K, T) x 3, (P, K)."""
     mask = rollout.mask
     per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(-1).mean()
     log_ratio = rollout.logprobs - rollout.ref_logprobs

@@ -565,47 +565,6 @@ def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution()
         np.testing.assert_allclose(value, entropy if "entropy" in name else kl, rtol=1e-4)
 
 
-def test_grpo_compares_within_a_group_by_the_sample_standard_deviation():
-    scores = jnp.array([1.0, 3.0, 8.0, 5.0, 5.0, 5.0])
-    ours = grpo.grpo_advantages(scores, 3)  # mean 4, squares 9 + 1 + 16 = 26 over n - 1 = 2
-    np.testing.assert_allclose(ours[:3], np.array([-3, -1, 4]) / (np.sqrt(13) + 1e-4), rtol=1e-6)
-    assert (ours[3:] == 0).all()  # all alike: nothing to learn, and no division by 0
-
-
-def test_rloo_leaves_the_answer_itself_out_of_its_baseline():
-    ours = grpo.rloo_advantages(jnp.array([1.0, 2.0, 6.0, 0.0, 0.0, 3.0]), 3)
-    by_hand = [1 - (2 + 6) / 2, 2 - (1 + 6) / 2, 6 - (1 + 2) / 2, -1.5, -1.5, 3.0]
-    np.testing.assert_allclose(ours, by_hand, rtol=1e-6)
-
-
-def test_the_expected_rloo_gradient_is_that_of_the_expected_reward():
-    """All pairs of answers out of three, weighed by their probability."""
-    logits, rewards = jnp.array([0.3, -0.2, 1.0]), jnp.array([1.0, -2.0, 0.5])
-    p = np.asarray(jax.nn.softmax(logits))
-    score = np.eye(3) - p  # row y: gradient of log p(y)
-    total = 0.0
-    for pair in itertools.product(range(3), repeat=2):
-        advantages = np.asarray(grpo.rloo_advantages(rewards[jnp.array(pair)], 2))
-        total = total + p[list(pair)].prod() * np.mean([a * score[y] for a, y in zip(advantages, pair)], axis=0)
-    exact = jax.grad(lambda z: jax.nn.softmax(z) @ rewards)(logits)
-    np.testing.assert_allclose(total, exact, atol=1e-6)
-
-
-def test_grpos_penalty_by_hand_and_its_gradient():
-    p, q = np.array([0.2, 0.5, 0.3]), np.array([0.4, 0.4, 0.2])
-    lr = np.log(q / p)
-    one = grpo.kl_loss(jnp.log(jnp.array([[0.2, 0.5]])), jnp.log(jnp.array([[0.4, 0.1]])), jnp.array([[1, 0]]))
-    np.testing.assert_allclose(one, 2 - 1 - np.log(2), rtol=1e-5)  # the second token is masked
-    z = jnp.log(jnp.asarray(p))
-
-    def expected(z):  # over samples of the policy, whose probabilities are not differentiated
-        k3 = jax.vmap(lambda x, r: grpo.kl_loss(x[None, None], r[None, None], jnp.ones((1, 1))))
-        return p @ k3(jax.nn.log_softmax(z), jnp.log(jnp.asarray(q)))
-
-    np.testing.assert_allclose(expected(z), (p * (np.exp(lr) - 1 - lr)).sum(), rtol=1e-5)
-    np.testing.assert_allclose(jax.grad(expected)(z), p - q, atol=1e-6)  # of KL(ref || policy)
-
-
 # ------------------------------------------------------------------------------------------------- ppo.py, on a model
 
 
@@ -673,40 +632,6 @@ def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
 def expected_update(objective, *models):
     """What one step of plain gradient descent with rate 1 makes of the models."""
     return jax.tree.map(jnp.subtract, models, jax.jit(jax.grad(objective, argnums=range(len(models))))(*models))
-
-
-@pytest.mark.parametrize("advantage", ["grpo", "rloo"])
-def test_without_a_critic_answers_are_weighed_against_those_of_their_group(advantage):
-    state, ref, batch, generation, _ = world()
-    config = grpo.Config(
-        dtype="float32", batch_size=8, minibatch_size=4, beta=0.1, advantage=advantage, group_size=4
-    )  # fmt: skip
-    rollout, _ = grpo.complete_rollout(state.policy, None, ref, batch, generation, SCORES, config)
-    kl = ((rollout.logprobs - rollout.ref_logprobs) * rollout.mask).sum(1)
-    groups = (SCORES - (0.1 * kl if advantage == "rloo" else 0.0)).reshape(2, 4)
-    if advantage == "rloo":
-        rows = np.concatenate([[g[i] - np.delete(g, i).mean() for i in range(4)] for g in np.asarray(groups)])
-    else:
-        rows = np.concatenate([(g - g.mean()) / (g.std(ddof=1) + 1e-4) for g in np.asarray(groups)])
-    np.testing.assert_allclose(rollout.advantages, rows[:, None] * rollout.mask, atol=1e-4)
-    for model, found in ((state.policy, rollout.logprobs), (ref, rollout.ref_logprobs)):
-        np.testing.assert_allclose(found * rollout.mask, forward(model, rollout, config)[0] * rollout.mask, atol=1e-5)
-
-    policy = copy(state.policy)
-    after, metrics = grpo.update(grpo.State(policy, SGD.init(policy)), None, rollout, FOUR, SGD, config)
-    assert metrics["val/ratio"] == 1
-    chosen = jax.tree.map(lambda x: x[FOUR], rollout)
-    tokens, segments, Q = grpo.join(chosen)
-
-    def objective(policy):
-        logprobs = gpt.token_logprobs(policy, tokens, segments)[:, Q - 1 :]
-        ratio = jnp.exp(jnp.where(chosen.mask, chosen.ref_logprobs - logprobs, 0.0))
-        price = 0.1 if advantage == "grpo" else 0.0
-        losses = -logprobs * chosen.advantages + price * (ratio - 1 - jnp.log(ratio))
-        return (losses * chosen.mask).sum() / chosen.mask.sum()
-
-    (wanted,) = expected_update(objective, state.policy)
-    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), after.policy, wanted)
 
 
 def test_adapters_on_one_base_learn_and_leave_it_alone():
@@ -846,15 +771,6 @@ def test_ppos_target_kl_takes_no_step_from_too_far_away():
     metrics = ppo.summarize_updates([first, second], None)
     assert metrics["updates"] == 2 and metrics["stopped_early"] == 0
     np.testing.assert_allclose(metrics["val/ratio"], (first["val/ratio"] + second["val/ratio"]) / 2)
-
-
-def test_grpos_target_kl_takes_no_step_from_too_far_away():
-    policy, ref, batch, generation = copy(world()[0].policy), *world()[1:4]
-    config = grpo.Config(dtype="float32", batch_size=8, minibatch_size=4, beta=0.1, target_kl=1e-9)
-    rollout, _ = grpo.complete_rollout(policy, None, ref, batch, generation, SCORES, config)
-    step = lambda state, rows: grpo.update(copy(state), None, rollout, rows, SGD, config)[0]
-    near = step(grpo.State(policy, SGD.init(policy)), FOUR)
-    assert not same(policy, near.policy) and same(near, step(near, FOUR[::-1]))
 
 
 @pytest.mark.parametrize("script", [ppo, grpo])
