@@ -266,6 +266,17 @@ def test_the_first_step_is_the_gradient_of_its_definition(advantage, loss, kl):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), after.policy, wanted)
 
 
+def test_the_clip_the_weights_and_the_loss_are_those_that_were_asked_for(monkeypatch):
+    policy, ref, batch, generation, config = world(clip=(0.07, 0.3), loss="gspo")
+    asked, loss, rows = [], grpo.policy_loss, jnp.zeros((2, K, 5))
+    monkeypatch.setattr(grpo, "policy_loss", lambda *args: asked.append(args[4:]) or loss(*args))
+    rollout = grpo.Rollout(*batch.values(), *(x.reshape(2, K, 5) for x in generation[:2]), rows, rows, rows, rows)
+    step = partial(grpo.update.__wrapped__, base=None, ref=ref, rows=BOTH, optimizer=SGD, config=config)
+    jax.eval_shape(lambda policy: step(grpo.State(policy, SGD.init(policy)), rollout=rollout), policy)
+    weights, clip, loss = asked[0]
+    assert weights.shape == (2, K, 5) and (clip, loss) == ((0.07, 0.3), "gspo")
+
+
 def learned(policy, ref, rollout, rows, config):
     start = copy(policy)
     return grpo.update(grpo.State(start, SGD.init(start)), None, ref, rollout, rows, SGD, config)[0].policy
