@@ -1893,8 +1893,6 @@ class Batches:
         """How many steps a run takes: `steps`, or one epoch. Where there are fewer rows than --batch-size, the batch
         becomes all of them, or as many as devices and micro-batches can share. Prompts are refused instead: how many
         a rollout has decides the sizes of what follows."""
-        if steps is not None and steps < 1:
-            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
         rows, asked = sum(self.counts), self.batch_size
         if rows < asked and self.kind == "prompts":
             raise ValueError(
@@ -2548,15 +2546,6 @@ def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def at_step(opt_state, step: int):
-    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: PPO
-    may skip the rest of a rollout's minibatches, and its rate still ends where it should."""
-    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
-    at = lambda count: place(np.asarray(step, count.dtype), count.sharding)
-    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
-    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
-
-
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
     """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
     total, count = Counter(), 0.0
@@ -2892,13 +2881,11 @@ class Run:
         overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
     ):  # fmt: skip
         if steps < 1:
-            raise ValueError(f"{steps} steps: a run takes one step at least")
+            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
         self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
-        if settings.get("epochs", 1) < 1:
-            raise ValueError(f"--epochs {settings['epochs']}: a rollout is learned from once at least")
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)

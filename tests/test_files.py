@@ -911,7 +911,7 @@ def test_every_row_comes_once_in_every_pass(kind, demos, plain):
 
 
 def test_a_run_takes_a_step(tmp_path):
-    with pytest.raises(ValueError, match="0 steps: a run takes one step at least"):
+    with pytest.raises(ValueError, match="--steps 0: a run takes 1 step at least"):
         gpt.Run({}, steps=0, out=tmp_path / "run", seed=0)
     assert not (tmp_path / "run").exists()
 
