@@ -2878,11 +2878,11 @@ class Run:
 
     def __init__(
         self, hashes: dict, notes: dict | None = None, *, steps: int, out, seed: int, resume: bool = False,
-        overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
+        overwrite: bool = False, save_every: int = 100, **settings,
     ):  # fmt: skip
         if steps < 1:
             raise ValueError(f"--steps {steps}: a run takes 1 step at least")
-        self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
+        self.total, self.out, self.resume, self.save_every = steps, Path(out), resume, save_every
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
@@ -3001,7 +3001,6 @@ class Run:
     def steps(self, first: int):
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
-        self._tracker = start_tracker(self.track, self.out, self.info) if self.main else None
         self._bar = progress(
             total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
         )
@@ -3042,8 +3041,6 @@ class Run:
         metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
-        if self._tracker:
-            self._tracker(metrics, step)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
             raise FloatingPointError(
@@ -3107,20 +3104,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")  # a line cut short by a kill
-
-
-def start_tracker(kind: str | None, out: Path, info: dict):
-    """log(metrics, step) of --track wandb, tensorboard or trackio; None without."""
-    if not kind:
-        return None
-    try:
-        if kind == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(str(out / "tensorboard"))
-            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
-        tracker = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[kind])
-    except ImportError as error:
-        raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
-    tracker.init(project="rlhf", name=out.name, config=info)
-    return lambda metrics, step: tracker.log(metrics, step=step)

@@ -88,7 +88,6 @@ class Config:
     seed: int = 0
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
 
 
 CAP = 2.0  # of importance weights

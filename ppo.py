@@ -83,7 +83,6 @@ class Config:
     overwrite: bool = False  # empty --out first
     save_every: int = 50  # iterations between checkpoints
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
 
 
 CAP = 2.0  # of importance weights
