@@ -1215,16 +1215,31 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
+STORED_TYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a folder's files by name, mapped into memory: the disk is read when they are copied."""
     from safetensors import safe_open
 
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, "numpy") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
+                data = np.memmap(file, np.uint8, "r")
         except Exception as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+        first = 8 + int.from_bytes(data[:8], "little")  # 8 bytes with the length of the table, the table, the numbers
+        table = json.loads(bytes(data[8:first]))
+        table.pop("__metadata__", None)
+        for name, about in table.items():
+            if about["dtype"] not in STORED_TYPES:
+                raise ValueError(
+                    f"{file}: tensor {name} is of type {about['dtype']}, only {', '.join(STORED_TYPES)} here"
+                )
+            start, end = about["data_offsets"]
+            array = data[first + start : first + end].view(STORED_TYPES[about["dtype"]])
+            tensors[name] = array.reshape(about["shape"])
     return tensors
 
 
@@ -1234,20 +1249,19 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
-        leaf = attrgetter(ours)(shapes)
-        rows = []
-        for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
+        shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
+        filled[ours] = _aligned(shape, dtype)
+        names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
+        for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
+            place = place.T if transposed else place
             if name not in tensors:
                 raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
-            shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
-            if array.shape != (shape[::-1] if transposed else shape):
-                expected = shape[::-1] if transposed else shape
-                name = _stored_name(name)
-                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
-            rows.append((array.T if transposed else array).astype(dtype))
-        filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
-    model = jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(filled[_path(p)]), shapes)
+            if array.shape != place.shape:
+                name, needed = _stored_name(name), place.shape
+                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {needed}")
+            place[...] = array
+    model = jax.tree_util.tree_map_with_path(lambda p, _: jax.device_put(filled.pop(_path(p))), shapes)
     if score is not None:
         model = _fill_score(model, tensors, path, score)
     if tensors:
@@ -1255,12 +1269,20 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
     if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
         raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
-    head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
-    query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
+    head = jnp.array(tensors.pop("score.weight")[0], jnp.float32)
+    query = jnp.array(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
     return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
@@ -1381,7 +1403,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     about = json.loads((folder / "adapter.json").read_text())
     if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    tensors = {name: jnp.array(x) for name, x in read_tensors(folder).items()}
     adapter = Adapter({}, {})
     for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
         place, layer = name.split(".")
