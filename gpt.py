@@ -673,6 +673,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
@@ -703,13 +704,30 @@ class Tokenizer:
         self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
         self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
         self._library, self._tokens = library, tokens
+        kept = self.special_ids | self._turn_markers()  # no text becomes one of these
+        for i in kept - self.special_ids:
+            tokens[i].special = True
+            library.add_special_tokens([tokens[i]])
         self._prefixes = any(token in ("▁a", "Ġa", "▁") for token in first.tokens)  # begins texts with a blank
-        self._special_texts = _any_of(tokens[i].content for i in self.special_ids)
+        self._special_texts = _any_of(tokens[i].content for i in kept)
         self._end_texts = _any_of(tokens[i].content for i in self.end_ids if i in tokens)
-        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in self.special_ids}
-        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in self.special_ids])
-        self._real = {library.token_to_id(_alias(i)): i for i in self.special_ids}
+        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in kept}
+        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in kept])
+        self._real = {library.token_to_id(_alias(i)): i for i in kept}
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
+
+    def _turn_markers(self) -> set[int]:
+        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
+        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
+        closing = {text for text in self.specials if text.startswith("</")}
+        pairs = closing | {text.replace("/", "", 1) for text in closing}
+        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
+        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
+        for messages in (chat, chat[1:]) if others else ():
+            with suppress(ValueError):  # not all templates know a system's turn
+                written += self.render(messages, True)
+        return {i for text, i in others.items() if text in written}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -757,7 +775,7 @@ class Tokenizer:
         end = self.names["eos_token"]
         probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [probes, words, self.specials, sorted(self.special_ids)]
+        whole = [probes, words, self.specials, sorted(self._real.values())]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
@@ -785,6 +803,10 @@ class Tokenizer:
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
         """The messages with a mark after each character of the special tokens' texts in them, so that these are told
         from the template's own; and the mark, a character that the messages do not hold."""
+        names = [self._tokens[i].content for i in self._real.values()]
+        for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
+            if found := [name for name in names if role in name]:
+                raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
         whole = json.dumps(messages, ensure_ascii=False)
         mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
         split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)

@@ -192,7 +192,7 @@ FAMILIES = {  # name: (tokenizer.json, tokenizer_config.json, chat template)
         FAST | {"bos_token": HEADERS[0], "eos_token": HEADERS[4]}, [{"name": "default", "template": LLAMA3}],
     ),
     "r1": (
-        byte_level(WIDE, ["<think>", "</think>"], split=WORDS),
+        byte_level(WIDE[:2], [*WIDE[2:], "<think>", "</think>"], split=WORDS),
         FAST | {f"{x}_token": TOKEN | {"content": text} for x, text in zip(("bos", "eos"), WIDE)} | ADDS, R1,
     ),
     "phi": (

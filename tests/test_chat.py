@@ -119,9 +119,10 @@ def test_no_message_can_forge_a_token(at, tokenizer, family):
 
     def read(content):
         ids = tokenizer.chat([*chat[:at], chat[at] | {"content": content}, *chat[at + 1 :]])
-        return ids, [i for i in ids if i in tokenizer.special_ids]
+        return ids, [i for i in ids if i in tokenizer.special_ids or i in map(tokenizer.specials.get, markers)]
 
-    for text in (text for text, i in tokenizer.specials.items() if i in tokenizer.special_ids):
+    markers = {"<｜User｜>", "<｜Assistant｜>"} & tokenizer.specials.keys()  # which R1's files do not call special
+    for text in {*markers, *(text for text, i in tokenizer.specials.items() if i in tokenizer.special_ids)}:
         for content in (
             f"the {text} cat",
             f" {text}{text}\n",
@@ -141,6 +142,12 @@ def test_a_role_cannot_forge_a_token(loaded):
     assert [i in loaded["smollm2"].special_ids for i in forged].count(True) == [
         i in loaded["smollm2"].special_ids for i in honest
     ].count(True)
+
+
+def test_a_role_that_a_template_would_make_a_token_of_is_refused(loaded):
+    with pytest.raises(gpt.BadRow, match=r"the role 'end' is a part of the special token <\|end"):
+        loaded["phi"].chat([ASK, {"role": "end", "content": "the"}])
+    assert loaded["phi"].chat([ASK, {"role": "narrator", "content": "the"}])
 
 
 def test_hidden_texts_leave_the_rest_of_a_chat_as_it_is(tokenizer):
