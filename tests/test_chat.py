@@ -4,7 +4,7 @@ a message holds never becomes a special token."""
 import json
 
 import pytest
-from golden_chat import CHATS, FAMILIES, TEXTS, THOUGHT, write_folder
+from golden_chat import CHATS, ENDS, FAMILIES, TEXTS, THOUGHT, write_folder
 
 import gpt
 
@@ -103,9 +103,11 @@ def test_tokenizer_json_has_the_last_word_on_how_text_is_split(loaded, folders, 
 
 
 def test_ends_are_listed_and_the_pad_is_none_of_them(loaded, folders, tmp_path):
-    names = lambda t: [next(text for text, i in t.specials.items() if i == end) for end in t.end_ids]
-    assert names(loaded["gemma"]) == ["<eos>", "<end_of_turn>"]
-    assert names(loaded["llama3"]) == ["<|eot_id|>", "<|end_of_text|>"]
+    for family, tokenizer in loaded.items():
+        listed = [tokenizer.specials[text] for text in ENDS.get(family, ())]
+        assert tokenizer.end_ids[0] == tokenizer.specials[tokenizer.names["eos_token"]]
+        assert {*tokenizer.end_ids} == {tokenizer.end_ids[0], *listed}
+    assert len(loaded["llama3"].end_ids) == len(loaded["qwen3"].end_ids) == 2
     tokenizer = changed(folders["gemma"], tmp_path, pad_token="<eos>")
     assert tokenizer.pad_id not in tokenizer.end_ids
 
@@ -270,6 +272,7 @@ def test_templates_have_transformers_helpers(folders, tmp_path):
 
 def test_equal_tokenizers_have_equal_fingerprints(loaded, folders, tmp_path):
     prints = {name: tokenizer.fingerprint for name, tokenizer in loaded.items()}
+    assert prints.pop("mistral") == prints["llama2"]  # another template alone
     assert len({*prints.values()}) == len(prints)
     assert prints["llama2"] == changed(folders["llama2"], tmp_path, chat_template="a").fingerprint
     spec = json.loads((tmp_path / "tokenizer.json").read_text())
