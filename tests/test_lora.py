@@ -215,7 +215,7 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
 
 @pytest.mark.parametrize(
     "name, model_of", [("gpt2", policy), ("gpt2", scorer), ("qwen3", policy), ("qwen3", scorer)]
-    + [(name, policy) for name in ("llama3", "mistral", "qwen2")],
+    + [(name, policy) for name in ("llama", "llama3", "mistral", "qwen2")],
 )  # fmt: skip
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
     model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))
