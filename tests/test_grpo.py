@@ -248,6 +248,19 @@ def test_a_prompt_that_is_computed_once_gives_the_log_probs_of_its_copies(temper
     np.testing.assert_allclose(logprobs * narrow.mask, plain_logprobs(policy, narrow, temperature), atol=1e-5)
 
 
+def test_a_sampler_that_is_another_model_is_weighed_by_its_own_log_probs():
+    """Half of all tokens were drawn a third more often than the policy would, the others four times less often."""
+    policy, ref, batch, generation, config = world()
+    more = np.log(np.where(np.arange(40).reshape(8, 5) % 2, 4 / 3, 1 / 4))
+    drawn = generation._replace(logprobs=generation.logprobs + more)
+    rollout, metrics = grpo.complete_rollout(policy, None, ref, batch, drawn, SCORES, config)
+    mask, often = np.asarray(rollout.mask), more.reshape(2, K, 5) > 0
+    np.testing.assert_allclose(rollout.weights, np.where(mask == 0, 1, np.where(often, 3 / 4, 2)), rtol=1e-4)
+    np.testing.assert_allclose(metrics["val/importance_capped"], (mask * ~often).sum() / mask.sum(), rtol=1e-5)
+    k3 = np.where(often, 3 / 4 - 1 - np.log(3 / 4), 4 - 1 - np.log(4)) * mask
+    np.testing.assert_allclose(metrics["val/sampler_kl"], k3.sum() / 8, rtol=1e-3)
+
+
 VARIANTS = [
     ("grpo", "token", "loss"), ("rloo", "token", "reward"), ("centred", "constant", "loss-uncorrected"),
     ("grpo", "gspo", "reward"), ("rloo", "cispo", "loss"), ("grpo", "sequence", "loss"),
