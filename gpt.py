@@ -341,34 +341,35 @@ class ScoreModel(eqx.Module):
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
-    pool: str = eqx.field(static=True, default="last")  # last: the last real token. mean, attention: over all of them
+    pool: str = eqx.field(static=True, default="last")  # last real token; mean, attention: over all; answer: its mean
     suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
 
     def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
-        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array, answer=None) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side;
+        `answer` (B, T) is 1 on those of the answer."""
         T = real.shape[1]
         if self.pool == "last":
             last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = real.astype(jnp.float32)
+        weights = (answer if self.pool == "answer" else real).astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
             weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False, answer=None) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real, answer)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
     """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
-    if pool not in ("last", "mean", "attention"):
-        raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
+    if pool not in ("last", "mean", "attention", "answer"):
+        raise ValueError(f"unknown pooling {pool!r}: last, mean, attention or answer")
     D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
@@ -603,7 +604,8 @@ def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
     the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+    answer = real & (jnp.arange(tokens.shape[1]) >= prompts.shape[1])
+    return map_chunks(lambda rows: model(*rows[:2], answer=rows[2]), (tokens, real.astype(jnp.int32), answer), chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
