@@ -465,10 +465,10 @@ class SamplerState(NamedTuple):
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "B Q"],
+    prompts: Int[Array, "P Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -476,21 +476,22 @@ def generate(
     ends: tuple[int, ...],
     pad: int = 0,
     temperature: float = 1.0,
+    copies: int = 1,
     rows=None,
 ) -> Generation:
-    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until one of the tokens `ends` or
-    `max_new_tokens`.
+    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
+    together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
     so that a row's text does not depend on how rows are batched or on how many devices there are.
     """
-    B, Q = prompts.shape
-    T = max_new_tokens
+    (P, Q), T = prompts.shape, max_new_tokens
+    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
-    lengths = prompt_mask.sum(1)
+    lengths = each(prompt_mask.sum(1))
     # Adapters are merged where nothing is lost by it. A step of training moves a weight by less than bf16 can tell, so
     # that in bf16 a merged policy would not be the one that is scored.
     fold = merge if jax.tree.leaves(model)[0].dtype == jnp.float32 else lambda layer: layer
@@ -529,11 +530,11 @@ def generate(
         mask=jnp.zeros((B, T), jnp.int32),
         logprobs=jnp.zeros((B, T), jnp.float32),
         done=jnp.zeros(B, bool),
-        visible=jnp.pad(prompt_mask > 0, ((0, 0), (0, T))),
-        caches=caches,
+        visible=jnp.pad(each(prompt_mask) > 0, ((0, 0), (0, T))),
+        caches=jax.tree.map(each, caches),
     )
     unfinished = lambda state: (state.t < T) & ~state.done.all()
-    end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
+    end = lax.while_loop(unfinished, step, draw(start, each(hidden[:, -1])))
     return Generation(end.tokens, end.mask, end.logprobs)
 
 
