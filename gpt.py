@@ -2777,10 +2777,18 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
     return means
 
 
-def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """(prompts, responses) of this process's `own_rows` as text; `prompts` is the batch on the host."""
-    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
-    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
+    """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
+    `rows` are the process's own, as they were written."""
+    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
+    return plain_prompts(asked, rows), said
+
+
+def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
+    """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
+    last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
+    return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
 
 
 def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
