@@ -37,7 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -2836,6 +2836,9 @@ SHOWN = {
 }  # fmt: skip
 
 
+PATIENCE = 30  # seconds after which a log file is told how far a run is
+
+
 def progress(total=None, **options):
     """A progress bar on a terminal and silence in a log file."""
     from tqdm import tqdm
@@ -3000,7 +3003,10 @@ class Run:
             self.manager.wait_until_finished()
             self.close()
             why = self.stopping or "another process"
-            print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            print(
+                f"\nstopped by {why} after step {done:,}: --resume goes on from here, --resume --steps {done} makes a "
+                "model folder of it as it is", file=sys.stderr,
+            )  # fmt: skip
             raise SystemExit(1)
 
     def _check_learned(self, model):
@@ -3031,7 +3037,8 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
-        self._clock = time.perf_counter()
+        self._clock = self._said = time.perf_counter()
+        self._first = first
         try:
             for step in range(first, self.total):
                 yield step
@@ -3046,23 +3053,26 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = signal.Signals(number).name
+        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
-        now = time.perf_counter()
         if jax.process_count() > 1:
             jax.block_until_ready(metrics)  # one collective at a time: two programs' must not cross
         stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
-        self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
-        self._clock = now
+        self._pending = (step, metrics, stop, when_ready(metrics))
 
     def flush(self):
         if self._pending is None:
             return
-        (step, metrics, stop), self._pending = self._pending, None
+        (step, metrics, stop, ready), self._pending = self._pending, None
+        done = self._wait(step, ready)
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
+        self._clock = done
+        if step == self._first + 1:
+            self._estimate(metrics["seconds"])
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         if self._tracker:
@@ -3076,8 +3086,27 @@ class Run:
         self._bar.set_description(self.out.name)
         shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
         self._bar.set_postfix(shown)
-        if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
+        due = step % max(self.total // 20, 1) == 0 or step == self.total - 1 or done - self._said > PATIENCE
+        if self._bar.disable and self.main and due:
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            self._said = done
+
+    def _wait(self, step: int, ready: Future) -> float:
+        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
+        while True:
+            try:
+                return ready.result(PATIENCE)
+            except TimeoutError:
+                if self._bar.disable and self.main:
+                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+
+    def _estimate(self, seconds: float):
+        """Say what the run will take: the first step compiles, the second is like the others."""
+        left, memory = seconds * (self.total - self._first - 2), peak_memory() / 2**30
+        if self.main:
+            self._bar.write(
+                f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
+            )
 
     def _last_good(self) -> str:
         if self._saved:
@@ -3117,6 +3146,29 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
+
+
+def when_ready(tree) -> Future:
+    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    found = Future()
+
+    def wait():
+        with suppress(Exception):  # whoever reads the arrays will see it
+            jax.block_until_ready(tree)
+        found.set_result(time.perf_counter())
+
+    threading.Thread(target=wait, daemon=True).start()
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of the device's memory, or of this process on a CPU, that were in use at most."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # Unix
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fingerprint(model) -> np.ndarray:
