@@ -86,7 +86,8 @@ rewards: .venv/done
 
 # A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
 # almost without a KL penalty; then one cure at a time.
-WEAK = $(PY) reward.py --init out/base-weak --seed $(SEED) --overwrite
+WEAK = $(PY) reward.py --init out/base-weak --normalize-with out/sft --normalize-data data/toy/prompts.jsonl \
+  --seed $(SEED) --overwrite
 CHASE = $(PY) ppo.py --lr 5e-4 --steps 100 --seed $(SEED) --overwrite
 CHASES = $(addprefix out/chase-,weak penalty ensemble disfluent strong)
 overoptimization: .venv/done

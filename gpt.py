@@ -1471,7 +1471,11 @@ class BadRow(ValueError):
 
 
 class Unfit(BadRow):
-    """A sound row that has no place in this run: it is left out and counted."""
+    """A sound row that has no place in this run: it is left out and counted. `tokens`: a length that it would fit."""
+
+    def __init__(self, reason: str, tokens: int | None = None):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 def open_text(path):
@@ -1721,12 +1725,12 @@ def encode_row(
     if kind == "demos" and "messages" in row:
         ids, mask = encode_messages(row["messages"], tokenizer, note)
         if 1 not in mask[:max_length]:
-            raise Unfit(f"no assistant token within {max_length} tokens")
+            raise Unfit(f"no assistant token within {max_length} tokens", mask.index(1) + 1 if 1 in mask else None)
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
     if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
-        raise Unfit(f"the prompt alone fills {max_length} tokens")
+        raise Unfit(f"the prompt alone fills {max_length} tokens", max_length - room + (kind != "prompts"))
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
     sequences = []
@@ -1779,7 +1783,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 8]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1802,6 +1806,10 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
     if data.info["truncated"]:
         print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
+    long, needed = data.info["long"], data.info["needed"]
+    if long > len(data):
+        rows = f"{long:,} of {long + len(data):,} rows do not fit {max_length} tokens"
+        raise ValueError(f"{path}: {rows}; a length of {needed} keeps 90% of them (at least, where answers follow)")
     if len(data) == 0:
         raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
     return data
@@ -1809,7 +1817,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, scored, extras, row_starts, dropped, notes, truncated = [], [], [], [], Counter(), {}, 0
+    lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1823,6 +1831,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if not (skip_bad or isinstance(reason, Unfit)):
                     raise BadRow(f"{path}:{line}: {reason} (--skip-bad-rows goes on without such rows)") from None
                 dropped[str(reason)] += 1
+                long += filter(None, [getattr(reason, "tokens", None)])
                 continue
             for text in found:
                 count, first = notes.get(text, (0, line))
@@ -1848,7 +1857,9 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
     info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped), notes=notes))
+    needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
+    info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
+    write_json(folder / "info.json", info)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -33,7 +33,8 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
         --gold None --normalize-with None --out out/hh-probe     # no training: a head on frozen features
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
     python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --lora-rank
-    python reward.py --init out/small --teacher out/reward --lr 2e-4 --head-lr 2e-3 --out out/reward-small
+    python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
+        --out out/reward-small
 """
 
 import json
@@ -76,8 +77,8 @@ class Config:
 
     teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
 
-    normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; None: leave scores as they are
-    normalize_data: str = "data/toy/prompts.jsonl"  # its prompts
+    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: no such thing
+    normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:score"  # module:function that knows the truth, for the report
@@ -731,9 +732,19 @@ def check(config: Config):
         raise ValueError("--pool probe fits one head to labels, in one process: no --members, --teacher, --lora-rank")
 
 
+def complete(config: Config) -> Config:
+    """The settings that follow others: whose samples scores are normalised on, and which prompts these answer. The
+    toy's pretrained model continues texts, and cannot answer: there it is the SFT model."""
+    if config.normalize_with == "auto":
+        config = replace(config, normalize_with="out/sft" if config.init == Config.init else config.init)
+    first = Path(gpt.parse_sources(config.data)[0][0])
+    return replace(config, normalize_data=config.normalize_data or str(first.with_name("prompts.jsonl")))
+
+
 def main(config: Config):
     gpt.start(config.seed)
     check(config)
+    config = complete(config)
     heldout = config.heldout or gpt.heldout_file(config.data)
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
