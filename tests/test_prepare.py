@@ -874,3 +874,8 @@ def test_hh_rlhf(tmp_path):
     sides = [{prepare.first_turn(row) for row in rows[name]} for name in ("pairs", "pairs-heldout")]
     assert not sides[0] & sides[1] and len(rows["pairs"]) + len(rows["pairs-heldout"]) == 5772
     assert all(row["prompt"].endswith("\n\nAssistant:") and row["chosen"][0] == " " for row in rows["pairs"])
+    report, chat = run(tmp_path, *files, out="chat", chat=True)
+    assert counts(report) == {"a further turn within an answer": 16, "empty": 11, "equal sides": 4, "an empty turn": 1}
+    for row in chat["pairs"]:
+        roles = [message["role"] for message in row["prompt"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]
