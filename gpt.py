@@ -1094,6 +1094,13 @@ HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configu
 }  # fmt: skip
 
 
+COMPUTED = {  # settings of config.json that change what a model computes: the values that are computed here
+    "quantization_config": (None,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "rope_type": ("default", "llama3"),
+}  # fmt: skip
+
+
 def config_from_hf(hf: dict, path="config.json") -> Config:
     """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters). What it leaves
     out has the default of transformers; what is not computed here is refused by name. A Mistral without sliding windows
@@ -1103,15 +1110,11 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         why = " (norms, activation and local attention of its own)" if str(family).startswith("gemma") else ""
         raise ValueError(f"{path}: model_type {family!r}{why} is not computed here, only {', '.join(HF_DEFAULTS)}")
     hf = HF_DEFAULTS[family] | hf
-    _refuse(path, hf, quantization_config=(None,))
-    return _gpt2_config(hf, path) if family == "gpt2" else _rotary_config(hf, path)
+    _refuse_unknown(path, hf)
+    return _gpt2_config(hf) if family == "gpt2" else _rotary_config(hf, path)
 
 
-def _gpt2_config(hf: dict, path) -> Config:
-    _refuse(
-        path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
-    )  # fmt: skip
+def _gpt2_config(hf: dict) -> Config:
     heads, dim = hf["n_head"], hf["n_embd"]
     return Config(
         vocab_size=hf["vocab_size"], context=hf["n_positions"], layers=hf["n_layer"], heads=heads, dim=dim,
@@ -1125,10 +1128,7 @@ def _rotary_config(hf: dict, path) -> Config:
     family, heads, dim = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"]
     rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported (only default, llama3)")
-    _refuse(path, hf, hidden_act=("silu", "swish"), partial_rotary_factor=(1.0, None))
-    _refuse(path, rope, partial_rotary_factor=(1.0, None))
+    _refuse_unknown(path, rope | {"rope_type": kind})
     if family != "llama":  # which knows no windows
         _refuse_windows(hf, path)
     original = hf.get("original_max_position_embeddings") or rope.get(ROPE_SCALING[-1], hf["max_position_embeddings"])
@@ -1164,10 +1164,11 @@ def _refuse_windows(hf: dict, path):
         )
 
 
-def _refuse(path, hf, **allowed):
-    for key, values in allowed.items():
-        if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} = {hf[key]!r:.60} is not supported (only {', '.join(map(str, values))})")
+def _refuse_unknown(path, settings: dict):
+    for name, values in COMPUTED.items():
+        if settings.get(name, values[0]) not in values:
+            only = ", ".join(map(str, values))
+            raise ValueError(f"{path}: {name} = {settings[name]!r:.60} is not supported (only {only})")
 
 
 def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
@@ -1505,9 +1506,8 @@ NEEDED = {  # the texts of a row that training reads; demonstrations may be {mes
 }
 
 
-# Keys that change what a row means and that training does not read: `prepare.py` maps them, or refuses them as well.
-MEANING = ("kto_tag", "system", "history", "tools", "images")
-MESSAGE_MEANING = ("tool_calls", "function_call")
+# Keys of rows and messages that change what they mean and that training does not read.
+MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
 
 
 class BadRow(ValueError):
@@ -1531,20 +1531,23 @@ def open_text(path):
     return opener(path, "rt", encoding="utf-8-sig")  # the mark that some editors put in front is not part of the text
 
 
+def numbered_lines(path):
+    """(number, line) of the lines of a text file that are not blank."""
+    with open_text(path) as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
 def read_rows(path, kind: str, skip_bad: bool = False):
     """Yield (line number, checked row) of a JSONL file. A bad line stops with file, line and reason; with `skip_bad` it
     is counted and the count printed."""
     bad = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield from ((number, row) for row in check_row(parse_json(line), kind))
-            except BadRow as error:
-                if not skip_bad:
-                    raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
-                bad.append(f"{number}: {error}")
+    for number, line in numbered_lines(path):
+        try:
+            yield from ((number, row) for row in check_row(parse_json(line), kind))
+        except BadRow as error:
+            if not skip_bad:
+                raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
+            bad.append(f"{number}: {error}")
     if bad:
         print(f"{path}: {len(bad):,} bad rows skipped, for example line {bad[0]}", file=sys.stderr)
 
@@ -1561,11 +1564,12 @@ def parse_json(line: str) -> dict:
     return row
 
 
-def refuse_keys(values: dict, names, why: str):
-    """BadRow if one of the names has a value that says something."""
-    for name in names:
+def refuse_meaning(values: dict):
+    """BadRow if one of the keys `MEANING` of a row or a message has a value that says something."""
+    for name in MEANING:
         if values.get(name) not in (None, "", [], {}, "[]"):
-            raise BadRow(f"`{name}` changes what a row means{why}")
+            why = "and training does not read it: `prepare.py` maps it, or says why it cannot"
+            raise BadRow(f"`{name}` changes what a row means, {why}")
 
 
 def check_row(row: dict, kind: str) -> list[dict]:
@@ -1577,7 +1581,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
         _check_text(row, name)
     if kind in ("demos", "pairs", "thumbs"):
-        refuse_keys(row, MEANING, ", and training does not read it: `prepare.py` maps it, or says why it cannot")
+        refuse_meaning(row)
         if kind == "demos" and row.get("weight") not in (None, 1):
             raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
@@ -1619,7 +1623,7 @@ def _check_text(row: dict, name: str):
     if not any(message["content"].strip() for message in messages):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
-        refuse_keys(message, MESSAGE_MEANING, ", and tool use is not trained here")
+        refuse_meaning(message)
         if (answer or name == "messages") and message.get("weight") not in (None, 1):
             raise BadRow("messages have no `weight` here: `prepare.py` makes rows of what counts")
 
@@ -1639,21 +1643,18 @@ def find_kind(data, kinds, skip_bad: bool = False) -> str:
     """The first of `kinds` that the data's first row belongs to, or with `skip_bad` the first row that belongs to one;
     BadRow with the reason if there is none."""
     path, reason = parse_sources(data)[0][0], None
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            reasons = []
-            for kind in kinds:
-                try:
-                    check_row(parse_json(line), kind)
-                    return kind
-                except BadRow as error:
-                    reasons.append(str(error))
-            # of a kind whose keys the row has, if there is one
-            reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
-            if not skip_bad:
-                break
+    for number, line in numbered_lines(path):
+        reasons = []
+        for kind in kinds:
+            try:
+                check_row(parse_json(line), kind)
+                return kind
+            except BadRow as error:
+                reasons.append(str(error))
+        # of a kind whose keys the row has, if there is one
+        reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
+        if not skip_bad:
+            break
     known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
     raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
 
@@ -1797,7 +1798,7 @@ class TokenData:
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())
-        self.folder, self.kind, self.sides, self.info = folder, info["kind"], info["sides"], info
+        self.folder, self.sides, self.info = folder, info["sides"], info
         self.tokens = np.memmap(folder / "tokens.bin", info["dtype"], "r")
         self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
@@ -1900,7 +1901,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     if not lengths:
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
-    info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
+    info = dict(sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name)
     needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
     info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
     write_json(folder / "info.json", info)
@@ -3118,8 +3119,9 @@ class Run:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
+            good = f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {good} "
                 "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
@@ -3146,11 +3148,6 @@ class Run:
             self._bar.write(
                 f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
             )
-
-    def _last_good(self) -> str:
-        if self._saved:
-            return f"The last good state is in {self.out}/checkpoint."
-        return "Nothing was saved yet (--save-every)."
 
     def sample(self, step: int, **record):
         """Keep a sample in samples.jsonl and show it."""
