@@ -1828,7 +1828,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 8]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 9]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1845,18 +1845,10 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     data = TokenData(folder)
-    for reason, count in data.info["dropped"].items():
-        print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
-    for text, (count, line) in data.info["notes"].items():
-        print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
-    if data.info["truncated"]:
-        print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
-    long, needed = data.info["long"], data.info["needed"]
-    if long > len(data):
-        rows = f"{long:,} of {long + len(data):,} rows do not fit {max_length} tokens"
-        raise ValueError(f"{path}: {rows}; a length of {needed} keeps 90% of them (at least, where answers follow)")
-    if len(data) == 0:
-        raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
+    for text in data.info["messages"]:
+        print(f"{path}: {text}", file=sys.stderr)
+    if data.info["fault"]:
+        raise ValueError(f"{path}: {data.info['fault']}")
     return data
 
 
@@ -1901,9 +1893,15 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     if not lengths:
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
-    info = dict(sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name)
-    needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
-    info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
+    messages = [f"{count:,} rows left out: {reason}" for reason, count in dropped.items()]
+    messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
+    messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
+    fault = None if row_starts else f"no usable row of kind {kind} ({KINDS[kind]})"
+    if len(long) > len(row_starts):
+        needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
+        fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
+        fault += f"{needed} keeps 90% of them (at least, where answers follow)"
+    info = dict(sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, messages=messages, fault=fault)
     write_json(folder / "info.json", info)
 
 
@@ -1957,8 +1955,7 @@ class Batches:
                 f"{rows:,} prompts in {', '.join(self.hashes)}, and a batch takes {asked:,}: lower --batch-size"
             )
         if rows < asked:
-            mesh = jax.sharding.get_mesh()
-            devices = jax.device_count() if mesh.empty else mesh.shape["data"]
+            devices = data_devices()
             shares = math.lcm(devices, jax.process_count(), micro_batches)
             self.batch_size = rows // shares * shares
             if not self.batch_size:
@@ -2327,20 +2324,24 @@ def any_process(flag: bool):
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
 
 
+def data_devices() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_count() if mesh.empty else mesh.shape["data"]
+
+
 def check_batch_size(batch_size: int, name="--batch-size"):
     if batch_size < 1:
         raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
-    mesh = jax.sharding.get_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.shape["data"]
-    for n, what in ((devices, "devices that share its rows"), (jax.process_count(), "processes")):
+    for n, what in ((data_devices(), "devices that share its rows"), (jax.process_count(), "processes")):
         if batch_size % n:
             raise ValueError(f"{name} {batch_size} is not divisible by the {n} {what}")
 
 
 def device_note() -> str:
-    mesh, count = jax.sharding.get_mesh(), jax.device_count()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
+    count, rows = jax.device_count(), data_devices()
+    split = f" ({rows} x {count // rows} tensor)" if rows < count else ""
+    return f"{count} x {jax.devices()[0].device_kind}{split}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
