@@ -687,7 +687,7 @@ class Tokenizer:
     or a data set holds, never does. Added tokens that are not special (<think>) are text like any other."""
 
     def __init__(self, library, settings: dict, files=None, ends=(), folder="", encode=None):
-        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a quicker way to its ids."""
+        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a faster way to its ids."""
         _name_special(library, settings, ends)
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
@@ -804,8 +804,8 @@ class Tokenizer:
             raise ValueError(f"{where}; mend it, or take it out of the folder") from None
 
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """The messages with a mark after each character of the special tokens' texts in them, so that these are told
-        from the template's own; and the mark, a character that the messages do not hold."""
+        """(messages, mark): the messages with a mark, a character that they do not hold, after each character of what
+        reads like a special token. `reveal` tells by it what a person wrote from what the template wrote."""
         names = [self._tokens[i].content for i in self._real.values()]
         for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
             if found := [name for name in names if role in name]:
@@ -820,15 +820,15 @@ class Tokenizer:
         return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
 
     def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a text that the template wrote of hidden messages. `before`: what it wrote before this text."""
+        """Ids of a text that the template made of messages that `hide` marked. `before`: what it wrote before it."""
         token = re.search(rf"({self._special_texts.pattern})\Z", before)
         after = before and (self._aliased(token[0]) if token else "\n")
         return self.encode(self._aliased(text).replace(mark, ""), after=after)
 
     def turn(self, messages: list[dict]) -> tuple[str, str]:
-        """What the template writes up to the opening of the last message's turn, and what it then writes of that
-        message, up to the token that ends the turn. Where it writes a turn otherwise than it opens one (thoughts), the
-        message's content as it is."""
+        """(opened, said) of the last message: the template's text up to where the message begins, and the message as
+        the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
+        finished one in another (they cut its thoughts): there `said` is the bare content."""
         opened, whole = self.render(messages[:-1], True), self.render(messages, False)
         said = whole.removeprefix(opened) if whole.startswith(opened) else messages[-1]["content"]
         end = self._end_texts.search(said)
@@ -857,8 +857,8 @@ def _token_text(token) -> str | None:
 
 
 def _name_special(library, settings: dict, ends):
-    """Special are the tokens that the folder's settings name, and its ends where they are added tokens. A name that the
-    vocabulary does not know is passed over: the model has no row for it."""
+    """Make special the tokens that the folder's settings name, and the added tokens among its ends. A name that is not
+    in the vocabulary is passed over: the model has no row for it."""
     import tokenizers
 
     if not settings.get("eos_token") and ends:  # a folder may name it by id only
@@ -942,7 +942,7 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _read_tokenizer_json(raw: bytes, settings: dict, path: Path):
-    """A `tokenizer.json` as the library reads it that wrote it."""
+    """`tokenizer.json` as the tokenizers library reads it, changed where transformers goes by the settings instead."""
     import tokenizers
 
     try:
@@ -1004,7 +1004,7 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
 
 
 def check_reference(tokenizer: Tokenizer, init, ref):
-    """--ref and --init must read the same ids."""
+    """ValueError unless --ref has the tokenizer of --init."""
     try:
         check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
     except ValueError as error:
@@ -1853,6 +1853,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
+    """Tokenise the rows of `path` one by one into the files that `TokenData` reads."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
@@ -1916,7 +1917,7 @@ class Batches:
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
     little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
-    What is trained on asks for its steps with `plan`, which sees to it that there are batches.
+    Training calls `plan` first, which makes the batch smaller where there are fewer rows than it takes.
     """
 
     WINDOW = 50
@@ -2309,7 +2310,8 @@ def barrier(name: str):
 
 @contextmanager
 def first_process_first(name: str):
-    """`with` this the first process runs the block before all others: they find on disk what it wrote."""
+    """with first_process_first(name): the first process runs the block before all others, which then find on disk what
+    it wrote."""
     if jax.process_index() > 0:
         barrier(name)
     yield
@@ -2519,7 +2521,7 @@ def has_flash_attention(q, k) -> bool:
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
     """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
 
-    Each n rows, one after the other, continue the same prefix, which is computed once, and do not see each other. A row
+    Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
     is one document: its `segments` are 1, and 0 on padding.
     """
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
@@ -2911,8 +2913,8 @@ def cli(main, config_class, description: str):
 
 
 def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):
-    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names).
-    Never one that another of a script's `settings` names: --init and --out may be the same folder by mistake."""
+    """Refuse a run folder in use, or with `overwrite` delete in it what runs write, and `more` (patterns of names). An
+    error where another of a script's `settings` names the folder too: --init would be deleted before it is read."""
     out = Path(out)
     for name, value in settings.items() if overwrite else ():
         named = [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]
