@@ -221,6 +221,7 @@ def frontier_points(models: dict, names) -> dict:
     groups, points = {}, {}
     for name, method in methods.items():
         label = method["name"] + differences(method, [m for m in methods.values() if m["name"] == method["name"]])
+        label = name if method["name"] == "GRPO" else label  # it has too many switches to name them all
         price = method.get("price"), method.get("symbol")
         groups.setdefault(label, {}).setdefault(price, []).append(models[name])
     for label, prices in groups.items():
@@ -255,7 +256,7 @@ def draw_frontier(report: dict, _, path: Path):
     points, best_of, start = frontier_of(report), report["best_of"], report["reference"]["gold"]
     if not points:
         raise ValueError("a frontier is gold against KL: it needs trained models and a judge, and this report has none")
-    plt = pyplot()
+    plt, varied = pyplot(), len({p["price"] for line in points.values() for p in line}) > 1
     figure, axis = plt.subplots(figsize=(8.5, 5.8), layout="constrained")
     for i, (method, line) in enumerate(points.items()):
         kl, gold = ([p[k] for p in line] for k in ("kl", "gold"))
@@ -263,10 +264,10 @@ def draw_frontier(report: dict, _, path: Path):
         axis.errorbar(
             kl, gold, xerr=np.maximum(bars[0], 0), yerr=np.maximum(bars[1], 0), marker="osD^vP*X"[i % 8], markersize=5,
             linewidth=1.2, elinewidth=0.7, capsize=2, color=f"C{i % 10}",
-            label=method + {"beta": ", at β", "tau": ", at τ", None: ""}[line[0]["symbol"]],
+            label=method + {"beta": ", at β", "tau": ", at τ", None: ""}[line[0]["symbol"] if varied else None],
         )  # fmt: skip
         for p in line:
-            if p["price"] is not None:
+            if p["price"] is not None and varied:
                 note(axis, f"{p['price']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
     if best_of and "gold" in best_of:
         axis.plot(best_of["kl"], best_of["gold"], "k.--", linewidth=1, label="best of n, at n (KL: upper bound)")
