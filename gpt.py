@@ -658,19 +658,16 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-
 PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
     r"{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
     r"{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
     r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
-
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -1076,7 +1073,6 @@ SHARED_DEFAULTS = dict(
     tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 
-
 HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configuration classes of transformers 5.24 say
     "gpt2": dict(
         n_embd=768, n_layer=12, n_head=12, n_inner=None, n_positions=1024, vocab_size=50257, layer_norm_epsilon=1e-5,
@@ -1092,7 +1088,6 @@ HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configu
     "qwen2": SHARED_DEFAULTS | dict(sliding_window=4096, max_window_layers=28),
     "qwen3": SHARED_DEFAULTS | dict(head_dim=128, sliding_window=4096, max_window_layers=28),
 }  # fmt: skip
-
 
 COMPUTED = {  # settings of config.json that change what a model computes: the values that are computed here
     "quantization_config": (None,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
@@ -1494,7 +1489,6 @@ KINDS = {
     "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
     "prompts": "{prompt}",
 }
-
 
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
@@ -2599,11 +2593,11 @@ def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final
     return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
 
 
-def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8):
+def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
     """AdamW on the global gradient clipped to norm `clip`. Weight decay acts on the matrices of linear layers alone.
     They are found by name, because a stacked norm scale has two axes as well."""
     decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
-    adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    adam = optax.adamw(learning_rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
@@ -2661,7 +2655,6 @@ class Adapter(eqx.Module):
 
 
 LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
-
 
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
