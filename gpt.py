@@ -2010,30 +2010,6 @@ class Batches:
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
-    def _split_prompts(self, batch: dict) -> dict:
-        """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
-        to `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, since there the first token of the
-        answer is predicted.
-
-            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                               c z            0 1
-        """
-        ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T) twice, (B, 2)
-        forks = np.maximum(mask[:, 0].argmax(-1) - 1, 0)  # tokens of each prefix
-        sizes = zip((forks.max(), (real - forks[:, None]).max()), self.longest)
-        P, T = (bucket(size, longest, multiple=16) for size, longest in sizes)
-        B = len(ids)
-        prefix, prefix_mask = np.full((B, P), self.pad, np.int32), np.zeros((B, P), np.int32)
-        out = {name: np.zeros((B, 2, T), np.int32) for name in ("mask", "segments")}
-        out["tokens"] = np.full((B, 2, T), self.pad, np.int32)
-        for i, fork in enumerate(forks):
-            prefix[i, :fork], prefix_mask[i, :fork] = ids[i, 0, :fork], 1
-            for side, n in enumerate(real[i]):
-                out["tokens"][i, side, : n - fork] = ids[i, side, fork:n]
-                out["mask"][i, side, : n - fork] = mask[i, side, fork:n]
-                out["segments"][i, side, : n - fork] = 1
-        return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
-
     def _sort_keys(self, data: TokenData) -> np.ndarray:
         """(rows,): rows of similar keys need little padding beside each other. The key is a row's length; where prompts
         are split off, the width of the prompt and then the longer answer, because these are padded separately."""
@@ -2046,26 +2022,36 @@ class Batches:
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         if self.kind == "text":
             return self._packed(picks)
-        batch = self._padded(picks)
-        return self._split_prompts(batch) if self.longest else batch
-
-    def _padded(self, picks):
-        sides, left = self.sets[0].sides, self.kind == "prompts"
-        if left:
-            width = max(int(data.lengths.max()) for data in self.sets)
+        sides = self.sets[0].sides
+        rows = [self.sets[source].sequence(row, side) for source, row in picks for side in range(sides)]
+        if self.longest:
+            batch = self._split_prompts(rows)
+        elif self.kind == "prompts":
+            batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
         else:
-            width = bucket(max(self.sets[source].lengths[row].max() for source, row in picks), self.length)
-        tokens = np.full((len(picks), sides, width), self.pad, np.int32)
-        mask, segments = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.int32)
-        for i, (source, row) in enumerate(picks):
-            for side in range(sides):
-                ids, scored = self.sets[source].sequence(row, side)
-                place = slice(width - len(ids), width) if left else slice(0, len(ids))
-                tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
-        batch = dict(tokens=tokens, mask=mask, segments=segments)
-        batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
+            batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
+        if sides > 1:
+            batch |= {x: batch[x].reshape(len(picks), sides, -1) for x in ("tokens", "mask", "segments")}
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
+
+    def _split_prompts(self, rows) -> dict:
+        """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
+        `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, (2 B, T), since there the first token of
+        the answer is predicted.
+
+            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                               c z            0 1
+        """
+        forks = [max(int(mask.argmax()) - 1, 0) for _, mask in rows[::2]]  # tokens of each prefix
+        prefixes = [(ids[:fork], mask[:fork]) for (ids, mask), fork in zip(rows[::2], forks)]
+        rows = [(ids[fork:], mask[fork:]) for (ids, mask), fork in zip(rows, np.repeat(forks, 2))]
+        widths = [
+            bucket(max(len(ids) for ids, _ in part), longest, multiple=16)
+            for part, longest in zip((prefixes, rows), self.longest)
+        ]
+        prefix = pad_rows(prefixes, widths[0], self.pad)
+        return pad_rows(rows, widths[1], self.pad) | dict(prefix=prefix["tokens"], prefix_mask=prefix["segments"])
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -2081,6 +2067,17 @@ class Batches:
                 mask[i, at] = 0  # a document's first token has nothing before it to predict it from
                 at += size
         return dict(tokens=tokens, mask=mask, segments=segments)
+
+
+def pad_rows(rows, width: int, pad: int, left: bool = False) -> dict[str, np.ndarray]:
+    """tokens, mask and segments (N, width) of N rows (ids, mask), padded on the right, or on the left."""
+    batch = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "mask", "segments")}
+    batch["tokens"] += pad
+    for i, (ids, mask) in enumerate(rows):
+        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        for name, value in zip(batch, (ids, mask, 1)):
+            batch[name][i, place] = value
+    return batch
 
 
 def prompt_sizes(data: TokenData) -> np.ndarray:

@@ -801,6 +801,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("demos", {"prompt": "a", "completion": "b", "weight": 0}, "demonstrations have no `weight`"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"weight": 0}]}, "messages have no `weight`.*prepare.py"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"tool_calls": [1]}]}, "`tool_calls` changes"),
+        ("demos", {"messages": [MESSAGES[0] | {"images": ["a"]}, *ANSWER]}, "`images` changes"),
     ],
 )
 def test_a_bad_row_is_reported_with_its_file_and_line(kind, row, reason, tmp_path, capsys):
