@@ -37,7 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -341,34 +341,35 @@ class ScoreModel(eqx.Module):
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
-    pool: str = eqx.field(static=True, default="last")  # last: the last real token. mean, attention: over all of them
+    pool: str = eqx.field(static=True, default="last")  # last real token; mean, attention: over all; answer: its mean
     suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
 
     def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
-        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array, answer=None) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side;
+        `answer` (B, T) is 1 on those of the answer."""
         T = real.shape[1]
         if self.pool == "last":
             last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = real.astype(jnp.float32)
+        weights = (answer if self.pool == "answer" else real).astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
             weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False, answer=None) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real, answer)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
     """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
-    if pool not in ("last", "mean", "attention"):
-        raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
+    if pool not in ("last", "mean", "attention", "answer"):
+        raise ValueError(f"unknown pooling {pool!r}: last, mean, attention or answer")
     D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
@@ -604,7 +605,8 @@ def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
     the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+    answer = real & (jnp.arange(tokens.shape[1]) >= prompts.shape[1])
+    return map_chunks(lambda rows: model(*rows[:2], answer=rows[2]), (tokens, real.astype(jnp.int32), answer), chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -674,6 +676,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
@@ -704,13 +707,30 @@ class Tokenizer:
         self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
         self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
         self._library, self._tokens = library, tokens
+        kept = self.special_ids | self._turn_markers()  # no text becomes one of these
+        for i in kept - self.special_ids:
+            tokens[i].special = True
+            library.add_special_tokens([tokens[i]])
         self._prefixes = any(token in ("▁a", "Ġa", "▁") for token in first.tokens)  # begins texts with a blank
-        self._special_texts = _any_of(tokens[i].content for i in self.special_ids)
+        self._special_texts = _any_of(tokens[i].content for i in kept)
         self._end_texts = _any_of(tokens[i].content for i in self.end_ids if i in tokens)
-        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in self.special_ids}
-        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in self.special_ids])
-        self._real = {library.token_to_id(_alias(i)): i for i in self.special_ids}
+        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in kept}
+        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in kept])
+        self._real = {library.token_to_id(_alias(i)): i for i in kept}
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
+
+    def _turn_markers(self) -> set[int]:
+        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
+        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
+        closing = {text for text in self.specials if text.startswith("</")}
+        pairs = closing | {text.replace("/", "", 1) for text in closing}
+        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
+        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
+        for messages in (chat, chat[1:]) if others else ():
+            with suppress(ValueError):  # not all templates know a system's turn
+                written += self.render(messages, True)
+        return {i for text, i in others.items() if text in written}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -758,7 +778,7 @@ class Tokenizer:
         end = self.names["eos_token"]
         probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [probes, words, self.specials, sorted(self.special_ids)]
+        whole = [probes, words, self.specials, sorted(self._real.values())]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
@@ -786,6 +806,10 @@ class Tokenizer:
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
         """The messages with a mark after each character of the special tokens' texts in them, so that these are told
         from the template's own; and the mark, a character that the messages do not hold."""
+        names = [self._tokens[i].content for i in self._real.values()]
+        for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
+            if found := [name for name in names if role in name]:
+                raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
         whole = json.dumps(messages, ensure_ascii=False)
         mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
         split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)
@@ -1216,16 +1240,31 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
+STORED_TYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a folder's files by name, mapped into memory: the disk is read when they are copied."""
     from safetensors import safe_open
 
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, "numpy") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
+                data = np.memmap(file, np.uint8, "r")
         except Exception as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+        first = 8 + int.from_bytes(data[:8], "little")  # 8 bytes with the length of the table, the table, the numbers
+        table = json.loads(bytes(data[8:first]))
+        table.pop("__metadata__", None)
+        for name, about in table.items():
+            if about["dtype"] not in STORED_TYPES:
+                raise ValueError(
+                    f"{file}: tensor {name} is of type {about['dtype']}, only {', '.join(STORED_TYPES)} here"
+                )
+            start, end = about["data_offsets"]
+            array = data[first + start : first + end].view(STORED_TYPES[about["dtype"]])
+            tensors[name] = array.reshape(about["shape"])
     return tensors
 
 
@@ -1235,20 +1274,19 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
-        leaf = attrgetter(ours)(shapes)
-        rows = []
-        for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
+        shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
+        filled[ours] = _aligned(shape, dtype)
+        names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
+        for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
+            place = place.T if transposed else place
             if name not in tensors:
                 raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
-            shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
-            if array.shape != (shape[::-1] if transposed else shape):
-                expected = shape[::-1] if transposed else shape
-                name = _stored_name(name)
-                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
-            rows.append((array.T if transposed else array).astype(dtype))
-        filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
-    model = jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(filled[_path(p)]), shapes)
+            if array.shape != place.shape:
+                name, needed = _stored_name(name), place.shape
+                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {needed}")
+            place[...] = array
+    model = jax.tree_util.tree_map_with_path(lambda p, _: jax.device_put(filled.pop(_path(p))), shapes)
     if score is not None:
         model = _fill_score(model, tensors, path, score)
     if tensors:
@@ -1256,12 +1294,20 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
     if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
         raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
-    head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
-    query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
+    head = jnp.array(tensors.pop("score.weight")[0], jnp.float32)
+    query = jnp.array(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
     return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
@@ -1382,7 +1428,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     about = json.loads((folder / "adapter.json").read_text())
     if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    tensors = {name: jnp.array(x) for name, x in read_tensors(folder).items()}
     adapter = Adapter({}, {})
     for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
         place, layer = name.split(".")
@@ -1469,7 +1515,11 @@ class BadRow(ValueError):
 
 
 class Unfit(BadRow):
-    """A sound row that has no place in this run: it is left out and counted."""
+    """A sound row that has no place in this run: it is left out and counted. `tokens`: a length that it would fit."""
+
+    def __init__(self, reason: str, tokens: int | None = None):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 def open_text(path):
@@ -1719,12 +1769,12 @@ def encode_row(
     if kind == "demos" and "messages" in row:
         ids, mask = encode_messages(row["messages"], tokenizer, note)
         if 1 not in mask[:max_length]:
-            raise Unfit(f"no assistant token within {max_length} tokens")
+            raise Unfit(f"no assistant token within {max_length} tokens", mask.index(1) + 1 if 1 in mask else None)
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
     if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
-        raise Unfit(f"the prompt alone fills {max_length} tokens")
+        raise Unfit(f"the prompt alone fills {max_length} tokens", max_length - room + (kind != "prompts"))
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
     sequences = []
@@ -1777,7 +1827,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 8]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1800,6 +1850,10 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
     if data.info["truncated"]:
         print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
+    long, needed = data.info["long"], data.info["needed"]
+    if long > len(data):
+        rows = f"{long:,} of {long + len(data):,} rows do not fit {max_length} tokens"
+        raise ValueError(f"{path}: {rows}; a length of {needed} keeps 90% of them (at least, where answers follow)")
     if len(data) == 0:
         raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
     return data
@@ -1807,7 +1861,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, scored, extras, row_starts, dropped, notes, truncated = [], [], [], [], Counter(), {}, 0
+    lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1821,6 +1875,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if not (skip_bad or isinstance(reason, Unfit)):
                     raise BadRow(f"{path}:{line}: {reason} (--skip-bad-rows goes on without such rows)") from None
                 dropped[str(reason)] += 1
+                long += filter(None, [getattr(reason, "tokens", None)])
                 continue
             for text in found:
                 count, first = notes.get(text, (0, line))
@@ -1846,7 +1901,9 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
     info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped), notes=notes))
+    needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
+    info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
+    write_json(folder / "info.json", info)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2775,10 +2832,18 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
     return means
 
 
-def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """(prompts, responses) of this process's `own_rows` as text; `prompts` is the batch on the host."""
-    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
-    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
+    """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
+    `rows` are the process's own, as they were written."""
+    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
+    return plain_prompts(asked, rows), said
+
+
+def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
+    """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
+    last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
+    return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
 
 
 def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
@@ -2824,6 +2889,9 @@ SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
+
+
+PATIENCE = 30  # seconds after which a log file is told how far a run is
 
 
 def progress(total=None, **options):
@@ -2990,7 +3058,10 @@ class Run:
             self.manager.wait_until_finished()
             self.close()
             why = self.stopping or "another process"
-            print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            print(
+                f"\nstopped by {why} after step {done:,}: --resume goes on from here, --resume --steps {done} makes a "
+                "model folder of it as it is", file=sys.stderr,
+            )  # fmt: skip
             raise SystemExit(1)
 
     def _check_learned(self, model):
@@ -3021,7 +3092,8 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
-        self._clock = time.perf_counter()
+        self._clock = self._said = time.perf_counter()
+        self._first = first
         try:
             for step in range(first, self.total):
                 yield step
@@ -3036,23 +3108,26 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = signal.Signals(number).name
+        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
-        now = time.perf_counter()
         if jax.process_count() > 1:
             jax.block_until_ready(metrics)  # one collective at a time: two programs' must not cross
         stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
-        self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
-        self._clock = now
+        self._pending = (step, metrics, stop, when_ready(metrics))
 
     def flush(self):
         if self._pending is None:
             return
-        (step, metrics, stop), self._pending = self._pending, None
+        (step, metrics, stop, ready), self._pending = self._pending, None
+        done = self._wait(step, ready)
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
+        self._clock = done
+        if step == self._first + 1:
+            self._estimate(metrics["seconds"])
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         if self._tracker:
@@ -3066,8 +3141,27 @@ class Run:
         self._bar.set_description(self.out.name)
         shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
         self._bar.set_postfix(shown)
-        if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
+        due = step % max(self.total // 20, 1) == 0 or step == self.total - 1 or done - self._said > PATIENCE
+        if self._bar.disable and self.main and due:
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            self._said = done
+
+    def _wait(self, step: int, ready: Future) -> float:
+        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
+        while True:
+            try:
+                return ready.result(PATIENCE)
+            except TimeoutError:
+                if self._bar.disable and self.main:
+                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+
+    def _estimate(self, seconds: float):
+        """Say what the run will take: the first step compiles, the second is like the others."""
+        left, memory = seconds * (self.total - self._first - 2), peak_memory() / 2**30
+        if self.main:
+            self._bar.write(
+                f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
+            )
 
     def _last_good(self) -> str:
         if self._saved:
@@ -3107,6 +3201,29 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
+
+
+def when_ready(tree) -> Future:
+    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    found = Future()
+
+    def wait():
+        with suppress(Exception):  # whoever reads the arrays will see it
+            jax.block_until_ready(tree)
+        found.set_result(time.perf_counter())
+
+    threading.Thread(target=wait, daemon=True).start()
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of the device's memory, or of this process on a CPU, that were in use at most."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # Unix
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fingerprint(model) -> np.ndarray:

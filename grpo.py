@@ -490,7 +490,8 @@ def main(config: Config):
             copies=K,
         )  # fmt: skip
         asked = {name: np.repeat(x, K, axis=0) for name, x in queries.items()}
-        texts, rows = gpt.own_texts(tokenizer, asked, generation), gpt.own_rows(prompts.rows(asked))
+        rows = gpt.own_rows(prompts.rows(asked))
+        texts = gpt.own_texts(tokenizer, asked, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what policy and reference say of every response token; advantages

@@ -448,7 +448,8 @@ def main(config: Config):
             sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
-        texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
+        rows = gpt.own_rows(prompts.rows(queries))
+        texts = gpt.own_texts(tokenizer, queries, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         if step == 0:  # a critic far from the scores would give all of the distance to what comes last, EOS

@@ -1,6 +1,7 @@
 """Raw preference data, demonstrations or text -> clean rows in data/NAME, split by prompt; every drop is reported.
 
     python prepare.py --data hh-rlhf/*/train.jsonl.gz --out data/hh          # then sft.py, reward.py, ppo.py, dpo.py
+    python prepare.py --data hh-rlhf/*/train.jsonl.gz --chat --out data/hh   # as messages: for a chat model's template
     python prepare.py --data hub:Anthropic/hh-rlhf --heldout-data hub:Anthropic/hh-rlhf/test --out data/hh
     python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --limit 100000 --out data/mix
     python prepare.py --data TinyStories.txt.gz --out data/stories           # documents between <|endoftext|>
@@ -79,6 +80,7 @@ class Config:
 
     max_words: int | None = 2000  # drop rows whose prompt + answer are longer (documents of text may have any length)
     truncate_words: int | None = None  # drop pairs whose sides agree in their first so many words, prompt included
+    chat: bool = False  # make messages of transcripts (HH-RLHF) and plain texts, for a model with a chat template
     clean: bool = True  # take control characters, odd blanks and blanks at the ends of lines out of the texts
     near_duplicates: bool = False  # drop rows whose 3-word shingles are 80% those of an earlier row
     skip_bad_rows: bool = False  # count rows that cannot be read instead of stopping at the first
@@ -614,6 +616,47 @@ def clean_row(row: dict, repairs: set) -> dict:
     return clean
 
 
+TURN = re.compile(f"{re.escape(HUMAN)}|{re.escape(ASSISTANT)}")
+
+
+def read_turns(transcript: str, repairs: set) -> list[dict]:
+    """The messages of a transcript; one that nobody opens is what a user says. Two turns of one speaker in a row become
+    one, since many templates want the speakers in turn."""
+    if not TURN.search(transcript):
+        return [{"role": "user", "content": transcript.strip()}]
+    before, *said = TURN.split(transcript)
+    if before.strip():
+        raise Dropped("text before the first turn")
+    messages = []
+    for opening, text in zip(TURN.findall(transcript), map(str.strip, said), strict=True):
+        role = "user" if opening == HUMAN else "assistant"
+        if not text:
+            raise Dropped("an empty turn")
+        if messages and messages[-1]["role"] == role:
+            repairs.add("two turns of one speaker joined")
+            messages[-1]["content"] += "\n\n" + text
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def to_chat(row: dict, repairs: set) -> dict:
+    """The row with messages where it has texts; its answers become the assistant's turn that follows the prompt."""
+    if "text" in row:
+        raise gpt.BadRow("--chat: a text has no turns; leave the option out, or prepare such data apart")
+    answers = {
+        name: [{"role": "assistant", "content": row[name].strip()}]
+        for name in ANSWERS
+        if isinstance(row.get(name), str)
+    }
+    if isinstance(row.get("prompt"), str):
+        opened = row["prompt"].rstrip().removesuffix(ASSISTANT)
+        answers["prompt"] = read_turns(opened, repairs)
+        if answers["prompt"][-1]["role"] == "assistant":
+            raise Dropped("the prompt ends within the assistant's turn")
+    return row | answers
+
+
 def flat(value) -> str:
     return value if isinstance(value, str) else "\n\n".join(message["content"] for message in value)
 
@@ -913,6 +956,7 @@ class Cleaner:
                 words = {field: text.split() for field, text in texts.items()}
                 turn = first_turn(row)
                 check_use(row, words, turn, self.config)
+                row = to_chat(row, repairs) if self.config.chat else row
                 gpt.check_row(row, row_kind(row, self.kind))
                 self.check_duplicates(row, texts, turn, heldout)
             except Dropped as reason:

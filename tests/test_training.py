@@ -420,7 +420,7 @@ def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, mo
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(length=40, response_length=40), "prompts.jsonl: no usable row of kind prompts"),
+        (dict(length=40, response_length=40), "prompts.jsonl: 160 of 160 rows do not fit 0 tokens"),
         (dict(normalize_with="other"), "has another tokenizer than"),
         (dict(normalize_data="nowhere.jsonl"), "no data file nowhere.jsonl"),
     ],
@@ -434,6 +434,16 @@ def test_what_scores_are_normalised_on_is_looked_at_before_training(
     monkeypatch.setattr(reward, "train_member", lambda *_: pytest.fail("trained first"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
         reward.main(replace(world.reward_config, out=tmp_path / "out", **options))
+
+
+def test_what_scores_are_normalised_on_follows_the_model_and_its_data():
+    follow = lambda **options: reward.complete(reward.Config(**options))
+    found = follow(init="mine/model", data=("a/pairs.jsonl:0.7", "b/more.jsonl:0.3"))
+    assert (found.normalize_with, found.normalize_data) == ("mine/model", "a/prompts.jsonl")
+    toys = follow()  # its base continues texts and answers nobody
+    assert (toys.normalize_with, toys.normalize_data) == ("out/sft", "data/toy/prompts.jsonl")
+    assert follow(init="x", normalize_with=None).normalize_with is None
+    assert follow(init="x", normalize_with="y", normalize_data="z.jsonl").normalize_data == "z.jsonl"
 
 
 def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():

@@ -186,6 +186,35 @@ def test_a_critics_rate_is_the_policys_where_none_is_given(world):
     assert ppo.check(settings(world, ppo, "x", lr=2e-3)).critic_lr == 2e-3
 
 
+heard = []
+
+
+def hears(prompts, responses, rows):
+    """A reward function that keeps what it is told."""
+    heard.extend(zip(prompts, responses, [row["kind"] for row in rows], strict=True))
+    return [float(len(heard)) - i for i in range(len(rows))]
+
+
+@pytest.mark.parametrize("module", [ppo, grpo])
+def test_a_reward_function_reads_what_the_user_said_last_and_not_the_templates_words(
+    world, sampled, rollouts, tmp_path, module
+):
+    turns = lambda *texts: [dict(role=role, content=x) for role, x in zip(("user", "assistant", "user"), texts)]
+    rows = [{"prompt": turns(" a  b", "c", f" {x}\n "), "kind": "chat"} for x in "abcdefgh"]
+    gpt.write_rows(tmp_path / "prompts.jsonl", rows)
+    heard.clear()
+    options = dict(group_size=2) if module is grpo else {}
+    module.main(settings(world, module, f"hears-{module.__name__}", steps=1, data=(str(tmp_path / "prompts.jsonl"),),
+                         reward=(f"{__name__}:hears",), prompt_length=16, **options))  # fmt: skip
+    told = [prompt for prompt, _, _ in heard]
+    assert (
+        len(heard) == 8 and set(told) <= {f" {x}\n " for x in "abcdefgh"} and {kind for *_, kind in heard} == {"chat"}
+    )
+    if module is grpo:
+        assert told[0::2] == told[1::2]
+    assert all(set(response.split()) <= set("abcdefgh") for _, response, _ in heard)
+
+
 @pytest.mark.parametrize("advantage", ["grpo", "rloo"])
 def test_grpo_has_groups_that_answer_one_prompt_new_ones_each_iteration(
     world, sampled, rollouts, optimizers, advantage
