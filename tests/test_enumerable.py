@@ -325,7 +325,8 @@ TEACHER = rng.normal(0, 1.5, REF_LOGITS.shape)
 VARIANTS = {
     "rloo": Variant(), "centred": Variant(advantage=1), "grpo": Variant(advantage=0), "sequence": Variant(loss=1),
     "constant": Variant(loss=2), "gspo": Variant(loss=3), "cispo": Variant(loss=4), "corrected": Variant(kl=1),
-    "uncorrected": Variant(kl=2), "hot": Variant(heat=1.5), "hot, unweighted": Variant(heat=1.5, weighted=False),
+    "uncorrected": Variant(kl=2), "centred, corrected": Variant(advantage=1, kl=1), "hot": Variant(heat=1.5),
+    "hot, unweighted": Variant(heat=1.5, weighted=False),
     "distil": Variant(kl=3, distil=1), "distil, whole": Variant(kl=3, distil=2),
 }  # fmt: skip
 
@@ -407,6 +408,15 @@ def test_with_the_kl_in_the_reward_every_variant_finds_the_optimum(family, name)
 def test_with_the_kl_in_the_loss_it_is_missed_and_by_more_without_the_ratio(family):
     """The loss sees a token's own KL, not that of the states to which the token leads."""
     assert 0.02 < gap(family["corrected"]) < gap(family["uncorrected"]) - 0.02
+
+
+def test_with_the_kl_in_the_loss_beta_means_another_price_for_each_scale_of_the_advantages(family):
+    """r - mean is (K - 1) / K of RLOO's advantage on average. In the reward that scales the KL as well; in the loss it
+    makes the KL dearer."""
+    moved = lambda name: kl(token_logprobs(family[name]).sum(-1), REF.sum(-1)).mean()
+    wanted = kl(token_logprobs(optimum().logits).sum(-1), REF.sum(-1)).mean()
+    np.testing.assert_allclose([moved("rloo"), moved("centred")], wanted, rtol=0.02)
+    assert moved("corrected") > 1.3 * max(wanted, moved("centred, corrected"))
 
 
 @pytest.mark.parametrize("name", ["distil", "distil, whole"])
