@@ -676,6 +676,7 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
@@ -706,13 +707,30 @@ class Tokenizer:
         self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
         self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
         self._library, self._tokens = library, tokens
+        kept = self.special_ids | self._turn_markers()  # no text becomes one of these
+        for i in kept - self.special_ids:
+            tokens[i].special = True
+            library.add_special_tokens([tokens[i]])
         self._prefixes = any(token in ("▁a", "Ġa", "▁") for token in first.tokens)  # begins texts with a blank
-        self._special_texts = _any_of(tokens[i].content for i in self.special_ids)
+        self._special_texts = _any_of(tokens[i].content for i in kept)
         self._end_texts = _any_of(tokens[i].content for i in self.end_ids if i in tokens)
-        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in self.special_ids}
-        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in self.special_ids])
-        self._real = {library.token_to_id(_alias(i)): i for i in self.special_ids}
+        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in kept}
+        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in kept])
+        self._real = {library.token_to_id(_alias(i)): i for i in kept}
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
+
+    def _turn_markers(self) -> set[int]:
+        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
+        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
+        closing = {text for text in self.specials if text.startswith("</")}
+        pairs = closing | {text.replace("/", "", 1) for text in closing}
+        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
+        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
+        for messages in (chat, chat[1:]) if others else ():
+            with suppress(ValueError):  # not all templates know a system's turn
+                written += self.render(messages, True)
+        return {i for text, i in others.items() if text in written}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -760,7 +778,7 @@ class Tokenizer:
         end = self.names["eos_token"]
         probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [probes, words, self.specials, sorted(self.special_ids)]
+        whole = [probes, words, self.specials, sorted(self._real.values())]
         return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
@@ -788,6 +806,10 @@ class Tokenizer:
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
         """The messages with a mark after each character of the special tokens' texts in them, so that these are told
         from the template's own; and the mark, a character that the messages do not hold."""
+        names = [self._tokens[i].content for i in self._real.values()]
+        for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
+            if found := [name for name in names if role in name]:
+                raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
         whole = json.dumps(messages, ensure_ascii=False)
         mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
         split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)
@@ -1218,16 +1240,31 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
+STORED_TYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a folder's files by name, mapped into memory: the disk is read when they are copied."""
     from safetensors import safe_open
 
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, "numpy") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
+                data = np.memmap(file, np.uint8, "r")
         except Exception as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+        first = 8 + int.from_bytes(data[:8], "little")  # 8 bytes with the length of the table, the table, the numbers
+        table = json.loads(bytes(data[8:first]))
+        table.pop("__metadata__", None)
+        for name, about in table.items():
+            if about["dtype"] not in STORED_TYPES:
+                raise ValueError(
+                    f"{file}: tensor {name} is of type {about['dtype']}, only {', '.join(STORED_TYPES)} here"
+                )
+            start, end = about["data_offsets"]
+            array = data[first + start : first + end].view(STORED_TYPES[about["dtype"]])
+            tensors[name] = array.reshape(about["shape"])
     return tensors
 
 
@@ -1237,20 +1274,19 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
-        leaf = attrgetter(ours)(shapes)
-        rows = []
-        for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
+        shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
+        filled[ours] = _aligned(shape, dtype)
+        names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
+        for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
+            place = place.T if transposed else place
             if name not in tensors:
                 raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
-            shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
-            if array.shape != (shape[::-1] if transposed else shape):
-                expected = shape[::-1] if transposed else shape
-                name = _stored_name(name)
-                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
-            rows.append((array.T if transposed else array).astype(dtype))
-        filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
-    model = jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(filled[_path(p)]), shapes)
+            if array.shape != place.shape:
+                name, needed = _stored_name(name), place.shape
+                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {needed}")
+            place[...] = array
+    model = jax.tree_util.tree_map_with_path(lambda p, _: jax.device_put(filled.pop(_path(p))), shapes)
     if score is not None:
         model = _fill_score(model, tensors, path, score)
     if tensors:
@@ -1258,12 +1294,20 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
     if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
         raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
-    head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
-    query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
+    head = jnp.array(tensors.pop("score.weight")[0], jnp.float32)
+    query = jnp.array(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
     return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
@@ -1384,7 +1428,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     about = json.loads((folder / "adapter.json").read_text())
     if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    tensors = {name: jnp.array(x) for name, x in read_tensors(folder).items()}
     adapter = Adapter({}, {})
     for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
         place, layer = name.split(".")

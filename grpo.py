@@ -20,7 +20,8 @@ What came after is a switch each; docs/grpo.md has the table of names:
                  loss-uncorrected: beta k3, as GRPO's paper has it
     --clip       low and high: 0.2 0.28 is DAPO's clip-higher
     --filter-groups  leaves out groups whose answers all score alike (DAPO)
-    --teacher    on-policy distillation (arXiv:2306.13649): the teacher's log-probs in place of reward and reference
+    --teacher    on-policy distillation (arXiv:2306.13649): the teacher's log-probs in place of reward and reference;
+                 --advantage, --beta and --missing-eos are not used then
 
 Choices where code bases disagree:
 1. k3 without rho has on average the gradient of KL(ref || policy), and misses the optimum of E[r] - beta KL(policy ||
@@ -61,9 +62,7 @@ class Config:
     out: Path = Path("out/grpo")  # run folder
     advantage: Literal["grpo", "centred", "rloo"] = "grpo"  # how an answer is compared with the others to its prompt
     loss: Literal["token", "sequence", "constant", "gspo", "cispo"] = "token"  # what is averaged, what has a ratio
-    kl: Literal["reward", "loss", "loss-uncorrected"] | None = (
-        None  # where it is paid (default: rloo reward, else loss)
-    )
+    kl: Literal["reward", "loss", "loss-uncorrected"] | None = None  # where it is paid (default: see above)
     filter_groups: bool = False  # leave out groups whose answers all score alike
     group_size: int = 4  # answers to each prompt
     steps: int = 90  # iterations of rollout and update
@@ -455,6 +454,8 @@ def check(config: Config) -> Config:
         raise ValueError(
             "--teacher goes with --kl loss (its whole distribution) or reward (its log-probs of the tokens)"
         )
+    if config.teacher and config.filter_groups:
+        raise ValueError("--teacher gives no scores by which --filter-groups could choose: leave one of them out")
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     kl = config.kl or ("reward" if config.advantage == "rloo" else "loss")
     return replace(config, lr=lr, kl=kl)

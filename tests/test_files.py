@@ -180,6 +180,24 @@ def test_a_truncated_file_is_a_clear_error(golden, tmp_path):
         gpt.load(tmp_path)
 
 
+def test_a_tensor_of_a_type_that_is_not_read_is_named(golden, tmp_path):
+    shutil.copytree(golden / "llama", tmp_path, dirs_exist_ok=True)
+    save_file(load_file(tmp_path / "model.safetensors") | {"x": np.ones(3, np.int64)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: tensor x is of type I64, only F64, F32"):
+        gpt.load(tmp_path)
+
+
+def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
+    """Nothing of it lies in the file any more, nor in memory that a training step cannot have."""
+    shutil.copytree(golden / "qwen2", tmp_path, dirs_exist_ok=True)
+    before, model = gpt.load(golden / "qwen2")[0], gpt.load(tmp_path)[0]
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # in place
+    step = jax.jit(lambda model: jax.tree.map(lambda x: 2 * x, model), donate_argnums=0)
+    assert_equal_leaves(step(step(model)), jax.tree.map(lambda x: 4 * x, before))
+    assert all(x.is_deleted() for x in jax.tree.leaves(model))
+
+
 @pytest.mark.parametrize(
     "name, change, named",
     [

@@ -1,9 +1,11 @@
 """grpo.py: advantages, losses, penalties and weights against numbers by hand, brute force and enumeration; groups."""
 
 import itertools
+import json
 from dataclasses import replace
 from functools import partial
 
+import golden_trl
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -172,6 +174,26 @@ def test_on_average_distillation_has_the_gradient_of_the_kl_to_the_teacher(x64):
     assert (grpo.distillation_advantages(z, jnp.log(teacher), 0 * one) == 0).all()
 
 
+@pytest.mark.parametrize("name", golden_trl.VARIANTS)
+def test_losses_and_gradients_are_those_of_trl(name, x64):
+    """What TRL 1.16 has for the same log-probs, to the last digits (golden_trl.py)."""
+    x = {key: jnp.asarray(value) for key, value in golden_trl.inputs().items()}
+    _, _, corrected, low, high = golden_trl.VARIANTS[name]
+    loss, mask = name.split(",")[0], x["mask"]
+    clip = (low, high - 1 if loss == "cispo" else high)
+    advantages = jnp.where(mask > 0, x["advantages"][:, None], 0.0)
+
+    def ours(new):
+        value, _ = grpo.policy_loss(new, x["old"], advantages, mask, jnp.ones(mask.shape), clip, loss)
+        k3 = grpo.kl_corrected(new, x["old"], x["ref"], mask) if corrected else grpo.kl_k3(new, x["ref"], mask)
+        return value + golden_trl.BETA * grpo.aggregate(k3, mask, loss)
+
+    value, gradient = jax.value_and_grad(ours)(x["new"])
+    wanted = json.loads(golden_trl.GOLDEN.read_text())[name]
+    np.testing.assert_allclose(value, wanted["loss"], rtol=1e-9)
+    np.testing.assert_allclose(gradient, wanted["gradient"], atol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------- on a model
 
 
@@ -224,6 +246,19 @@ def test_a_prompt_that_is_computed_once_gives_the_log_probs_of_its_copies(temper
     narrow = rollout._replace(queries=rollout.queries[:, -1:], query_mask=rollout.query_mask[:, -1:])
     logprobs = jax.jit(grpo.policy_forward, static_argnums=2)(policy, narrow, config)[0]
     np.testing.assert_allclose(logprobs * narrow.mask, plain_logprobs(policy, narrow, temperature), atol=1e-5)
+
+
+def test_a_sampler_that_is_another_model_is_weighed_by_its_own_log_probs():
+    """Half of all tokens were drawn a third more often than the policy would, the others four times less often."""
+    policy, ref, batch, generation, config = world()
+    more = np.log(np.where(np.arange(40).reshape(8, 5) % 2, 4 / 3, 1 / 4))
+    drawn = generation._replace(logprobs=generation.logprobs + more)
+    rollout, metrics = grpo.complete_rollout(policy, None, ref, batch, drawn, SCORES, config)
+    mask, often = np.asarray(rollout.mask), more.reshape(2, K, 5) > 0
+    np.testing.assert_allclose(rollout.weights, np.where(mask == 0, 1, np.where(often, 3 / 4, 2)), rtol=1e-4)
+    np.testing.assert_allclose(metrics["val/importance_capped"], (mask * ~often).sum() / mask.sum(), rtol=1e-5)
+    k3 = np.where(often, 3 / 4 - 1 - np.log(3 / 4), 4 - 1 - np.log(4)) * mask
+    np.testing.assert_allclose(metrics["val/sampler_kl"], k3.sum() / 8, rtol=1e-3)
 
 
 VARIANTS = [
@@ -333,6 +368,7 @@ def test_a_student_equal_to_its_teacher_learns_nothing_and_another_comes_nearer(
         (dict(batch_size=12), "--batch-size must be a multiple of --minibatch-size"),
         (dict(micro_batches=4), "--micro-batches x --group-size"),
         (dict(teacher="out/ppo", kl="loss-uncorrected"), "--teacher goes with --kl loss"),
+        (dict(teacher="out/ppo", filter_groups=True), "no scores by which --filter-groups could choose"),
     ],
 )
 def test_what_does_not_go_together_is_named(options, message):

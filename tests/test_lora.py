@@ -213,8 +213,10 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-@pytest.mark.parametrize("model_of", [policy, scorer])
+@pytest.mark.parametrize(
+    "name, model_of", [("gpt2", policy), ("gpt2", scorer), ("qwen3", policy), ("qwen3", scorer)]
+    + [(name, policy) for name in ("llama", "llama3", "mistral", "qwen2")],
+)  # fmt: skip
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
     model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))
     if model_of is scorer:  # what changes the head of a language model is not kept
@@ -231,7 +233,7 @@ def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, nam
     run, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "again"))
     assert run.keys() == again.keys()
     jax.tree.map(np.testing.assert_array_equal, run, again)
-    assert gpt.load_adapter(tmp_path / "run", golden / "qwen2") is None
+    assert gpt.load_adapter(tmp_path / "run", golden / "llama_bias") is None
     assert gpt.load_adapter(golden / name, golden / name) is None  # a folder without one
 
 

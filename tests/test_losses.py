@@ -796,6 +796,15 @@ def test_importance_weights_multiply_each_tokens_loss(x64):
     np.testing.assert_allclose(loss, -(2 * 1 + 2 * 2 + 6 / 3) / 3)
 
 
+def test_a_sampler_that_is_another_model_is_weighed_by_its_own_log_probs():
+    """It drew every token a third more often than the policy would."""
+    state, ref, batch, generation, config = world()
+    drawn = generation._replace(logprobs=generation.logprobs + np.log(4 / 3).astype(np.float32))
+    rollout, metrics = ppo.complete_rollout(state, None, ref, batch, drawn, SCORES, config)
+    np.testing.assert_allclose(rollout.weights, np.where(rollout.mask == 0, 1, 3 / 4), rtol=1e-4)
+    assert metrics["val/importance_capped"] == 0 and metrics["val/decode_ratio_off"] == 1
+
+
 # ---------------------------------------------------------------------------------------------------- ppo.py, scores
 
 
