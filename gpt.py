@@ -3108,7 +3108,8 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = signal.Signals(number).name
-        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
+        # not `print`: the signal may have come while stderr is written to
+        os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
