@@ -3105,10 +3105,12 @@ class Run:
             self.close()
 
     def _ask_to_stop(self, number, frame):
+        # not `print`: the signal may have come while stderr is written to
         if self.stopping:
-            raise KeyboardInterrupt
+            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
         self.stopping = signal.Signals(number).name
-        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
+        os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
