@@ -37,7 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -341,34 +341,35 @@ class ScoreModel(eqx.Module):
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
-    pool: str = eqx.field(static=True, default="last")  # last: the last real token. mean, attention: over all of them
+    pool: str = eqx.field(static=True, default="last")  # last real token; mean, attention: over all; answer: its mean
     suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
 
     def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
-        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array, answer=None) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side;
+        `answer` (B, T) is 1 on those of the answer."""
         T = real.shape[1]
         if self.pool == "last":
             last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = real.astype(jnp.float32)
+        weights = (answer if self.pool == "answer" else real).astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
             weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False, answer=None) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real, answer)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
     """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
-    if pool not in ("last", "mean", "attention"):
-        raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
+    if pool not in ("last", "mean", "attention", "answer"):
+        raise ValueError(f"unknown pooling {pool!r}: last, mean, attention or answer")
     D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
@@ -464,10 +465,10 @@ class SamplerState(NamedTuple):
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "B Q"],
+    prompts: Int[Array, "P Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -475,21 +476,22 @@ def generate(
     ends: tuple[int, ...],
     pad: int = 0,
     temperature: float = 1.0,
+    copies: int = 1,
     rows=None,
 ) -> Generation:
-    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until one of the tokens `ends` or
-    `max_new_tokens`.
+    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
+    together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
     so that a row's text does not depend on how rows are batched or on how many devices there are.
     """
-    B, Q = prompts.shape
-    T = max_new_tokens
+    (P, Q), T = prompts.shape, max_new_tokens
+    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
-    lengths = prompt_mask.sum(1)
+    lengths = each(prompt_mask.sum(1))
     # Adapters are merged where nothing is lost by it. A step of training moves a weight by less than bf16 can tell, so
     # that in bf16 a merged policy would not be the one that is scored.
     fold = merge if jax.tree.leaves(model)[0].dtype == jnp.float32 else lambda layer: layer
@@ -528,11 +530,11 @@ def generate(
         mask=jnp.zeros((B, T), jnp.int32),
         logprobs=jnp.zeros((B, T), jnp.float32),
         done=jnp.zeros(B, bool),
-        visible=jnp.pad(prompt_mask > 0, ((0, 0), (0, T))),
-        caches=caches,
+        visible=jnp.pad(each(prompt_mask) > 0, ((0, 0), (0, T))),
+        caches=jax.tree.map(each, caches),
     )
     unfinished = lambda state: (state.t < T) & ~state.done.all()
-    end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
+    end = lax.while_loop(unfinished, step, draw(start, each(hidden[:, -1])))
     return Generation(end.tokens, end.mask, end.logprobs)
 
 
@@ -603,7 +605,8 @@ def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
     the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+    answer = real & (jnp.arange(tokens.shape[1]) >= prompts.shape[1])
+    return map_chunks(lambda rows: model(*rows[:2], answer=rows[2]), (tokens, real.astype(jnp.int32), answer), chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1510,7 +1513,11 @@ class BadRow(ValueError):
 
 
 class Unfit(BadRow):
-    """A sound row that has no place in this run: it is left out and counted."""
+    """A sound row that has no place in this run: it is left out and counted. `tokens`: a length that it would fit."""
+
+    def __init__(self, reason: str, tokens: int | None = None):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 def open_text(path):
@@ -1760,12 +1767,12 @@ def encode_row(
     if kind == "demos" and "messages" in row:
         ids, mask = encode_messages(row["messages"], tokenizer, note)
         if 1 not in mask[:max_length]:
-            raise Unfit(f"no assistant token within {max_length} tokens")
+            raise Unfit(f"no assistant token within {max_length} tokens", mask.index(1) + 1 if 1 in mask else None)
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
     if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
-        raise Unfit(f"the prompt alone fills {max_length} tokens")
+        raise Unfit(f"the prompt alone fills {max_length} tokens", max_length - room + (kind != "prompts"))
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
     sequences = []
@@ -1818,7 +1825,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 8]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1841,6 +1848,10 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
     if data.info["truncated"]:
         print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
+    long, needed = data.info["long"], data.info["needed"]
+    if long > len(data):
+        rows = f"{long:,} of {long + len(data):,} rows do not fit {max_length} tokens"
+        raise ValueError(f"{path}: {rows}; a length of {needed} keeps 90% of them (at least, where answers follow)")
     if len(data) == 0:
         raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
     return data
@@ -1848,7 +1859,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, scored, extras, row_starts, dropped, notes, truncated = [], [], [], [], Counter(), {}, 0
+    lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1862,6 +1873,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if not (skip_bad or isinstance(reason, Unfit)):
                     raise BadRow(f"{path}:{line}: {reason} (--skip-bad-rows goes on without such rows)") from None
                 dropped[str(reason)] += 1
+                long += filter(None, [getattr(reason, "tokens", None)])
                 continue
             for text in found:
                 count, first = notes.get(text, (0, line))
@@ -1887,7 +1899,9 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
     info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped), notes=notes))
+    needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
+    info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
+    write_json(folder / "info.json", info)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2816,10 +2830,18 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
     return means
 
 
-def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """(prompts, responses) of this process's `own_rows` as text; `prompts` is the batch on the host."""
-    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
-    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
+    """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
+    `rows` are the process's own, as they were written."""
+    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
+    return plain_prompts(asked, rows), said
+
+
+def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
+    """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
+    last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
+    return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
 
 
 def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
@@ -2839,12 +2861,6 @@ class Watch:
         length = metrics["response_length"]
         self.first_length = self.first_length or length
         self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        no_price = metrics.get("val/below_missing_eos", 0) > 0.5
-        price = (
-            "raise --missing-eos: most scores are below minus that, so it costs nothing not to end"
-            if no_price
-            else ("raise --response-length, or --missing-eos, which is what it costs not to end (None: nothing)")
-        )
         moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
         faults = {
             "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
@@ -2852,7 +2868,8 @@ class Watch:
             "shrank": (length < 0.4 * self.first_length, moved),
             "grew": (length > 2.5 * self.first_length, moved),
             "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, f"most responses do not end: {price}"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
+                    "--missing-eos, which is what it costs not to end (None: nothing)"),
             "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
                         "tokens each that their text does not show: look at what the reward pays for them"),
         }  # fmt: skip
@@ -2870,6 +2887,9 @@ SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
+
+
+PATIENCE = 30  # seconds after which a log file is told how far a run is
 
 
 def progress(total=None, **options):
@@ -3036,7 +3056,10 @@ class Run:
             self.manager.wait_until_finished()
             self.close()
             why = self.stopping or "another process"
-            print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            print(
+                f"\nstopped by {why} after step {done:,}: --resume goes on from here, --resume --steps {done} makes a "
+                "model folder of it as it is", file=sys.stderr,
+            )  # fmt: skip
             raise SystemExit(1)
 
     def _check_learned(self, model):
@@ -3067,7 +3090,8 @@ class Run:
         main_thread = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
-        self._clock = time.perf_counter()
+        self._clock = self._said = time.perf_counter()
+        self._first = first
         try:
             for step in range(first, self.total):
                 yield step
@@ -3082,23 +3106,26 @@ class Run:
         if self.stopping:
             raise KeyboardInterrupt
         self.stopping = signal.Signals(number).name
+        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
-        now = time.perf_counter()
         if jax.process_count() > 1:
             jax.block_until_ready(metrics)  # one collective at a time: two programs' must not cross
         stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
-        self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
-        self._clock = now
+        self._pending = (step, metrics, stop, when_ready(metrics))
 
     def flush(self):
         if self._pending is None:
             return
-        (step, metrics, stop), self._pending = self._pending, None
+        (step, metrics, stop, ready), self._pending = self._pending, None
+        done = self._wait(step, ready)
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
+        self._clock = done
+        if step == self._first + 1:
+            self._estimate(metrics["seconds"])
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         if self._tracker:
@@ -3112,8 +3139,27 @@ class Run:
         self._bar.set_description(self.out.name)
         shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
         self._bar.set_postfix(shown)
-        if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
+        due = step % max(self.total // 20, 1) == 0 or step == self.total - 1 or done - self._said > PATIENCE
+        if self._bar.disable and self.main and due:
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            self._said = done
+
+    def _wait(self, step: int, ready: Future) -> float:
+        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
+        while True:
+            try:
+                return ready.result(PATIENCE)
+            except TimeoutError:
+                if self._bar.disable and self.main:
+                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+
+    def _estimate(self, seconds: float):
+        """Say what the run will take: the first step compiles, the second is like the others."""
+        left, memory = seconds * (self.total - self._first - 2), peak_memory() / 2**30
+        if self.main:
+            self._bar.write(
+                f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
+            )
 
     def _last_good(self) -> str:
         if self._saved:
@@ -3153,6 +3199,29 @@ class Run:
             self._manager.wait_until_finished()
         if getattr(self, "_log", None):
             self._log.close()
+
+
+def when_ready(tree) -> Future:
+    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    found = Future()
+
+    def wait():
+        with suppress(Exception):  # whoever reads the arrays will see it
+            jax.block_until_ready(tree)
+        found.set_result(time.perf_counter())
+
+    threading.Thread(target=wait, daemon=True).start()
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of the device's memory, or of this process on a CPU, that were in use at most."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # Unix
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def fingerprint(model) -> np.ndarray:

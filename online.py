@@ -154,9 +154,9 @@ def sample(policy, tokenizer, prompts: gpt.Batches, batch, key, config: Config) 
         )  # fmt: skip
         answers.append(gpt.to_numpy((out.tokens, out.mask)))
     responses, mask = map(np.concatenate, zip(*answers))
-    texts = tokenizer.decode_rows(queries, query_mask), tokenizer.decode_rows(responses, mask)
     rows = [row for row in prompts.rows(batch) for _ in range(config.candidates)]
-    return Rollout(queries, query_mask, responses, mask, *texts, rows)
+    asked = gpt.plain_prompts(tokenizer.decode_rows(queries, query_mask), rows)
+    return Rollout(queries, query_mask, responses, mask, asked, tokenizer.decode_rows(responses, mask), rows)
 
 
 def is_usable(ids, text: str, tokenizer, keep_truncated: bool) -> bool:

@@ -1037,10 +1037,34 @@ def test_truncated_answers_have_no_eos(plain, tmp_path, capsys):
 
 
 def test_rows_without_room_are_left_out_and_counted(plain, tmp_path, capsys):
-    rows = [{"prompt": " ".join(WORDS), "completion": " a"}] * 2 + [{"prompt": "a", "completion": " b"}]
+    rows = [{"prompt": " ".join(WORDS), "completion": " a"}] * 2 + [{"prompt": "a", "completion": " b"}] * 2
     data = gpt.token_data(write_rows(tmp_path / "demos.jsonl", rows), "demos", plain, 8)
-    assert len(data) == 1
+    assert len(data) == 2
     assert "2 rows left out: the prompt alone fills 8 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["prompts", "demos", "messages", "pairs"])
+def test_a_run_stops_where_most_rows_do_not_fit_and_names_the_length_that_keeps_nine_of_ten(
+    chatml, tmp_path, capsys, kind
+):
+    say = lambda n: [{"role": "user", "content": "a " * n}]
+    answer = [{"role": "assistant", "content": "b"}]
+    make = {
+        "prompts": lambda n: {"prompt": say(n)},
+        "demos": lambda n: {"prompt": say(n), "completion": answer},
+        "messages": lambda n: {"messages": say(n) + answer},
+        "pairs": lambda n: {"prompt": say(n), "chosen": answer, "rejected": [{"role": "assistant", "content": "c"}]},
+    }[kind]
+    kind = "demos" if kind == "messages" else kind
+    path = write_rows(tmp_path / "rows.jsonl", [make(10 * n) for n in range(1, 21)])
+    read = lambda length: gpt.token_data(path, kind, chatml, length)
+    for _ in range(2):  # also where the tokens are cached
+        with pytest.raises(
+            ValueError, match="rows.jsonl: 1[0-9] of 20 rows do not fit 60 tokens; a length of "
+        ) as error:
+            read(60)
+    length = int(str(error.value).partition("a length of ")[2].split()[0])
+    assert len(read(length)) in (18, 19) and len(read(length - 1)) < len(read(length))
 
 
 def test_both_sides_of_a_pair_share_the_prompts_ids(chatml, tmp_path):

@@ -529,7 +529,8 @@ def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkey
     asked, ask = [], grpo.score_responses
     monkeypatch.setattr(grpo, "score_responses", lambda *args: asked.append(args[3]) or ask(*args))
     plan = vars(ppo_options(world, f"grpo-{rank}", steps=2, lora_rank=rank))
-    grpo.main(grpo.Config(**{name: plan[name] for name in plan.keys() & vars(grpo.Config())}, group_size=4))
+    plan = {name: plan[name] for name in (plan.keys() & vars(grpo.Config())) - {"clip"}}
+    grpo.main(grpo.Config(**plan, group_size=4))
     steps = log(world / f"grpo-{rank}")
     assert all(row["val/ratio_first"] == 1 for row in steps) and steps[-1]["objective/kl_exact"] > 1e-7
     prompts, answers = asked[0]
@@ -537,12 +538,6 @@ def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkey
     assert all(len(set(prompts[i : i + 4])) == 1 < len(set(answers[i : i + 4])) for i in range(0, 16, 4))
     model, _ = gpt.load(world / f"grpo-{rank}")
     assert isinstance(model, gpt.GPT)
-
-
-@pytest.mark.parametrize("size, message", [(1, "--group-size is 2 or more"), (3, "--batch-size a multiple of it")])
-def test_groups_that_do_not_fit_are_named(size, message):
-    with pytest.raises(ValueError, match=message):
-        grpo.main(grpo.Config(group_size=size, batch_size=16, minibatch_size=8))
 
 
 # a student of a reward model ------------------------------------------------------------------------------------------
