@@ -720,17 +720,15 @@ class Tokenizer:
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
 
     def _turn_markers(self) -> set[int]:
-        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
-        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
-        closing = {text for text in self.specials if text.startswith("</")}
-        pairs = closing | {text.replace("/", "", 1) for text in closing}
-        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
-        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        """Added tokens that the template writes around turns, also those that the files do not call special (R1's
+        <｜User｜>). What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
         chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
-        for messages in (chat, chat[1:]) if others else ():
+        for messages in (chat, chat[1:]) if {*self.specials.values()} - self.special_ids else ():
             with suppress(ValueError):  # not all templates know a system's turn
                 written += self.render(messages, True)
-        return {i for text, i in others.items() if text in written}
+        closing = {text for text in self.specials if text.startswith("</")}
+        single = self.specials.keys() - closing - {text.replace("/", "", 1) for text in closing}
+        return {self.specials[x] for x in single if x in written and re.fullmatch(r"<.+>|\[.+\]", x)}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
