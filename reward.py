@@ -89,7 +89,6 @@ class Config:
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 class State(NamedTuple):
