@@ -717,17 +717,15 @@ class Tokenizer:
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
 
     def _turn_markers(self) -> set[int]:
-        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
-        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
-        closing = {text for text in self.specials if text.startswith("</")}
-        pairs = closing | {text.replace("/", "", 1) for text in closing}
-        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
-        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        """Added tokens that the template writes around turns, also those that the files do not call special (R1's
+        <｜User｜>). What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
         chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
-        for messages in (chat, chat[1:]) if others else ():
+        for messages in (chat, chat[1:]) if {*self.specials.values()} - self.special_ids else ():
             with suppress(ValueError):  # not all templates know a system's turn
                 written += self.render(messages, True)
-        return {i for text, i in others.items() if text in written}
+        closing = {text for text in self.specials if text.startswith("</")}
+        single = self.specials.keys() - closing - {text.replace("/", "", 1) for text in closing}
+        return {self.specials[x] for x in single if x in written and re.fullmatch(r"<.+>|\[.+\]", x)}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -3085,10 +3083,12 @@ class Run:
             self.close()
 
     def _ask_to_stop(self, number, frame):
+        # not `print`: the signal may have come while stderr is written to
         if self.stopping:
-            raise KeyboardInterrupt
+            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
         self.stopping = signal.Signals(number).name
-        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
+        os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
