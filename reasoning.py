@@ -2,8 +2,8 @@
 
     pip install reasoning-gym                                    # or: pip install ".[tasks]"
     python reasoning.py --tasks chain_sum spell_backward         # writes data/reasoning: prompts, and held-out ones
-    python grpo.py     --init models/smollm2 --data data/reasoning/prompts.jsonl --reward reasoning:score ...
-    python evaluate.py --models models/smollm2 out/grpo --data data/reasoning/prompts-heldout.jsonl \
+    python grpo.py     --init models/mine --data data/reasoning/prompts.jsonl --reward reasoning:score ...
+    python evaluate.py --models models/mine out/grpo --data data/reasoning/prompts-heldout.jsonl \
         --judge reasoning:judge ...
 
 A row is the puzzle, {"question", "answer", "metadata"}, with a "prompt" that asks for the result inside <answer> tags
