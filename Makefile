@@ -7,11 +7,12 @@
 # make principles         which principle of the constitution moves which behaviour (after make rlaif)
 # make rewards            heads, losses and ensembles of the reward model beside each other
 # make overoptimization   PPO against a reward model that is too weak, and what cures it
+# make family             RLOO, GRPO and what came after, and distillation, beside PPO
 # make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo real people rlaif principles rewards overoptimization frontier test newest lint requirements clean
+.PHONY: demo real people rlaif principles rewards overoptimization family frontier test newest lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -157,6 +158,23 @@ overoptimization: .venv/done
 	$(PY) evaluate.py --models out/sft $(CHASES) --out out/overoptimization --seed $(SEED)
 	$(PY) tools/plot.py out/overoptimization
 	$(PY) tools/plot.py overoptimization $(CHASES) --out out/overoptimization
+
+# The critic-free family at PPO's samples, and three students of the PPO policy at equal tokens.
+FAMILY = $(PY) grpo.py --seed $(SEED) --overwrite --out out/family
+family: .venv/done
+	$(FAMILY)/rloo --advantage rloo
+	$(FAMILY)/grpo-plain --kl loss-uncorrected
+	$(FAMILY)/grpo
+	$(FAMILY)/grpo-reward --kl reward
+	$(FAMILY)/dr-grpo --advantage centred --loss constant
+	$(FAMILY)/dapo --clip 0.2 0.28 --filter-groups
+	$(FAMILY)/sequence --loss sequence
+	$(FAMILY)/gspo --loss gspo --clip 0.01 0.01
+	$(FAMILY)/cispo --loss cispo
+	$(FAMILY)/distilled --teacher out/ppo
+	$(FAMILY)/distilled-reward --teacher out/ppo --kl reward
+	$(PY) evaluate.py --models out/sft out/ppo out/family/* --out out/family-report --seed $(SEED)
+	$(PY) tools/plot.py out/family-report
 
 FRONTIER = --seed $(SEED) --overwrite --out out/frontier
 frontier: .venv/done

@@ -658,19 +658,16 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-
 PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
     r"{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
     r"{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
     r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
-
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
@@ -687,7 +684,7 @@ class Tokenizer:
     or a data set holds, never does. Added tokens that are not special (<think>) are text like any other."""
 
     def __init__(self, library, settings: dict, files=None, ends=(), folder="", encode=None):
-        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a quicker way to its ids."""
+        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a faster way to its ids."""
         _name_special(library, settings, ends)
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
@@ -720,17 +717,15 @@ class Tokenizer:
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
 
     def _turn_markers(self) -> set[int]:
-        """Added tokens that the files do not call special, and that the template writes around turns (R1's <｜User｜>).
-        What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
-        closing = {text for text in self.specials if text.startswith("</")}
-        pairs = closing | {text.replace("/", "", 1) for text in closing}
-        single = [text for text in self.specials.keys() - pairs if re.fullmatch(r"<.+>|\[.+\]", text)]
-        others = {text: i for text in single if (i := self.specials[text]) not in self.special_ids}
+        """Added tokens that the template writes around turns, also those that the files do not call special (R1's
+        <｜User｜>). What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
         chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
-        for messages in (chat, chat[1:]) if others else ():
+        for messages in (chat, chat[1:]) if {*self.specials.values()} - self.special_ids else ():
             with suppress(ValueError):  # not all templates know a system's turn
                 written += self.render(messages, True)
-        return {i for text, i in others.items() if text in written}
+        closing = {text for text in self.specials if text.startswith("</")}
+        single = self.specials.keys() - closing - {text.replace("/", "", 1) for text in closing}
+        return {self.specials[x] for x in single if x in written and re.fullmatch(r"<.+>|\[.+\]", x)}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -804,8 +799,8 @@ class Tokenizer:
             raise ValueError(f"{where}; mend it, or take it out of the folder") from None
 
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """The messages with a mark after each character of the special tokens' texts in them, so that these are told
-        from the template's own; and the mark, a character that the messages do not hold."""
+        """(messages, mark): the messages with a mark, a character that they do not hold, after each character of what
+        reads like a special token. `reveal` tells by it what a person wrote from what the template wrote."""
         names = [self._tokens[i].content for i in self._real.values()]
         for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
             if found := [name for name in names if role in name]:
@@ -820,15 +815,15 @@ class Tokenizer:
         return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
 
     def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a text that the template wrote of hidden messages. `before`: what it wrote before this text."""
+        """Ids of a text that the template made of messages that `hide` marked. `before`: what it wrote before it."""
         token = re.search(rf"({self._special_texts.pattern})\Z", before)
         after = before and (self._aliased(token[0]) if token else "\n")
         return self.encode(self._aliased(text).replace(mark, ""), after=after)
 
     def turn(self, messages: list[dict]) -> tuple[str, str]:
-        """What the template writes up to the opening of the last message's turn, and what it then writes of that
-        message, up to the token that ends the turn. Where it writes a turn otherwise than it opens one (thoughts), the
-        message's content as it is."""
+        """(opened, said) of the last message: the template's text up to where the message begins, and the message as
+        the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
+        finished one in another (they cut its thoughts): there `said` is the bare content."""
         opened, whole = self.render(messages[:-1], True), self.render(messages, False)
         said = whole.removeprefix(opened) if whole.startswith(opened) else messages[-1]["content"]
         end = self._end_texts.search(said)
@@ -857,8 +852,8 @@ def _token_text(token) -> str | None:
 
 
 def _name_special(library, settings: dict, ends):
-    """Special are the tokens that the folder's settings name, and its ends where they are added tokens. A name that the
-    vocabulary does not know is passed over: the model has no row for it."""
+    """Make special the tokens that the folder's settings name, and the added tokens among its ends. A name that is not
+    in the vocabulary is passed over: the model has no row for it."""
     import tokenizers
 
     if not settings.get("eos_token") and ends:  # a folder may name it by id only
@@ -942,7 +937,7 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _read_tokenizer_json(raw: bytes, settings: dict, path: Path):
-    """A `tokenizer.json` as the library reads it that wrote it."""
+    """`tokenizer.json` as the tokenizers library reads it, changed where transformers goes by the settings instead."""
     import tokenizers
 
     try:
@@ -1004,7 +999,7 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
 
 
 def check_reference(tokenizer: Tokenizer, init, ref):
-    """--ref and --init must read the same ids."""
+    """ValueError unless --ref has the tokenizer of --init."""
     try:
         check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
     except ValueError as error:
@@ -1076,7 +1071,6 @@ SHARED_DEFAULTS = dict(
     tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 
-
 HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configuration classes of transformers 5.24 say
     "gpt2": dict(
         n_embd=768, n_layer=12, n_head=12, n_inner=None, n_positions=1024, vocab_size=50257, layer_norm_epsilon=1e-5,
@@ -1093,6 +1087,12 @@ HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configu
     "qwen3": SHARED_DEFAULTS | dict(head_dim=128, sliding_window=4096, max_window_layers=28),
 }  # fmt: skip
 
+COMPUTED = {  # settings of config.json that change what a model computes: the values that are computed here
+    "quantization_config": (None,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "rope_type": ("default", "llama3"),
+}  # fmt: skip
+
 
 def config_from_hf(hf: dict, path="config.json") -> Config:
     """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters). What it leaves
@@ -1103,15 +1103,11 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         why = " (norms, activation and local attention of its own)" if str(family).startswith("gemma") else ""
         raise ValueError(f"{path}: model_type {family!r}{why} is not computed here, only {', '.join(HF_DEFAULTS)}")
     hf = HF_DEFAULTS[family] | hf
-    _refuse(path, hf, quantization_config=(None,))
-    return _gpt2_config(hf, path) if family == "gpt2" else _rotary_config(hf, path)
+    _refuse_unknown(path, hf)
+    return _gpt2_config(hf) if family == "gpt2" else _rotary_config(hf, path)
 
 
-def _gpt2_config(hf: dict, path) -> Config:
-    _refuse(
-        path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
-    )  # fmt: skip
+def _gpt2_config(hf: dict) -> Config:
     heads, dim = hf["n_head"], hf["n_embd"]
     return Config(
         vocab_size=hf["vocab_size"], context=hf["n_positions"], layers=hf["n_layer"], heads=heads, dim=dim,
@@ -1125,10 +1121,7 @@ def _rotary_config(hf: dict, path) -> Config:
     family, heads, dim = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"]
     rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported (only default, llama3)")
-    _refuse(path, hf, hidden_act=("silu", "swish"), partial_rotary_factor=(1.0, None))
-    _refuse(path, rope, partial_rotary_factor=(1.0, None))
+    _refuse_unknown(path, rope | {"rope_type": kind})
     if family != "llama":  # which knows no windows
         _refuse_windows(hf, path)
     original = hf.get("original_max_position_embeddings") or rope.get(ROPE_SCALING[-1], hf["max_position_embeddings"])
@@ -1164,10 +1157,11 @@ def _refuse_windows(hf: dict, path):
         )
 
 
-def _refuse(path, hf, **allowed):
-    for key, values in allowed.items():
-        if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} = {hf[key]!r:.60} is not supported (only {', '.join(map(str, values))})")
+def _refuse_unknown(path, settings: dict):
+    for name, values in COMPUTED.items():
+        if settings.get(name, values[0]) not in values:
+            only = ", ".join(map(str, values))
+            raise ValueError(f"{path}: {name} = {settings[name]!r:.60} is not supported (only {only})")
 
 
 def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
@@ -1494,7 +1488,6 @@ KINDS = {
     "prompts": "{prompt}",
 }
 
-
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
     "text": ["text"],
@@ -1505,9 +1498,8 @@ NEEDED = {  # the texts of a row that training reads; demonstrations may be {mes
 }
 
 
-# Keys that change what a row means and that training does not read: `prepare.py` maps them, or refuses them as well.
-MEANING = ("kto_tag", "system", "history", "tools", "images")
-MESSAGE_MEANING = ("tool_calls", "function_call")
+# Keys of rows and messages that change what they mean and that training does not read.
+MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
 
 
 class BadRow(ValueError):
@@ -1531,20 +1523,23 @@ def open_text(path):
     return opener(path, "rt", encoding="utf-8-sig")  # the mark that some editors put in front is not part of the text
 
 
+def numbered_lines(path):
+    """(number, line) of the lines of a text file that are not blank."""
+    with open_text(path) as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
 def read_rows(path, kind: str, skip_bad: bool = False):
     """Yield (line number, checked row) of a JSONL file. A bad line stops with file, line and reason; with `skip_bad` it
     is counted and the count printed."""
     bad = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield from ((number, row) for row in check_row(parse_json(line), kind))
-            except BadRow as error:
-                if not skip_bad:
-                    raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
-                bad.append(f"{number}: {error}")
+    for number, line in numbered_lines(path):
+        try:
+            yield from ((number, row) for row in check_row(parse_json(line), kind))
+        except BadRow as error:
+            if not skip_bad:
+                raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
+            bad.append(f"{number}: {error}")
     if bad:
         print(f"{path}: {len(bad):,} bad rows skipped, for example line {bad[0]}", file=sys.stderr)
 
@@ -1561,11 +1556,12 @@ def parse_json(line: str) -> dict:
     return row
 
 
-def refuse_keys(values: dict, names, why: str):
-    """BadRow if one of the names has a value that says something."""
-    for name in names:
+def refuse_meaning(values: dict):
+    """BadRow if one of the keys `MEANING` of a row or a message has a value that says something."""
+    for name in MEANING:
         if values.get(name) not in (None, "", [], {}, "[]"):
-            raise BadRow(f"`{name}` changes what a row means{why}")
+            why = "and training does not read it: `prepare.py` maps it, or says why it cannot"
+            raise BadRow(f"`{name}` changes what a row means, {why}")
 
 
 def check_row(row: dict, kind: str) -> list[dict]:
@@ -1577,7 +1573,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
         _check_text(row, name)
     if kind in ("demos", "pairs", "thumbs"):
-        refuse_keys(row, MEANING, ", and training does not read it: `prepare.py` maps it, or says why it cannot")
+        refuse_meaning(row)
         if kind == "demos" and row.get("weight") not in (None, 1):
             raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
@@ -1619,7 +1615,7 @@ def _check_text(row: dict, name: str):
     if not any(message["content"].strip() for message in messages):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
-        refuse_keys(message, MESSAGE_MEANING, ", and tool use is not trained here")
+        refuse_meaning(message)
         if (answer or name == "messages") and message.get("weight") not in (None, 1):
             raise BadRow("messages have no `weight` here: `prepare.py` makes rows of what counts")
 
@@ -1639,21 +1635,18 @@ def find_kind(data, kinds, skip_bad: bool = False) -> str:
     """The first of `kinds` that the data's first row belongs to, or with `skip_bad` the first row that belongs to one;
     BadRow with the reason if there is none."""
     path, reason = parse_sources(data)[0][0], None
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            reasons = []
-            for kind in kinds:
-                try:
-                    check_row(parse_json(line), kind)
-                    return kind
-                except BadRow as error:
-                    reasons.append(str(error))
-            # of a kind whose keys the row has, if there is one
-            reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
-            if not skip_bad:
-                break
+    for number, line in numbered_lines(path):
+        reasons = []
+        for kind in kinds:
+            try:
+                check_row(parse_json(line), kind)
+                return kind
+            except BadRow as error:
+                reasons.append(str(error))
+        # of a kind whose keys the row has, if there is one
+        reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
+        if not skip_bad:
+            break
     known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
     raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
 
@@ -1797,7 +1790,7 @@ class TokenData:
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())
-        self.folder, self.kind, self.sides, self.info = folder, info["kind"], info["sides"], info
+        self.folder, self.sides, self.info = folder, info["sides"], info
         self.tokens = np.memmap(folder / "tokens.bin", info["dtype"], "r")
         self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
@@ -1827,7 +1820,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 8]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 9]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1844,22 +1837,15 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     data = TokenData(folder)
-    for reason, count in data.info["dropped"].items():
-        print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
-    for text, (count, line) in data.info["notes"].items():
-        print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
-    if data.info["truncated"]:
-        print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
-    long, needed = data.info["long"], data.info["needed"]
-    if long > len(data):
-        rows = f"{long:,} of {long + len(data):,} rows do not fit {max_length} tokens"
-        raise ValueError(f"{path}: {rows}; a length of {needed} keeps 90% of them (at least, where answers follow)")
-    if len(data) == 0:
-        raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
+    for text in data.info["messages"]:
+        print(f"{path}: {text}", file=sys.stderr)
+    if data.info["fault"]:
+        raise ValueError(f"{path}: {data.info['fault']}")
     return data
 
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
+    """Tokenise the rows of `path` one by one into the files that `TokenData` reads."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
     lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
@@ -1900,9 +1886,15 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     if not lengths:
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
-    info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    needed = int(np.quantile([0] * len(row_starts) + long + [0], 0.9, method="higher"))
-    info |= dict(truncated=truncated, dropped=dict(dropped), notes=notes, long=len(long), needed=needed)
+    messages = [f"{count:,} rows left out: {reason}" for reason, count in dropped.items()]
+    messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
+    messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
+    fault = None if row_starts else f"no usable row of kind {kind} ({KINDS[kind]})"
+    if len(long) > len(row_starts):
+        needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
+        fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
+        fault += f"{needed} keeps 90% of them (at least, where answers follow)"
+    info = dict(sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, messages=messages, fault=fault)
     write_json(folder / "info.json", info)
 
 
@@ -1917,7 +1909,7 @@ class Batches:
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
     little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
-    What is trained on asks for its steps with `plan`, which sees to it that there are batches.
+    Training calls `plan` first, which makes the batch smaller where there are fewer rows than it takes.
     """
 
     WINDOW = 50
@@ -1950,16 +1942,13 @@ class Batches:
         """How many steps a run takes: `steps`, or one epoch. Where there are fewer rows than --batch-size, the batch
         becomes all of them, or as many as devices and micro-batches can share. Prompts are refused instead: how many
         a rollout has decides the sizes of what follows."""
-        if steps is not None and steps < 1:
-            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
         rows, asked = sum(self.counts), self.batch_size
         if rows < asked and self.kind == "prompts":
             raise ValueError(
                 f"{rows:,} prompts in {', '.join(self.hashes)}, and a batch takes {asked:,}: lower --batch-size"
             )
         if rows < asked:
-            mesh = jax.sharding.get_mesh()
-            devices = jax.device_count() if mesh.empty else mesh.shape["data"]
+            devices = data_devices()
             shares = math.lcm(devices, jax.process_count(), micro_batches)
             self.batch_size = rows // shares * shares
             if not self.batch_size:
@@ -2019,30 +2008,6 @@ class Batches:
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
-    def _split_prompts(self, batch: dict) -> dict:
-        """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
-        to `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, since there the first token of the
-        answer is predicted.
-
-            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                               c z            0 1
-        """
-        ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T) twice, (B, 2)
-        forks = np.maximum(mask[:, 0].argmax(-1) - 1, 0)  # tokens of each prefix
-        sizes = zip((forks.max(), (real - forks[:, None]).max()), self.longest)
-        P, T = (bucket(size, longest, multiple=16) for size, longest in sizes)
-        B = len(ids)
-        prefix, prefix_mask = np.full((B, P), self.pad, np.int32), np.zeros((B, P), np.int32)
-        out = {name: np.zeros((B, 2, T), np.int32) for name in ("mask", "segments")}
-        out["tokens"] = np.full((B, 2, T), self.pad, np.int32)
-        for i, fork in enumerate(forks):
-            prefix[i, :fork], prefix_mask[i, :fork] = ids[i, 0, :fork], 1
-            for side, n in enumerate(real[i]):
-                out["tokens"][i, side, : n - fork] = ids[i, side, fork:n]
-                out["mask"][i, side, : n - fork] = mask[i, side, fork:n]
-                out["segments"][i, side, : n - fork] = 1
-        return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
-
     def _sort_keys(self, data: TokenData) -> np.ndarray:
         """(rows,): rows of similar keys need little padding beside each other. The key is a row's length; where prompts
         are split off, the width of the prompt and then the longer answer, because these are padded separately."""
@@ -2055,26 +2020,36 @@ class Batches:
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         if self.kind == "text":
             return self._packed(picks)
-        batch = self._padded(picks)
-        return self._split_prompts(batch) if self.longest else batch
-
-    def _padded(self, picks):
-        sides, left = self.sets[0].sides, self.kind == "prompts"
-        if left:
-            width = max(int(data.lengths.max()) for data in self.sets)
+        sides = self.sets[0].sides
+        rows = [self.sets[source].sequence(row, side) for source, row in picks for side in range(sides)]
+        if self.longest:
+            batch = self._split_prompts(rows)
+        elif self.kind == "prompts":
+            batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
         else:
-            width = bucket(max(self.sets[source].lengths[row].max() for source, row in picks), self.length)
-        tokens = np.full((len(picks), sides, width), self.pad, np.int32)
-        mask, segments = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.int32)
-        for i, (source, row) in enumerate(picks):
-            for side in range(sides):
-                ids, scored = self.sets[source].sequence(row, side)
-                place = slice(width - len(ids), width) if left else slice(0, len(ids))
-                tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
-        batch = dict(tokens=tokens, mask=mask, segments=segments)
-        batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
+            batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
+        if sides > 1:
+            batch |= {x: batch[x].reshape(len(picks), sides, -1) for x in ("tokens", "mask", "segments")}
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
+
+    def _split_prompts(self, rows) -> dict:
+        """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
+        `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, (2 B, T), since there the first token of
+        the answer is predicted.
+
+            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                               c z            0 1
+        """
+        forks = [max(int(mask.argmax()) - 1, 0) for _, mask in rows[::2]]  # tokens of each prefix
+        prefixes = [(ids[:fork], mask[:fork]) for (ids, mask), fork in zip(rows[::2], forks)]
+        rows = [(ids[fork:], mask[fork:]) for (ids, mask), fork in zip(rows, np.repeat(forks, 2))]
+        widths = [
+            bucket(max(len(ids) for ids, _ in part), longest, multiple=16)
+            for part, longest in zip((prefixes, rows), self.longest)
+        ]
+        prefix = pad_rows(prefixes, widths[0], self.pad)
+        return pad_rows(rows, widths[1], self.pad) | dict(prefix=prefix["tokens"], prefix_mask=prefix["segments"])
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -2090,6 +2065,17 @@ class Batches:
                 mask[i, at] = 0  # a document's first token has nothing before it to predict it from
                 at += size
         return dict(tokens=tokens, mask=mask, segments=segments)
+
+
+def pad_rows(rows, width: int, pad: int, left: bool = False) -> dict[str, np.ndarray]:
+    """tokens, mask and segments (N, width) of N rows (ids, mask), padded on the right, or on the left."""
+    batch = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "mask", "segments")}
+    batch["tokens"] += pad
+    for i, (ids, mask) in enumerate(rows):
+        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        for name, value in zip(batch, (ids, mask, 1)):
+            batch[name][i, place] = value
+    return batch
 
 
 def prompt_sizes(data: TokenData) -> np.ndarray:
@@ -2313,7 +2299,8 @@ def barrier(name: str):
 
 @contextmanager
 def first_process_first(name: str):
-    """`with` this the first process runs the block before all others: they find on disk what it wrote."""
+    """with first_process_first(name): the first process runs the block before all others, which then find on disk what
+    it wrote."""
     if jax.process_index() > 0:
         barrier(name)
     yield
@@ -2328,20 +2315,24 @@ def any_process(flag: bool):
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
 
 
+def data_devices() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_count() if mesh.empty else mesh.shape["data"]
+
+
 def check_batch_size(batch_size: int, name="--batch-size"):
     if batch_size < 1:
         raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
-    mesh = jax.sharding.get_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.shape["data"]
-    for n, what in ((devices, "devices that share its rows"), (jax.process_count(), "processes")):
+    for n, what in ((data_devices(), "devices that share its rows"), (jax.process_count(), "processes")):
         if batch_size % n:
             raise ValueError(f"{name} {batch_size} is not divisible by the {n} {what}")
 
 
 def device_note() -> str:
-    mesh, count = jax.sharding.get_mesh(), jax.device_count()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
+    count, rows = jax.device_count(), data_devices()
+    split = f" ({rows} x {count // rows} tensor)" if rows < count else ""
+    return f"{count} x {jax.devices()[0].device_kind}{split}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2475,8 +2466,8 @@ logprobs_of_logits.defvjp(
 
 def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
     """The first index at which the running sum of p, which need not add up to 1, exceeds u times its total. It is found
-    among the sums of blocks first and then inside one block: on a CPU one long running sum, or Gumbel noise for every
-    entry, takes several times as long."""
+    among the sums of blocks first and then inside one block: with 50,257 words on a CPU, one long running sum takes 1.5
+    to 2 times as long, and Gumbel noise for every entry 20 times."""
     (B, V), block = p.shape, 256
     blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
 
@@ -2519,7 +2510,7 @@ def has_flash_attention(q, k) -> bool:
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
     """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
 
-    Each n rows, one after the other, continue the same prefix, which is computed once, and do not see each other. A row
+    Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
     is one document: its `segments` are 1, and 0 on padding.
     """
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
@@ -2597,21 +2588,12 @@ def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final
     return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
 
 
-def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8):
+def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
     """AdamW on the global gradient clipped to norm `clip`. Weight decay acts on the matrices of linear layers alone.
     They are found by name, because a stacked norm scale has two axes as well."""
     decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
-    adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    adam = optax.adamw(learning_rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
-
-
-def at_step(opt_state, step: int):
-    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: PPO
-    may skip the rest of a rollout's minibatches, and its rate still ends where it should."""
-    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
-    at = lambda count: place(np.asarray(step, count.dtype), count.sharding)
-    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
-    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
 
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
@@ -2668,7 +2650,6 @@ class Adapter(eqx.Module):
 
 
 LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
-
 
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
@@ -2920,8 +2901,8 @@ def cli(main, config_class, description: str):
 
 
 def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):
-    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names).
-    Never one that another of a script's `settings` names: --init and --out may be the same folder by mistake."""
+    """Refuse a run folder in use, or with `overwrite` delete in it what runs write, and `more` (patterns of names). An
+    error where another of a script's `settings` names the folder too: --init would be deleted before it is read."""
     out = Path(out)
     for name, value in settings.items() if overwrite else ():
         named = [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]
@@ -2957,16 +2938,14 @@ class Run:
 
     def __init__(
         self, hashes: dict, notes: dict | None = None, *, steps: int, out, seed: int, resume: bool = False,
-        overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
+        overwrite: bool = False, save_every: int = 100, **settings,
     ):  # fmt: skip
         if steps < 1:
-            raise ValueError(f"{steps} steps: a run takes one step at least")
-        self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
+            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
+        self.total, self.out, self.resume, self.save_every = steps, Path(out), resume, save_every
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
-        if settings.get("epochs", 1) < 1:
-            raise ValueError(f"--epochs {settings['epochs']}: a rollout is learned from once at least")
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -3085,7 +3064,6 @@ class Run:
     def steps(self, first: int):
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
-        self._tracker = start_tracker(self.track, self.out, self.info) if self.main else None
         self._bar = progress(
             total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
         )
@@ -3105,10 +3083,12 @@ class Run:
             self.close()
 
     def _ask_to_stop(self, number, frame):
+        # not `print`: the signal may have come while stderr is written to
         if self.stopping:
-            raise KeyboardInterrupt
+            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
         self.stopping = signal.Signals(number).name
-        print(f"\n{self.stopping}: this step is ended and saved; a second one stops at once", file=sys.stderr)
+        os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
@@ -3130,12 +3110,11 @@ class Run:
             self._estimate(metrics["seconds"])
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
-        if self._tracker:
-            self._tracker(metrics, step)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
+            good = f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {good} "
                 "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
@@ -3162,11 +3141,6 @@ class Run:
             self._bar.write(
                 f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
             )
-
-    def _last_good(self) -> str:
-        if self._saved:
-            return f"The last good state is in {self.out}/checkpoint."
-        return "Nothing was saved yet (--save-every)."
 
     def sample(self, step: int, **record):
         """Keep a sample in samples.jsonl and show it."""
@@ -3237,20 +3211,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")  # a line cut short by a kill
-
-
-def start_tracker(kind: str | None, out: Path, info: dict):
-    """log(metrics, step) of --track wandb, tensorboard or trackio; None without."""
-    if not kind:
-        return None
-    try:
-        if kind == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(str(out / "tensorboard"))
-            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
-        tracker = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[kind])
-    except ImportError as error:
-        raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
-    tracker.init(project="rlhf", name=out.name, config=info)
-    return lambda metrics, step: tracker.log(metrics, step=step)

@@ -87,7 +87,6 @@ class Config:
     seed: int = 0
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
 
 
 CAP = 2.0  # of importance weights
@@ -450,6 +449,8 @@ def check(config: Config) -> Config:
             "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches x --group-size"
         )
     gpt.check_batch_size(config.minibatch_size // K, "--minibatch-size / --group-size")
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     if config.teacher and config.kl == "loss-uncorrected":
         raise ValueError(
             "--teacher goes with --kl loss (its whole distribution) or reward (its log-probs of the tokens)"

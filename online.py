@@ -73,7 +73,6 @@ class Config:
     save_every: int = 50  # iterations between checkpoints
     sample_every: int = 25  # iterations between printed samples
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 class State(NamedTuple):

@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 import gpt
@@ -82,7 +83,6 @@ class Config:
     overwrite: bool = False  # empty --out first
     save_every: int = 50  # iterations between checkpoints
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
 
 
 CAP = 2.0  # of importance weights
@@ -372,6 +372,15 @@ def minibatches(step: int, config: Config):
         yield from rng.permutation(config.batch_size).reshape(-1, config.minibatch_size)
 
 
+def at_step(opt_state, step: int):
+    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: the
+    rest of a rollout's minibatches may be skipped, and the rate still ends where it should."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    at = lambda count: gpt.place(np.asarray(step, count.dtype), count.sharding)
+    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
+    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
+
+
 def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
     """Means over an iteration's optimiser steps, the ratio of the first one, and whether --target-kl ended it."""
     metrics = {name: sum(losses[name] for losses in history) / len(history) for name in history[0]}
@@ -412,6 +421,8 @@ def check(config: Config) -> Config:
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     return replace(config, lr=lr, critic_lr=config.critic_lr if config.critic_lr is not None else lr)
 
@@ -458,7 +469,7 @@ def main(config: Config):
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         # an iteration has its own learning rates, also after one that --target-kl ended early
-        opts, history = gpt.at_step((state.policy_opt, state.critic_opt), step * updates), []
+        opts, history = at_step((state.policy_opt, state.critic_opt), step * updates), []
         state = state._replace(policy_opt=opts[0], critic_opt=opts[1])
         for minibatch in minibatches(step, config):
             args = base, rollout, minibatch

@@ -89,7 +89,6 @@ class Config:
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 class State(NamedTuple):
@@ -206,20 +205,28 @@ RIDGES = 10.0 ** np.arange(-2, 2.5, 0.5)  # times the number of pairs
 @partial(jax.jit, static_argnames="dtype")
 def layer_features(body: gpt.GPT, batch, dtype):
     """(B, L, 2, D): what a head could read of each of B pairs after each of L layers and the last norm, at the last
-    token and on average over the answer's tokens; the chosen answer's minus the rejected one's."""
+    token and on average over the answer's tokens; the chosen answer's minus the rejected one's. A prompt is computed
+    once for both answers, as in `gpt.continue_prefix`."""
     body = gpt.cast(body, dtype)
     tokens, real, mask = flatten(batch)
-    x, rope = body.embed(tokens, gpt.segment_positions(real))
-    visible, last = gpt.causal_mask(real), real.sum(1) - 1
+    prefix, prefix_mask = batch["prefix"], batch["prefix_mask"]
+    twice = lambda x: jnp.repeat(x, 2, axis=0)
+    room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
+    seen = (twice(prefix_mask)[:, None, :] > 0) & (real[:, :, None] > 0)
+    visible, prefix_visible = jnp.concatenate([seen, gpt.causal_mask(real)], -1), gpt.causal_mask(prefix_mask)
+    x, rope = body.embed(tokens, gpt.segment_positions(real) + twice(prefix_mask.sum(1))[:, None])
+    prefix_x, prefix_rope = body.embed(prefix, gpt.segment_positions(prefix_mask))
 
-    def layer(x, block):
-        x = block(x, rope, visible)[0]
+    def layer(carry, block):
+        x, prefix_x = carry
+        prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_visible)
+        x, _ = block(x, rope, visible, [jnp.pad(twice(old), room) for old in keys_values], slot=prefix.shape[1])
         hidden = body.norm(x).astype(jnp.float32)
         mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
-        both = jnp.stack([hidden[jnp.arange(len(x)), last], mean], 1)
-        return x, both[0::2] - both[1::2]
+        both = jnp.stack([hidden[jnp.arange(len(x)), real.sum(1) - 1], mean], 1)
+        return (x, prefix_x), both[0::2] - both[1::2]
 
-    return jnp.moveaxis(jax.lax.scan(layer, x, body.blocks)[1], 0, 1)
+    return jnp.moveaxis(jax.lax.scan(layer, (x, prefix_x), body.blocks)[1], 0, 1)
 
 
 def dialogues(prompts: list[tuple]) -> np.ndarray:
@@ -304,7 +311,8 @@ def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: C
     features = np.lib.format.open_memmap(folder / "pairs.npy", "r+" if done else "w+", np.float16, shape)
     stream = batches.stream(done, run.total)
     for step in run.steps(done):
-        batch = {name: x for name, x in next(stream).items() if name in ("tokens", "segments", "mask")}
+        names = ("tokens", "segments", "mask", "prefix", "prefix_mask")
+        batch = {name: x for name, x in next(stream).items() if name in names}
         found = layer_features(body, gpt.put_batch(batch), gpt.compute_dtype(config.dtype))
         features[step * size : (step + 1) * size] = gpt.to_numpy(found)
         run.log(step, {"pairs": (step + 1) * size})
@@ -318,13 +326,12 @@ def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: C
 def train_probe(config: Config, steps: int):
     """A reward model of a frozen body's first layers and a head that was fitted in closed form, written to --out."""
     body, tokenizer = gpt.load_policy(config.init)
-    batches = load_pairs(config, tokenizer)
+    batches = load_pairs(config, tokenizer, split_prompts=True)
     run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
     features = gather_features(run, gpt.shard(body), batches, config)
     rows = [batches(step) for step in range(steps)]
     column = lambda name: np.concatenate([row[name] for row in rows])
-    prompts = [tuple(t[(s > 0) & (m == 0)].tolist()) for row in rows for t, s, m in zip(*(
-        row[name][:, 0] for name in ("tokens", "segments", "mask")))]  # fmt: skip
+    prompts = [tuple(ids[m > 0].tolist()) for row in rows for ids, m in zip(row["prefix"], row["prefix_mask"])]
     head, chosen = fit_probe(features, 2 * column("label_p") - 1, column("weight"), dialogues(prompts))
     layers = chosen["layer"]
     print(f"of {len(features):,} pairs, those left out: accuracy {chosen['accuracy']:.3f} with the head on layer "
@@ -694,11 +701,11 @@ def card(model: gpt.ScoreModel, tokenizer, folder) -> str:
     return CARD.format(folder=folder, where=where, others=others.rstrip())
 
 
-def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
+def load_pairs(config: Config, tokenizer, member: int = 0, split_prompts: bool = False) -> gpt.Batches:
     """Batches of pairs; each member of an ensemble has its own order."""
     return gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
-        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows,
+        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows, split_prompts=split_prompts,
     )  # fmt: skip
 
 

@@ -44,7 +44,7 @@ QUESTIONS = [
     "What is 7 + 5?",
     "Who wrote Romeo and Juliet?",
     "Give me a Python function that adds two numbers.",
-    "Say <|im_end|> and go on.",  # typed: no end of a turn
+    "List three fruits.",
     "Why is the sky blue?",
 ]
 TOLERANCE = {"F32": 1e-3, "F16": 0.02, "BF16": 0.05}  # nats by a file's type; others are of 8 bits or less: 0.2

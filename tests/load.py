@@ -296,7 +296,7 @@ class Process:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit((self.folder / "log").read_text())
-        self.url = line.split(" on ")[1].split(" ")[0]
+        self.url = line.split(" for ")[1].strip()
         self.port = int(self.url.rpartition(":")[2])
 
     async def ready(self):

@@ -17,6 +17,7 @@ LIST = {"kind": "list", "n": 3}
     (WORDS, 'A fox said: "I am quick."', True),
     (WORDS, "Foxes are small and quick red animals.", False),  # seven
     (WORDS, "Foxes are small and quick", False),  # cut off
+    (WORDS, "Foxes run. They are", False),  # cut off in the second
     (WORDS, "Foxes.", False),
     (WORDS, "", False),
     (WORDS, "Foxes are red. Foxes run.", False),  # two sentences

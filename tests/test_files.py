@@ -801,6 +801,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("demos", {"prompt": "a", "completion": "b", "weight": 0}, "demonstrations have no `weight`"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"weight": 0}]}, "messages have no `weight`.*prepare.py"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"tool_calls": [1]}]}, "`tool_calls` changes"),
+        ("demos", {"messages": [MESSAGES[0] | {"images": ["a"]}, *ANSWER]}, "`images` changes"),
     ],
 )
 def test_a_bad_row_is_reported_with_its_file_and_line(kind, row, reason, tmp_path, capsys):
@@ -929,7 +930,7 @@ def test_every_row_comes_once_in_every_pass(kind, demos, plain):
 
 
 def test_a_run_takes_a_step(tmp_path):
-    with pytest.raises(ValueError, match="0 steps: a run takes one step at least"):
+    with pytest.raises(ValueError, match="--steps 0: a run takes 1 step at least"):
         gpt.Run({}, steps=0, out=tmp_path / "run", seed=0)
     assert not (tmp_path / "run").exists()
 

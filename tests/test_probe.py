@@ -99,8 +99,8 @@ def test_a_probe_is_a_reward_model_of_fewer_layers_that_every_script_reads(probe
 def test_features_are_what_the_model_says_and_are_computed_once(probe, monkeypatch, capsys):
     folder, config, tokenizer = probe
     features = np.load(folder / "out" / "features" / "pairs.npy")
-    batches = reward.load_pairs(config, tokenizer)
-    batch, (body, _) = batches(0), gpt.load_policy(config.init)
+    order = reward.load_pairs(config, tokenizer, split_prompts=True)(0)["index"]
+    batch, (body, _) = reward.load_pairs(config, tokenizer)._padded(order), gpt.load_policy(config.init)
     for pool, name in enumerate(reward.PROBE_POOLS):
         for unit in (0, 9):  # a head that reads one feature of the last layer
             model = gpt.ScoreModel(body, jnp.eye(16)[unit], None, jnp.zeros(()), name)
