@@ -1,6 +1,6 @@
 """Tasks that a program can check, from reasoning-gym: its puzzles as prompts, its scorers as a reward.
 
-    pip install reasoning-gym                                    # or: pip install ".[tasks]"
+    pip install reasoning-gym
     python reasoning.py --tasks chain_sum spell_backward         # writes data/reasoning: prompts, and held-out ones
     python grpo.py     --init models/mine --data data/reasoning/prompts.jsonl --reward reasoning:score ...
     python evaluate.py --models models/mine out/grpo --data data/reasoning/prompts-heldout.jsonl \
