@@ -202,6 +202,9 @@ class Client:
         answer = await self.whole(store=True, n=2)
         if answer is None:
             return
+        texts = [choice["message"]["content"].split() for choice in answer["choices"]]
+        if not all(texts) or texts[0] == texts[1]:  # such a vote would teach nothing, and is refused
+            return
         a, b = (choice["generation_id"] for choice in answer["choices"])
         for _ in range(self.random.choice([1, 1, 2])):  # some change their mind
             pair = self.random.random() < 0.5
