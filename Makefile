@@ -55,7 +55,7 @@ ADAPT = --init $M --lora-rank 8 --dtype $(REAL_DTYPE) --overwrite
 ASKED = --data data/checks/prompts.jsonl --monitor checks:strict --prompt-length 72 --response-length 40
 CHECK = $(ADAPT) $(ASKED) --steps $(REAL_STEPS) --temperature 0.7 --missing-eos 0 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05
-REPORT = --ref $M --dtype $(REAL_DTYPE) --temperature 0.7 --batch-size 80
+REPORT = --ref $M --dtype $(REAL_DTYPE) --temperature 0.7 --length 256
 real: $M/config.json
 	$(PY) checks.py
 	$(PY) prepare.py --data README.md docs/scale.md docs/loop.md --kind text --heldout 0 --out data/prose --overwrite
@@ -66,7 +66,7 @@ real: $M/config.json
 	$(PY) online.py $(ADAPT) $(ASKED) --reward checks:reward --steps $(REAL_STEPS) --batch-size 12 --candidates 4 \
 	  --lr 5e-4 --warmup 0 --out out/real/online
 	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/real/rloo-,$(REAL_SEEDS)) $(addprefix out/real/,chance ppo online) \
-	  --data data/checks/prompts-heldout.jsonl --prompt-length 72 --response-length 40 --samples 160 \
+	  --data data/checks/prompts-heldout.jsonl --prompt-length 72 --response-length 40 --samples 160 --batch-size 40 \
 	  --judge checks:strict --reward checks:reward --best-of 4 --perplexity data/prose/text.jsonl --out out/real/report
 	$(PY) tools/plot.py out/real/report
 	@echo "Side by side, and votes: $(PY) serve.py --model $M out/real/rloo-$(firstword $(REAL_SEEDS))"

@@ -733,8 +733,8 @@ class Tokenizer:
         text = self._aliased(text) if special else text
         if not (after and text and (self._prefixes or SECRET in after)):
             return self._read(text)
-        before, both = self._read(after), self._read(after + text)
-        return both[len(before) :] if both[: len(before)] == before else self._read(text)
+        before, joint = self._read(after), self._read(after + text)
+        return joint[len(before) :] if joint[: len(before)] == before else self._read(text)
 
     def _read(self, text: str) -> list[int]:
         ids = self._encode(text) if text else []
@@ -773,8 +773,8 @@ class Tokenizer:
         end = self.names["eos_token"]
         probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [probes, words, self.specials, sorted(self._real.values())]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        facts = [probes, words, self.specials, sorted(self._real.values())]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a conversation; `reply` opens the assistant's next turn."""
@@ -805,8 +805,8 @@ class Tokenizer:
         for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
             if found := [name for name in names if role in name]:
                 raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
-        whole = json.dumps(messages, ensure_ascii=False)
-        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
+        said = json.dumps(messages, ensure_ascii=False)
+        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in said)
         split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)
         return _map_texts(messages, split), mark
 
@@ -824,8 +824,8 @@ class Tokenizer:
         """(opened, said) of the last message: the template's text up to where the message begins, and the message as
         the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
         finished one in another (they cut its thoughts): there `said` is the bare content."""
-        opened, whole = self.render(messages[:-1], True), self.render(messages, False)
-        said = whole.removeprefix(opened) if whole.startswith(opened) else messages[-1]["content"]
+        opened, finished = self.render(messages[:-1], True), self.render(messages, False)
+        said = finished.removeprefix(opened) if finished.startswith(opened) else messages[-1]["content"]
         end = self._end_texts.search(said)
         return opened, said[: end.end()] if end else said
 
@@ -1734,8 +1734,8 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
             ids, scored, done = ids + prompt + answer, scored + [0] * len(prompt) + [1] * len(answer), opened + said
-    whole = _ended(ids, tokenizer)
-    return whole, (scored + [1])[: len(whole)]
+    ids = _ended(ids, tokenizer)
+    return ids, (scored + [1])[: len(ids)]
 
 
 def truncated_sides(row: dict) -> list:
@@ -2109,10 +2109,10 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
     rows, rests = [], []
     for document, length in enumerate(lengths):
-        whole = int(length) // size * size
-        rows += [[(document, start, size)] for start in range(0, whole, size)]
-        if length - whole >= 2:
-            rests.append((document, whole, int(length) - whole))
+        end = int(length) // size * size  # of the rows that the document fills alone
+        rows += [[(document, start, size)] for start in range(0, end, size)]
+        if length - end >= 2:
+            rests.append((document, end, int(length) - end))
     order = np.random.default_rng(seed).permutation(len(rests))
     for begin in range(0, len(order), window):
         open_rows = []  # (room left, index of the row), sorted
@@ -2263,14 +2263,14 @@ def put_batch(batch: dict) -> dict:
 def to_numpy(tree):
     """Every array of the tree on this host, whole, also where other processes hold parts of it."""
 
-    def whole(array):
+    def collect(array):
         if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
             from jax.experimental.multihost_utils import process_allgather
 
             return process_allgather(array, tiled=True)
         return jax.device_get(array)
 
-    return jax.tree.map(lambda x: np.asarray(whole(x)), tree)
+    return jax.tree.map(lambda x: np.asarray(collect(x)), tree)
 
 
 def own_rows(rows):

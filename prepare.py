@@ -958,7 +958,7 @@ class Cleaner:
                 check_use(row, words, turn, self.config)
                 row = to_chat(row, repairs) if self.config.chat else row
                 gpt.check_row(row, row_kind(row, self.kind))
-                self.check_duplicates(row, texts, turn, heldout)
+                self.check_duplicates(row, texts, turn, heldout, vote=str(row["id"]) if is_votes(name) else "")
             except Dropped as reason:
                 self.report.count("dropped", str(reason), where, row)
                 continue
@@ -986,14 +986,19 @@ class Cleaner:
             found.append("holds a chat template's markers, which are read as letters")
         return found
 
-    def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool):
+    def check_duplicates(self, row: dict, texts: dict, turn: str, heldout: bool, vote: str = ""):
+        """Raise Dropped for what was there before. The same vote of two people, or of one on two answers that happen to
+        be alike, counts twice: nine against one are a majority. `vote` is its id."""
         if heldout:
             self.heldout_turns.add(key_of(turn))
         elif self.config.heldout_data and key_of(turn) in self.heldout_turns:
             raise Dropped("its prompt is in the held-out data")
-        if not self.seen.add(key_of("row", str(row.get("label")), *texts.values())):
+        fresh = self.seen.add(key_of("row", str(row.get("label")), *texts.values()))
+        if vote:
+            fresh = self.seen.add(key_of("vote", vote, str(row.get("label")), *texts.values()))
+        if not fresh:
             raise Dropped("exact duplicate")
-        if self.near and not self.near.add(near_text(row)):
+        if self.near and not vote and not self.near.add(near_text(row)):
             raise Dropped("near duplicate")
 
 

@@ -1,9 +1,9 @@
 """Tasks that a program can check, from reasoning-gym: its puzzles as prompts, its scorers as a reward.
 
-    pip install reasoning-gym                                    # or: pip install ".[tasks]"
+    pip install reasoning-gym
     python reasoning.py --tasks chain_sum spell_backward         # writes data/reasoning: prompts, and held-out ones
-    python grpo.py     --init models/smollm2 --data data/reasoning/prompts.jsonl --reward reasoning:score ...
-    python evaluate.py --models models/smollm2 out/grpo --data data/reasoning/prompts-heldout.jsonl \
+    python grpo.py     --init models/mine --data data/reasoning/prompts.jsonl --reward reasoning:score ...
+    python evaluate.py --models models/mine out/grpo --data data/reasoning/prompts-heldout.jsonl \
         --judge reasoning:judge ...
 
 A row is the puzzle, {"question", "answer", "metadata"}, with a "prompt" that asks for the result inside <answer> tags

@@ -1162,7 +1162,9 @@ class Sampling(Unsupported, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    store: bool | None = None  # log the answers, so that they can be voted on
+    store: bool | Literal["on_vote"] | None = (
+        None  # keep the answers, so that they can be voted on; see `log_generation`
+    )
     metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     best_of: Any = None
 
@@ -1625,13 +1627,14 @@ AS_ANSWER = (  # in JSON: to a chat a message, of a text its continuation
     "iif(json_type(prompt_messages) = 'array', json_array(json_object('role', 'assistant', 'content', {0})), "
     "json_quote({0}))"
 )
-
 # votes: one row for each vote whose giver lets us use it, with the texts that it is about (completion_b of an edit is
-# the edited text) and `dropped`, the reason why it teaches nothing, or NULL. A cut answer has another finish than stop:
-# the cut may be what the vote is about.
+# the edited text) and `dropped`, the reason why it teaches nothing, or NULL. `cut_a` and `cut_b`: the answer was ended
+# by its limit (finish length), not by the model.
 #
 # training_rows: what each vote teaches, `row` in JSON, of `kind` pairs or thumbs. Of a pair the side a or b is chosen;
-# an edit is chosen over the original; both_bad is two thumbs down (number 1 and 2). A dropped vote has one row.
+# an edit is chosen over the original; both_bad is two thumbs down (number 1 and 2). A dropped vote has one row. Answers
+# that were cut are named in the row's `truncated`, so that no end token is learnt where the model wrote none. Each vote
+# has rows of its own: nine votes against one are nine rows against one.
 VIEWS = f"""
 BEGIN IMMEDIATE;
 DROP VIEW IF EXISTS training_rows;
@@ -1641,14 +1644,16 @@ CREATE VIEW votes AS
 SELECT *, CASE
     WHEN superseded_by IS NOT NULL THEN 'changed later'
     WHEN value = 'tie' THEN 'a tie'
-    WHEN ifnull(finish_a, 'stop') <> 'stop' OR ifnull(finish_b, 'stop') <> 'stop' THEN 'an answer was cut off'
+    WHEN ifnull(finish_a, 'stop') NOT IN ('stop', 'length') OR ifnull(finish_b, 'stop') NOT IN ('stop', 'length')
+      THEN 'an answer was broken off'
     WHEN trim(completion_a, char({BLANKS})) = '' OR trim(completion_b, char({BLANKS})) = '' THEN 'an empty answer'
     WHEN completion_a = completion_b THEN 'equal answers'
     WHEN json_type(prompt_messages, '$[0]') = 'integer' THEN 'a prompt of token ids'
   END AS dropped
 FROM (
   SELECT f.*, a.prompt_messages, a.completion AS completion_a, a.finish_reason AS finish_a, a.model_id AS model_a,
-    a.checkpoint_sha256 AS checkpoint_a,
+    a.checkpoint_sha256 AS checkpoint_a, ifnull(a.finish_reason = 'length', 0) AS cut_a,
+    ifnull(b.finish_reason = 'length', 0) AS cut_b,
     iif(f.value = 'edited', ifnull(f.edited_text, ''), b.completion) AS completion_b, b.finish_reason AS finish_b,
     b.model_id AS model_b, b.checkpoint_sha256 AS checkpoint_b
   FROM feedback f JOIN generation a ON a.id = f.generation_a LEFT JOIN generation b ON b.id = f.generation_b
@@ -1656,19 +1661,24 @@ FROM (
 
 CREATE VIEW training_rows AS
 WITH answers AS (
-  SELECT *, {AS_ANSWER.format("completion_a")} AS answer_a, {AS_ANSWER.format("completion_b")} AS answer_b FROM votes)
+  SELECT *, {AS_ANSWER.format("completion_a")} AS answer_a, {AS_ANSWER.format("completion_b")} AS answer_b FROM votes),
+taught AS (
 SELECT id, created_at, 1 AS number, dropped, 'pairs' AS kind, json_object('prompt', json(prompt_messages), 'id', id,
     'chosen', json(iif(value = 'a', answer_a, answer_b)),
-    'rejected', json(iif(value = 'a', answer_b, answer_a))) AS row
+    'rejected', json(iif(value = 'a', answer_b, answer_a))) AS row,
+    CASE WHEN cut_a AND cut_b THEN '["chosen", "rejected"]' WHEN iif(value = 'a', cut_a, cut_b) THEN '["chosen"]'
+      WHEN cut_a OR cut_b THEN '["rejected"]' END AS cut
   FROM answers WHERE value IN ('a', 'b', 'tie', 'edited')
 UNION ALL
 SELECT id, created_at, 1, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
-    'completion', json(answer_a), 'label', json(iif(value = 'up', 'true', 'false')))
+    'completion', json(answer_a), 'label', json(iif(value = 'up', 'true', 'false'))), iif(cut_a, '["completion"]', NULL)
   FROM answers WHERE value IN ('up', 'down', 'both_bad')
 UNION ALL
 SELECT id, created_at, 2, dropped, 'thumbs', json_object('prompt', json(prompt_messages), 'id', id,
-    'completion', json(answer_b), 'label', json('false'))
-  FROM answers WHERE value = 'both_bad' AND dropped IS NULL;
+    'completion', json(answer_b), 'label', json('false')), iif(cut_b, '["completion"]', NULL)
+  FROM answers WHERE value = 'both_bad' AND dropped IS NULL)
+SELECT id, created_at, number, dropped, kind, iif(cut IS NULL, row, json_set(row, '$.truncated', json(cut))) AS row
+  FROM taught;
 COMMIT;
 """
 
@@ -1780,8 +1790,13 @@ def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
     )  # fmt: skip
 
 
-def add_vote(connection, vote: FeedbackRequest) -> dict:
-    """Store a vote. An earlier vote of the same person on the same answers stays, marked as superseded by it."""
+def add_vote(connection, vote: FeedbackRequest, held: list[dict] = ()) -> dict:
+    """Store a vote, and the rows `held` of answers that were kept in memory until now. An earlier vote of the same
+    person on the same answers stays, marked as superseded by it. A vote that would teach nothing is refused: the view
+    `votes` says why. A tie is none, but it is an answer to the question."""
+    for row in held:
+        if not connection.execute("SELECT 1 FROM generation WHERE id = ?", (row["id"],)).fetchone():
+            insert(connection, "generation", row)
     found = {}
     for name in ("generation_a", "generation_b"):
         wanted = getattr(vote, name)
@@ -1802,6 +1817,12 @@ def add_vote(connection, vote: FeedbackRequest) -> dict:
     if live:
         connection.execute("UPDATE feedback SET superseded_by = ? WHERE id = ?", (row["id"], live["id"]))
     insert(connection, "feedback", row)
+    read = connection.execute("SELECT dropped, completion_a, completion_b FROM votes WHERE id = ?", (row["id"],))
+    for dropped, a, b in read:
+        if dropped is None and b is not None and a.split() == b.split():
+            dropped = "equal answers"
+        if dropped not in (None, "a tie"):
+            raise ApiError(400, f"not stored, since this vote would teach nothing: {dropped}", code="teaches_nothing")
     return {"id": row["id"], "superseded": live and live["id"]}
 
 
@@ -1844,13 +1865,28 @@ def purge_session(connection, session_id: str) -> dict:
     return {"session_id": session_id, "generations": generations.rowcount, "feedback": votes.rowcount}
 
 
-def count_votes(connection) -> tuple[dict, bool]:
-    """Votes of each kind that were not changed later; whether they hold a pair to train on."""
-    query = "SELECT kind, count(*) FROM votes WHERE superseded_by IS NULL GROUP BY kind"
-    counts = dict(tuple(row) for row in connection.execute(query))
-    query = "SELECT EXISTS (SELECT 1 FROM training_rows WHERE kind = 'pairs' AND dropped IS NULL)"
-    (pairs,) = connection.execute(query).fetchone()
-    return {name + "s": counts.get(name, 0) for name in ("pair", "thumb", "edit")}, bool(pairs)
+def count_votes(connection) -> dict:
+    """What there is to learn: training rows from blind pairs, from corrections (edits) and from single answers
+    (thumbs; `both_bad` is two); how many votes teach nothing, for each reason; the tokens of the longest of these rows;
+    the longest corrected text; which model most rows are about."""
+    query = """SELECT f.kind AS vote, t.kind, t.dropped, count(*) AS number FROM training_rows t
+        JOIN feedback f ON f.id = t.id WHERE t.dropped IS NULL OR t.dropped <> 'changed later' GROUP BY 1, 2, 3"""
+    rows, dropped = Counter(), Counter()
+    for vote, kind, reason, number in connection.execute(query):
+        if reason:
+            dropped[reason] += number
+        else:
+            rows["edits" if vote == "edit" else kind] += number
+    query = """SELECT max(json_extract(usage, '$.prompt_tokens') + json_extract(usage, '$.completion_tokens')) AS tokens
+        FROM generation WHERE id IN (SELECT generation_a FROM votes WHERE dropped IS NULL
+        UNION ALL SELECT generation_b FROM votes WHERE dropped IS NULL)"""
+    (tokens,) = connection.execute(query).fetchone()
+    query = "SELECT model_a FROM votes WHERE dropped IS NULL GROUP BY 1 ORDER BY count(*) DESC, 1 LIMIT 1"
+    (model,) = connection.execute(query).fetchone() or (None,)
+    query = "SELECT edited_text FROM votes WHERE kind = 'edit' AND dropped IS NULL ORDER BY length(edited_text) DESC"
+    (edit,) = connection.execute(query + " LIMIT 1").fetchone() or ("",)
+    counts = {name: rows[name] for name in ("pairs", "edits", "thumbs")}
+    return counts | {"dropped": dict(dropped), "tokens": tokens or 0, "edit": edit, "model": model}
 
 
 def export_votes(connection, kind: str | None, since="", model="", checkpoint="") -> list[dict]:
@@ -1873,6 +1909,9 @@ def export_votes(connection, kind: str | None, since="", model="", checkpoint=""
 # ------------------------------------------------------------------------------------------------------ the server
 
 
+HELD = 256  # answers in memory that wait for a vote
+
+
 class Server:
     """The routes, and what they share: the engine, its models by name, the votes."""
 
@@ -1881,6 +1920,7 @@ class Server:
         names = zip(model_names(config.folders), config.folders)
         self.models = {name: Served(name, folder, config) for name, folder in names}
         self.engine = Engine(list(self.models.values()), config)
+        self.held = collections.OrderedDict()  # rows of `generation` by their id, see `log_generation`
         self.draining = False
         self.on_ready, self.on_failure = lambda: None, lambda loading: None  # of the engine
 
@@ -1986,9 +2026,16 @@ class Server:
         return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
 
     async def log_generation(self, job: Job, choice: Choice):
-        """Store an answer that may be voted on. It is awaited before the client learns the id."""
-        if choice.generation_id:
-            await self.store.do(insert, "generation", generation_row(job, choice, job.request_id))
+        """Store an answer that may be voted on; awaited before the client learns the id. With store "on_vote" it stays
+        in memory, where the next HELD answers push it out, until a vote on it comes with its giver's consent."""
+        if not choice.generation_id:
+            return
+        row = generation_row(job, choice, job.request_id)
+        if job.request.store is True:
+            return await self.store.do(insert, "generation", row)
+        self.held[row["id"]] = row
+        while len(self.held) > HELD:
+            self.held.popitem(last=False)
 
     # tokens ----------------------------------------------------------------------------------------------------------
 
@@ -2023,24 +2070,28 @@ class Server:
     async def vote(self, request):
         vote = await read_body(request, FeedbackRequest)
         check_vote(vote)
-        return reply(await self.store.do(add_vote, vote), 201)
+        ids = (vote.generation_a, vote.generation_b)
+        held = [self.held[name] for name in ids if name in self.held] if vote.consent else []
+        answer = await self.store.do(add_vote, vote, held)
+        for row in held:
+            self.held.pop(row["id"], None)
+        return reply(answer, 201)
 
     async def undo(self, request):
         return reply(await self.store.do(remove_vote, request.path_params["vote"]))
 
     async def purge(self, request):
-        return reply(await self.store.do(purge_session, request.path_params["session"]))
+        session = request.path_params["session"]
+        for name in [name for name, row in self.held.items() if row["session_id"] == session]:
+            del self.held[name]
+        return reply(await self.store.do(purge_session, session))
 
     async def counts(self, request):
-        counts, pairs = await self.store.do(count_votes)
-        data, init = "data/votes", next(iter(self.models.values())).path
-        train = (
-            f"dpo.py --init {shlex.quote(init)} --data {data}/pairs.jsonl --out out/dpo-votes"
-            if pairs
-            else f"ipo_kto.py --loss kto --init {shlex.quote(init)} --data {data}/thumbs.jsonl --out out/kto-votes"
-        )
-        prepare = f"prepare.py --data {shlex.quote(str(self.config.feedback))} --out {data} --overwrite"
-        return reply(counts | {"command": f"python {prepare} && python {train}"})
+        counts = await self.store.do(count_votes)
+        about = {name: counts.pop(name) for name in ("tokens", "edit", "model")}
+        model = self.models.get(about["model"]) or next(iter(self.models.values()))
+        ready = self.engine.ready and any(counts[name] for name in ("pairs", "edits", "thumbs"))
+        return reply(counts | (training_commands(counts, about, model, self.config) if ready else {}))
 
     async def export(self, request):
         query = request.query_params
@@ -2070,6 +2121,34 @@ class Server:
         html = path.read_text(encoding="utf-8").replace('nonce="NONCE"', f'nonce="{nonce}"')
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
         return Response(html, 200, headers, "text/html")
+
+
+SMALL = 10**7  # parameters, below which a model takes the toy world's rates
+LEAST_STEPS = 24  # of a run on few votes: 10 of warm-up, and some at the full rate
+FEW_ROWS = 100  # below which no row is held out: a handful measures nothing
+
+
+def training_commands(counts: dict, about: dict, model: Served, config: Config) -> dict:
+    """{command, serve}: what trains on these votes, with lengths and rates of this model, and what then serves the
+    result beside it. Few rows are taken in small batches, several times, so that they move the model."""
+    pairs, thumbs = counts["pairs"] + counts["edits"], counts["thumbs"]
+    rows = pairs if 2 * pairs >= thumbs else thumbs
+    batch = min(32, max(2, rows // 4), rows)
+    batch = -(-batch // jax.device_count()) * jax.device_count()
+    tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))  # a bound: its prompt is no longer than a row
+    length = min(-(-(tokens + 8) // 16) * 16, model.model_config.context)
+    small = sum(x.size for x in jax.tree.leaves(model.weights)) < SMALL
+    quote = lambda value: shlex.quote(str(value))
+    name, data = f"votes-{rows}", f"data/votes-{rows}"
+    script = (
+        f"dpo.py --data {data}/pairs.jsonl" if rows == pairs else f"ipo_kto.py --loss kto --data {data}/thumbs.jsonl"
+    )
+    prepare = f"prepare.py --data {quote(config.feedback)} --out {data}{' --heldout 0' * (rows < FEW_ROWS)} --overwrite"
+    rates = "--lr 3e-4 --beta 0.5" if small else "--lr 1e-5 --beta 0.1"
+    train = f"{script} --init {quote(model.path)} --out out/{name} --length {length} {rates}"
+    train += f" --batch-size {batch} --steps {max(LEAST_STEPS, -(-rows // batch))}"
+    serve = f"python serve.py --model {quote(model.path)} out/{name} --feedback {quote(config.feedback)}"
+    return {"command": f"python {prepare} && python {train}", "serve": serve}
 
 
 def model_names(folders: list[str]) -> list[str]:

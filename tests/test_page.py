@@ -171,7 +171,7 @@ def test_a_chat_without_consent_stores_nothing_and_survives_a_reload(visit, url)
     ask(page, "a b")
     text = answers(page).inner_text()
     assert said(page) <= LETTERS["vowels"] and re.search(r"vowels · \d+ tokens?", text)
-    assert "store" not in bodies[0] and "metadata" not in bodies[0]
+    assert bodies[0]["store"] == "on_vote"  # in memory alone, until there is a vote with consent
     press(page, "Good answer")  # explains why not, instead of voting
     assert page.get_by_role("dialog").get_by_text("If not, you can chat as before and nothing is stored.").is_visible()
     press(page, "Do not store")
@@ -254,6 +254,13 @@ def test_thumbs_reasons_corrections_and_undo(visit, url, tmp_path):
     press(page, "Store correction")
     page.get_by_text("corrected by you").wait_for()
     assert counts(url) == (pairs, thumbs, edits + 1)
+    press(page, "Undo")
+    page.get_by_text("corrected by you").wait_for(state="detached")
+    assert counts(url) == (pairs, thumbs, edits) and answers(page).count() == 1
+    press(page, "Correct this answer")
+    page.get_by_label("New text").fill("yes")
+    press(page, "Store correction")
+    page.get_by_text("corrected by you").wait_for()
     page.get_by_role("button", name="Earlier version").click()
     press(page, "Good answer")
     page.get_by_role("button", name="Undo").wait_for()
@@ -309,6 +316,37 @@ def test_a_blind_vote_is_revealed_stored_and_undone(by, visit, url, tmp_path):
     page.get_by_label("Message").press("3")
     page.get_by_text("Tie. Stored.").wait_for()
     assert votes[-1]["value"] == "tie" and votes[-1]["reasons"] == ["revealed"]  # and never passes for a blind one
+
+
+@needs_browser
+def test_the_vote_that_raises_the_question_of_consent_is_kept(visit, url):
+    page, (pairs, thumbs, edits) = visit(consent=False), counts(url)
+    ask(page, "a b")
+    press(page, "Good answer")
+    press(page, "Agree")
+    page.get_by_role("button", name="Good answer", pressed=True).wait_for()
+    assert counts(url) == (pairs, thumbs + 1, edits)
+
+    page = visit(consent=False)
+    press(page, "Compare two answers")
+    ask(page, "a b")
+    press(page, "A is better")
+    assert counts(url) == (pairs, thumbs + 1, edits)
+    press(page, "Agree")
+    page.get_by_text("A is better. Stored.").wait_for()
+    assert counts(url) == (pairs + 1, thumbs + 1, edits)
+
+
+@needs_browser
+def test_equal_answers_are_no_choice_and_a_digit_is_text(visit):
+    page = visit()
+    canned(page, "the same")
+    press(page, "Compare two answers")
+    ask(page, "a b")
+    page.get_by_text("Both answers are the same").wait_for()
+    assert page.get_by_role("button", name="A is better").count() == 0
+    page.get_by_label("Message").press("1")
+    assert page.get_by_label("Message").input_value() == "1"
 
 
 @needs_browser

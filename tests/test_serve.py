@@ -27,7 +27,9 @@ import numpy as np
 import openai
 import pytest
 import tokenizers
+import tyro
 
+import dpo
 import gpt
 import prepare
 import rlaif
@@ -1007,7 +1009,7 @@ def test_votes_become_rows_by_the_rules(votes, http, tmp_path):
     assert [row["value"] for row in raw] == ["a", "tie", "both_bad", "up", "edited"]  # no consent, no row
     assert raw[0]["shown_left"] == "b" and json.loads(raw[0]["reasons"]) == ["short"]
     counts = http.get("/v1/feedback/counts").json()
-    assert (counts["pairs"], counts["thumbs"], counts["edits"]) == (3, 1, 1) and "dpo.py" in counts["command"]
+    assert (counts["pairs"], counts["thumbs"], counts["edits"], counts["dropped"]) == (1, 3, 1, {"a tie": 1})
     assert export(http, "raw", model="two") == [] and len(export(http, "raw", model="one")) == 5
     assert export(http, "raw", since="2999") == [] and http.get("/v1/feedback/export?format=x").status_code == 400
 
@@ -1019,12 +1021,67 @@ def test_votes_become_rows_by_the_rules(votes, http, tmp_path):
     assert [row for _, row in gpt.read_rows(tmp_path / "out/thumbs.jsonl", "thumbs")] == thumbs
 
 
-def test_answers_that_were_cut_teach_nothing(votes, http):
-    (a, b), _ = stored(http)  # ended by max_tokens
-    vote(http, "pair", "a", a, b)
+def test_answers_that_were_cut_are_marked_and_what_would_teach_nothing_is_refused(votes, http):
+    (a, b), (text_a, text_b) = stored(http)  # ended by max_tokens
+    vote(http, "pair", "b", a, b)
     vote(http, "thumb", "up", a)
-    assert export(http, "trl-preference") == export(http, "trl-unpaired") == []
-    assert [row["finish_a"] for row in export(http, "raw")] == ["length", "length"]
+    vote(http, "edit", "edited", a, edited_text="b a")
+    assert [row["truncated"] for row in export(http, "trl-preference")] == [["chosen", "rejected"], ["rejected"]]
+    assert [row["truncated"] for row in export(http, "trl-unpaired")] == [["completion"]]
+    finish_all(votes)
+    refused = lambda *args, **more: vote(http, *args, status=400, **more)["error"]["message"]
+    assert "equal answers" in refused("edit", "edited", a, person="bob", edited_text=f" {text_a} ")
+    with sqlite3.connect(votes) as connection:
+        connection.execute("UPDATE generation SET finish_reason = 'abort' WHERE id = ?", (b,))
+    assert "broken off" in refused("thumb", "up", b)
+    with sqlite3.connect(votes) as connection:
+        connection.execute("UPDATE generation SET finish_reason = 'stop', completion = ?", (text_a,))
+    assert "equal answers" in refused("pair", "a", a, b, person="bob")
+    assert len(select(votes, "SELECT * FROM feedback")) == 3
+
+
+def test_an_answer_is_held_for_a_vote_and_stored_with_it(votes, http, live, monkeypatch):
+    options = dict(store="on_vote", max_tokens=3, metadata={"session_id": "mine"})
+    ask = lambda **more: say(http, **options | more).json()["choices"][0]["generation_id"]
+    name = ask()
+    assert select(votes, "SELECT * FROM generation") == []
+    vote(http, "thumb", "up", name, status=404, consent=False)  # no consent: it stays out of the database
+    assert select(votes, "SELECT * FROM generation") == [] and name in live.server.held
+    vote(http, "thumb", "up", name)
+    assert [row["id"] for row in select(votes, "SELECT * FROM generation")] == [name]
+    vote(http, "thumb", "down", name)
+    assert name not in live.server.held and [row["label"] for row in export(http, "trl-unpaired")] == [False]
+    erased = ask()
+    http.delete("/v1/sessions/mine")
+    vote(http, "thumb", "up", erased, status=404)
+    monkeypatch.setattr(serve, "HELD", 1)
+    names = [ask(), ask()]
+    vote(http, "thumb", "up", names[0], status=404)
+    vote(http, "thumb", "up", names[1])
+
+
+def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
+    assert "command" not in http.get("/v1/feedback/counts").json()
+    longest = 0
+    for i in range(6):
+        (a, b), _ = stored(http, "a b c " * (1 + i % 2), seed=i)
+        vote(http, "pair", "a", a, b)
+    tokens = [json.loads(row["usage"]) for row in select(votes, "SELECT usage FROM generation")]
+    longest = max(sum(x.values()) for x in tokens)
+    found = http.get("/v1/feedback/counts").json()
+    prepared, trained = (command.split() for command in found["command"].split(" && "))
+    args = dpo_config(trained)
+    config = live.server.models["one"]
+    assert longest < args.length <= config.model_config.context and args.length < longest + 24
+    assert (args.init, args.lr, args.batch_size, args.steps) == (config.path, 3e-4, 2, serve.LEAST_STEPS)
+    assert args.data == ("data/votes-6/pairs.jsonl",) and str(args.out) == "out/votes-6"
+    assert prepared[prepared.index("--heldout") + 1] == "0" and prepared[prepared.index("--out") + 1] == "data/votes-6"
+    assert found["serve"].split()[:5] == ["python", "serve.py", "--model", config.path, "out/votes-6"]
+
+
+def dpo_config(command):
+    assert command[:2] == ["python", "dpo.py"]
+    return tyro.cli(dpo.Config, args=command[2:])
 
 
 def test_a_second_thought_replaces_the_first_and_undo_takes_both_back(votes, http):

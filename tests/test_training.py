@@ -455,7 +455,8 @@ def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
     }
     option = lambda script, name: mine[script][mine[script].index(name) + 1]
     assert option("reward.py", "--response-length") == option("ppo.py", "--response-length")
-    assert option("reward.py", "--normalize-with") == option("ppo.py", "--init")
+    assert reward.Config().normalize_with == "auto"  # by samples of --init
+    assert option("reward.py", "--init") == option("ppo.py", "--init")
     assert reward.Config().response_length == ppo.Config().response_length
 
 

@@ -54,8 +54,8 @@ def taught(vote, a, b):
     if vote["value"] == "tie":
         return "a tie"
     for side in (a, b):
-        if side is not None and side["finish_reason"] not in (None, "stop"):
-            return "an answer was cut off"
+        if side is not None and side["finish_reason"] not in (None, "stop", "length"):
+            return "an answer was broken off"
     texts = [a["completion"]]
     if b is not None:
         texts.append(b["completion"])
@@ -68,17 +68,18 @@ def taught(vote, a, b):
     prompt = json.loads(a["prompt_messages"])
     answers = [[{"role": "assistant", "content": text}] if prompt == CHAT else text for text in texts]
     about = {"prompt": prompt, "id": vote["id"]}
-    match vote["value"]:
-        case "a":
-            return [("pairs", {**about, "chosen": answers[0], "rejected": answers[1]})]
-        case "b" | "edited":
-            return [("pairs", {**about, "chosen": answers[1], "rejected": answers[0]})]
-        case "up":
-            return [("thumbs", {**about, "completion": answers[0], "label": True})]
-        case "down":
-            return [("thumbs", {**about, "completion": answers[0], "label": False})]
-        case "both_bad":
-            return [("thumbs", {**about, "completion": answer, "label": False}) for answer in answers]
+    cut = [side is not None and side["finish_reason"] == "length" for side in (a, b)]
+
+    def marked(row, **sides):
+        names = [name for name, is_cut in sides.items() if is_cut]
+        return about | row | ({"truncated": names} if names else {})
+
+    if vote["value"] in ("a", "b", "edited"):
+        won = int(vote["value"] != "a")
+        row = {"chosen": answers[won], "rejected": answers[1 - won]}
+        return [("pairs", marked(row, chosen=cut[won], rejected=cut[1 - won]))]
+    label = vote["value"] == "up"
+    return [("thumbs", marked({"completion": x, "label": label}, completion=c)) for x, c in zip(answers, cut)]
 
 
 @pytest.fixture(scope="module")
@@ -99,7 +100,7 @@ def test_the_view_holds_the_rows_that_the_rules_give_in_their_order(world):
     assert found == rows and len(rows) > 600
     assert [list(row) for _, row in found] == [list(row) for _, row in rows]  # keys in their order, too
     assert Counter(dropped for _, _, _, dropped, _, _ in view if dropped) == reasons
-    assert set(reasons) == {"changed later", "a tie", "an answer was cut off", "an empty answer", "equal answers"}
+    assert set(reasons) == {"changed later", "a tie", "an answer was broken off", "an empty answer", "equal answers"}
     assert min(reasons.values()) > 20
 
 
@@ -115,8 +116,11 @@ def test_export_counter_and_prepare_read_the_same(world, tmp_path):
     raw = serve.export_votes(connection, None)
     assert [row["id"] for row in raw] == [vote["id"] for vote, _, _ in votes]
     assert Counter(row["dropped"] for row in raw if row["dropped"]) == reasons
-    live = Counter(vote["kind"] for vote, _, _ in votes if not vote["superseded_by"])
-    assert serve.count_votes(connection) == ({kind + "s": live[kind] for kind in ("pair", "thumb", "edit")}, True)
+    found = serve.count_votes(connection)
+    corrections = {vote["id"] for vote, _, _ in votes if vote["kind"] == "edit"}
+    what = Counter("edits" if row["id"] in corrections else kind for kind, row in rows)
+    assert {name: found[name] for name in ("pairs", "edits", "thumbs")} == what
+    assert found["dropped"] == {reason: n for reason, n in reasons.items() if reason != "changed later"}
     connection.close()
 
     read = [vote for _, vote in prepare.read_votes(path)]
@@ -129,7 +133,24 @@ def test_export_counter_and_prepare_read_the_same(world, tmp_path):
 def test_a_tie_alone_is_no_pair_to_train_on(tmp_path):
     connection = serve.open_votes(tmp_path / "f.db")
     add(connection, "pair", "tie", "p", "x", "y")
-    assert serve.count_votes(connection) == ({"pairs": 1, "thumbs": 0, "edits": 0}, False)
+    found = serve.count_votes(connection)
+    assert (found["pairs"], found["edits"], found["thumbs"], found["dropped"]) == (0, 0, 0, {"a tie": 1})
+
+
+def test_a_majority_of_nine_against_one_is_nine_rows_against_one(tmp_path):
+    path = tmp_path / "f.db"
+    connection = serve.open_votes(path)
+    add(connection, "pair", "b", "p", "x", "y")
+    for i in range(9):
+        vote = dict(id=str(i), created_at="2027", schema_version=1, kind="pair", generation_a="a", generation_b="b")
+        serve.insert(connection, "feedback", vote | dict(value="a", annotator_id=str(i), consent=1))
+    assert serve.count_votes(connection)["pairs"] == 10
+    prepare.main(prepare.Config((str(path),), tmp_path / "out", heldout=0))
+    rows = [json.loads(line) for line in (tmp_path / "out/pairs.jsonl").read_text().splitlines()]
+    assert Counter(row["chosen"] for row in rows) == {"x": 9, "y": 1}
+    assert rows == serve.export_votes(connection, "pairs")
+    report = prepare.main(prepare.Config((str(path), str(path)), tmp_path / "twice", heldout=0))
+    assert report["dropped"]["exact duplicate"]["count"] == 10  # the same votes, read twice
 
 
 def add(connection, kind, value, prompt, *completions):
