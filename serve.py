@@ -61,9 +61,10 @@ from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 import gpt
 
@@ -1348,6 +1349,12 @@ def check_prompt(ids: list[int], model: Served, room: int) -> list[int]:
     return ids
 
 
+def check_chars(model: Served, chars: int):
+    """Refuse what is too long before it is tokenised, which would keep everyone waiting."""
+    if chars > CHARS_A_TOKEN * model.context:
+        refuse_length(model, f"{chars:,} characters")
+
+
 def refuse_length(model: Served, found: str):
     message = f"the prompt has {found}; the context of {model.name} is {model.context} tokens, the answer's included"
     raise ApiError(400, message, "messages", "context_length_exceeded")
@@ -1389,9 +1396,7 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     if len(prompts) * n > MAX_CHOICES:
         raise ApiError(400, f"{len(prompts)} prompts x n {n} are more than {MAX_CHOICES} answers", "n")
     for prompt in prompts:
-        chars = sum(len(m["content"]) for m in prompt) if chat else len(prompt)
-        if chars > CHARS_A_TOKEN * model.context:
-            refuse_length(model, f"{chars:,} characters")
+        check_chars(model, sum(len(m["content"]) for m in prompt) if chat else len(prompt))
     limit, echo = most_tokens(request, model), not chat and bool(request.echo)
     if chat:
         top = (request.top_logprobs or 0) if request.logprobs or request.top_logprobs else None
@@ -1572,6 +1577,10 @@ async def stream_job(job: Job, server: "Server"):
             if out:
                 yield out
         yield (frame(envelope(job, [], True) | {"usage": job.usage()}) if usage else b"") + done
+    except Exception:  # the answer could not be stored, say: the client is told within the stream that has begun
+        LOG.exception("request %s failed", job.request_id)
+        yield frame(ApiError(500, f"the server failed at this request; its log knows more about {job.request_id}").body)
+        yield done
     finally:
         job.cancel()
 
@@ -1685,7 +1694,11 @@ COMMIT;
 
 def open_votes(path) -> sqlite3.Connection:
     """feedback.db, made where there is none, the views of an older one replaced. What was committed to it survives a
-    kill and a crash."""
+    kill and a crash. People's words: only the owner of the process may read it."""
+    try:
+        os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+    except OSError as error:
+        raise ValueError(f"votes cannot be kept in {path} (--feedback): {error.strerror}") from None
     connection = sqlite3.connect(path, timeout=30, isolation_level=None)
     connection.row_factory = sqlite3.Row
     try:
@@ -2050,8 +2063,10 @@ class Server:
     async def tokenize(self, request):
         body = await read_body(request, TokenizeRequest)
         model = self.find_model(body.model)
-        if body.messages:
-            ids = chat_ids(chat_messages(body.messages), model.tokenizer)
+        messages = chat_messages(body.messages or [])
+        check_chars(model, len(body.prompt or "") + sum(len(m["content"]) for m in messages))
+        if messages:
+            ids = chat_ids(messages, model.tokenizer)
         elif body.prompt is not None:
             ids = text_ids(body.prompt, model.tokenizer, bos=body.add_special_tokens)
         else:
@@ -2186,7 +2201,8 @@ def describe(model: Served) -> dict:
 
 def metric_lines(model: Served):
     """The model's metrics in Prometheus's format, under vLLM's names, so that its dashboards read them."""
-    labels = f'model_name="{model.name}"'
+    escaped = model.name.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
+    labels = f'model_name="{escaped}"'
     for name, value in (("running", len(model.running)), ("waiting", len(model.waiting))):
         yield f"vllm:num_requests_{name}{{{labels}}} {value}"
     for name in ("prompt", "generation"):
@@ -2232,6 +2248,8 @@ class Guard:
             await self.app(scope, receive, answer)
         except ApiError as error:
             await error.response()(scope, receive, answer)
+        except ClientDisconnect:  # nobody is left to answer; the line below says so
+            status = status or 499
         except Exception:
             LOG.exception("request %s failed", request_id)
             if status:  # the answer has begun: cut it off
@@ -2246,16 +2264,22 @@ class Guard:
             LOG.log(level, "%s %s %d %.0f ms %s", scope["method"], path, status, took, request_id)
 
     def check(self, scope, headers: dict):
-        host = headers.get("host", "")
-        if (urlsplit(f"//{host}").hostname or "") not in self.hosts:  # DNS rebinding: a page's host, this address
+        host, origin = headers.get("host", ""), headers.get("origin")
+        try:
+            name, page = urlsplit(f"//{host}").hostname or "", origin and urlsplit(origin).netloc
+        except ValueError:
+            raise ApiError(400, "the header Host or Origin is no address") from None
+        if name not in self.hosts:  # DNS rebinding: a page's host, this address
             raise ApiError(400, "this server is not called so: --allowed-host adds names", code="host_not_allowed")
         if self.config.api_key and scope["path"] not in self.OPEN:
-            given = headers.get("authorization", "").removeprefix("Bearer ") or headers.get("x-api-key", "")
+            given = re.sub("^bearer +", "", headers.get("authorization", ""), flags=re.I) or headers.get(
+                "x-api-key", ""
+            )
             if not hmac.compare_digest(given.encode(), self.config.api_key.encode()):
                 raise ApiError(401, "a valid API key is needed: Authorization: Bearer ...", code="invalid_api_key")
         if scope["method"] not in ("GET", "HEAD", "OPTIONS"):
-            origin, site = headers.get("origin"), headers.get("sec-fetch-site", "none")
-            own = origin is None and site != "cross-site" or origin is not None and urlsplit(origin).netloc == host
+            site = headers.get("sec-fetch-site", "none")
+            own = origin is None and site != "cross-site" or origin is not None and page == host
             if not own and origin not in self.config.cors_origin:
                 raise ApiError(
                     403, "this page may not write here: --cors-origin allows pages", code="origin_not_allowed"
@@ -2263,6 +2287,59 @@ class Guard:
 
 
 # ------------------------------------------------------------------------------------------------------ the process
+
+
+MOST_HEADER = 2**16  # bytes of a request's line and header
+HEADER_SECONDS = 10.0  # that they may take
+MOST_CONNECTIONS = 512
+
+
+class Connection(HttpToolsProtocol):
+    """A client's connection, with limits on what it may send before any check sees it: uvicorn has none."""
+
+    def connection_made(self, transport):
+        super().connection_made(transport)
+        self.begun, self.timer, self.header_bytes = time.monotonic(), None, 0
+        self.expect_header()
+        if len(self.connections) > MOST_CONNECTIONS:
+            idle = [other for other in self.connections if other.cycle is None or other.cycle.response_complete]
+            min(idle or [self], key=lambda other: other.begun).refuse(503, "too many connections")
+
+    def expect_header(self):
+        self.header_bytes = 0
+        if self.timer is None:
+            self.timer = self.loop.call_later(HEADER_SECONDS, self.refuse, 408, "the header did not arrive in time")
+
+    def on_message_begin(self):
+        super().on_message_begin()
+        self.expect_header()
+
+    def on_headers_complete(self):
+        self.end_header()
+        super().on_headers_complete()
+
+    def end_header(self):
+        if self.timer is not None:
+            self.timer.cancel()
+            self.timer = None
+
+    def data_received(self, data: bytes):
+        super().data_received(data)
+        if self.timer is not None:  # still within the header
+            self.header_bytes += len(data)
+            if self.header_bytes > MOST_HEADER:
+                self.refuse(431, f"the header is longer than {MOST_HEADER:,} bytes")
+
+    def connection_lost(self, exc):
+        self.end_header()
+        super().connection_lost(exc)
+
+    def refuse(self, status: int, message: str):
+        self.end_header()
+        body = msgspec.json.encode(ApiError(status, message).body)
+        head = b"content-type: application/json\r\nconnection: close\r\ncontent-length: %d\r\n\r\n" % len(body)
+        self.transport.write(STATUS_LINE[status] + head + body)
+        self.transport.close()
 
 
 class Process(uvicorn.Server):
@@ -2273,7 +2350,7 @@ class Process(uvicorn.Server):
         super().__init__(
             uvicorn.Config(
                 server.app(), log_config=None, access_log=False, server_header=False, proxy_headers=False,
-                timeout_keep_alive=30, http="httptools", timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
+                timeout_keep_alive=30, http=Connection, timeout_graceful_shutdown=int(config.drain) + 5, lifespan="on",
             )
         )  # fmt: skip
         self.server, self.failed = server, False

@@ -701,6 +701,58 @@ def test_a_body_without_a_length_is_bounded_and_has_to_come_in_time(http, live, 
         assert raw.recv(100).startswith(b"HTTP/1.1 408")
 
 
+def test_headers_and_connections_have_limits_before_any_check(http, live, monkeypatch):
+    connect = lambda: socket.create_connection(("127.0.0.1", int(live.url.rpartition(":")[2])), timeout=10)
+    monkeypatch.setattr(serve, "MOST_HEADER", 1000)
+    with connect() as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nhost: localhost\r\nx-long: " + b"a" * 1200)
+        assert raw.recv(200).startswith(b"HTTP/1.1 431")
+    monkeypatch.setattr(serve, "HEADER_SECONDS", 0.1)
+    with connect() as raw:
+        raw.sendall(b"GET /health HTTP/1.1\r\nhost: ")
+        assert raw.recv(200).startswith(b"HTTP/1.1 408")
+    monkeypatch.setattr(serve, "HEADER_SECONDS", 10.0)
+    monkeypatch.setattr(serve, "MOST_CONNECTIONS", 4)
+    with contextlib.ExitStack() as stack:
+        waiting = [stack.enter_context(connect()) for _ in range(8)]
+        with httpx2.Client(base_url=live.url) as fresh:  # those that say nothing make room
+            assert fresh.get("/health").status_code == 200
+        assert waiting[0].recv(200).startswith(b"HTTP/1.1 503")
+
+
+def test_a_stream_that_fails_ends_in_an_error(http, live, monkeypatch):
+    async def fail(*_):
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(live.server.store, "do", fail)
+    text = say(http, stream=True, store=True, max_tokens=2).text
+    assert "disk full" not in text and frames(text)[-1]["error"]["type"] == "server_error"
+
+
+def test_a_long_text_is_refused_before_it_is_tokenised(http):
+    for body in ({"prompt": "a " * 9000}, {"messages": [{"role": "user", "content": "a " * 9000}]}):
+        response = http.post("/tokenize", json=body)
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_addresses_that_are_none_keys_in_any_case_and_labels(http):
+    for headers in ({"host": "[::1"}, {"origin": "http://[::1"}):
+        assert (
+            ask_app(serve.Config(model=(("one",),)), "POST", "/tokenize", json={}, headers=headers).status_code == 400
+        )
+    response = ask_app(KEY, "GET", "/v1/models", headers={"authorization": "bearer secret"})
+    assert response.json()["error"]["message"] == "Loading model"
+    model = serve.Served('a"b\\c', "folder", serve.Config())
+    assert next(serve.metric_lines(model)).startswith('vllm:num_requests_running{model_name="a\\"b\\\\c"}')
+
+
+def test_votes_are_their_owners_alone_and_need_a_folder(tmp_path):
+    serve.open_votes(tmp_path / "f.db").close()
+    assert (tmp_path / "f.db").stat().st_mode & 0o777 == 0o600
+    with pytest.raises(ValueError, match=r"votes cannot be kept in \S+f.db \(--feedback\): No such file"):
+        serve.open_votes(tmp_path / "none" / "f.db")
+
+
 def test_a_full_queue_says_when_to_come_back(http, client):
     response = http.post("/v1/completions", json={"prompt": ["a"] * 8, "n": 3})  # 24 > 4 slots + 8 waiting
     assert response.status_code == 429 and int(response.headers["retry-after"]) >= 1
