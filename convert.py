@@ -615,34 +615,30 @@ def storage_type(place: Place, kind: str):
 
 def to_gguf(x: np.ndarray, place: Place) -> np.ndarray:
     """A tensor of a model folder in the order that it has in a GGUF, in fp32."""
-    x = x.astype(np.float32).T if place.flipped else x.astype(np.float32)
+    x = x.astype(np.float32, copy=False)
+    x = x.T if place.flipped else x
     return np.ascontiguousarray(interleave(x, place.heads) if place.heads else x)
 
 
 def open_folder(folder: Path, config: gpt.Config):
-    """A function from a Place to its array in the folder's files, which are read as they are asked for. The names and
+    """A function from a Place to its array in the folder's files, which are read as they are used. The names and
     shapes are checked first."""
-    files = {}
-    for file in sorted(folder.glob("*.safetensors")):
-        handle = safe_open(file, "numpy")
-        files |= dict.fromkeys(handle.keys(), handle)
-    names = {name: name for name in files}
+    names = gpt.read_tensors(folder)
     if config.gpt2:  # some files of GPT-2 leave the prefix out
-        names = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": n for n in files}
+        names = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": x for n, x in names.items()}
     unused = {n for n in names if not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))}
     unused -= {"lm_head.weight"} if config.tied else set()
     for place in places(config):
         if place.folder not in names:
             raise ValueError(f"{folder}: tensor {place.folder} is missing")
-        shape = tuple(files[names[place.folder]].get_slice(names[place.folder]).get_shape())
-        if shape != place.shape:
+        if (shape := names[place.folder].shape) != place.shape:
             raise ValueError(
                 f"{folder}: tensor {place.folder} has shape {shape}, the configuration needs {place.shape}"
             )
         unused.discard(place.folder)
     if unused:
         raise ValueError(f"{folder}: tensors that the configuration does not know: {', '.join(sorted(unused)[:5])}")
-    return lambda place: files[names[place.folder]].get_tensor(names[place.folder])
+    return lambda place: names[place.folder]
 
 
 def write_config(writer, config: gpt.Config):

@@ -218,9 +218,10 @@ def read_prompts(path: str, tokenizer, config: Config) -> list[Prompts]:
     size, batches = min(config.batch_size, config.samples), []
     file = gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed)
     for batch, new in itertools.islice(file.once(), math.ceil(config.samples / size)):
-        placed, texts = gpt.put_batch(batch), tokenizer.decode_rows(batch["tokens"], batch["segments"])
+        placed, rows = gpt.put_batch(batch), file.rows(batch)
+        texts = gpt.plain_prompts(tokenizer.decode_rows(batch["tokens"], batch["segments"]), rows)
         count = min(new, config.samples - size * len(batches))
-        batches.append(Prompts(placed["tokens"], placed["segments"], texts, file.rows(batch), count))
+        batches.append(Prompts(placed["tokens"], placed["segments"], texts, rows, count))
     return batches
 
 

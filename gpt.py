@@ -37,7 +37,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import datetime
@@ -341,34 +341,35 @@ class ScoreModel(eqx.Module):
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
-    pool: str = eqx.field(static=True, default="last")  # last: the last real token. mean, attention: over all of them
+    pool: str = eqx.field(static=True, default="last")  # last real token; mean, attention: over all; answer: its mean
     suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
 
     def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
         """The head at every position, in fp32."""
         return hidden.astype(jnp.float32) @ self.head.astype(jnp.float32) + self.bias.astype(jnp.float32)
 
-    def pooled(self, hidden: Float[Array, "B T D"], real: Array) -> Float[Array, " B"]:
-        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side."""
+    def pooled(self, hidden: Float[Array, "B T D"], real: Array, answer=None) -> Float[Array, " B"]:
+        """One score a row from its hidden states; `real` (B, T) is 1 on its tokens and 0 on padding, on either side;
+        `answer` (B, T) is 1 on those of the answer."""
         T = real.shape[1]
         if self.pool == "last":
             last = T - 1 - jnp.argmax(jnp.flip(real, 1), axis=1)
             return self.values(hidden[jnp.arange(len(hidden)), last][:, None])[:, 0]
-        weights = real.astype(jnp.float32)
+        weights = (answer if self.pool == "answer" else real).astype(jnp.float32)
         if self.pool == "attention":
             look = hidden.astype(jnp.float32) @ self.query.astype(jnp.float32) / np.sqrt(hidden.shape[-1])
             weights = jax.nn.softmax(jnp.where(real > 0, look, MASKED), axis=-1)
         weights = weights / jnp.maximum(weights.sum(1, keepdims=True), 1e-9)
         return (self.values(hidden) * weights).sum(1)
 
-    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False) -> Float[Array, " B"]:
-        return self.pooled(self.body(tokens, segments=real, remat=remat), real)
+    def __call__(self, tokens: Int[Array, "B T"], real, remat: bool = False, answer=None) -> Float[Array, " B"]:
+        return self.pooled(self.body(tokens, segments=real, remat=remat), real, answer)
 
 
 def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> ScoreModel:
     """A scalar head on a body: normal with std 1/sqrt(D+1) (Ziegler et al. 2019), or zero for a critic."""
-    if pool not in ("last", "mean", "attention"):
-        raise ValueError(f"unknown pooling {pool!r}: last, mean or attention")
+    if pool not in ("last", "mean", "attention", "answer"):
+        raise ValueError(f"unknown pooling {pool!r}: last, mean, attention or answer")
     D = body.config.dim
     head = jax.random.normal(key, (D,)) / np.sqrt(D + 1) * (not zero)
     query = jnp.zeros(D) if pool == "attention" else None
@@ -464,10 +465,10 @@ class SamplerState(NamedTuple):
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
-@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature"))
+@partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "B Q"],
+    prompts: Int[Array, "P Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -475,21 +476,22 @@ def generate(
     ends: tuple[int, ...],
     pad: int = 0,
     temperature: float = 1.0,
+    copies: int = 1,
     rows=None,
 ) -> Generation:
-    """Sample a response to each left-padded prompt (mask 1 on its real tokens), until one of the tokens `ends` or
-    `max_new_tokens`.
+    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
+    together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
     so that a row's text does not depend on how rows are batched or on how many devices there are.
     """
-    B, Q = prompts.shape
-    T = max_new_tokens
+    (P, Q), T = prompts.shape, max_new_tokens
+    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
-    lengths = prompt_mask.sum(1)
+    lengths = each(prompt_mask.sum(1))
     # Adapters are merged where nothing is lost by it. A step of training moves a weight by less than bf16 can tell, so
     # that in bf16 a merged policy would not be the one that is scored.
     fold = merge if jax.tree.leaves(model)[0].dtype == jnp.float32 else lambda layer: layer
@@ -528,11 +530,11 @@ def generate(
         mask=jnp.zeros((B, T), jnp.int32),
         logprobs=jnp.zeros((B, T), jnp.float32),
         done=jnp.zeros(B, bool),
-        visible=jnp.pad(prompt_mask > 0, ((0, 0), (0, T))),
-        caches=caches,
+        visible=jnp.pad(each(prompt_mask) > 0, ((0, 0), (0, T))),
+        caches=jax.tree.map(each, caches),
     )
     unfinished = lambda state: (state.t < T) & ~state.done.all()
-    end = lax.while_loop(unfinished, step, draw(start, hidden[:, -1]))
+    end = lax.while_loop(unfinished, step, draw(start, each(hidden[:, -1])))
     return Generation(end.tokens, end.mask, end.logprobs)
 
 
@@ -603,7 +605,8 @@ def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks
     """One score for each sampled response: prompts (B, Q) left-padded, responses (B, T), and 1 on their real tokens in
     the two masks; `ends` as for `score_inputs`. The rows are scored in so many `chunks`, one after the other."""
     tokens, real = score_inputs(prompts, prompt_mask, responses, mask, model.suffix, ends)
-    return map_chunks(lambda rows: model(*rows), (tokens, real.astype(jnp.int32)), chunks)
+    answer = real & (jnp.arange(tokens.shape[1]) >= prompts.shape[1])
+    return map_chunks(lambda rows: model(*rows[:2], answer=rows[2]), (tokens, real.astype(jnp.int32), answer), chunks)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -655,24 +658,22 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 
 GPT2_SPLIT = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"""
 
-
 PLAIN_TEMPLATE = (  # blanks as expressions: a line break right after a block would be trimmed
     r"{% for m in messages %}{% if m['role'] == 'user' %}{{ '\n\nHuman: ' + m['content'] }}"
     r"{% elif m['role'] == 'assistant' %}{{ '\n\nAssistant: ' + m['content'] }}{% else %}{{ m['content'] }}{% endif %}"
     r"{% endfor %}{% if add_generation_prompt %}{{ '\n\nAssistant:' }}{% endif %}"
 )
 
-
 CHATML_TEMPLATE = (
     "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 
-
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
 NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
@@ -683,7 +684,7 @@ class Tokenizer:
     or a data set holds, never does. Added tokens that are not special (<think>) are text like any other."""
 
     def __init__(self, library, settings: dict, files=None, ends=(), folder="", encode=None):
-        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a quicker way to its ids."""
+        """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a faster way to its ids."""
         _name_special(library, settings, ends)
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
@@ -703,13 +704,28 @@ class Tokenizer:
         self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
         self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
         self._library, self._tokens = library, tokens
+        kept = self.special_ids | self._turn_markers()  # no text becomes one of these
+        for i in kept - self.special_ids:
+            tokens[i].special = True
+            library.add_special_tokens([tokens[i]])
         self._prefixes = any(token in ("▁a", "Ġa", "▁") for token in first.tokens)  # begins texts with a blank
-        self._special_texts = _any_of(tokens[i].content for i in self.special_ids)
+        self._special_texts = _any_of(tokens[i].content for i in kept)
         self._end_texts = _any_of(tokens[i].content for i in self.end_ids if i in tokens)
-        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in self.special_ids}
-        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in self.special_ids])
-        self._real = {library.token_to_id(_alias(i)): i for i in self.special_ids}
+        sides = {i: dict(lstrip=tokens[i].lstrip, rstrip=tokens[i].rstrip) for i in kept}
+        library.add_tokens([type(tokens[i])(_alias(i), **sides[i], normalized=False) for i in kept])
+        self._real = {library.token_to_id(_alias(i)): i for i in kept}
         self._encode = encode or (lambda text: library.encode(text, add_special_tokens=False).ids)
+
+    def _turn_markers(self) -> set[int]:
+        """Added tokens that the template writes around turns, also those that the files do not call special (R1's
+        <｜User｜>). What comes in pairs (<think>, </think>) is no such marker: it belongs to an answer's text."""
+        chat, written = [{"role": role, "content": "a"} for role in ("system", "user", "assistant", "user")], ""
+        for messages in (chat, chat[1:]) if {*self.specials.values()} - self.special_ids else ():
+            with suppress(ValueError):  # not all templates know a system's turn
+                written += self.render(messages, True)
+        closing = {text for text in self.specials if text.startswith("</")}
+        single = self.specials.keys() - closing - {text.replace("/", "", 1) for text in closing}
+        return {self.specials[x] for x in single if x in written and re.fullmatch(r"<.+>|\[.+\]", x)}
 
     def encode(self, text: str, special: bool = False, after: str = "") -> list[int]:
         """`after`: the end of the text that this one goes on from. Vocabularies that begin a text with a blank of their
@@ -717,8 +733,8 @@ class Tokenizer:
         text = self._aliased(text) if special else text
         if not (after and text and (self._prefixes or SECRET in after)):
             return self._read(text)
-        before, both = self._read(after), self._read(after + text)
-        return both[len(before) :] if both[: len(before)] == before else self._read(text)
+        before, joint = self._read(after), self._read(after + text)
+        return joint[len(before) :] if joint[: len(before)] == before else self._read(text)
 
     def _read(self, text: str) -> list[int]:
         ids = self._encode(text) if text else []
@@ -757,8 +773,8 @@ class Tokenizer:
         end = self.names["eos_token"]
         probes = [self.encode(probe), self.encode(f"{end}the{end} the {end}", special=True)]
         words = sorted((i, word) for word, i in self._library.get_vocab().items() if i not in self._real)
-        whole = [probes, words, self.specials, sorted(self.special_ids)]
-        return hashlib.sha256(json.dumps(whole, sort_keys=True).encode()).hexdigest()
+        facts = [probes, words, self.specials, sorted(self._real.values())]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
     def chat(self, messages: list[dict], reply: bool = True) -> list[int]:
         """Ids of a conversation; `reply` opens the assistant's next turn."""
@@ -783,10 +799,14 @@ class Tokenizer:
             raise ValueError(f"{where}; mend it, or take it out of the folder") from None
 
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
-        """The messages with a mark after each character of the special tokens' texts in them, so that these are told
-        from the template's own; and the mark, a character that the messages do not hold."""
-        whole = json.dumps(messages, ensure_ascii=False)
-        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in whole)
+        """(messages, mark): the messages with a mark, a character that they do not hold, after each character of what
+        reads like a special token. `reveal` tells by it what a person wrote from what the template wrote."""
+        names = [self._tokens[i].content for i in self._real.values()]
+        for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
+            if found := [name for name in names if role in name]:
+                raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
+        said = json.dumps(messages, ensure_ascii=False)
+        mark = next(c for c in map(chr, range(0xF0000, 0x10FFFE)) if c not in said)
         split = lambda text: self._special_texts.sub(lambda found: "".join(c + mark for c in found[0]), text)
         return _map_texts(messages, split), mark
 
@@ -795,17 +815,17 @@ class Tokenizer:
         return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
 
     def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a text that the template wrote of hidden messages. `before`: what it wrote before this text."""
+        """Ids of a text that the template made of messages that `hide` marked. `before`: what it wrote before it."""
         token = re.search(rf"({self._special_texts.pattern})\Z", before)
         after = before and (self._aliased(token[0]) if token else "\n")
         return self.encode(self._aliased(text).replace(mark, ""), after=after)
 
     def turn(self, messages: list[dict]) -> tuple[str, str]:
-        """What the template writes up to the opening of the last message's turn, and what it then writes of that
-        message, up to the token that ends the turn. Where it writes a turn otherwise than it opens one (thoughts), the
-        message's content as it is."""
-        opened, whole = self.render(messages[:-1], True), self.render(messages, False)
-        said = whole.removeprefix(opened) if whole.startswith(opened) else messages[-1]["content"]
+        """(opened, said) of the last message: the template's text up to where the message begins, and the message as
+        the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
+        finished one in another (they cut its thoughts): there `said` is the bare content."""
+        opened, finished = self.render(messages[:-1], True), self.render(messages, False)
+        said = finished.removeprefix(opened) if finished.startswith(opened) else messages[-1]["content"]
         end = self._end_texts.search(said)
         return opened, said[: end.end()] if end else said
 
@@ -832,8 +852,8 @@ def _token_text(token) -> str | None:
 
 
 def _name_special(library, settings: dict, ends):
-    """Special are the tokens that the folder's settings name, and its ends where they are added tokens. A name that the
-    vocabulary does not know is passed over: the model has no row for it."""
+    """Make special the tokens that the folder's settings name, and the added tokens among its ends. A name that is not
+    in the vocabulary is passed over: the model has no row for it."""
     import tokenizers
 
     if not settings.get("eos_token") and ends:  # a folder may name it by id only
@@ -917,7 +937,7 @@ def _end_ids(path: Path) -> list[int]:
 
 
 def _read_tokenizer_json(raw: bytes, settings: dict, path: Path):
-    """A `tokenizer.json` as the library reads it that wrote it."""
+    """`tokenizer.json` as the tokenizers library reads it, changed where transformers goes by the settings instead."""
     import tokenizers
 
     try:
@@ -979,7 +999,7 @@ def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, th
 
 
 def check_reference(tokenizer: Tokenizer, init, ref):
-    """--ref and --init must read the same ids."""
+    """ValueError unless --ref has the tokenizer of --init."""
     try:
         check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
     except ValueError as error:
@@ -1051,7 +1071,6 @@ SHARED_DEFAULTS = dict(
     tie_word_embeddings=False, attention_bias=False, mlp_bias=False,
 )  # fmt: skip
 
-
 HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configuration classes of transformers 5.24 say
     "gpt2": dict(
         n_embd=768, n_layer=12, n_head=12, n_inner=None, n_positions=1024, vocab_size=50257, layer_norm_epsilon=1e-5,
@@ -1068,6 +1087,12 @@ HF_DEFAULTS = {  # what config.json may leave out, by model_type: as the configu
     "qwen3": SHARED_DEFAULTS | dict(head_dim=128, sliding_window=4096, max_window_layers=28),
 }  # fmt: skip
 
+COMPUTED = {  # settings of config.json that change what a model computes: the values that are computed here
+    "quantization_config": (None,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
+    "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
+    "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "rope_type": ("default", "llama3"),
+}  # fmt: skip
+
 
 def config_from_hf(hf: dict, path="config.json") -> Config:
     """A Config from `config.json` in transformers 4's spelling (rope_theta) or 5's (rope_parameters). What it leaves
@@ -1078,15 +1103,11 @@ def config_from_hf(hf: dict, path="config.json") -> Config:
         why = " (norms, activation and local attention of its own)" if str(family).startswith("gemma") else ""
         raise ValueError(f"{path}: model_type {family!r}{why} is not computed here, only {', '.join(HF_DEFAULTS)}")
     hf = HF_DEFAULTS[family] | hf
-    _refuse(path, hf, quantization_config=(None,))
-    return _gpt2_config(hf, path) if family == "gpt2" else _rotary_config(hf, path)
+    _refuse_unknown(path, hf)
+    return _gpt2_config(hf) if family == "gpt2" else _rotary_config(hf, path)
 
 
-def _gpt2_config(hf: dict, path) -> Config:
-    _refuse(
-        path, hf, activation_function=("gelu_new", "gelu_pytorch_tanh"), scale_attn_weights=(True,),
-        scale_attn_by_inverse_layer_idx=(False,), add_cross_attention=(False,),
-    )  # fmt: skip
+def _gpt2_config(hf: dict) -> Config:
     heads, dim = hf["n_head"], hf["n_embd"]
     return Config(
         vocab_size=hf["vocab_size"], context=hf["n_positions"], layers=hf["n_layer"], heads=heads, dim=dim,
@@ -1100,10 +1121,7 @@ def _rotary_config(hf: dict, path) -> Config:
     family, heads, dim = hf["model_type"], hf["num_attention_heads"], hf["hidden_size"]
     rope = {"rope_theta": hf.get("rope_theta", 10000.0)} | (hf.get("rope_scaling") or hf.get("rope_parameters") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind not in ("default", "llama3"):
-        raise ValueError(f"{path}: rope type {kind!r} is not supported (only default, llama3)")
-    _refuse(path, hf, hidden_act=("silu", "swish"), partial_rotary_factor=(1.0, None))
-    _refuse(path, rope, partial_rotary_factor=(1.0, None))
+    _refuse_unknown(path, rope | {"rope_type": kind})
     if family != "llama":  # which knows no windows
         _refuse_windows(hf, path)
     original = hf.get("original_max_position_embeddings") or rope.get(ROPE_SCALING[-1], hf["max_position_embeddings"])
@@ -1139,10 +1157,11 @@ def _refuse_windows(hf: dict, path):
         )
 
 
-def _refuse(path, hf, **allowed):
-    for key, values in allowed.items():
-        if hf.get(key, values[0]) not in values:
-            raise ValueError(f"{path}: {key} = {hf[key]!r:.60} is not supported (only {', '.join(map(str, values))})")
+def _refuse_unknown(path, settings: dict):
+    for name, values in COMPUTED.items():
+        if settings.get(name, values[0]) not in values:
+            only = ", ".join(map(str, values))
+            raise ValueError(f"{path}: {name} = {settings[name]!r:.60} is not supported (only {only})")
 
 
 def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
@@ -1215,16 +1234,31 @@ def ensemble_folders(path) -> list:
     return sorted(Path(path).glob("member-*")) or [path]
 
 
+STORED_TYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
+    """The tensors in a folder's files by name, mapped into memory: the disk is read when they are copied."""
     from safetensors import safe_open
 
     tensors = {}
     for file in sorted(path.glob("*.safetensors")):
         try:
-            with safe_open(file, "numpy") as f:
-                tensors |= {name: f.get_tensor(name) for name in f.keys()}  # noqa: SIM118
+            with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
+                data = np.memmap(file, np.uint8, "r")
         except Exception as error:
             raise ValueError(f"{file} cannot be read ({error}): it is truncated or not a safetensors file") from error
+        first = 8 + int.from_bytes(data[:8], "little")  # 8 bytes with the length of the table, the table, the numbers
+        table = json.loads(bytes(data[8:first]))
+        table.pop("__metadata__", None)
+        for name, about in table.items():
+            if about["dtype"] not in STORED_TYPES:
+                raise ValueError(
+                    f"{file}: tensor {name} is of type {about['dtype']}, only {', '.join(STORED_TYPES)} here"
+                )
+            start, end = about["data_offsets"]
+            array = data[first + start : first + end].view(STORED_TYPES[about["dtype"]])
+            tensors[name] = array.reshape(about["shape"])
     return tensors
 
 
@@ -1234,20 +1268,19 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
-        leaf = attrgetter(ours)(shapes)
-        rows = []
-        for name in [theirs.format(i=i) for i in range(config.layers)] if "{i}" in theirs else [theirs]:
+        shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
+        filled[ours] = _aligned(shape, dtype)
+        names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
+        for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
+            place = place.T if transposed else place
             if name not in tensors:
                 raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
-            shape = leaf.shape[1:] if "{i}" in theirs else leaf.shape
-            if array.shape != (shape[::-1] if transposed else shape):
-                expected = shape[::-1] if transposed else shape
-                name = _stored_name(name)
-                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {expected}")
-            rows.append((array.T if transposed else array).astype(dtype))
-        filled[ours] = np.stack(rows) if "{i}" in theirs else rows[0]
-    model = jax.tree_util.tree_map_with_path(lambda p, _: jnp.asarray(filled[_path(p)]), shapes)
+            if array.shape != place.shape:
+                name, needed = _stored_name(name), place.shape
+                raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {needed}")
+            place[...] = array
+    model = jax.tree_util.tree_map_with_path(lambda p, _: jax.device_put(filled.pop(_path(p))), shapes)
     if score is not None:
         model = _fill_score(model, tensors, path, score)
     if tensors:
@@ -1255,12 +1288,20 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
+def _aligned(shape, dtype) -> np.ndarray:
+    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
+    size = math.prod(shape) * np.dtype(dtype).itemsize
+    memory = np.empty(size + 63, np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + size].view(dtype).reshape(shape)
+
+
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
     if "score.weight" not in tensors or tensors["score.weight"].shape != (1, body.config.dim):
         found = tensors["score.weight"].shape if "score.weight" in tensors else "no such tensor"
         raise ValueError(f"{path}: score.weight must be (1, {body.config.dim}), one label: found {found}")
-    head = jnp.asarray(tensors.pop("score.weight")[0], jnp.float32)
-    query = jnp.asarray(tensors.pop("score.query")) if score.get("pool") == "attention" else None
+    head = jnp.array(tensors.pop("score.weight")[0], jnp.float32)
+    query = jnp.array(tensors.pop("score.query")) if score.get("pool") == "attention" else None
     bias = jnp.asarray(score.get("bias", 0.0), jnp.float32)
     return ScoreModel(body, head, query, bias, score.get("pool", "last"), tuple(score.get("suffix", ())))
 
@@ -1381,7 +1422,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     about = json.loads((folder / "adapter.json").read_text())
     if about["base_hash"] != weights_hash(find_folder(base)):
         return None
-    tensors = {name: jnp.asarray(x) for name, x in read_tensors(folder).items()}
+    tensors = {name: jnp.array(x) for name, x in read_tensors(folder).items()}
     adapter = Adapter({}, {})
     for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
         place, layer = name.split(".")
@@ -1447,7 +1488,6 @@ KINDS = {
     "prompts": "{prompt}",
 }
 
-
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
     "text": ["text"],
@@ -1458,9 +1498,8 @@ NEEDED = {  # the texts of a row that training reads; demonstrations may be {mes
 }
 
 
-# Keys that change what a row means and that training does not read: `prepare.py` maps them, or refuses them as well.
-MEANING = ("kto_tag", "system", "history", "tools", "images")
-MESSAGE_MEANING = ("tool_calls", "function_call")
+# Keys of rows and messages that change what they mean and that training does not read.
+MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
 
 
 class BadRow(ValueError):
@@ -1468,7 +1507,11 @@ class BadRow(ValueError):
 
 
 class Unfit(BadRow):
-    """A sound row that has no place in this run: it is left out and counted."""
+    """A sound row that has no place in this run: it is left out and counted. `tokens`: a length that it would fit."""
+
+    def __init__(self, reason: str, tokens: int | None = None):
+        super().__init__(reason)
+        self.tokens = tokens
 
 
 def open_text(path):
@@ -1480,20 +1523,23 @@ def open_text(path):
     return opener(path, "rt", encoding="utf-8-sig")  # the mark that some editors put in front is not part of the text
 
 
+def numbered_lines(path):
+    """(number, line) of the lines of a text file that are not blank."""
+    with open_text(path) as lines:
+        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+
+
 def read_rows(path, kind: str, skip_bad: bool = False):
     """Yield (line number, checked row) of a JSONL file. A bad line stops with file, line and reason; with `skip_bad` it
     is counted and the count printed."""
     bad = []
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                yield from ((number, row) for row in check_row(parse_json(line), kind))
-            except BadRow as error:
-                if not skip_bad:
-                    raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
-                bad.append(f"{number}: {error}")
+    for number, line in numbered_lines(path):
+        try:
+            yield from ((number, row) for row in check_row(parse_json(line), kind))
+        except BadRow as error:
+            if not skip_bad:
+                raise BadRow(f"{path}:{number}: {error} (--skip-bad-rows goes on without such rows)") from None
+            bad.append(f"{number}: {error}")
     if bad:
         print(f"{path}: {len(bad):,} bad rows skipped, for example line {bad[0]}", file=sys.stderr)
 
@@ -1510,11 +1556,12 @@ def parse_json(line: str) -> dict:
     return row
 
 
-def refuse_keys(values: dict, names, why: str):
-    """BadRow if one of the names has a value that says something."""
-    for name in names:
+def refuse_meaning(values: dict):
+    """BadRow if one of the keys `MEANING` of a row or a message has a value that says something."""
+    for name in MEANING:
         if values.get(name) not in (None, "", [], {}, "[]"):
-            raise BadRow(f"`{name}` changes what a row means{why}")
+            why = "and training does not read it: `prepare.py` maps it, or says why it cannot"
+            raise BadRow(f"`{name}` changes what a row means, {why}")
 
 
 def check_row(row: dict, kind: str) -> list[dict]:
@@ -1526,7 +1573,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
         _check_text(row, name)
     if kind in ("demos", "pairs", "thumbs"):
-        refuse_keys(row, MEANING, ", and training does not read it: `prepare.py` maps it, or says why it cannot")
+        refuse_meaning(row)
         if kind == "demos" and row.get("weight") not in (None, 1):
             raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
@@ -1568,7 +1615,7 @@ def _check_text(row: dict, name: str):
     if not any(message["content"].strip() for message in messages):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
-        refuse_keys(message, MESSAGE_MEANING, ", and tool use is not trained here")
+        refuse_meaning(message)
         if (answer or name == "messages") and message.get("weight") not in (None, 1):
             raise BadRow("messages have no `weight` here: `prepare.py` makes rows of what counts")
 
@@ -1588,21 +1635,18 @@ def find_kind(data, kinds, skip_bad: bool = False) -> str:
     """The first of `kinds` that the data's first row belongs to, or with `skip_bad` the first row that belongs to one;
     BadRow with the reason if there is none."""
     path, reason = parse_sources(data)[0][0], None
-    with open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            reasons = []
-            for kind in kinds:
-                try:
-                    check_row(parse_json(line), kind)
-                    return kind
-                except BadRow as error:
-                    reasons.append(str(error))
-            # of a kind whose keys the row has, if there is one
-            reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
-            if not skip_bad:
-                break
+    for number, line in numbered_lines(path):
+        reasons = []
+        for kind in kinds:
+            try:
+                check_row(parse_json(line), kind)
+                return kind
+            except BadRow as error:
+                reasons.append(str(error))
+        # of a kind whose keys the row has, if there is one
+        reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
+        if not skip_bad:
+            break
     known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
     raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
 
@@ -1690,8 +1734,8 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
             ids, scored, done = ids + prompt + answer, scored + [0] * len(prompt) + [1] * len(answer), opened + said
-    whole = _ended(ids, tokenizer)
-    return whole, (scored + [1])[: len(whole)]
+    ids = _ended(ids, tokenizer)
+    return ids, (scored + [1])[: len(ids)]
 
 
 def truncated_sides(row: dict) -> list:
@@ -1718,12 +1762,12 @@ def encode_row(
     if kind == "demos" and "messages" in row:
         ids, mask = encode_messages(row["messages"], tokenizer, note)
         if 1 not in mask[:max_length]:
-            raise Unfit(f"no assistant token within {max_length} tokens")
+            raise Unfit(f"no assistant token within {max_length} tokens", mask.index(1) + 1 if 1 in mask else None)
         return [(ids[:max_length], mask[:max_length])]
     prompt = encode_prompt(row["prompt"], tokenizer)
     room = max_length - len(prompt) - len(suffix)
     if room < (kind != "prompts"):  # nothing follows a prompt alone: it may fill all of its length
-        raise Unfit(f"the prompt alone fills {max_length} tokens")
+        raise Unfit(f"the prompt alone fills {max_length} tokens", max_length - room + (kind != "prompts"))
     if kind == "prompts":
         return [(prompt, [0] * len(prompt))]
     sequences = []
@@ -1746,7 +1790,7 @@ class TokenData:
 
     def __init__(self, folder: Path):
         info = json.loads((folder / "info.json").read_text())
-        self.folder, self.kind, self.sides, self.info = folder, info["kind"], info["sides"], info
+        self.folder, self.sides, self.info = folder, info["sides"], info
         self.tokens = np.memmap(folder / "tokens.bin", info["dtype"], "r")
         self.mask = np.memmap(folder / "mask.bin", np.uint8, "r")
         self.starts = np.load(folder / "starts.npy", mmap_mode="r")  # (rows * sides + 1,)
@@ -1776,7 +1820,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 7]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 9]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1793,20 +1837,17 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
             finally:
                 shutil.rmtree(temporary, ignore_errors=True)
     data = TokenData(folder)
-    for reason, count in data.info["dropped"].items():
-        print(f"{path}: {count:,} rows left out: {reason}", file=sys.stderr)
-    for text, (count, line) in data.info["notes"].items():
-        print(f"{path}: {count:,} rows, for example line {line}: {text}", file=sys.stderr)
-    if data.info["truncated"]:
-        print(f"{path}: {data.info['truncated']:,} sequences cut at {max_length} tokens", file=sys.stderr)
-    if len(data) == 0:
-        raise ValueError(f"{path}: no usable row of kind {kind} ({KINDS[kind]})")
+    for text in data.info["messages"]:
+        print(f"{path}: {text}", file=sys.stderr)
+    if data.info["fault"]:
+        raise ValueError(f"{path}: {data.info['fault']}")
     return data
 
 
 def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_bad):
+    """Tokenise the rows of `path` one by one into the files that `TokenData` reads."""
     dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
-    lengths, scored, extras, row_starts, dropped, notes, truncated = [], [], [], [], Counter(), {}, 0
+    lengths, scored, extras, row_starts, dropped, notes, truncated, long = [], [], [], [], Counter(), {}, 0, []
     bar = progress(desc=f"tokenising {path.name}", unit=" rows")
     names = ("tokens.bin", "mask.bin", "rows.jsonl")
     with ExitStack() as stack:
@@ -1820,6 +1861,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
                 if not (skip_bad or isinstance(reason, Unfit)):
                     raise BadRow(f"{path}:{line}: {reason} (--skip-bad-rows goes on without such rows)") from None
                 dropped[str(reason)] += 1
+                long += filter(None, [getattr(reason, "tokens", None)])
                 continue
             for text in found:
                 count, first = notes.get(text, (0, line))
@@ -1844,8 +1886,16 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     if not lengths:
         for name in ("tokens.bin", "mask.bin"):
             (folder / name).write_bytes(b"\0" * 4)  # an empty file cannot be mapped
-    info = dict(kind=kind, sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, max_length=max_length)
-    write_json(folder / "info.json", info | dict(truncated=truncated, dropped=dict(dropped), notes=notes))
+    messages = [f"{count:,} rows left out: {reason}" for reason, count in dropped.items()]
+    messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
+    messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
+    fault = None if row_starts else f"no usable row of kind {kind} ({KINDS[kind]})"
+    if len(long) > len(row_starts):
+        needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
+        fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
+        fault += f"{needed} keeps 90% of them (at least, where answers follow)"
+    info = dict(sides=2 if kind == "pairs" else 1, dtype=np.dtype(dtype).name, messages=messages, fault=fault)
+    write_json(folder / "info.json", info)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1859,7 +1909,7 @@ class Batches:
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
     little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
-    What is trained on asks for its steps with `plan`, which sees to it that there are batches.
+    Training calls `plan` first, which makes the batch smaller where there are fewer rows than it takes.
     """
 
     WINDOW = 50
@@ -1892,16 +1942,13 @@ class Batches:
         """How many steps a run takes: `steps`, or one epoch. Where there are fewer rows than --batch-size, the batch
         becomes all of them, or as many as devices and micro-batches can share. Prompts are refused instead: how many
         a rollout has decides the sizes of what follows."""
-        if steps is not None and steps < 1:
-            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
         rows, asked = sum(self.counts), self.batch_size
         if rows < asked and self.kind == "prompts":
             raise ValueError(
                 f"{rows:,} prompts in {', '.join(self.hashes)}, and a batch takes {asked:,}: lower --batch-size"
             )
         if rows < asked:
-            mesh = jax.sharding.get_mesh()
-            devices = jax.device_count() if mesh.empty else mesh.shape["data"]
+            devices = data_devices()
             shares = math.lcm(devices, jax.process_count(), micro_batches)
             self.batch_size = rows // shares * shares
             if not self.batch_size:
@@ -1961,30 +2008,6 @@ class Batches:
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
 
-    def _split_prompts(self, batch: dict) -> dict:
-        """A batch of pairs, tokens, mask and segments (B, 2, T), whose two rows no longer repeat their prompt: it moves
-        to `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, since there the first token of the
-        answer is predicted.
-
-            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                               c z            0 1
-        """
-        ids, mask, real = batch["tokens"], batch["mask"], batch["segments"].sum(-1)  # (B, 2, T) twice, (B, 2)
-        forks = np.maximum(mask[:, 0].argmax(-1) - 1, 0)  # tokens of each prefix
-        sizes = zip((forks.max(), (real - forks[:, None]).max()), self.longest)
-        P, T = (bucket(size, longest, multiple=16) for size, longest in sizes)
-        B = len(ids)
-        prefix, prefix_mask = np.full((B, P), self.pad, np.int32), np.zeros((B, P), np.int32)
-        out = {name: np.zeros((B, 2, T), np.int32) for name in ("mask", "segments")}
-        out["tokens"] = np.full((B, 2, T), self.pad, np.int32)
-        for i, fork in enumerate(forks):
-            prefix[i, :fork], prefix_mask[i, :fork] = ids[i, 0, :fork], 1
-            for side, n in enumerate(real[i]):
-                out["tokens"][i, side, : n - fork] = ids[i, side, fork:n]
-                out["mask"][i, side, : n - fork] = mask[i, side, fork:n]
-                out["segments"][i, side, : n - fork] = 1
-        return batch | out | dict(prefix=prefix, prefix_mask=prefix_mask)
-
     def _sort_keys(self, data: TokenData) -> np.ndarray:
         """(rows,): rows of similar keys need little padding beside each other. The key is a row's length; where prompts
         are split off, the width of the prompt and then the longer answer, because these are padded separately."""
@@ -1997,26 +2020,36 @@ class Batches:
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         if self.kind == "text":
             return self._packed(picks)
-        batch = self._padded(picks)
-        return self._split_prompts(batch) if self.longest else batch
-
-    def _padded(self, picks):
-        sides, left = self.sets[0].sides, self.kind == "prompts"
-        if left:
-            width = max(int(data.lengths.max()) for data in self.sets)
+        sides = self.sets[0].sides
+        rows = [self.sets[source].sequence(row, side) for source, row in picks for side in range(sides)]
+        if self.longest:
+            batch = self._split_prompts(rows)
+        elif self.kind == "prompts":
+            batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
         else:
-            width = bucket(max(self.sets[source].lengths[row].max() for source, row in picks), self.length)
-        tokens = np.full((len(picks), sides, width), self.pad, np.int32)
-        mask, segments = np.zeros(tokens.shape, np.int32), np.zeros(tokens.shape, np.int32)
-        for i, (source, row) in enumerate(picks):
-            for side in range(sides):
-                ids, scored = self.sets[source].sequence(row, side)
-                place = slice(width - len(ids), width) if left else slice(0, len(ids))
-                tokens[i, side, place], mask[i, side, place], segments[i, side, place] = ids, scored, 1
-        batch = dict(tokens=tokens, mask=mask, segments=segments)
-        batch = {name: x if sides > 1 else x[:, 0] for name, x in batch.items()}
+            batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
+        if sides > 1:
+            batch |= {x: batch[x].reshape(len(picks), sides, -1) for x in ("tokens", "mask", "segments")}
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
+
+    def _split_prompts(self, rows) -> dict:
+        """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
+        `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, (2 B, T), since there the first token of
+        the answer is predicted.
+
+            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
+                                                                               c z            0 1
+        """
+        forks = [max(int(mask.argmax()) - 1, 0) for _, mask in rows[::2]]  # tokens of each prefix
+        prefixes = [(ids[:fork], mask[:fork]) for (ids, mask), fork in zip(rows[::2], forks)]
+        rows = [(ids[fork:], mask[fork:]) for (ids, mask), fork in zip(rows, np.repeat(forks, 2))]
+        widths = [
+            bucket(max(len(ids) for ids, _ in part), longest, multiple=16)
+            for part, longest in zip((prefixes, rows), self.longest)
+        ]
+        prefix = pad_rows(prefixes, widths[0], self.pad)
+        return pad_rows(rows, widths[1], self.pad) | dict(prefix=prefix["tokens"], prefix_mask=prefix["segments"])
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -2032,6 +2065,17 @@ class Batches:
                 mask[i, at] = 0  # a document's first token has nothing before it to predict it from
                 at += size
         return dict(tokens=tokens, mask=mask, segments=segments)
+
+
+def pad_rows(rows, width: int, pad: int, left: bool = False) -> dict[str, np.ndarray]:
+    """tokens, mask and segments (N, width) of N rows (ids, mask), padded on the right, or on the left."""
+    batch = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "mask", "segments")}
+    batch["tokens"] += pad
+    for i, (ids, mask) in enumerate(rows):
+        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        for name, value in zip(batch, (ids, mask, 1)):
+            batch[name][i, place] = value
+    return batch
 
 
 def prompt_sizes(data: TokenData) -> np.ndarray:
@@ -2065,10 +2109,10 @@ def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[
 
     rows, rests = [], []
     for document, length in enumerate(lengths):
-        whole = int(length) // size * size
-        rows += [[(document, start, size)] for start in range(0, whole, size)]
-        if length - whole >= 2:
-            rests.append((document, whole, int(length) - whole))
+        end = int(length) // size * size  # of the rows that the document fills alone
+        rows += [[(document, start, size)] for start in range(0, end, size)]
+        if length - end >= 2:
+            rests.append((document, end, int(length) - end))
     order = np.random.default_rng(seed).permutation(len(rests))
     for begin in range(0, len(order), window):
         open_rows = []  # (room left, index of the row), sorted
@@ -2219,14 +2263,14 @@ def put_batch(batch: dict) -> dict:
 def to_numpy(tree):
     """Every array of the tree on this host, whole, also where other processes hold parts of it."""
 
-    def whole(array):
+    def collect(array):
         if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
             from jax.experimental.multihost_utils import process_allgather
 
             return process_allgather(array, tiled=True)
         return jax.device_get(array)
 
-    return jax.tree.map(lambda x: np.asarray(whole(x)), tree)
+    return jax.tree.map(lambda x: np.asarray(collect(x)), tree)
 
 
 def own_rows(rows):
@@ -2255,7 +2299,8 @@ def barrier(name: str):
 
 @contextmanager
 def first_process_first(name: str):
-    """`with` this the first process runs the block before all others: they find on disk what it wrote."""
+    """with first_process_first(name): the first process runs the block before all others, which then find on disk what
+    it wrote."""
     if jax.process_index() > 0:
         barrier(name)
     yield
@@ -2270,20 +2315,24 @@ def any_process(flag: bool):
     return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
 
 
+def data_devices() -> int:
+    """Over how many devices the rows of a batch are spread."""
+    mesh = jax.sharding.get_mesh()
+    return jax.device_count() if mesh.empty else mesh.shape["data"]
+
+
 def check_batch_size(batch_size: int, name="--batch-size"):
     if batch_size < 1:
         raise ValueError(f"{name} {batch_size}: a batch has 1 row at least")
-    mesh = jax.sharding.get_mesh()
-    devices = jax.device_count() if mesh.empty else mesh.shape["data"]
-    for n, what in ((devices, "devices that share its rows"), (jax.process_count(), "processes")):
+    for n, what in ((data_devices(), "devices that share its rows"), (jax.process_count(), "processes")):
         if batch_size % n:
             raise ValueError(f"{name} {batch_size} is not divisible by the {n} {what}")
 
 
 def device_note() -> str:
-    mesh, count = jax.sharding.get_mesh(), jax.device_count()
-    tensor = 1 if mesh.empty else mesh.shape["tensor"]
-    return f"{count} x {jax.devices()[0].device_kind}" + (f" ({count // tensor} x {tensor} tensor)" * (tensor > 1))
+    count, rows = jax.device_count(), data_devices()
+    split = f" ({rows} x {count // rows} tensor)" if rows < count else ""
+    return f"{count} x {jax.devices()[0].device_kind}{split}"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -2417,8 +2466,8 @@ logprobs_of_logits.defvjp(
 
 def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B"]:
     """The first index at which the running sum of p, which need not add up to 1, exceeds u times its total. It is found
-    among the sums of blocks first and then inside one block: on a CPU one long running sum, or Gumbel noise for every
-    entry, takes several times as long."""
+    among the sums of blocks first and then inside one block: with 50,257 words on a CPU, one long running sum takes 1.5
+    to 2 times as long, and Gumbel noise for every entry 20 times."""
     (B, V), block = p.shape, 256
     blocks = jnp.pad(p, ((0, 0), (0, -V % block))).reshape(B, -1, block)
 
@@ -2461,7 +2510,7 @@ def has_flash_attention(q, k) -> bool:
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
     """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
 
-    Each n rows, one after the other, continue the same prefix, which is computed once, and do not see each other. A row
+    Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
     is one document: its `segments` are 1, and 0 on padding.
     """
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
@@ -2539,21 +2588,12 @@ def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final
     return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
 
 
-def adamw(learning_rate, weight_decay=0.0, clip=1.0, b1=0.9, b2=0.999, eps=1e-8):
+def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
     """AdamW on the global gradient clipped to norm `clip`. Weight decay acts on the matrices of linear layers alone.
     They are found by name, because a stacked norm scale has two axes as well."""
     decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
-    adam = optax.adamw(learning_rate, b1=b1, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
+    adam = optax.adamw(learning_rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
-
-
-def at_step(opt_state, step: int):
-    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: PPO
-    may skip the rest of a rollout's minibatches, and its rate still ends where it should."""
-    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
-    at = lambda count: place(np.asarray(step, count.dtype), count.sharding)
-    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
-    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
 
 def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
@@ -2610,7 +2650,6 @@ class Adapter(eqx.Module):
 
 
 LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
-
 
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
@@ -2774,10 +2813,18 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
     return means
 
 
-def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation) -> tuple[list[str], list[str]]:
-    """(prompts, responses) of this process's `own_rows` as text; `prompts` is the batch on the host."""
-    rows = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
-    return tuple(tokenizer.decode_rows(*map(own_rows, pair)) for pair in rows)
+def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
+    """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
+    `rows` are the process's own, as they were written."""
+    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
+    return plain_prompts(asked, rows), said
+
+
+def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
+    """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
+    last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
+    return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
 
 
 def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
@@ -2797,12 +2844,6 @@ class Watch:
         length = metrics["response_length"]
         self.first_length = self.first_length or length
         self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        no_price = metrics.get("val/below_missing_eos", 0) > 0.5
-        price = (
-            "raise --missing-eos: most scores are below minus that, so it costs nothing not to end"
-            if no_price
-            else ("raise --response-length, or --missing-eos, which is what it costs not to end (None: nothing)")
-        )
         moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
         faults = {
             "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
@@ -2810,7 +2851,8 @@ class Watch:
             "shrank": (length < 0.4 * self.first_length, moved),
             "grew": (length > 2.5 * self.first_length, moved),
             "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, f"most responses do not end: {price}"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
+                    "--missing-eos, which is what it costs not to end (None: nothing)"),
             "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
                         "tokens each that their text does not show: look at what the reward pays for them"),
         }  # fmt: skip
@@ -2828,6 +2870,9 @@ SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
+
+
+PATIENCE = 30  # seconds after which a log file is told how far a run is
 
 
 def progress(total=None, **options):
@@ -2856,8 +2901,8 @@ def cli(main, config_class, description: str):
 
 
 def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):
-    """Refuse a run folder in use, or with `overwrite` empty it of what runs write and of `more` (patterns of names).
-    Never one that another of a script's `settings` names: --init and --out may be the same folder by mistake."""
+    """Refuse a run folder in use, or with `overwrite` delete in it what runs write, and `more` (patterns of names). An
+    error where another of a script's `settings` names the folder too: --init would be deleted before it is read."""
     out = Path(out)
     for name, value in settings.items() if overwrite else ():
         named = [Path(str(x)).resolve() for x in (value if isinstance(value, tuple) else [value])]
@@ -2893,16 +2938,14 @@ class Run:
 
     def __init__(
         self, hashes: dict, notes: dict | None = None, *, steps: int, out, seed: int, resume: bool = False,
-        overwrite: bool = False, save_every: int = 100, track: str | None = None, **settings,
+        overwrite: bool = False, save_every: int = 100, **settings,
     ):  # fmt: skip
         if steps < 1:
-            raise ValueError(f"{steps} steps: a run takes one step at least")
-        self.total, self.out, self.resume, self.save_every, self.track = steps, Path(out), resume, save_every, track
+            raise ValueError(f"--steps {steps}: a run takes 1 step at least")
+        self.total, self.out, self.resume, self.save_every = steps, Path(out), resume, save_every
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
-        if settings.get("epochs", 1) < 1:
-            raise ValueError(f"--epochs {settings['epochs']}: a rollout is learned from once at least")
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -2994,7 +3037,10 @@ class Run:
             self.manager.wait_until_finished()
             self.close()
             why = self.stopping or "another process"
-            print(f"\nstopped by {why} after step {done:,}: --resume goes on from here", file=sys.stderr)
+            print(
+                f"\nstopped by {why} after step {done:,}: --resume goes on from here, --resume --steps {done} makes a "
+                "model folder of it as it is", file=sys.stderr,
+            )  # fmt: skip
             raise SystemExit(1)
 
     def _check_learned(self, model):
@@ -3018,14 +3064,14 @@ class Run:
     def steps(self, first: int):
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
-        self._tracker = start_tracker(self.track, self.out, self.info) if self.main else None
         self._bar = progress(
             total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
         )
         main_thread = threading.current_thread() is threading.main_thread()
         signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
-        self._clock = time.perf_counter()
+        self._clock = self._said = time.perf_counter()
+        self._first = first
         try:
             for step in range(first, self.total):
                 yield step
@@ -3037,46 +3083,64 @@ class Run:
             self.close()
 
     def _ask_to_stop(self, number, frame):
+        # not `print`: the signal may have come while stderr is written to
         if self.stopping:
-            raise KeyboardInterrupt
+            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
         self.stopping = signal.Signals(number).name
+        os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
         self.flush()
-        now = time.perf_counter()
         if jax.process_count() > 1:
             jax.block_until_ready(metrics)  # one collective at a time: two programs' must not cross
         stop = any_process(bool(self.stopping)) if jax.process_count() > 1 else False
-        self._pending = (step, metrics | {"seconds": now - self._clock}, stop)
-        self._clock = now
+        self._pending = (step, metrics, stop, when_ready(metrics))
 
     def flush(self):
         if self._pending is None:
             return
-        (step, metrics, stop), self._pending = self._pending, None
+        (step, metrics, stop, ready), self._pending = self._pending, None
+        done = self._wait(step, ready)
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()}
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
+        self._clock = done
+        if step == self._first + 1:
+            self._estimate(metrics["seconds"])
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
-        if self._tracker:
-            self._tracker(metrics, step)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
+            good = f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {good} "
                 "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
         shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
         self._bar.set_postfix(shown)
-        if self._bar.disable and self.main and (step % max(self.total // 20, 1) == 0 or step == self.total - 1):
+        due = step % max(self.total // 20, 1) == 0 or step == self.total - 1 or done - self._said > PATIENCE
+        if self._bar.disable and self.main and due:
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
+            self._said = done
 
-    def _last_good(self) -> str:
-        if self._saved:
-            return f"The last good state is in {self.out}/checkpoint."
-        return "Nothing was saved yet (--save-every)."
+    def _wait(self, step: int, ready: Future) -> float:
+        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
+        while True:
+            try:
+                return ready.result(PATIENCE)
+            except TimeoutError:
+                if self._bar.disable and self.main:
+                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+
+    def _estimate(self, seconds: float):
+        """Say what the run will take: the first step compiles, the second is like the others."""
+        left, memory = seconds * (self.total - self._first - 2), peak_memory() / 2**30
+        if self.main:
+            self._bar.write(
+                f"{seconds:.2g} s a step, about {left / 60:.0f} min to go; {memory:.1f} GiB of memory so far"
+            )
 
     def sample(self, step: int, **record):
         """Keep a sample in samples.jsonl and show it."""
@@ -3113,6 +3177,29 @@ class Run:
             self._log.close()
 
 
+def when_ready(tree) -> Future:
+    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    found = Future()
+
+    def wait():
+        with suppress(Exception):  # whoever reads the arrays will see it
+            jax.block_until_ready(tree)
+        found.set_result(time.perf_counter())
+
+    threading.Thread(target=wait, daemon=True).start()
+    return found
+
+
+def peak_memory() -> int:
+    """Bytes of the device's memory, or of this process on a CPU, that were in use at most."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        return stats["peak_bytes_in_use"]
+    import resource  # Unix
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def fingerprint(model) -> np.ndarray:
     """(arrays,) a number for each array of a model; another one when any of its numbers changes."""
     bits = lambda x: lax.bitcast_convert_type(x.astype(jnp.float32), jnp.uint32).sum()
@@ -3124,20 +3211,3 @@ def _step_of(line: str) -> float:
         return json.loads(line)["step"]
     except ValueError:
         return float("inf")  # a line cut short by a kill
-
-
-def start_tracker(kind: str | None, out: Path, info: dict):
-    """log(metrics, step) of --track wandb, tensorboard or trackio; None without."""
-    if not kind:
-        return None
-    try:
-        if kind == "tensorboard":
-            from tensorboardX import SummaryWriter
-
-            writer = SummaryWriter(str(out / "tensorboard"))
-            return lambda metrics, step: [writer.add_scalar(name, value, step) for name, value in metrics.items()]
-        tracker = importlib.import_module({"wandb": "wandb", "trackio": "trackio"}[kind])
-    except ImportError as error:
-        raise ValueError(f"--track {kind}: {error.name} is not installed (the `track` extra)") from None
-    tracker.init(project="rlhf", name=out.name, config=info)
-    return lambda metrics, step: tracker.log(metrics, step=step)

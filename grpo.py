@@ -1,30 +1,46 @@
-"""RLOO and GRPO: reinforcement learning without a critic. K answers to one prompt are each other's baseline.
+"""The critic-free family: RLOO, GRPO and what came after. K answers to one prompt are each other's baseline.
 
 RLOO: Ahmadian et al. 2024 (arXiv:2402.14740). GRPO: Shao et al. 2024 (arXiv:2402.03300). Each iteration, with r_i the
-score of answer i and t over its tokens, EOS included:
+score of answer i to a prompt, t over its tokens, EOS included, and rho = policy_new / policy_old:
 
     1  y_1 .. y_K ~ policy(. | x), at --temperature; r_i from a reward model, an ensemble or a function
     2  log-probs of policy and reference at every token
-    3  rloo   A_i = r'_i - mean of the others' r',   r'_i = r_i - beta sum_t (log policy(y_t) - log ref(y_t))
-       grpo   A_i = (r_i - mean) / std               every token of an answer has its answer's advantage
-    4  a few epochs of minibatches:  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
-       grpo adds to the loss         beta k3,  k3 = exp(lr) - 1 - lr,  lr = log ref - log policy
+    3  A_i = (r_i - mean) / std      --advantage grpo; every token of an answer has its answer's advantage
+             r_i - mean              --advantage centred
+             r_i - mean of others    --advantage rloo
+    4  epochs of minibatches: mean over tokens of  max(-A rho, -A clip(rho, 1 - low, 1 + high)) + beta KL
+
+What came after is a switch each; docs/grpo.md has the table of names:
+
+    --loss       token: mean over all tokens (DAPO). sequence: mean over answers of their means (GRPO's paper).
+                 constant: sum over tokens / (answers x --response-length) (Dr. GRPO). gspo: one ratio an answer.
+                 cispo: the ratio is clipped as a weight, so that every token keeps its gradient
+    --kl         reward: r_i - beta sum_t (log policy - log ref), as in PPO; the default of rloo.
+                 loss: beta rho k3 in the loss, k3 = exp(lr) - 1 - lr, lr = log ref - log policy; the default otherwise.
+                 loss-uncorrected: beta k3, as GRPO's paper has it
+    --clip       low and high: 0.2 0.28 is DAPO's clip-higher
+    --filter-groups  leaves out groups whose answers all score alike (DAPO)
+    --teacher    on-policy distillation (arXiv:2306.13649): the teacher's log-probs in place of reward and reference;
+                 --advantage, --beta and --missing-eos are not used then
 
 Choices where code bases disagree:
-1. Both losses are token means with one ratio a token; TRL's RLOO has one an answer, which is clipped far more often.
-2. GRPO's k3, differentiated, has on average the gradient of KL(ref || policy), not of KL(policy || ref): its optimum is
-   another one than PPO's and RLOO's (tests/test_enumerable.py).
-3. Old and reference log-probs come from one forward pass after the rollout, at the rollout's temperature: the ratio of
-   the first minibatch is 1.
-4. A response that does not end scores -(--missing-eos) at most, as in ppo.py.
+1. k3 without rho has on average the gradient of KL(ref || policy), and misses the optimum of E[r] - beta KL(policy ||
+   ref). With rho it is the KL of each token, which still does not see what a token does to the states after it: only
+   --kl reward has the optimum exactly (tests/test_enumerable.py).
+2. The sampler may be another model than the one that is trained (precision, cached keys): a token counts
+   min(policy_old / sampler, 2) times (truncated importance weights). All log-probs are at the rollout's temperature.
+3. Minibatches are whole groups: a group's prompt is computed once, in sampling, scoring and update.
+4. A response that does not end is scored as in ppo.py.
 5. With --lora-rank the policy is a low-rank adapter on a frozen base, which itself is the reference.
 
     python grpo.py                                            # out/sft + out/reward -> out/grpo, by GRPO
     python grpo.py --advantage rloo --out out/rloo
+    python grpo.py --advantage centred --loss constant --kl reward --out out/dr-grpo
+    python grpo.py --teacher out/ppo --out out/distilled      # the student is --init
     python grpo.py --reward mine:brevity --out out/brief      # def brevity(prompts, responses, rows) -> floats
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -32,6 +48,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 
 import gpt
 
@@ -39,14 +56,18 @@ import gpt
 @dataclass(frozen=True)
 class Config:
     init: str = "out/sft"  # policy to start from; its frozen copy is the reference
-    reward: tuple[str, ...] = ("out/reward",)  # reward-model folders (several: an ensemble), or one module:function
+    reward: tuple[str, ...] = ("out/reward",)  # reward-model folders (several: their mean), or one module:function
+    teacher: str | None = None  # model whose log-probs are the reward, in the place of --reward and of the reference
     data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
     out: Path = Path("out/grpo")  # run folder
-    advantage: Literal["grpo", "rloo"] = "grpo"  # how an answer is compared with the others to its prompt
+    advantage: Literal["grpo", "centred", "rloo"] = "grpo"  # how an answer is compared with the others to its prompt
+    loss: Literal["token", "sequence", "constant", "gspo", "cispo"] = "token"  # what is averaged, what has a ratio
+    kl: Literal["reward", "loss", "loss-uncorrected"] | None = None  # where it is paid (default: see above)
+    filter_groups: bool = False  # leave out groups whose answers all score alike
     group_size: int = 4  # answers to each prompt
     steps: int = 90  # iterations of rollout and update
     batch_size: int = 128  # answers an iteration, to --batch-size / --group-size prompts
-    minibatch_size: int = 64  # answers an optimiser step
+    minibatch_size: int = 64  # answers an optimiser step, whole groups
     micro_batches: int = 1  # parts of a minibatch that are computed one after the other, to save memory
     epochs: int = 2  # passes over each rollout
     prompt_length: int = 16  # longer prompts are left out, and counted
@@ -57,10 +78,8 @@ class Config:
     lora_rank: int = 0  # above 0: the policy is an adapter of this rank on a frozen base
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
-    clip: float = 0.2  # of the probability ratio
-    target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end scores minus this at most (None: keeps its own)
-    combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
+    clip: tuple[float, float] = (0.2, 0.2)  # how far below and above 1 a probability ratio counts
+    missing_eos: float | None = 2.0  # price of not ending: such a response scores this below its own and below 0
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
@@ -68,9 +87,10 @@ class Config:
     seed: int = 0
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
-    save_every: int = 50  # iterations between checkpoints
-    skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
+
+
+CAP = 2.0  # of importance weights
+SAVE_EVERY = 50  # iterations between checkpoints
 
 
 class State(NamedTuple):
@@ -79,16 +99,18 @@ class State(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """One iteration's episodes. B answers, those to one prompt together; Q prompt tokens (left-padded), T response
-    tokens (right-padded)."""
+    """One iteration's episodes: K answers to each of P prompts. Q prompt tokens (left-padded), T response tokens
+    (right-padded)."""
 
-    queries: jax.Array  # (B, Q)
-    query_mask: jax.Array  # (B, Q)
-    responses: jax.Array  # (B, T)
-    mask: jax.Array  # (B, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `policy_forward`
-    ref_logprobs: jax.Array | None = None  # (B, T)
-    advantages: jax.Array | None = None  # (B, T)
+    queries: jax.Array  # (P, Q)
+    query_mask: jax.Array  # (P, Q)
+    responses: jax.Array  # (P, K, T)
+    mask: jax.Array  # (P, K, T) 1 on response tokens including EOS
+    logprobs: jax.Array | None = None  # (P, K, T) "old": of the policy that sampled, by `policy_forward`
+    ref_logprobs: jax.Array | None = None  # (P, K, T)
+    advantages: jax.Array | None = None  # (P, K, T)
+    weights: jax.Array | None = None  # (P, K, T) by `importance_weights`
+    ref_hidden: jax.Array | None = None  # (P, K, T, D) the teacher's, where its whole distribution is learned
 
 
 # ------------------------------------------------------------------------------------- 1 sample and score
@@ -100,34 +122,26 @@ def sampler(policy, base, config: Config) -> gpt.GPT:
 
 
 def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, ends, config: Config):
-    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids. A
-    response ends with one of the ids `ends`, or is cut off."""
+    """(scores (P, K), metrics). A function is asked about this process's texts and rows, models about all token ids;
+    with a teacher there are neither, and all scores are 0. A response ends with one of the ids `ends`, or is cut off.
+    """
+    scores = jnp.zeros(len(generation.tokens))
     if reward.function:
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
-    else:
-        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, ends, chunks(config)
-        members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
-        scores = combine_scores(members, config.combine)
+    elif reward.models:
+        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "segments")]
+        inputs = *prompts, generation.tokens, generation.mask, ends, chunks(config)
+        scores = jnp.stack([gpt.score(model, *inputs) for model in reward.models]).mean(0)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
-    metrics = {}
-    if config.missing_eos is not None:
-        most = -config.missing_eos
-        metrics["val/below_missing_eos"] = jnp.mean(scores < most)  # there the rule takes nothing from a response
-        scores = jnp.where(ended, scores, jnp.minimum(scores, most))
-    return scores, metrics | {
+    if config.missing_eos is not None:  # whatever the scale of the scores, not to end costs at least that much
+        scores = jnp.where(ended, scores, jnp.minimum(scores, 0) - config.missing_eos)
+    return scores.reshape(-1, config.group_size), {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
         "eos_rate": ended.mean(),
     }
-
-
-def combine_scores(scores, how: str, uwo_coef: float = 0.5):
-    """(members, B) -> (B,): mean, worst case, or mean - coef * population variance (Coste et al., arXiv:2310.02743)."""
-    if how == "worst":
-        return scores.min(0)
-    return scores.mean(0) - (uwo_coef * scores.var(0) if how == "uwo" else 0.0)
 
 
 def chunks(config: Config) -> int:
@@ -138,77 +152,119 @@ def chunks(config: Config) -> int:
 # ------------------------------------------------------------------------------------- 2 what policy and reference say
 
 
-def join(rollout: Rollout):
-    """Prompt and response as one row: tokens and segments (B, Q + T), and Q."""
-    tokens = jnp.concatenate([rollout.queries, rollout.responses], 1)
-    segments = jnp.concatenate([rollout.query_mask, rollout.mask], 1)  # 0 hides padding, and what follows an EOS
-    return tokens, segments, rollout.queries.shape[1]
-
-
 def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
-    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
+    """(log-probs (P, K, T) of the response tokens, entropy (P, K, T), hidden states where they are predicted (P, K, T,
+    D)). A group's prompt is computed once: its last token predicts the first of each response."""
+    P, K, T = rollout.responses.shape
+    flat = lambda x: x.reshape(P * K, T)
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
-    tokens, segments, Q = join(rollout)
-    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
-    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
+    before = lambda first, then: jnp.concatenate([jnp.repeat(first[:, -1:], K, axis=0), flat(then)[:, :-1]], 1)
+    tokens, segments = before(rollout.queries, rollout.responses), before(rollout.query_mask, rollout.mask)
+    prefix, prefix_mask = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in rollout[:2])  # never of width 0
+    hidden = gpt.continue_prefix(model, tokens, segments, prefix, prefix_mask, config.remat)
+    said = gpt.head_logprobs(model, hidden, flat(rollout.responses), config.temperature)
+    return tuple(x.reshape(P, K, T, *x.shape[2:]) for x in (*said, hidden))
+
+
+def importance_weights(logprobs, sampled_logprobs, mask, cap=CAP):
+    """min(policy / sampler, cap) at each token, 1 where mask is 0: all (..., T).
+
+    Truncated importance sampling (Ionides 2008; for rollouts: Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"): what a sampler of another precision, or of older weights, draws too often
+    counts less. `logprobs` are the policy's before the update, so that the clip of `rho` is not concerned.
+    """
+    return jnp.minimum(jnp.exp(jnp.where(mask > 0, logprobs - sampled_logprobs, 0.0)), cap)
 
 
 # ------------------------------------------------------------------------------------- 3 advantages
 
 
-def grpo_advantages(scores, group_size: int):
-    """(r - mean) / std among the answers to one prompt, which stand together: (B,) -> (B,), 0 where all are equal.
+def grpo_advantages(scores):
+    """(r - mean) / std among the K answers to a prompt: (P, K) -> (P, K), 0 where all are equal.
 
-    DeepSeekMath (arXiv:2402.03300, section 4.1.2). std by n - 1, plus 1e-4, as in TRL and OpenRLHF.
+    DeepSeekMath (arXiv:2402.03300, section 4.1.2). std by K - 1, plus 1e-4, as in TRL and OpenRLHF.
     """
-    groups = scores.reshape(-1, group_size)
-    centred = groups - groups.mean(1, keepdims=True)
-    return (centred / (groups.std(1, ddof=1, keepdims=True) + 1e-4)).reshape(-1)
+    return centred_advantages(scores) / (scores.std(1, ddof=1, keepdims=True) + 1e-4)
 
 
-def rloo_advantages(rewards, group_size: int):
-    """r_i - mean of the others' r among the answers to one prompt, which stand together: (B,) -> (B,).
+def centred_advantages(scores):
+    """r - mean: (P, K) -> (P, K). Without the division a prompt whose answers score nearly alike does not weigh as much
+    as one that they part on (Dr. GRPO, arXiv:2503.20783, section 3.2)."""
+    return scores - scores.mean(1, keepdims=True)
 
-    REINFORCE leave-one-out (arXiv:2402.14740, eq. 9): the baseline does not depend on the answer, hence no bias.
+
+def rloo_advantages(scores):
+    """r_i - mean of the others' r: (P, K) -> (P, K).
+
+    REINFORCE leave-one-out (arXiv:2402.14740, eq. 9): the baseline does not depend on the answer, hence no bias. It is
+    K / (K - 1) times `centred_advantages`.
     """
-    groups = rewards.reshape(-1, group_size)
-    return (group_size / (group_size - 1) * (groups - groups.mean(1, keepdims=True))).reshape(-1)
+    K = scores.shape[1]
+    return K / (K - 1) * centred_advantages(scores)
 
 
-def advantages(scores, logprobs, ref_logprobs, mask, how: str, group_size: int, beta: float):
-    """An answer's advantage at each of its tokens: (B,), (B, T) x 3 -> (B, T). GRPO has its KL penalty in the loss,
-    RLOO in the reward."""
-    if how == "grpo":
-        answers = grpo_advantages(scores, group_size)
-    else:
-        kl = jnp.where(mask > 0, logprobs - ref_logprobs, 0.0).sum(1)
-        answers = rloo_advantages(scores - beta * kl, group_size)
-    return jnp.where(mask > 0, answers[:, None], 0.0)
+ADVANTAGES = {"grpo": grpo_advantages, "centred": centred_advantages, "rloo": rloo_advantages}
+
+
+def advantages(scores, logprobs, ref_logprobs, mask, how: str, beta: float = 0.0):
+    """An answer's advantage at each of its tokens: (P, K), (P, K, T) x 3 -> (P, K, T). `beta` is the price of a nat of
+    KL in the reward, r - beta sum_t (log policy - log ref), and 0 where the loss has that term."""
+    kl = jnp.where(mask > 0, logprobs - ref_logprobs, 0.0).sum(-1)
+    return jnp.where(mask > 0, ADVANTAGES[how](scores - beta * kl)[..., None], 0.0)
+
+
+def distillation_advantages(logprobs, teacher_logprobs, mask):
+    """log teacher - log policy at each token, its own reward and no other's: (P, K, T) x 3 -> (P, K, T).
+
+    On average over samples, -A grad log policy is the gradient of KL(policy || teacher) at each state that the policy
+    visits: on-policy distillation (Agarwal et al. 2024, arXiv:2306.13649, with the reverse KL).
+    """
+    return jnp.where(mask > 0, teacher_logprobs - logprobs, 0.0)
 
 
 @partial(jax.jit, static_argnames="config")
 def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config):
     """Steps 2 and 3: (the whole Rollout, metrics)."""
     policy = gpt.attach(policy, base)
+    grouped = lambda x: x.reshape(*scores.shape, -1)
+    sampled_logprobs = grouped(generation.logprobs)
+    rollout = Rollout(batch["tokens"], batch["segments"], grouped(generation.tokens), grouped(generation.mask))
 
     def ask_models(rollout):
         logprobs, entropy, hidden = policy_forward(policy, rollout, config)
         ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
-        return logprobs, ref_logprobs, entropy, exact_kl
+        return logprobs, ref_logprobs, entropy, exact_kl(policy, hidden, ref, ref_hidden, config), ref_hidden
 
-    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask)
-    logprobs, ref_logprobs, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
-    how = config.advantage, config.group_size, config.beta
-    by_token = advantages(scores, logprobs, ref_logprobs, rollout.mask, *how)
-    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, by_token)
-    return rollout, rollout_metrics(rollout, generation.logprobs, entropy, exact_kl, scores, config.beta)
+    logprobs, ref_logprobs, entropy, kl, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
+    if config.teacher:
+        by_token = distillation_advantages(logprobs, ref_logprobs, rollout.mask)
+    else:
+        beta = config.beta if config.kl == "reward" else 0.0
+        by_token = advantages(scores, logprobs, ref_logprobs, rollout.mask, config.advantage, beta)
+    weights = importance_weights(logprobs, sampled_logprobs, rollout.mask)
+    kept = ref_hidden if config.teacher and config.kl == "loss" else None
+    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, by_token, weights, kept)
+    metrics = rollout_metrics(rollout, sampled_logprobs, entropy, kl, scores, config.beta)
+    spread = jnp.ptp(scores, axis=1) > 0
+    metrics["frac_reward_zero_std"] = 1 - spread.mean()
+    if config.filter_groups:  # a group without spread has nothing to say, and takes no part in any mean
+        rollout = rollout._replace(mask=jnp.where(spread[:, None, None], rollout.mask, 0))
+    if config.teacher:  # the score of an answer is what it lacks to the teacher
+        lacks = rollout.advantages.sum(-1)
+        metrics |= {"objective/scores": lacks.mean(), "objective/scores_std": lacks.std()}
+    return rollout, metrics
+
+
+def exact_kl(policy, hidden, ref, ref_hidden, config: Config):
+    """KL(policy || ref) of the next token, over the whole vocabulary, from hidden states (P, K, T, D): (P, K, T)."""
+    flat = lambda x: x.reshape(-1, *x.shape[2:])
+    return gpt.head_kl(policy, flat(hidden), ref, flat(ref_hidden), config.temperature).reshape(hidden.shape[:-1])
 
 
 def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
-    """KL to the reference, entropy, and how far the sampler's log-probs are from the policy's: (B, T) x 3, (B,)."""
+    """KL to the reference, entropy, and how far sampler and policy are apart: (P, K, T) x 3, (P, K)."""
     mask = rollout.mask
-    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(1).mean()
+    per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(-1).mean()
     log_ratio = rollout.logprobs - rollout.ref_logprobs
     drift = jnp.where(mask > 0, rollout.logprobs - sampled_logprobs, 0.0)
     kl = per_sequence(log_ratio)
@@ -223,78 +279,136 @@ def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, score
         "val/decode_drift": jnp.max(jnp.abs(drift)),
         "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
         "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
-        "response_length": mask.sum(1).mean(),
+        "val/sampler_kl": per_sequence(jnp.expm1(drift) - drift),  # KL(sampler || policy), by k3
+        "val/importance_capped": gpt.masked_mean(drift > np.log(CAP), mask),
+        "response_length": mask.sum(-1).mean(),
     }
 
 
 # ------------------------------------------------------------------------------------- 4 losses and updates
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """Clipped surrogate (arXiv:1707.06347, eq. 7), token mean: (B, T) x 4 -> (scalar, metrics).
+def clipped_surrogate(ratio, advantages, clip=(0.2, 0.2)):
+    """max(-A rho, -A clip(rho, 1 - low, 1 + high)), elementwise (arXiv:1707.06347, eq. 7; clip-higher, high > low:
+    DAPO, arXiv:2503.14476, eq. 8). A token beyond the clip has no gradient."""
+    low, high = clip
+    return jnp.maximum(-advantages * ratio, -advantages * jnp.clip(ratio, 1 - low, 1 + high))
+
+
+def cispo_surrogate(ratio, logprobs, advantages, clip=(0.2, 0.2)):
+    """-min(rho, 1 + high) A log policy with the weight held constant, elementwise (MiniMax-M1, arXiv:2506.13585, eq.
+    4-5): a token whose ratio is large keeps its gradient, at the weight of the clip. There is no lower clip."""
+    return -lax.stop_gradient(jnp.minimum(ratio, 1 + clip[1])) * advantages * logprobs
+
+
+def sequence_log_ratio(log_ratio, mask):
+    """The mean over an answer's tokens, at each of them: log of GSPO's ratio (policy(y) / old(y))^(1 / |y|)
+    (arXiv:2507.18071, eq. 7): (..., T) x 2 -> (..., T)."""
+    mean = jnp.where(mask > 0, log_ratio, 0.0).sum(-1, keepdims=True) / jnp.maximum(mask.sum(-1, keepdims=True), 1)
+    return jnp.where(mask > 0, mean, 0.0)
+
+
+def aggregate(x, mask, loss: str):
+    """One number of a loss at each token: (..., T) x 2 -> scalar. What it does to long answers:
+
+    token, cispo     sum over all tokens / their number: each token counts the same, a long answer more than a short one
+    sequence, gspo   mean over answers of the mean over their tokens (arXiv:2402.03300, eq. 3): each answer counts the
+                     same, so that a token of a long bad answer is punished less
+    constant         sum over all tokens / (answers x T) (Dr. GRPO, arXiv:2503.20783, section 3.2): as token, but what a
+                     token counts does not depend on how long the other answers of its batch are
+    """
+    answers = mask.max(-1) > 0
+    if loss in ("token", "cispo"):
+        return gpt.masked_mean(x, mask)
+    each = jnp.where(mask > 0, x, 0.0).sum(-1)
+    length = mask.shape[-1] if loss == "constant" else jnp.maximum(mask.sum(-1), 1)
+    return gpt.masked_mean(each / length, answers)
+
+
+def counted(mask, loss: str):
+    """What `aggregate` is a mean over, tokens or answers: by it `gpt.descend` weighs micro-batches."""
+    return mask.sum() if loss in ("token", "cispo") else (mask.max(-1) > 0).sum()
+
+
+def policy_loss(logprobs, old_logprobs, advantages, mask, weights, clip=(0.2, 0.2), loss: str = "token"):
+    """The surrogate, weighted and averaged: (..., T) x 5 -> (scalar, metrics).
 
     KL(old || new) estimates use log_ratio = new - old on samples of old: k2 = log_ratio^2 / 2, k3 = ratio - 1 -
     log_ratio (Schulman's blog), the latter through expm1, which keeps its sign near 0.
     """
     log_ratio = jnp.where(mask > 0, logprobs - old_logprobs, 0.0)
-    ratio = jnp.exp(log_ratio)
-    unclipped, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
-    loss = gpt.masked_mean(jnp.maximum(unclipped, clipped), mask)
+    ratio = jnp.exp(sequence_log_ratio(log_ratio, mask) if loss == "gspo" else log_ratio)
+    if loss == "cispo":
+        terms = cispo_surrogate(ratio, jnp.where(mask > 0, logprobs, 0.0), advantages, clip)
+    else:
+        terms = clipped_surrogate(ratio, advantages, clip)
+    value = aggregate(weights * terms, mask, loss)
     mean_ratio = gpt.masked_mean(ratio, mask)
-    metrics = {
-        "loss/policy_avg": loss,
+    beyond = jnp.where(advantages > 0, ratio > 1 + clip[1], (ratio < 1 - clip[0]) & (loss != "cispo"))
+    return value, {
+        "loss/policy_avg": value,
         "policy/approxkl_avg": gpt.masked_mean(0.5 * log_ratio**2, mask),
         "policy/approxkl_k3": gpt.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask),
-        "policy/clipfrac_avg": gpt.masked_mean(clipped > unclipped, mask),
+        "policy/clipfrac_avg": gpt.masked_mean(beyond & (advantages != 0), mask),
         "val/ratio": mean_ratio,
         "val/ratio_var": gpt.masked_mean((ratio - mean_ratio) ** 2, mask),
     }
-    return loss, metrics
 
 
-def kl_loss(logprobs, ref_logprobs, mask):
-    """GRPO's penalty (arXiv:2402.03300, eq. 4), token mean: exp(lr) - 1 - lr, lr = ref - policy, (B, T) x 3 -> scalar.
+def kl_k3(logprobs, ref_logprobs, mask):
+    """GRPO's penalty (arXiv:2402.03300, eq. 4) at each token: exp(lr) - 1 - lr, lr = ref - policy, (..., T) x 3.
 
-    Differentiated, unlike a KL penalty in the reward: on average its gradient is that of KL(ref || policy).
+    Differentiated on samples of the policy, its gradient is on average that of KL(ref || policy).
     """
     log_ratio = jnp.where(mask > 0, ref_logprobs - logprobs, 0.0)
-    return gpt.masked_mean(jnp.expm1(log_ratio) - log_ratio, mask)
+    return jnp.expm1(log_ratio) - log_ratio
+
+
+def kl_corrected(logprobs, old_logprobs, ref_logprobs, mask):
+    """The same, weighted by policy / old, (..., T) x 4: value and gradient are on average those of KL(policy || ref) at
+    each state (DeepSeek-V3.2, arXiv:2512.02556; arXiv:2512.21852)."""
+    ratio = jnp.exp(jnp.where(mask > 0, logprobs - old_logprobs, 0.0))
+    return ratio * kl_k3(logprobs, ref_logprobs, mask)
 
 
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
-def update(state: State, base, rollout: Rollout, rows, optimizer, config: Config):
-    """One optimiser step on these rows of the rollout: (state, metrics)."""
+def update(state: State, base, ref, rollout: Rollout, rows, optimizer, config: Config):
+    """One optimiser step on the groups `rows` of the rollout: (state, metrics)."""
 
     def loss_fn(policy, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.attach(policy, base), batch, config)
-        loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
-        if config.advantage == "grpo":
-            loss += config.beta * kl_loss(logprobs, batch.ref_logprobs, batch.mask)
-        return loss, metrics
+        policy = gpt.attach(policy, base)
+        logprobs, _, hidden = policy_forward(policy, batch, config)
+        mask, weights, kl = batch.mask, batch.weights, None
+        if config.teacher and config.kl == "loss":  # the teacher's whole distribution
+            loss = aggregate(weights * exact_kl(policy, hidden, ref, batch.ref_hidden, config), mask, config.loss)
+            return loss, policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights)[1] | {
+                "loss/policy_avg": loss
+            }
+        loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights, config.clip, config.loss)
+        if config.kl == "loss":
+            kl = kl_corrected(logprobs, batch.logprobs, batch.ref_logprobs, mask)
+        if config.kl == "loss-uncorrected":
+            kl = kl_k3(logprobs, batch.ref_logprobs, mask)
+        return loss + (0.0 if kl is None else config.beta * aggregate(weights * kl, mask, config.loss)), metrics
 
     batch = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
-    count = lambda batch: batch.mask.sum()
+    count = lambda batch: counted(batch.mask, config.loss)
     *new, metrics = gpt.descend(optimizer, loss_fn, *state, batch, config.micro_batches, count)
-    if config.target_kl:  # too far from the sampler already: this step is not taken
-        near = metrics["policy/approxkl_k3"] <= config.target_kl
-        new = jax.tree.map(partial(jnp.where, near), new, list(state))
     return State(*new), metrics
 
 
 def minibatches(step: int, config: Config):
-    """Rows of each optimiser step of an iteration: --epochs shuffled passes over the rollout."""
+    """Groups of each optimiser step of an iteration: --epochs shuffled passes over the rollout."""
     rng = np.random.default_rng((config.seed, step))
     for _ in range(config.epochs):
-        yield from rng.permutation(config.batch_size).reshape(-1, config.minibatch_size)
+        groups = rng.permutation(config.batch_size // config.group_size)
+        yield from groups.reshape(-1, config.minibatch_size // config.group_size)
 
 
-def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
-    """Means over an iteration's optimiser steps, the ratio of the first one, and whether --target-kl ended it."""
+def summarize_updates(history: list[dict]) -> dict:
+    """Means over an iteration's optimiser steps, and the ratio of the first one."""
     metrics = {name: sum(losses[name] for losses in history) / len(history) for name in history[0]}
-    stopped = bool(target_kl and history[-1]["policy/approxkl_k3"] > target_kl)
-    metrics |= {"loss": metrics["loss/policy_avg"]}
-    metrics |= {"val/ratio_first": history[0]["val/ratio"]}
-    return metrics | {"updates": len(history) - stopped, "stopped_early": float(stopped)}
+    return metrics | {"loss": metrics["loss/policy_avg"], "val/ratio_first": history[0]["val/ratio"]}
 
 
 # ------------------------------------------------------------------------------------- models
@@ -302,75 +416,99 @@ def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
 
 def load_models(config: Config, key):
     """(policy, base, reference, tokenizer). With --lora-rank the policy is an adapter on the base, which is also the
-    reference; else there is no base, and the reference is a frozen copy of the policy."""
+    reference; else there is no base, and the reference is a frozen copy of the policy. With --teacher the reference is
+    the teacher."""
     model, tokenizer = gpt.load_policy(config.init)
     policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
+    if config.teacher:
+        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(config.teacher), config.init, config.teacher)
+        return policy, base, gpt.load_frozen(config.teacher, config.dtype), tokenizer
     return policy, base, base or gpt.load_frozen(config.init, config.dtype), tokenizer
+
+
+def load_reward(config: Config, tokenizer, base) -> gpt.Reward:
+    """What scores answers: nothing where a teacher does."""
+    if config.teacher:
+        return gpt.Reward([], None)
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
+    return reward._replace(models=[gpt.attach(model, base) for model in reward.models])
 
 
 # ------------------------------------------------------------------------------------- main
 
 
-def check(config: Config):
-    gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
-    if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
-        raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
-    if config.group_size < 2 or config.batch_size % config.group_size:
+def check(config: Config) -> Config:
+    """The defaults that depend on others, and complaints about what does not go together."""
+    K = config.group_size
+    if K < 2 or config.minibatch_size % K:
         raise ValueError(
-            "--group-size is 2 or more, and --batch-size a multiple of it: an answer is compared with others"
+            "--group-size is 2 or more, and --minibatch-size a multiple of it: an answer is compared with others"
         )
+    if config.batch_size % config.minibatch_size or config.minibatch_size % (config.micro_batches * K):
+        raise ValueError(
+            "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches x --group-size"
+        )
+    gpt.check_batch_size(config.minibatch_size // K, "--minibatch-size / --group-size")
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
+    if config.teacher and config.kl == "loss-uncorrected":
+        raise ValueError(
+            "--teacher goes with --kl loss (its whole distribution) or reward (its log-probs of the tokens)"
+        )
+    if config.teacher and config.filter_groups:
+        raise ValueError("--teacher gives no scores by which --filter-groups could choose: leave one of them out")
+    lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
+    kl = config.kl or ("reward" if config.advantage == "rloo" else "loss")
+    return replace(config, lr=lr, kl=kl)
 
 
 def main(config: Config):
-    key = gpt.start(config.seed)
-    check(config)
+    key, config = gpt.start(config.seed), check(config)
     policy, base, ref, tokenizer = load_models(config, key)
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
-    reward = reward._replace(models=[gpt.attach(model, base) for model in reward.models])
+    reward = load_reward(config, tokenizer, base)
     monitor = gpt.load_function(config.monitor) if config.monitor else None
+    K = config.group_size
     prompts = gpt.Batches(
-        config.data, "prompts", tokenizer, config.batch_size // config.group_size, config.prompt_length, config.seed,
-        skip_bad=config.skip_bad_rows,
+        config.data, "prompts", tokenizer, config.batch_size // K, config.prompt_length, config.seed
     )  # fmt: skip
 
     prompts.plan(config.steps)
     updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
-    peak = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
-    lr = gpt.schedule(peak, config.steps * updates, kind="linear", final=0.1)
+    lr = gpt.schedule(config.lr, config.steps * updates, kind="linear", final=0.1)
     optimizer = gpt.adamw(lr, eps=1e-5)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
-    run = gpt.Run(prompts.hashes, **vars(config))
+    run = gpt.Run(prompts.hashes, save_every=SAVE_EVERY, **vars(config))
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
     for step in run.steps(first):
-        queries = {name: np.repeat(x, config.group_size, axis=0) for name, x in prompts(step).items()}
+        queries = prompts(step)
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
             sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
+            copies=K,
         )  # fmt: skip
-        texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
+        asked = {name: np.repeat(x, K, axis=0) for name, x in queries.items()}
+        rows = gpt.own_rows(prompts.rows(asked))
+        texts = gpt.own_texts(tokenizer, asked, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what policy and reference say of every response token; advantages
         rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
-        # an iteration has its own learning rate, also after one that --target-kl ended early
-        state, history = state._replace(policy_opt=gpt.at_step(state.policy_opt, step * updates)), []
+        history = []
         for minibatch in minibatches(step, config):
-            state, losses = update(state, base, rollout, minibatch, optimizer, config)
+            state, losses = update(state, base, ref, rollout, minibatch, optimizer, config)
             history.append(losses)
-            if config.target_kl and losses["policy/approxkl_k3"] > config.target_kl:
-                break
 
-        metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl))
+        metrics = gpt.to_numpy(metrics | more | summarize_updates(history))
         metrics["lr"] = float(lr(step * updates))
         if monitor:
             metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
         if step % 10 == 0 or step == config.steps - 1:
-            for prompt, response, score in list(zip(*texts, gpt.to_numpy(scores)))[:2]:
+            for prompt, response, score in list(zip(*texts, gpt.to_numpy(scores).ravel()))[:2]:
                 run.sample(step, prompt=prompt, response=response, score=float(score))
         watch(metrics)
         run.log(step, metrics)

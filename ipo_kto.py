@@ -75,7 +75,6 @@ class Config:
     save_every: int = 100  # steps between checkpoints
     eval_every: int = 100  # steps between validations
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 WARMUP = 10  # optimiser steps in which the learning rate rises

@@ -73,7 +73,6 @@ class Config:
     save_every: int = 50  # iterations between checkpoints
     sample_every: int = 25  # iterations between printed samples
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 class State(NamedTuple):
@@ -154,9 +153,9 @@ def sample(policy, tokenizer, prompts: gpt.Batches, batch, key, config: Config) 
         )  # fmt: skip
         answers.append(gpt.to_numpy((out.tokens, out.mask)))
     responses, mask = map(np.concatenate, zip(*answers))
-    texts = tokenizer.decode_rows(queries, query_mask), tokenizer.decode_rows(responses, mask)
     rows = [row for row in prompts.rows(batch) for _ in range(config.candidates)]
-    return Rollout(queries, query_mask, responses, mask, *texts, rows)
+    asked = gpt.plain_prompts(tokenizer.decode_rows(queries, query_mask), rows)
+    return Rollout(queries, query_mask, responses, mask, asked, tokenizer.decode_rows(responses, mask), rows)
 
 
 def is_usable(ids, text: str, tokenizer, keep_truncated: bool) -> bool:

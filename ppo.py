@@ -43,6 +43,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 import gpt
@@ -71,7 +72,7 @@ class Config:
     lam: float = 0.95  # of GAE: 1 sums all rewards to come, 0 looks one token ahead and trusts the critic for the rest
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # a response that does not end scores minus this at most (None: keeps its own)
+    missing_eos: float | None = 2.0  # price of not ending: such a response scores this below its own and below 0
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
@@ -82,7 +83,9 @@ class Config:
     overwrite: bool = False  # empty --out first
     save_every: int = 50  # iterations between checkpoints
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
+
+
+CAP = 2.0  # of importance weights
 
 
 class State(NamedTuple):
@@ -106,6 +109,7 @@ class Rollout(NamedTuple):
     values: jax.Array | None = None  # (B, T)
     advantages: jax.Array | None = None  # (B, T)
     returns: jax.Array | None = None  # (B, T)
+    weights: jax.Array | None = None  # (B, T) by `importance_weights`
 
 
 # ------------------------------------------------------------------------------------- 1 sample and score
@@ -127,12 +131,9 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
-    metrics = {}
-    if config.missing_eos is not None:
-        most = -config.missing_eos
-        metrics["val/below_missing_eos"] = jnp.mean(scores < most)  # there the rule takes nothing from a response
-        scores = jnp.where(ended, scores, jnp.minimum(scores, most))
-    return scores, metrics | {
+    if config.missing_eos is not None:  # whatever the scale of the scores, not to end costs at least that much
+        scores = jnp.where(ended, scores, jnp.minimum(scores, 0) - config.missing_eos)
+    return scores, {
         "objective/scores": scores.mean(),
         "objective/scores_std": scores.std(),
         "val/num_eos_tokens": ended.sum(),
@@ -175,6 +176,16 @@ def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
     critic = gpt.cast(critic, gpt.compute_dtype(config.dtype))
     tokens, segments, Q = join(rollout)
     return critic.values(critic.body(tokens, segments, config.remat)[:, Q - 1 : -1])
+
+
+def importance_weights(logprobs, sampled_logprobs, mask, cap=CAP):
+    """min(policy / sampler, cap) at each token, 1 where mask is 0: all (..., T).
+
+    Truncated importance sampling (Ionides 2008; for rollouts: Yao et al. 2025, "Your efficient RL framework secretly
+    brings you off-policy RL training"): what a sampler of another precision, or of older weights, draws too often
+    counts less. `logprobs` are the policy's before the update, so that the clip of `rho` is not concerned.
+    """
+    return jnp.minimum(jnp.exp(jnp.where(mask > 0, logprobs - sampled_logprobs, 0.0)), cap)
 
 
 # ------------------------------------------------------------------------------------- 3 rewards and advantages
@@ -240,7 +251,8 @@ def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation,
     advantages, returns = gae(rewards, values, rollout.mask, lam=config.lam)
     advantages = whiten(advantages, rollout.mask)
 
-    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, values, advantages, returns)
+    weights = importance_weights(logprobs, generation.logprobs, rollout.mask)
+    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, values, advantages, returns, weights)
     metrics = rollout_metrics(rollout, generation.logprobs, entropy, exact_kl, scores, config.beta)
     return rollout, metrics | {"val/explained_variance": explained_variance(values, returns, rollout.mask)}
 
@@ -263,6 +275,8 @@ def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, score
         "val/decode_drift": jnp.max(jnp.abs(drift)),
         "val/decode_drift_avg": gpt.masked_mean(jnp.abs(drift), mask),
         "val/decode_ratio_off": gpt.masked_mean(jnp.abs(jnp.expm1(drift)) > 0.1, mask),  # by more than a tenth
+        "val/sampler_kl": per_sequence(jnp.expm1(drift) - drift),  # KL(sampler || policy), by k3
+        "val/importance_capped": gpt.masked_mean(drift > np.log(CAP), mask),
         "response_length": mask.sum(1).mean(),
     }
 
@@ -270,8 +284,9 @@ def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, score
 # ------------------------------------------------------------------------------------- 4 losses and updates
 
 
-def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
-    """Clipped surrogate (arXiv:1707.06347, eq. 7), token mean: (B, T) x 4 -> (scalar, metrics).
+def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2, weights=1.0):
+    """Clipped surrogate (arXiv:1707.06347, eq. 7), token mean: (B, T) x 4 -> (scalar, metrics). `weights` (B, T) are
+    those of `importance_weights`.
 
     KL(old || new) estimates use log_ratio = new - old on samples of old: k2 = log_ratio^2 / 2, k3 = ratio - 1 -
     log_ratio (Schulman's blog), the latter through expm1, which keeps its sign near 0.
@@ -279,7 +294,7 @@ def policy_loss(logprobs, old_logprobs, advantages, mask, clip=0.2):
     log_ratio = jnp.where(mask > 0, logprobs - old_logprobs, 0.0)
     ratio = jnp.exp(log_ratio)
     unclipped, clipped = -advantages * ratio, -advantages * jnp.clip(ratio, 1 - clip, 1 + clip)
-    loss = gpt.masked_mean(jnp.maximum(unclipped, clipped), mask)
+    loss = gpt.masked_mean(weights * jnp.maximum(unclipped, clipped), mask)
     mean_ratio = gpt.masked_mean(ratio, mask)
     metrics = {
         "loss/policy_avg": loss,
@@ -313,7 +328,7 @@ def update_policy(policy, opt_state, base, rollout: Rollout, rows, optimizer, co
 
     def loss_fn(policy, batch: Rollout):
         logprobs, _, _ = policy_forward(gpt.attach(policy, base), batch, config)
-        return policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip)
+        return policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip, batch.weights)
 
     batch = take(rollout, rows)
     *new, metrics = gpt.descend(optimizer, loss_fn, policy, opt_state, batch, config.micro_batches, count_tokens)
@@ -357,6 +372,15 @@ def minibatches(step: int, config: Config):
         yield from rng.permutation(config.batch_size).reshape(-1, config.minibatch_size)
 
 
+def at_step(opt_state, step: int):
+    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: the
+    rest of a rollout's minibatches may be skipped, and the rate still ends where it should."""
+    is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
+    at = lambda count: gpt.place(np.asarray(step, count.dtype), count.sharding)
+    move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
+    return jax.tree.map(move, opt_state, is_leaf=is_schedule)
+
+
 def summarize_updates(history: list[dict], target_kl: float | None) -> dict:
     """Means over an iteration's optimiser steps, the ratio of the first one, and whether --target-kl ended it."""
     metrics = {name: sum(losses[name] for losses in history) / len(history) for name in history[0]}
@@ -397,6 +421,8 @@ def check(config: Config) -> Config:
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
+    if config.epochs < 1:
+        raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     return replace(config, lr=lr, critic_lr=config.critic_lr if config.critic_lr is not None else lr)
 
@@ -433,14 +459,17 @@ def main(config: Config):
             sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
-        texts, rows = gpt.own_texts(tokenizer, queries, generation), gpt.own_rows(prompts.rows(queries))
+        rows = gpt.own_rows(prompts.rows(queries))
+        texts = gpt.own_texts(tokenizer, queries, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
+        if step == 0:  # a critic far from the scores would give all of the distance to what comes last, EOS
+            state = state._replace(critic=replace(state.critic, bias=scores.mean()))
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         # an iteration has its own learning rates, also after one that --target-kl ended early
-        opts, history = gpt.at_step((state.policy_opt, state.critic_opt), step * updates), []
+        opts, history = at_step((state.policy_opt, state.critic_opt), step * updates), []
         state = state._replace(policy_opt=opts[0], critic_opt=opts[1])
         for minibatch in minibatches(step, config):
             args = base, rollout, minibatch

@@ -1,6 +1,7 @@
 """Raw preference data, demonstrations or text -> clean rows in data/NAME, split by prompt; every drop is reported.
 
     python prepare.py --data hh-rlhf/*/train.jsonl.gz --out data/hh          # then sft.py, reward.py, ppo.py, dpo.py
+    python prepare.py --data hh-rlhf/*/train.jsonl.gz --chat --out data/hh   # as messages: for a chat model's template
     python prepare.py --data hub:Anthropic/hh-rlhf --heldout-data hub:Anthropic/hh-rlhf/test --out data/hh
     python prepare.py --data helpful.jsonl:0.7 votes.jsonl:0.3 --limit 100000 --out data/mix
     python prepare.py --data TinyStories.txt.gz --out data/stories           # documents between <|endoftext|>
@@ -17,6 +18,7 @@ project's formats (gpt.KINDS) or these:
     {chosen, rejected}, HH-RLHF                        pairs; the prompt is the start that both sides share
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
+    {prompt, chosen: [text], rejected: [text, ...]}, RewardBench 2's            pairs, each of one side with each other
     {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos
     {messages, label}                                  thumbs on the last message
     {instruction, input, output}, Alpaca               demos, as messages
@@ -78,6 +80,7 @@ class Config:
 
     max_words: int | None = 2000  # drop rows whose prompt + answer are longer (documents of text may have any length)
     truncate_words: int | None = None  # drop pairs whose sides agree in their first so many words, prompt included
+    chat: bool = False  # make messages of transcripts (HH-RLHF) and plain texts, for a model with a chat template
     clean: bool = True  # take control characters, odd blanks and blanks at the ends of lines out of the texts
     near_duplicates: bool = False  # drop rows whose 3-word shingles are 80% those of an earlier row
     skip_bad_rows: bool = False  # count rows that cannot be read instead of stopping at the first
@@ -221,6 +224,19 @@ class Shape(NamedTuple):
     keys: tuple[str, ...]  # a row has this shape if it has these keys
     more: tuple[str, ...] = ()  # keys that are read where they are there
     read: Callable[[dict], dict] | None = None  # row -> the project's keys; None where `keys` are those already
+
+
+def spread(raw: str | dict) -> list:
+    """A row with lists of answers, one chosen and several rejected, as a row for every pair of them; else [raw]."""
+    row = gpt.parse_json(raw) if isinstance(raw, str) else raw
+    sides = [row.get(name) for name in ("chosen", "rejected")] if isinstance(row, dict) else []
+    many = [isinstance(side, list) and all(isinstance(text, str) for text in side) for side in sides]
+    if not any(many):
+        return [raw]
+    if not all(sides):
+        raise gpt.BadRow("`chosen` and `rejected` must both hold an answer")
+    sides = [side if several else [side] for side, several in zip(sides, many)]
+    return [row | {"chosen": chosen, "rejected": rejected} for chosen, rejected in itertools.product(*sides)]
 
 
 def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
@@ -447,7 +463,7 @@ SHAPES = (  # a row has the first of them that fits
     Shape("demos", ("conversations",), read=read_messages("conversations")),
     Shape("demos", ("instruction", "output"), ("input", "answer"), read_instruction),
     Shape("demos", ("question", "answer"), ("input",), read_question),
-    Shape("prompts", ("prompt",), ("answer",), lambda row: take(row, "prompt", "answer")),
+    Shape("prompts", ("prompt",), ("answer", "rubric"), lambda row: take(row, "prompt", "answer", "rubric")),
     Shape("prompts", ("turns",), read=lambda row: {"prompt": [{"role": "user", "content": row["turns"][0]}]}),
     Shape("text", ("text",)),
 )
@@ -492,7 +508,7 @@ def prompt_row(row: dict) -> dict:
     if "messages" in row:
         last = max((i for i, m in enumerate(row["messages"]) if m["role"] == "assistant"), default=None)
         row = row | {"prompt": row["messages"][:last]}
-    return take(row, "prompt", "answer", "id", "source")
+    return take(row, "prompt", "answer", "rubric", "id", "source")
 
 
 def demo_row(row: dict) -> dict:
@@ -598,6 +614,47 @@ def clean_row(row: dict, repairs: set) -> dict:
             repairs.add("not one blank after Assistant:")
         clean |= seam
     return clean
+
+
+TURN = re.compile(f"{re.escape(HUMAN)}|{re.escape(ASSISTANT)}")
+
+
+def read_turns(transcript: str, repairs: set) -> list[dict]:
+    """The messages of a transcript; one that nobody opens is what a user says. Two turns of one speaker in a row become
+    one, since many templates want the speakers in turn."""
+    if not TURN.search(transcript):
+        return [{"role": "user", "content": transcript.strip()}]
+    before, *said = TURN.split(transcript)
+    if before.strip():
+        raise Dropped("text before the first turn")
+    messages = []
+    for opening, text in zip(TURN.findall(transcript), map(str.strip, said), strict=True):
+        role = "user" if opening == HUMAN else "assistant"
+        if not text:
+            raise Dropped("an empty turn")
+        if messages and messages[-1]["role"] == role:
+            repairs.add("two turns of one speaker joined")
+            messages[-1]["content"] += "\n\n" + text
+        else:
+            messages.append({"role": role, "content": text})
+    return messages
+
+
+def to_chat(row: dict, repairs: set) -> dict:
+    """The row with messages where it has texts; its answers become the assistant's turn that follows the prompt."""
+    if "text" in row:
+        raise gpt.BadRow("--chat: a text has no turns; leave the option out, or prepare such data apart")
+    answers = {
+        name: [{"role": "assistant", "content": row[name].strip()}]
+        for name in ANSWERS
+        if isinstance(row.get(name), str)
+    }
+    if isinstance(row.get("prompt"), str):
+        opened = row["prompt"].rstrip().removesuffix(ASSISTANT)
+        answers["prompt"] = read_turns(opened, repairs)
+        if answers["prompt"][-1]["role"] == "assistant":
+            raise Dropped("the prompt ends within the assistant's turn")
+    return row | answers
 
 
 def flat(value) -> str:
@@ -873,11 +930,13 @@ class Cleaner:
                 self.bad(where, error)
 
     def convert(self, raw) -> list[dict]:
-        found, row, unread = convert(raw)
-        self.report.unread.update(unread)
-        if self.config.kind == "auto" and found not in (self.kind, "ratings"):
-            raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
-        return as_kind(found, row, self.kind)
+        rows = []
+        for found, row, unread in map(convert, spread(raw)):
+            self.report.unread.update(unread)
+            if self.config.kind == "auto" and found not in (self.kind, "ratings"):
+                raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
+            rows += as_kind(found, row, self.kind)
+        return rows
 
     def bad(self, where: str, error: Exception):
         if not self.config.skip_bad_rows:
@@ -897,6 +956,7 @@ class Cleaner:
                 words = {field: text.split() for field, text in texts.items()}
                 turn = first_turn(row)
                 check_use(row, words, turn, self.config)
+                row = to_chat(row, repairs) if self.config.chat else row
                 gpt.check_row(row, row_kind(row, self.kind))
                 self.check_duplicates(row, texts, turn, heldout, vote=str(row["id"]) if is_votes(name) else "")
             except Dropped as reason:
@@ -1022,7 +1082,7 @@ def first_kind(name: str, config: Config) -> str:
         if len(found) == 20:
             break
         try:
-            found.append(convert(raw)[0])
+            found.append(convert(spread(raw)[0])[0])
         except Dropped:
             found.append("pairs")
         except gpt.BadRow as error:

@@ -29,11 +29,16 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 
     python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
     python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold None
+    python reward.py --pool probe --init models/smollm2 --data data/hh/pairs.jsonl --length 384 --suffix "" \\
+        --gold None --normalize-with None --out out/hh-probe     # no training: a head on frozen features
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
     python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --lora-rank
-    python reward.py --init out/small --teacher out/reward --lr 2e-4 --head-lr 2e-3 --out out/reward-small
+    python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
+        --out out/reward-small
 """
 
+import json
+from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -43,6 +48,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.stats import binomtest
 
 import gpt
 
@@ -62,7 +68,7 @@ class Config:
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
-    pool: Literal["last", "mean", "attention"] = "last"  # what the head reads
+    pool: Literal["last", "mean", "attention", "answer", "probe"] = "last"  # what the head reads; probe: no training
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
     margin_scale: float = 1.0  # demanded gap of scores per unit of a row's margin; 0 ignores margins
     label_smoothing: float = 0.0  # share of labels taken to be wrong
@@ -71,8 +77,8 @@ class Config:
 
     teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
 
-    normalize_with: str | None = "out/sft"  # policy whose samples get mean 0 and std 1; None: leave scores as they are
-    normalize_data: str = "data/toy/prompts.jsonl"  # its prompts
+    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: no such thing
+    normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:score"  # module:function that knows the truth, for the report
@@ -83,7 +89,6 @@ class Config:
     resume: bool = False  # continue from the last checkpoint in --out
     overwrite: bool = False  # empty --out first
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None
 
 
 class State(NamedTuple):
@@ -139,8 +144,13 @@ def score_metrics(chosen, rejected) -> dict:
 
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
     """Scores (B, 2) of a batch of pairs: tokens and segments (B, 2, T), chosen first."""
-    tokens, segments = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments"))
-    return model(tokens, segments, remat).reshape(-1, 2)
+    tokens, segments, mask = flatten(batch)
+    return model(tokens, segments, remat, mask).reshape(-1, 2)
+
+
+def flatten(batch):
+    """tokens, segments and mask of a batch of pairs as rows, (2 B, T) each: chosen, rejected, chosen, ..."""
+    return [batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")]
 
 
 def batch_loss(model: gpt.ScoreModel, batch, config: Config):
@@ -181,6 +191,157 @@ def make_optimizer(config: Config, steps: int):
     rate = lambda lr: gpt.schedule(lr, steps, min(10, steps // 10), "linear")
     make = lambda lr: gpt.adamw(rate(lr)) if lr else optax.set_to_zero()
     return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
+
+
+# ---------------------------------------------------------------------------------------------------- probe
+# --pool probe: the body stays as it is. One forward pass a pair; then layer, pooling and ridge are chosen by how well a
+# linear head predicts pairs that it was not fitted on, and the head is fitted in closed form (least squares on labels
+# of +-1, whose direction is that of Fisher's discriminant).
+
+PROBE_POOLS = ("last", "answer")
+RIDGES = 10.0 ** np.arange(-2, 2.5, 0.5)  # times the number of pairs
+
+
+@partial(jax.jit, static_argnames="dtype")
+def layer_features(body: gpt.GPT, batch, dtype):
+    """(B, L, 2, D): what a head could read of each of B pairs after each of L layers and the last norm, at the last
+    token and on average over the answer's tokens; the chosen answer's minus the rejected one's. A prompt is computed
+    once for both answers, as in `gpt.continue_prefix`."""
+    body = gpt.cast(body, dtype)
+    tokens, real, mask = flatten(batch)
+    prefix, prefix_mask = batch["prefix"], batch["prefix_mask"]
+    twice = lambda x: jnp.repeat(x, 2, axis=0)
+    room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
+    seen = (twice(prefix_mask)[:, None, :] > 0) & (real[:, :, None] > 0)
+    visible, prefix_visible = jnp.concatenate([seen, gpt.causal_mask(real)], -1), gpt.causal_mask(prefix_mask)
+    x, rope = body.embed(tokens, gpt.segment_positions(real) + twice(prefix_mask.sum(1))[:, None])
+    prefix_x, prefix_rope = body.embed(prefix, gpt.segment_positions(prefix_mask))
+
+    def layer(carry, block):
+        x, prefix_x = carry
+        prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_visible)
+        x, _ = block(x, rope, visible, [jnp.pad(twice(old), room) for old in keys_values], slot=prefix.shape[1])
+        hidden = body.norm(x).astype(jnp.float32)
+        mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
+        both = jnp.stack([hidden[jnp.arange(len(x)), real.sum(1) - 1], mean], 1)
+        return (x, prefix_x), both[0::2] - both[1::2]
+
+    return jnp.moveaxis(jax.lax.scan(layer, (x, prefix_x), body.blocks)[1], 0, 1)
+
+
+def dialogues(prompts: list[tuple]) -> np.ndarray:
+    """(N,) the number of the dialogue that each prompt, a tuple of ids, belongs to: prompts that are equal, or that go
+    on from one of the others, are of one dialogue."""
+    found, head, number = np.zeros(len(prompts), int), None, -1
+    for i in sorted(range(len(prompts)), key=prompts.__getitem__):  # what goes on from a prompt follows it
+        if head is None or prompts[i][: len(head)] != head:
+            head, number = prompts[i], number + 1
+        found[i] = number
+    return found
+
+
+def leave_out(x, y, weight, groups, ridges):
+    """(len(ridges), N): what a ridge regression that was fitted without a pair's group says of it: x (N, D), y, weight,
+    groups (N,).
+
+        min over w of  sum_i weight_i (y_i - w x_i)^2 + ridge |w|^2,    H = X (X'X + ridge)^-1 X'
+
+    with rows times sqrt(weight). Without group G its residuals are (I - H_GG)^-1 (y - H y)_G: exact, with no fit a
+    group (for groups of one: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, eq. 7.64).
+    """
+    root = np.sqrt(weight)
+    x, y = x * root[:, None], y * root
+    squares, axes = np.linalg.eigh(x.T @ x)
+    kept = squares > 1e-9 * squares[-1]
+    u, squares = x @ axes[:, kept] / np.sqrt(squares[kept]), squares[kept]
+    order = np.argsort(groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
+    several = [rows for rows in members if len(rows) > 1]
+    said = []
+    for ridge in ridges:
+        shrink = squares / (squares + ridge)
+        residuals = y - u @ (shrink * (u.T @ y))
+        without = residuals / (1 - (u * u) @ shrink)
+        for rows in several:
+            without[rows] = np.linalg.solve(np.eye(len(rows)) - (u[rows] * shrink) @ u[rows].T, residuals[rows])
+        said.append((y - without) / root)
+    return np.array(said)
+
+
+def fit_probe(features, y, weight, groups) -> tuple[np.ndarray, dict]:
+    """(head (D,), what was chosen): features (N, L, 2, D) of pairs, y (N,) 1 where the first answer is the better one
+    and -1 where it is not, weight and groups (N,) as for `leave_out`.
+
+    Each feature is divided by its root mean square over the pairs, which is the same whichever answer is the better
+    one. Layer, pooling and ridge have the least negative log-likelihood of pairs that were left out, at the
+    temperature that suits these best.
+    """
+    N, L, pools, _ = features.shape
+    rows = []
+    for layer, pool in np.ndindex(L, pools):
+        x, _ = scaled(features[:, layer, pool])
+        for ridge, said in zip(RIDGES, leave_out(x, y, weight, groups, RIDGES * N)):
+            gaps = said * np.sign(y)
+            nll = float(np.mean(np.logaddexp(0, -gaps / fit_temperature(gaps))))
+            rows.append(dict(layer=layer + 1, pool=PROBE_POOLS[pool], ridge=ridge, nll=nll, accuracy=np.mean(gaps > 0)))
+    best = min(rows, key=lambda row: row["nll"])
+    x, scale = scaled(features[:, best["layer"] - 1, PROBE_POOLS.index(best["pool"])])
+    w = np.linalg.solve((x.T * weight) @ x + best["ridge"] * N * np.eye(x.shape[1]), (x.T * weight) @ y)
+    by_layer = [min((r for r in rows if r["layer"] == n + 1), key=lambda row: row["nll"]) for n in range(L)]
+    return w / scale, best | {"layers": by_layer}
+
+
+def scaled(x) -> tuple[np.ndarray, np.ndarray]:
+    """Features (N, D) divided by their root mean squares (D,), and these."""
+    x = x.astype(np.float64)
+    scale = np.sqrt((x * x).mean(0)) + 1e-6
+    return x / scale, scale
+
+
+def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: Config) -> np.ndarray:
+    """`layer_features` of all batches of the run, kept in features/ of the run folder: a run that was stopped, or a
+    later one on the same pairs and weights, does not compute them again."""
+    folder, size = run.out / "features", batches.batch_size
+    key = [batches.hashes, gpt.weights_hash(gpt.find_folder(config.init)), batches.length, config.suffix, config.seed]
+    key += [size, run.total, config.dtype]
+    shape = (run.total * size, body.config.layers, len(PROBE_POOLS), body.config.dim)
+    state = json.loads((folder / "state.json").read_text()) if (folder / "state.json").is_file() else {}
+    done = state["done"] if state.get("key") == key else 0
+    folder.mkdir(exist_ok=True)
+    features = np.lib.format.open_memmap(folder / "pairs.npy", "r+" if done else "w+", np.float16, shape)
+    stream = batches.stream(done, run.total)
+    for step in run.steps(done):
+        names = ("tokens", "segments", "mask", "prefix", "prefix_mask")
+        batch = {name: x for name, x in next(stream).items() if name in names}
+        found = layer_features(body, gpt.put_batch(batch), gpt.compute_dtype(config.dtype))
+        features[step * size : (step + 1) * size] = gpt.to_numpy(found)
+        run.log(step, {"pairs": (step + 1) * size})
+        features.flush()
+        gpt.write_json(folder / "state.json", {"key": key, "done": step + 1})
+        if run.must_stop:
+            raise KeyboardInterrupt  # the same command with --overwrite goes on from here
+    return features
+
+
+def train_probe(config: Config, steps: int):
+    """A reward model of a frozen body's first layers and a head that was fitted in closed form, written to --out."""
+    body, tokenizer = gpt.load_policy(config.init)
+    batches = load_pairs(config, tokenizer, split_prompts=True)
+    run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
+    features = gather_features(run, gpt.shard(body), batches, config)
+    rows = [batches(step) for step in range(steps)]
+    column = lambda name: np.concatenate([row[name] for row in rows])
+    prompts = [tuple(ids[m > 0].tolist()) for row in rows for ids, m in zip(row["prefix"], row["prefix_mask"])]
+    head, chosen = fit_probe(features, 2 * column("label_p") - 1, column("weight"), dialogues(prompts))
+    layers = chosen["layer"]
+    print(f"of {len(features):,} pairs, those left out: accuracy {chosen['accuracy']:.3f} with the head on layer "
+          f"{layers} of {body.config.layers}, pool {chosen['pool']}, ridge {chosen['ridge']:g}")  # fmt: skip
+    gpt.write_json(config.out / "probe.json", chosen)
+    body = replace(body, blocks=jax.tree.map(lambda x: x[:layers], body.blocks),
+                   config=replace(body.config, layers=layers))  # fmt: skip
+    model = gpt.ScoreModel(body, jnp.asarray(head, jnp.float32), None, jnp.zeros(()), chosen["pool"],
+                           suffix_ids(config, tokenizer))  # fmt: skip
+    return finish(run, gpt.shard(model), tokenizer, config, jax.random.fold_in(jax.random.key(config.seed), 1))
 
 
 # ---------------------------------------------------------------------------------------------------- normalisation
@@ -299,6 +460,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "longer_wins": float(np.mean(longer_by[unequal] > 0)) if unequal.any() else 0.5,
         "longer_wins_pairs": int(unequal.sum()),
         "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
+        "beside_length": compare_with_length(gaps, longer_by),
         "margin": float(gaps.mean()),
         "temperature": temperature,
         "before": calibration(judged, 1.0),
@@ -308,6 +470,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "score_std": float(scores.std()),
         "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
     }
+    if choices := best_of(gaps, texts[::2]):
+        result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
@@ -318,7 +482,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
 def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     """Of all N pairs, chosen first: the members' mean scores (N, 2), the teachers' (N, 2) or None, the answers' tokens
     (N, 2), and 2 N texts (prompt, response)."""
-    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"]))
+    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"], answer=batch["mask"]))
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
@@ -357,6 +521,47 @@ def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.i
     return rows
 
 
+def compare_with_length(gaps, longer_by) -> dict | None:
+    """Scores against the rule "the longer answer is the better one", on pairs of unlike lengths; None without such.
+
+    p: two-sided, of McNemar's exact test: that a fair coin decided the pairs in which only one of the two is right.
+    balanced: the mean of two accuracies, where the chosen answer is the longer one and where it is the shorter one. A
+    score that reads length alone has 0.5 there.
+    """
+    unequal, right = longer_by != 0, gaps > 0
+    longer, shorter = longer_by > 0, longer_by < 0
+    if not (longer.any() and shorter.any()):
+        return None
+    model, rule = int((right & shorter).sum()), int((~right & longer).sum())  # only this one is right
+    return {
+        "accuracy": float(right[unequal].mean()),
+        "longer_wins": float(longer[unequal].mean()),
+        "only_model_right": model,
+        "only_longer_right": rule,
+        "p": float(binomtest(model, model + rule).pvalue) if model + rule else 1.0,
+        "balanced": float((right[longer].mean() + right[shorter].mean()) / 2),
+    }
+
+
+def best_of(gaps, chosen) -> dict | None:
+    """A stricter measure than pairs (RewardBench 2, arXiv:2506.01937): an answer must beat several. Pairs of
+    one prompt and one chosen answer, `chosen` (N,) hashable, are one choice; it is right where each of its gaps (N,) is
+    above 0. None where fewer than half of the pairs belong to such a choice: then the data are plain pairs."""
+    groups = defaultdict(list)
+    for name, gap in zip(chosen, gaps):
+        groups[name].append(gap)
+    groups = [group for group in groups.values() if len(group) > 1]
+    if 2 * sum(map(len, groups)) < len(gaps):
+        return None
+    right = sum(min(group) > 0 for group in groups)
+    return {
+        "choices": len(groups),
+        "accuracy": right / len(groups),
+        "accuracy_interval": interval(right, len(groups)),
+        "chance": float(np.mean([1 / (1 + len(group)) for group in groups])),
+    }
+
+
 def compare_with_teacher(scores, taught) -> dict:
     """The student's and the teacher's scores, (N, 2) each."""
     taught_right, right = taught[:, 0] > taught[:, 1], scores[:, 0] > scores[:, 1]
@@ -393,6 +598,16 @@ def print_report(result: dict):
     low, high = result["accuracy_interval"]
     print(f"held-out accuracy {result['accuracy']:.3f} [{low:.3f}, {high:.3f}] on {result['pairs']:,} pairs", end="; ")
     print(f"the longer side wins in {result['longer_wins']:.3f}")
+    if beside := result["beside_length"]:
+        print(
+            f"  beside that rule: {beside['accuracy']:.3f} (p {beside['p']:.2g}), and {beside['balanced']:.3f} on "
+            "average over pairs whose longer and whose shorter side is chosen"
+        )
+    if choices := result.get("best_of"):
+        share = "{:.3f} [{:.3f}, {:.3f}]".format(choices["accuracy"], *choices["accuracy_interval"])
+        print(
+            f"  it beats all others of its choice in {share} of {choices['choices']:,}; chance {choices['chance']:.3f}"
+        )
     for name in ("before", "after"):
         print(
             f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
@@ -436,12 +651,16 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
         state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    model = state.model
+    return finish(run, state.model, tokenizer, config, jax.random.fold_in(key, 1), base)
+
+
+def finish(run: gpt.Run, model, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
+    """The trained model, normalised and written with its card."""
     if config.normalize_with:
-        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
+        model = normalize(model, tokenizer, config, key, base)
     run.finish(model, tokenizer, config.init)
     if run.main:
-        (out / "README.md").write_text(card(model, tokenizer, out))
+        (run.out / "README.md").write_text(card(model, tokenizer, run.out))
     return gpt.attach(model, base)
 
 
@@ -471,7 +690,8 @@ Prompt and response are tokenised apart.
 def card(model: gpt.ScoreModel, tokenizer, folder) -> str:
     """README.md of a reward model's folder: what other tools need beside the weights to get its score."""
     if model.pool != "last":
-        where = f"the {model.pool} of all tokens goes through the head"
+        where = "the mean of the answer's tokens" if model.pool == "answer" else f"the {model.pool} of all tokens"
+        where += " goes through the head"
         return CARD.format(folder=folder, where=where, others="There is none: transformers has no such pooling.")
     where = f"read at the end token, {tokenizer.eos_id}"
     if model.suffix:
@@ -481,11 +701,11 @@ def card(model: gpt.ScoreModel, tokenizer, folder) -> str:
     return CARD.format(folder=folder, where=where, others=others.rstrip())
 
 
-def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
+def load_pairs(config: Config, tokenizer, member: int = 0, split_prompts: bool = False) -> gpt.Batches:
     """Batches of pairs; each member of an ensemble has its own order."""
     return gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
-        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows,
+        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows, split_prompts=split_prompts,
     )  # fmt: skip
 
 
@@ -513,9 +733,25 @@ def check_inputs(config: Config, tokenizer, heldout: str | None):
         gpt.load_function(config.gold)
 
 
+def check(config: Config):
+    gpt.check_batch_size(config.batch_size)
+    if config.pool == "probe" and (config.members > 1 or config.teacher or config.lora_rank or jax.process_count() > 1):
+        raise ValueError("--pool probe fits one head to labels, in one process: no --members, --teacher, --lora-rank")
+
+
+def complete(config: Config) -> Config:
+    """The settings that follow others: whose samples scores are normalised on, and which prompts these answer. The
+    toy's pretrained model continues texts, and cannot answer: there it is the SFT model."""
+    if config.normalize_with == "auto":
+        config = replace(config, normalize_with="out/sft" if config.init == Config.init else config.init)
+    first = Path(gpt.parse_sources(config.data)[0][0])
+    return replace(config, normalize_data=config.normalize_data or str(first.with_name("prompts.jsonl")))
+
+
 def main(config: Config):
     gpt.start(config.seed)
-    gpt.check_batch_size(config.batch_size)
+    check(config)
+    config = complete(config)
     heldout = config.heldout or gpt.heldout_file(config.data)
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
@@ -526,7 +762,10 @@ def main(config: Config):
     empty_out(config)
     optimizer = make_optimizer(config, steps)
     outs = [config.out / f"member-{i}" for i in range(config.members)] if config.members > 1 else [config.out]
-    members = [train_member(i, out, config, optimizer, steps, teachers) for i, out in enumerate(outs)]
+    if config.pool == "probe":
+        members = [train_probe(config, steps)]
+    else:
+        members = [train_member(i, out, config, optimizer, steps, teachers) for i, out in enumerate(outs)]
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return

@@ -123,8 +123,11 @@ class Constitution(NamedTuple):
     stops: list[str]  # a critique or revision ends before any of these
     critique_shots: list[str]  # examples, put before what is to be criticised
     comparison_shots: list[dict]  # {prompt, corrects, incorrects}
+    criterion: str = ""  # {prompt}, {response}, {criterion}: what it reads before a yes or a no
 
 
+CRITERION = "The following is a conversation between a human and an assistant:\n{prompt}{response}\n\n"
+CRITERION += "Is this true of the assistant's last answer: {criterion}\nAnswer yes or no.\n\nThe answer is:"
 TEMPLATE = "{shots}Consider the following conversation between a human and an assistant:\n{prompt}\n{principle}"
 TEMPLATE += "\n (A) {a}\n (B) {b}\n\n"
 STOPS = ["\n\n" + name for name in ("Human:", "Assistant:", "CritiqueRequest:", "Critique:", "RevisionRequest:")]
@@ -138,6 +141,7 @@ def load_constitution(paths, pattern: str = "*", need: str = "critique", example
     """
     found = {"critiques": {}, "comparisons": [], "critique_shots": [], "comparison_shots": []}
     settings = dict(comparison=TEMPLATE, answer="The answer is: (", options=["A", "B"], rating=None, stops=STOPS)
+    settings["criterion"] = CRITERION
     for path in paths:
         for key, value in _read_constitution(path).items():
             if key in found:
@@ -615,6 +619,40 @@ def rate(judge, constitution: Constitution, prompts, responses) -> np.ndarray:
     return 2 * np.mean(every, axis=0) - 1
 
 
+def rate_rubrics(judge, template: str, prompts, responses, rubrics) -> np.ndarray:
+    """Scores in [0, 1] by a rubric of its own for each answer: sum_j w_j P(criterion j is met) / sum_j w_j, (N,)
+    (rubrics as rewards with explicit aggregation: Gunjal et al. 2025, arXiv:2507.17746; the probability of
+    "yes" is in the place of a verdict of 0 or 1). NaN where the judge gave no verdict on a criterion.
+
+    `rubrics`: of each answer a list of {"criterion": text, "weight": a number above 0, or absent: 1}.
+    """
+    for rubric in rubrics:
+        check_rubric(rubric)
+    asked = [
+        _fill(template, dict(prompt=conversation(x), response=y, criterion=item["criterion"]))
+        for x, y, rubric in zip(prompts, responses, rubrics)
+        for item in rubric
+    ]
+    met = judge.choose(asked, [" yes", " no"])[:, 0]
+    ends = np.cumsum([len(rubric) for rubric in rubrics])
+    weights = [[item.get("weight", 1.0) for item in rubric] for rubric in rubrics]
+    return np.array([np.average(p, weights=w) for p, w in zip(np.split(met, ends[:-1]), weights)])
+
+
+def check_rubric(rubric):
+    """ValueError where a row's `rubric` is not a list of criteria with weights above 0."""
+    if not isinstance(rubric, list) or not rubric:
+        raise ValueError(f"a `rubric` must be a list with a criterion at least, not {rubric!r:.100}")
+    for item in rubric:
+        if not isinstance(item, dict) or not isinstance(item.get("criterion"), str):
+            raise ValueError(f'a criterion of a `rubric` must be {{"criterion": text, "weight": 1}}, not {item!r:.100}')
+        if unknown := item.keys() - {"criterion", "weight"}:
+            raise ValueError(f"a criterion of a `rubric` has unknown keys: {', '.join(sorted(unknown))}")
+        if not gpt.to_number(item.get("weight", 1.0)) > 0:
+            what = f"the weight of {item['criterion']!r:.60} is {item['weight']!r}"
+            raise ValueError(f"{what}: it must be above 0 (a fault becomes a criterion by saying that it is absent)")
+
+
 # ---------------------------------------------------------------------------------------------------- rows, in parts
 
 
@@ -905,10 +943,19 @@ def environment_judge():
 
 
 def reward(prompts, responses, rows):
-    """Scores of answers, in [-1, 1]: `RLAIF_JUDGE=out/judge python ppo.py --reward rlaif:reward`."""
+    """Scores of answers, in [-1, 1]: `RLAIF_JUDGE=out/judge python ppo.py --reward rlaif:reward`. An answer to a row
+    with a `rubric` is scored by that, any other by the constitution."""
     config, judge = environment_judge()
     constitution = load_constitution(config.constitution, config.principles, "name", config.examples)
-    scores = rate(judge, constitution, [row["prompt"] for row in rows], responses)
+    prompts, scores = [row["prompt"] for row in rows], np.zeros(len(rows))
+    by_rubric = np.array([row.get("rubric") is not None for row in rows])
+    if by_rubric.any():
+        some = lambda values: list(itertools.compress(values, by_rubric))
+        rubrics = [row["rubric"] for row in some(rows)]
+        scores[by_rubric] = 2 * rate_rubrics(judge, constitution.criterion, some(prompts), some(responses), rubrics) - 1
+    if not by_rubric.all():
+        some = lambda values: list(itertools.compress(values, ~by_rubric))
+        scores[~by_rubric] = rate(judge, constitution, some(prompts), some(responses))
     told = np.isfinite(scores)
     if not told.all():
         print(f"rlaif:reward: {(~told).sum()} of {len(told)} answers without a verdict score 0", file=sys.stderr)

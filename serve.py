@@ -357,7 +357,8 @@ def quality_table(models: list, max_kl: float) -> str:
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
 MOST_STEPS = 8  # tokens that one call decodes at most
-PREFILL_TOKENS = 256  # of several prompts together in one call
+PIECES = (16, 64, 256)  # tokens of a prompt that one call reads: between two calls others get their tokens
+PROMPTS = (1, 4, 16)  # of the smallest piece several prompts are read in one call
 
 
 class Weights(NamedTuple):
@@ -390,22 +391,57 @@ def alternatives(logits, chosen, wanted) -> Alternatives:
     return Alternatives(logprob, top - lse[..., None], ids)
 
 
-@partial(jax.jit, donate_argnames="caches")
-def prefill(weights: Weights, caches, tokens, targets, slots, wanted):
-    """The caches with the keys and values of prompts, tokens (R, T), in their rows `slots` (R,); and if `wanted` the
-    log-probs of `targets` (R, T), the tokens that follow each. The keys of padding are overwritten by those of drawn
-    tokens before attention reaches them. A prompt whose slot is past the last one is written nowhere."""
-    hidden, fresh = gpt.prefill(weights.outer, weights.layers, tokens, jnp.ones_like(tokens), tokens.shape[1])
-    put = lambda old, new: gpt.shard_batch(old.at[slots, :, : tokens.shape[1]].set(new, mode="drop"))
-    caches = jax.tree.map(put, caches, fresh)
-    columns = lambda hidden, targets: alternatives(weights.outer.logits(hidden), targets, True)
-    score = lambda: gpt.map_columns(columns, 2 * weights.outer.config.vocab_size, hidden, targets)
+def take_rows(caches, slots, window: int):
+    """The first `window` places of some slots (R,): a small cache of their own, (R, K, window, E) of every layer."""
+    return jax.tree.map(lambda cache: cache[slots, :, :window], caches)
+
+
+def put_rows(caches, near, slots, starts, size: int):
+    """The caches with `size` places of each row of `near`, from its own start on, in the slot that it was taken from.
+    From the last row to the first: rows that fill up a batch repeat the first one, whose places must win."""
+
+    def put(caches, row):
+        near, slot, start = row
+
+        def write(cache, new):
+            new = lax.dynamic_slice(new, (0, start, 0), (new.shape[0], size, new.shape[2]))
+            return lax.dynamic_update_slice(cache, new[None], (slot, 0, start, 0))
+
+        return jax.tree.map(write, caches, near), None
+
+    return jax.tree.map(gpt.shard_batch, lax.scan(put, caches, (near, slots, starts), reverse=True)[0])
+
+
+@partial(jax.jit, static_argnames="window", donate_argnames="caches")
+def prefill(weights: Weights, caches, tokens, targets, slots, starts, wanted, window: int):
+    """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
+    `starts` (R,) of slot `slots` (R,), behind what the slot holds already; and if `wanted` the log-probs of `targets`
+    (R, T), the tokens that follow each. A piece ends within the first `window` places. The keys of padding behind it
+    are overwritten by those of drawn tokens before attention reaches them."""
+    outer, near, new_near = weights.outer, take_rows(caches, slots, window), []
+    positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    x, rope = outer.embed(tokens, positions)
+    visible = jnp.arange(window) <= positions[..., None]
+    for layer, cache in zip(weights.layers, near):
+        x, cache = layer(x, rope, visible, cache, starts)
+        new_near.append(cache)
+    caches = put_rows(caches, tuple(new_near), slots, starts, tokens.shape[1])
+    hidden = outer.norm(x)
+    columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
+    score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
     nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score))
     return caches, lax.cond(wanted, score, lambda: nothing)
 
 
+@partial(jax.jit, donate_argnums=0)
+def copy_slot(caches, source, target):
+    """The caches with one slot's keys and values in another slot."""
+    move = lambda cache: lax.dynamic_update_slice_in_dim(cache, lax.dynamic_slice_in_dim(cache, source, 1), target, 0)
+    return jax.tree.map(lambda cache: gpt.shard_batch(move(cache)), caches)
+
+
 class Slots(NamedTuple):
-    """What the device is told about each slot: (S,) arrays in the host's memory."""
+    """What the device is told about each slot, or some of them: (S,) arrays in the host's memory."""
 
     token: np.ndarray  # the last token, whose successor is drawn next
     position: np.ndarray  # of that token
@@ -429,11 +465,12 @@ def idle_slots(n: int) -> Slots:
 
 
 @partial(jax.jit, static_argnames=("window", "ends"), donate_argnames="caches")
-def decode(weights: Weights, caches, slots: Slots, steps, window: int, ends: tuple[int, ...]):
-    """Draw up to `steps` tokens in every busy slot, until one of the tokens `ends`. Returns the caches, tokens
-    (MOST_STEPS, S) with -1 where a slot was idle or had ended, and their log-probs. Attention reads only the first
-    `window` positions of the caches."""
-    outer, S = weights.outer, len(slots.token)
+def decode(weights: Weights, caches, slots: Slots, rows, steps, window: int, ends: tuple[int, ...]):
+    """Draw up to `steps` tokens in every busy one of some `slots`, until one of the tokens `ends`; `rows` (S,) are
+    their places in the caches, or None for all in their order. Returns the caches, tokens (MOST_STEPS, S) with -1 where
+    a slot was idle or had ended, and their log-probs. Attention reads only the first `window` places of the caches."""
+    outer, S, every, first = weights.outer, len(slots.token), caches, slots.position
+    caches = caches if rows is None else take_rows(caches, rows, window)
     keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
 
     def unfinished(carry):
@@ -467,6 +504,9 @@ def decode(weights: Weights, caches, slots: Slots, steps, window: int, ends: tup
     logprobs = Alternatives(empty(), empty(k), empty(k, dtype=jnp.int32))
     carry = (0, slots, caches, jnp.full((MOST_STEPS, S), -1, jnp.int32), logprobs)
     _, _, caches, tokens, logprobs = lax.while_loop(unfinished, step, carry)
+    if rows is not None:
+        size = min(MOST_STEPS, window)
+        caches = put_rows(every, caches, rows, jnp.minimum(first, window - size), size)
     return caches, tokens, logprobs
 
 
@@ -581,7 +621,12 @@ class Choice:
     born: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when its first token was drawn
     latest: float = 0.0  # when its last token was drawn
-    prompt_tokens: list = field(default_factory=list)  # of an echo: a Token each
+    prompt_scores: list = field(
+        default_factory=list
+    )  # of an echo: (log-prob, top, top_ids) of each token but the first
+    prompt_tokens: list = field(default_factory=list)  # a Token each
+    filled: int = 0  # tokens of the prompt whose keys and values its slot holds
+    cached: int = 0  # of these, how many the slot held, or another one, before the choice came
     ids_drawn: list = field(default_factory=list)
     logprob_sum: float = 0.0
     unread: list = field(default_factory=list)  # ids that were drawn but are not in `text` yet
@@ -654,6 +699,11 @@ def held_back(text: str, stops) -> int:
     return 0
 
 
+def shared(a: list, b: list) -> int:
+    """How many tokens two lists have in common at their beginnings."""
+    return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+
+
 class Served:
     """A model with its slots and its queue. Only the engine's thread touches what is on the device."""
 
@@ -661,7 +711,8 @@ class Served:
         self.name, self.path, self.config = name, path, config
         self.created = int(time.time())
         self.waiting: collections.deque[Choice] = collections.deque()
-        self.running: dict[int, Choice] = {}
+        self.running: dict[int, Choice] = {}  # by slot; those whose prompt is not read yet are in `filling`, too
+        self.filling: dict[int, Choice] = {}
         self.counts, self.finished = Counter(), Counter()
         self.first_token, self.between_tokens, self.request_time = (Histogram() for _ in range(3))
 
@@ -676,14 +727,17 @@ class Served:
             raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
         files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
+        self.sampling = sampling_defaults(self.tokenizer, self.name)
         self.examples = example_questions(config.examples) if config.examples else []
         self.code = hashlib.sha256(b"".join((HERE / name).read_bytes() for name in ("gpt.py", "serve.py"))).hexdigest()
-        # widths of prompts and of attention: up to four, each a program of its own, the widest the full context
-        doublings = max(int(np.log2(self.context / 16) + 0.5), 0)
-        widths = np.geomspace(min(16, self.context), self.context, min(doublings + 1, 4))
-        self.buckets = sorted({min(-(-int(width) // 8) * 8, self.context) for width in widths})
+        # how much of the caches attention reads, how much of a prompt is read at a time, how many slots draw together:
+        # few of each, since each combination is a program of its own
+        self.windows = sorted({min(max(16, self.context // 4 // 8 * 8), self.context), self.context})
+        self.pieces = sorted({min(n, self.context) for n in PIECES})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
-        self.state, self.free = idle_slots(self.slots), list(range(self.slots))[::-1]
+        self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
+        self.state, self.free = idle_slots(self.slots), list(range(self.slots))  # the one that is free longest first
+        self.held: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
         rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
         place = lambda: jnp.zeros((self.slots, c.kv_heads, self.context, c.head_dim), self.model.norm.scale.dtype)
         self.caches = tuple((jax.device_put(place(), rows), jax.device_put(place(), rows)) for _ in range(c.layers))
@@ -707,65 +761,74 @@ class Served:
         """Choose a form of the weights, and keep it alone."""
         self.quantization = choose(self.candidates, self.config.quantize or "none", self.config.max_kl)
         model, self.model = self.model, None
+        self.held = [[] for _ in range(self.slots)]  # keys and values are those of these weights alone
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
-        for width in self.buckets:
-            for rows in self.prefill_sizes(width):
-                nowhere = np.full(rows, self.slots, np.int32)
-                blank = np.zeros((rows, width), np.int32)
-                self.caches, scores = prefill(self.weights, self.caches, blank, blank, nowhere, True)
-            jax.block_until_ready(self.decode(0, self.window(width)))
-        self.steps = int(np.clip(0.02 / self.step_seconds(), 1, MOST_STEPS))
+        for piece in self.pieces:
+            for rows in self.prompt_counts(piece):
+                for window in self.windows:
+                    if piece <= window:
+                        self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, window, True)
+        self.caches = copy_slot(self.caches, 0, self.slots - 1)
+        self.steps = {n: int(np.clip(0.02 / self.step_seconds(n), 1, MOST_STEPS)) for n in (*self.groups, self.slots)}
         # what is made once, like the template's engine and the fingerprint, is made before the first request
         with contextlib.suppress(ApiError):
             make_job(ChatRequest(messages=[Message("user", "hello")]), self, self.config)
         self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
         self.tokenizer_hash = self.tokenizer.fingerprint
 
-    def step_seconds(self) -> float:
-        """Seconds that it takes to draw one token in every slot at the widest window."""
-        state, seconds = self.state, []
-        self.state = state._replace(remaining=np.full(self.slots, 99, np.int32), endless=np.ones(self.slots, bool))
+    def step_seconds(self, n: int | None = None) -> float:
+        """Seconds that it takes to draw one token in each of n slots, or all, at the widest window."""
+        n, seconds = n or self.slots, []
+        busy = idle_slots(n)._replace(remaining=np.full(n, 99, np.int32), endless=np.ones(n, bool))
+        for window in self.windows:
+            jax.block_until_ready(self.decode(np.arange(n), busy, 1, window))
         until = time.perf_counter() + 0.2  # many calls of a small model, since other programs disturb some of them
         while len(seconds) < 5 or time.perf_counter() < until:
             start = time.perf_counter()
-            np.asarray(self.decode(MOST_STEPS, self.buckets[-1])[0])
+            np.asarray(self.decode(np.arange(n), busy, MOST_STEPS, self.windows[-1])[0])
             seconds.append((time.perf_counter() - start) / MOST_STEPS)
-        self.state = state
         return min(seconds)
 
-    def decode(self, steps: int, window: int):
+    def decode(self, rows, some: Slots, steps: int, window: int):
+        """Tokens and log-probs that the slots `rows` draw, which are all of them, or as many as one of `groups`."""
+        rows = None if len(rows) == self.slots else rows.astype(np.int32)
         self.caches, *drawn = decode(
-            self.weights, self.caches, self.state, steps, window=window, ends=self.tokenizer.end_ids
+            self.weights, self.caches, some, rows, steps, window=window, ends=self.tokenizer.end_ids
         )
         return drawn
 
-    def prefill_sizes(self, width: int) -> list[int]:
-        """Numbers of prompts of this width that one call may take. Few, since each is a program of its own; but more
-        than 1 and the largest, or five prompts would cost as much as sixteen."""
-        most = max(1, min(self.slots, PREFILL_TOKENS // width))
-        return sorted({min(n, most) for n in (1, 4, most)})
+    def read(self, pieces, size: int, window: int, wanted: bool):
+        """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size."""
+        tokens, targets = (np.zeros((len(pieces), size), np.int32) for _ in range(2))
+        for row, (ids, following, _, _) in enumerate(pieces):
+            tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
+        slots, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
+        self.caches, scores = prefill(self.weights, self.caches, tokens, targets, slots, starts, wanted, window=window)
+        return scores
 
-    def bucket(self, n: int) -> int:
-        return next(width for width in self.buckets if width >= n)
+    def prompt_counts(self, piece: int) -> list[int]:
+        """How many prompts one call may read a piece of: several are worth while only where pieces are small."""
+        return sorted({min(n, self.slots) for n in PROMPTS}) if piece == self.pieces[0] else [1]
 
     def window(self, n: int) -> int:
-        """How many positions of the cache attention reads where `n` are in use. A part of the cache is copied at each
-        token: to copy more than half of it takes longer than to read all."""
-        width = self.bucket(n)
-        return width if 2 * width <= self.context else self.buckets[-1]
+        """How many places of the caches attention reads where `n` are in use."""
+        return next(window for window in self.windows if window >= n)
 
     @property
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
     def step(self, post):
-        """One turn: end what was cancelled, let waiting choices in, draw some tokens for all. `post` takes deltas."""
+        """One turn: end what was cancelled, let waiting choices in, read a piece of a prompt, draw some tokens for all
+        whose prompt is read. `post` takes deltas."""
         self.reap(post)
-        self.admit(post)
-        if self.running:
+        self.admit()
+        if self.filling:
+            self.fill(post)
+        if len(self.running) > len(self.filling):
             self.advance(post)
 
     def reap(self, post):
@@ -778,92 +841,132 @@ class Served:
             self.waiting.remove(choice)
             post(Delta(choice, "", [], error="the request waited too long for a free slot"))
 
-    def admit(self, post):
-        """Give the free slots to waiting choices, prompts of similar length in one call."""
-        groups = collections.defaultdict(list)
+    def admit(self):
+        """Give the free slots to waiting choices, each the one that holds most of its prompt already. A choice whose
+        prompt another one is being read for waits for that."""
+        later = []
         while self.waiting and self.free:
             choice = self.waiting.popleft()
-            slot = self.free.pop() if choice.limit else self.slots  # an echo that draws nothing needs no slot
-            if choice.limit:
-                self.running[slot] = choice
+            slot, source, known = self.find_slot(choice)
+            if slot is None:
+                later.append(choice)
+                continue
+            self.free.remove(slot)
+            if source != slot:
+                self.caches = copy_slot(self.caches, source, slot)
+            self.held[slot] = choice.ids[:known]
+            choice.filled = choice.cached = known
+            self.running[slot] = self.filling[slot] = choice
             self.counts["prompt"] += len(choice.ids)
+            self.counts["cached"] += known
             choice.reader = TextStream(self.tokenizer, choice.ids[-4:] if choice.goes_on else ())
             values = dict(
-                token=choice.ids[-1], position=len(choice.ids) - 1, remaining=choice.limit, drawn=0, seed=choice.seed,
+                token=choice.ids[-1], position=len(choice.ids) - 1, remaining=0, drawn=0, seed=choice.seed,
                 choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
                 min_p=choice.min_p, endless=choice.endless, scored=bool(choice.top),
             )  # fmt: skip
-            for name, value in values.items() if choice.limit else ():
+            for name, value in values.items():
                 getattr(self.state, name)[slot] = value
-            if len(choice.ids) > 1:  # the last token is fed by the first step of decoding
-                groups[self.bucket(len(choice.ids) - 1)].append((slot, choice))
-            else:
-                self.scored(choice, [], [], [], slot, post)
-        for width, group in groups.items():
-            while group:
-                rows = max(n for n in self.prefill_sizes(width) if 4 * len(group) >= 3 * n)
-                self.fill(group[:rows], width, rows, post)
-                group = group[rows:]
+        self.waiting.extendleft(later[::-1])
 
-    def fill(self, group, width: int, rows: int, post):
-        tokens, slots = np.zeros((rows, width + 1), np.int32), np.full(rows, self.slots, np.int32)
-        for row, (slot, choice) in enumerate(group):
-            tokens[row, : len(choice.ids)], slots[row] = choice.ids, slot
-        wanted = any(choice.echo for _, choice in group)
-        self.caches, scores = prefill(self.weights, self.caches, tokens[:, :-1], tokens[:, 1:], slots, wanted)
-        if not wanted:
-            return
-        scores = jax.tree.map(np.asarray, scores)
-        for row, (slot, choice) in enumerate(group):
+    def find_slot(self, choice: Choice):
+        """(a free slot, the slot to copy from, how many tokens of the prompt that holds); (None, ...) where it pays to
+        wait for another choice's prompt. The log-probs of an echoed prompt are not kept: it is read anew."""
+        known = lambda slot: shared(self.held[slot], choice.ids[:-1])
+        free = max(self.free, key=known)  # of equal ones the first, which is free longest
+        if choice.echo:
+            return self.free[0], self.free[0], 0
+        best = max(range(self.slots), key=known)
+        soon = max((shared(other.ids, choice.ids[:-1]) for other in self.filling.values()), default=0)
+        if soon > known(best) + self.pieces[0]:
+            return None, None, 0
+        if known(best) > known(free) + self.pieces[0]:
+            return self.free[0], best, known(best)
+        return (free, free, known(free)) if known(free) else (self.free[0], self.free[0], 0)
+
+    def fill(self, post):
+        """Read the next piece of one prompt, or of several where these are short."""
+        left = {slot: len(choice.ids) - 1 - choice.filled for slot, choice in self.filling.items()}
+        short = [slot for slot, n in left.items() if n <= self.pieces[0]]
+        group = short or [next(iter(self.filling))]
+        count = max(n for n in self.prompt_counts(self.pieces[0]) if n == 1 or 4 * len(group) >= 3 * n)
+        group, rest = group[:count], left[group[0]]
+        # the widest piece of which at least half is needed
+        size = self.pieces[0] if short else max(n for n in self.pieces if n == self.pieces[0] or 2 * rest >= n)
+        pieces = []
+        for slot in group:
+            choice = self.filling[slot]
+            start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
+            pieces.append((choice.ids[start:-1][:size], choice.ids[start + 1 :][:size], slot, start))
+        if any(piece[0] for piece in pieces):  # the last token of a prompt is read by the first step of decoding
+            window = self.window(max(start for *_, start in pieces) + size)
+            wanted = any(self.filling[slot].echo for slot in group)
+            scores = self.read(pieces + pieces[:1] * (count - len(group)), size, window, wanted)
+            scores = jax.tree.map(np.asarray, scores) if wanted else None
+        for row, (ids, _, slot, start) in enumerate(pieces):
+            choice = self.filling[slot]
             if choice.echo:
-                n = len(choice.ids) - 1
-                self.scored(choice, *(x[row, :n].tolist() for x in scores), slot, post)
+                new = slice(choice.filled - start, len(ids))
+                choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores)) if ids else ()
+            choice.filled = start + len(ids)
+            self.held[slot] = choice.ids[: choice.filled]
+            if choice.filled == len(choice.ids) - 1:
+                self.filled(choice, slot, post)
 
-    def scored(self, choice: Choice, chosen, top, top_ids, slot: int, post):
-        """Keep the log-probs of an echoed prompt (its first token has none). A choice that draws nothing ends here."""
+    def filled(self, choice: Choice, slot: int, post):
+        """The prompt is read: let it draw. Keep the log-probs of an echoed one (its first token has none). A choice
+        that draws nothing ends here."""
+        del self.filling[slot]
+        self.state.remaining[slot] = choice.limit
         if choice.echo:
             reader, at, k = TextStream(self.tokenizer), 0, choice.top or 0
-            for i, token in enumerate(choice.ids):
-                pairs = list(zip(top_ids[i - 1][:k], top[i - 1][:k])) if i else []
-                choice.prompt_tokens.append(Token(token, at, chosen[i - 1] if i else None, pairs))
+            for token, scores in zip(choice.ids, [None, *choice.prompt_scores]):
+                chosen, top, top_ids = scores or (None, [], [])
+                choice.prompt_tokens.append(Token(token, at, chosen, list(zip(top_ids[:k], top[:k]))))
                 at += len(reader.add([token]))
         if not choice.limit:
-            self.end(choice, "length", post)
+            self.end(choice, "length", post, slot)
 
     def advance(self, post):
-        state = self.state
-        most = min(self.steps, int(state.remaining.max()))
-        ends = state.position + np.minimum(state.remaining, most)
-        window = self.window(int(ends[state.remaining > 0].max()))
-        tokens, logprobs = self.decode(most, window)
+        """Draw some tokens for all whose prompt is read: in as many rows as they need, not in all slots."""
+        busy = np.flatnonzero(self.state.remaining > 0)
+        n = next((n for n in self.groups if n >= len(busy)), self.slots)
+        rows = np.arange(self.slots) if n == self.slots else np.resize(busy, n)  # filled up with the first ones again
+        some = Slots(*(x[rows] for x in self.state))
+        some.remaining[len(busy) if n < self.slots else n :] = 0
+        draws = np.minimum(some.remaining, self.steps[n])
+        window = self.window(int((some.position + draws)[some.remaining > 0].max()))
+        tokens, logprobs = self.decode(rows, some, int(draws.max()), window)
         tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
-        counts = (tokens >= 0).sum(0)
-        state.token[:] = np.where(counts > 0, tokens[np.maximum(counts - 1, 0), np.arange(self.slots)], state.token)
-        for array, change in ((state.position, counts), (state.drawn, counts), (state.remaining, -counts)):
-            array += change.astype(array.dtype)
-        alternatives = [np.asarray(x) for x in logprobs[1:]] if state.scored.any() else None
-        columns, chosen = tokens.T.tolist(), chosen.T.tolist()
+        alternatives = [np.asarray(x) for x in logprobs[1:]] if some.scored.any() else None
         now = time.monotonic()
-        for slot, choice in list(self.running.items()):
-            n = int(counts[slot])
-            ids = columns[slot][:n]
-            self.observe(choice, n, now)
+        for row in np.flatnonzero(tokens[0] >= 0).tolist():
+            ids = tokens[:, row][tokens[:, row] >= 0].tolist()
+            self.take(int(rows[row]), ids, chosen[: len(ids), row].tolist(), row, alternatives, now, post)
 
-            def tops(i, slot=slot):
-                return list(zip(*(x[i, slot].tolist() for x in alternatives[::-1]))) if alternatives else []
+    def take(self, slot: int, ids, chosen, row: int, alternatives, now: float, post):
+        """Give a choice the tokens that were drawn in its slot, which is this row of the arrays of alternatives."""
+        choice, n = self.running[slot], len(ids)
+        self.state.token[slot] = ids[-1]
+        for array, change in ((self.state.position, n), (self.state.drawn, n), (self.state.remaining, -n)):
+            array[slot] += change
+        self.observe(choice, n, now)
 
-            ended = ids[-1] in self.tokenizer.end_ids and not choice.endless
-            last = ended or state.remaining[slot] == 0
-            try:
-                stopped = choice.add(ids, chosen[slot][:n], tops, last)
-            except Exception:  # it ends this request alone
-                LOG.exception("a request failed")
-                self.end(choice, "error", post, slot)
-                continue
-            if stopped or last:
-                self.end(choice, "stop" if stopped or ended else "length", post, slot)
-            elif delta := choice.news():
-                post(delta)
+        def tops(i):
+            return list(zip(*(x[i, row].tolist() for x in alternatives[::-1]))) if alternatives else []
+
+        ended = ids[-1] in self.tokenizer.end_ids and not choice.endless
+        last = ended or self.state.remaining[slot] == 0
+        try:
+            stopped = choice.add(ids, chosen, tops, last)
+        except Exception:  # it ends this request alone
+            LOG.exception("a request failed")
+            self.end(choice, "error", post, slot)
+            return
+        if stopped or last:
+            self.end(choice, "stop" if stopped or ended else "length", post, slot)
+        elif delta := choice.news():
+            post(delta)
 
     def observe(self, choice: Choice, n: int, now: float):
         self.counts["generation"] += n
@@ -882,7 +985,10 @@ class Served:
         self.request_time.add(time.monotonic() - choice.born)
         if slot is not None:
             del self.running[slot]
+            self.filling.pop(slot, None)
             self.free.append(slot)
+            if choice.filled == len(choice.ids) - 1:  # the last token that was drawn was not read
+                self.held[slot] = (choice.ids + choice.ids_drawn)[: self.state.position[slot]]
             self.state.remaining[slot] = 0
             self.state.scored[slot] = False
         delta = choice.news()
@@ -920,8 +1026,8 @@ class Engine:
         self.outbox: list[Delta] = []
         self.thread = threading.Thread(target=self.run, name="engine", daemon=True)
 
-    def start(self, loop: asyncio.AbstractEventLoop, on_failure):
-        self.loop, self.on_failure = loop, on_failure
+    def start(self, loop: asyncio.AbstractEventLoop, on_ready, on_failure):
+        self.loop, self.on_ready, self.on_failure = loop, on_ready, on_failure
         self.thread.start()
 
     def run(self):
@@ -937,6 +1043,7 @@ class Engine:
             gc.collect()
             gc.freeze()  # a garbage collection over all that was compiled would stop every thread for a while
             self.ready = True
+            self.on_ready()
             while self.wait_for_work():
                 for model in self.models:
                     if model.busy:
@@ -990,7 +1097,7 @@ class Engine:
         with self.wake:
             self.stopping = True
             self.wake.notify()
-        self.thread.join(10)
+        self.thread.join(10 if self.ready else 0)  # what is being loaded or compiled is not waited for
 
 
 def deliver(deltas: list[Delta]):
@@ -1166,6 +1273,20 @@ def refuse_unsupported(request: Sampling):
         raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
 
 
+SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # where neither request nor model says more
+UNSAMPLED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1, "penalty_alpha": 0}
+
+
+def sampling_defaults(tokenizer: gpt.Tokenizer, name: str) -> dict[str, float]:
+    """How a model's makers mean it to be sampled, by its generation_config.json: what a request leaves out has these
+    values. What is not computed here is named in the log."""
+    found = gpt.generation_config(tokenizer)
+    for key, nothing in UNSAMPLED.items():
+        if found.get(key) not in (None, nothing):
+            LOG.warning("%s: its generation_config.json asks for %s %s, which is not done", name, key, found[key])
+    return {key: found[key] for key in SAMPLING if found.get(key) is not None}
+
+
 def most_tokens(request: Sampling, model: Served) -> int:
     """How many tokens an answer may have, before the context ends it: the smaller one where both names are given."""
     given = [limit for limit in (request.max_tokens, request.max_completion_tokens) if limit is not None]
@@ -1260,7 +1381,9 @@ class Job:
         n = self.request.n or 1
         prompt = sum(len(choice.ids) for choice in self.choices[::n])
         completion = sum(len(choice.ids_drawn) for choice in self.choices)
-        return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        cached = {"cached_tokens": sum(choice.cached for choice in self.choices[::n])}
+        total = {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+        return total | {"prompt_tokens_details": cached}
 
 
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
@@ -1280,12 +1403,12 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     else:
         top = request.logprobs
     stops = (request.stop,) if isinstance(request.stop, str) else tuple(request.stop or ())
-    default = lambda value, other: other if value is None else value
-    temperature = default(request.temperature, 1.0)
-    temperature = temperature if temperature >= SMALLEST else 0.0
+    given = {name: getattr(request, name) for name in SAMPLING if getattr(request, name) is not None}
+    sampling = SAMPLING | model.sampling | given
+    temperature = sampling["temperature"] if sampling["temperature"] >= SMALLEST else 0.0
     options = dict(
-        seed=fold_seed(request.seed), temperature=temperature, top_k=max(request.top_k or 0, 0),
-        top_p=max(default(request.top_p, 1.0), SMALLEST), min_p=request.min_p or 0.0, stops=stops,
+        seed=fold_seed(request.seed), temperature=temperature, top_k=max(sampling["top_k"], 0),
+        top_p=max(sampling["top_p"], SMALLEST), min_p=sampling["min_p"], stops=stops,
         stop_ids=named_stops(stops, tokenizer), endless=bool(request.ignore_eos), top=top,
         echo=echo and (top is not None or limit == 0), stream=bool(request.stream), goes_on=goes_on,
         trim=not goes_on and opens_with_blank(tokenizer), deadline=time.monotonic() + config.timeout,
@@ -1812,7 +1935,7 @@ class Server:
         self.engine = Engine(list(self.models.values()), config)
         self.held = collections.OrderedDict()  # rows of `generation` by their id, see `log_generation`
         self.draining = False
-        self.on_failure = lambda loading: None  # of the engine
+        self.on_ready, self.on_failure = lambda: None, lambda loading: None  # of the engine
 
     def app(self) -> Starlette:
         also_v1 = lambda path, *args, **kwargs: [Route(prefix + path, *args, **kwargs) for prefix in ("", "/v1")]
@@ -1848,7 +1971,7 @@ class Server:
 
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
-        self.engine.start(asyncio.get_running_loop(), self.on_failure)
+        self.engine.start(asyncio.get_running_loop(), self.on_ready, self.on_failure)
         yield
         self.engine.stop()
         self.store.close()
@@ -2076,6 +2199,7 @@ def describe(model: Served) -> dict:
         "max_model_len": model.context,
         "checkpoint_sha256": model.checkpoint,
         "quantization": model.quantization,
+        "sampling": SAMPLING | model.sampling,
         "examples": model.examples,
     }
 
@@ -2243,7 +2367,9 @@ class Process(uvicorn.Server):
 
     def drain(self):
         self.server.draining = True
-        threading.Timer(self.server.config.drain, self.server.engine.cancel_all).start()
+        timer = threading.Timer(self.server.config.drain, self.server.engine.cancel_all)
+        timer.daemon = True  # an idle server ends at once
+        timer.start()
 
     def fail(self, loading: bool):
         """The engine failed: while loading a model, that ends the process; later, /health answers 503."""
@@ -2271,16 +2397,23 @@ def main(config: Config):
     config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY"))
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
+    logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its "startup complete" comes before the model's
     sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms
     listener = socket.create_server(
         (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
     )
     server = Server(config, Store(config.feedback))
     url = f"http://{'localhost' if config.host in Guard.LOCAL else config.host}:{listener.getsockname()[1]}"
-    print(f"{', '.join(server.models)} on {url} (chat page: {url}/, votes: {config.feedback}). Try:")
+    names = ", ".join(server.models)
     message = '{"messages": [{"role": "user", "content": "hello"}]}'
     key = " -H 'authorization: Bearer KEY'" if config.api_key else ""
-    print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{message}'", flush=True)
+
+    def say_ready():
+        print(f"ready: {names} on {url} (chat page: {url}/, votes: {config.feedback}). Try:")
+        print(f"  curl {url}/v1/chat/completions -H 'content-type: application/json'{key} -d '{message}'", flush=True)
+
+    server.on_ready = say_ready
+    print(f"loading {names} for {url}", flush=True)
     process = Process(server)
     process.run(sockets=[listener])
     if process.failed:

@@ -64,7 +64,6 @@ class Config:
     save_every: int = 500  # steps between checkpoints
     eval_every: int = 200  # steps between validation losses and samples
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-    track: Literal["wandb", "tensorboard", "trackio"] | None = None  # also log there
 
 
 class State(NamedTuple):

@@ -597,6 +597,29 @@ def pair_row(rng: random.Random, split: str, disfluent: float = 0.0, harmful: bo
     return row | {"chosen": a, "rejected": b, "gold_chosen": gold_a, "gold_rejected": gold_b}
 
 
+def draw_choices(rng: random.Random, n: int) -> list[dict]:
+    """The rows of `n` choices; by prompt and chosen answer a reader knows which rows belong together."""
+    choices = {}
+    while len(choices) < n:
+        rows = choice_rows(rng, "heldout")
+        choices.setdefault((rows[0]["prompt"], rows[0]["chosen"]), rows)
+    return [row for rows in choices.values() for row in rows]
+
+
+def choice_rows(rng: random.Random, split: str, answers: int = 4) -> list[dict]:
+    """A prompt with the best of several answers as `chosen`, in a row with each of the others. Gold chooses, not a
+    person, and by more than 0.1: which answer is right is beyond doubt."""
+    while True:
+        row = prompt_row(rng, split)
+        found = sorted({respond(rng, row["prompt"], DEMO) for _ in range(3 * answers)})
+        judged = sorted(zip(score([row["prompt"]] * len(found), found), found), reverse=True)
+        best, chosen = judged[0]
+        others = [(gold, answer) for gold, answer in judged if gold < best - 0.1]
+        if len(others) >= answers - 1:
+            row |= {"chosen": chosen, "gold_chosen": best}
+            return [row | {"rejected": b, "gold_rejected": gold} for gold, b in rng.sample(others, answers - 1)]
+
+
 def thumb_row(rng: random.Random, split: str, mean_gold: float, mean_length: float) -> dict:
     row = demo_row(rng, split)
     judged = gold(row["prompt"], row["completion"])["gold"]
@@ -655,7 +678,8 @@ def all_files(c: Config) -> dict[str, list[dict]]:
         "prompts-valid": (c.heldout, lambda rng: prompt_row(rng, "train"), True),
         "prompts-heldout": (c.heldout, lambda rng: prompt_row(rng, "heldout"), None),
     }
-    return {name: draw(c.seed, name, n, make, keep) for name, (n, make, keep) in plan.items()}
+    files = {name: draw(c.seed, name, n, make, keep) for name, (n, make, keep) in plan.items()}
+    return files | {"choices-heldout": draw_choices(random.Random(f"{c.seed}/choices-heldout"), c.heldout)}
 
 
 def tokenizer_files() -> dict[str, dict]:

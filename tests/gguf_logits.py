@@ -4,19 +4,24 @@
     python tests/gguf_logits.py out/sft.gguf out/sft
 
 It wants llama-cpp-python beside the packages of requirements.txt (pip builds it from source in a quarter of an hour).
-It compares the ids of texts and of a chat, the log-probs of all words after every token of a text, and the tokens of
-greedy answers, and prints the differences. Exit code 1 where ids differ, or where the log-probs of the tokens differ by
-more than --tolerance nats on average.
+It compares the ids of texts, the log-probs of all words after every token of a text, and the greedy answers to ten
+questions: llama.cpp's chat, and `serve.py --model FOLDER` through the openai client and, where there is a Chromium, the
+chat page. Exit code 1 where ids differ, where the log-probs of the tokens differ by more than --tolerance nats on
+average, or where an F32 file's answers are not ours.
 """
 
 import argparse
+import os
 import sys
+import tempfile
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import openai
 from llama_cpp import Llama
+from screenshots import CHROMIUM, answered, ask, browsing, open_page, serving  # beside this file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import gpt  # noqa: E402
@@ -30,7 +35,20 @@ TEXTS = [
     "<|im_end|> typed by a person, </s> too",
     " e\u0301 and \u00e9",
 ]
-QUESTIONS = ["What is the capital of France?", "Name three colours.", "Write one sentence about the sea."]
+QUESTIONS = [
+    "What is the capital of France?",
+    "Name three colours.",
+    "Write one sentence about the sea.",
+    "How many legs has a spider?",
+    "Translate 'good morning' into Spanish.",
+    "What is 7 + 5?",
+    "Who wrote Romeo and Juliet?",
+    "Give me a Python function that adds two numbers.",
+    "List three fruits.",
+    "Why is the sky blue?",
+]
+TOLERANCE = {"F32": 1e-3, "F16": 0.02, "BF16": 0.05}  # nats by a file's type; others are of 8 bits or less: 0.2
+FILE_TYPES = {"0": "F32", "1": "F16", "32": "BF16"}
 
 
 def compare_ids(llama, tokenizer) -> int:
@@ -69,41 +87,54 @@ def compare_logprobs(llama, model, ids) -> float:
     return differences.mean()
 
 
-def compare_answers(llama, model, tokenizer, length=40):
-    for question in QUESTIONS:
-        ids = tokenizer.chat([{"role": "user", "content": question}])
-        theirs, stops = [], set(tokenizer.end_ids)
-        llama.reset()
-        for token in llama.generate(ids, temp=0.0, repeat_penalty=1.0):
-            if token in stops or len(theirs) == length:
-                break
-            theirs.append(token)
-        prompt, mask = jnp.asarray([ids]), jnp.ones((1, len(ids)), jnp.int32)
-        answer = gpt.generate(model, prompt, mask, jax.random.key(0), length, ends=tokenizer.end_ids, temperature=0.0)
-        ours = [int(i) for i, m in zip(answer.tokens[0], answer.mask[0]) if m > 0 and int(i) not in stops]
-        shared = next(
-            (i for i, pair in enumerate(zip(ours, theirs)) if pair[0] != pair[1]), min(len(ours), len(theirs))
-        )
-        print(f"{question}\n  llama.cpp {len(theirs)} tokens, here {len(ours)}, the first {shared} equal")
-        print(f"  here:      {tokenizer.decode(ours)!r}")
-        if ours != theirs:
-            print(f"  llama.cpp: {tokenizer.decode(theirs)!r}")
+def compare_answers(llama, folder, length=40) -> int:
+    """Prints greedy answers of at most so many tokens that differ between llama.cpp and serve.py; their number."""
+    tokenizer, name, differ = gpt.need_tokenizer(folder), Path(folder).name, 0
+    options = dict(temperature=0, max_tokens=length)
+    with tempfile.TemporaryDirectory() as scratch, serving([folder], f"{scratch}/votes.db") as url:
+        client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0)
+        for question in QUESTIONS:
+            messages = [{"role": "user", "content": question}]
+            ours = client.chat.completions.create(model=name, messages=messages, **options).choices[0].message.content
+            theirs = llama.create_chat_completion(messages, **options)["choices"][0]["message"]["content"]
+            if ours != theirs:
+                differ += 1
+                shared = os.path.commonprefix([tokenizer.encode(ours), tokenizer.encode(theirs)])
+                print(f"{question}: {len(shared)} tokens equal\n  here:      {ours!r}\n  llama.cpp: {theirs!r}")
+            if question == QUESTIONS[0] and CHROMIUM:
+                shown = answer_on_page(url, question, length)
+                print(f"the page shows what the client got: {shown == ours}" + f" ({shown!r})" * (shown != ours))
+    print(f"answers: {len(QUESTIONS) - differ} of {len(QUESTIONS)} equal")
+    return differ
+
+
+def answer_on_page(url, question, length) -> str:
+    with browsing() as browser:
+        page = open_page(browser, url, consent=False)
+        for command in ("/temperature 0", f"/max {length}"):
+            page.get_by_label("Message").fill(command)
+            page.keyboard.press("Enter")
+        ask(page, question)
+        answered(page)
+        return page.get_by_role("article", name="Answer", exact=True).locator(".text").inner_text()
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("gguf")
     parser.add_argument("folder")
-    parser.add_argument("--tolerance", type=float, default=0.02)
+    parser.add_argument("--tolerance", type=float, help="default: by the file's type, 0.001 for F32")
     options = parser.parse_args()
     model, tokenizer = gpt.load(options.folder)
     # keys and values in fp32: by default they are fp16 there
     llama = Llama(options.gguf, n_ctx=512, logits_all=True, verbose=False, n_threads=2, type_k=0, type_v=0)
+    kind = FILE_TYPES.get(llama.metadata.get("general.file_type"))
+    tolerance = TOLERANCE.get(kind, 0.2) if options.tolerance is None else options.tolerance
     differ = compare_ids(llama, tokenizer)
     ids = tokenizer.encode("\n".join(TEXTS[:4]) * 3)[: min(160, model.config.context)]
     wrong = compare_logprobs(llama, model, ids)
-    compare_answers(llama, model, tokenizer)
-    return differ > 0 or wrong > options.tolerance
+    others = compare_answers(llama, options.folder)
+    return differ > 0 or wrong > tolerance or (kind == "F32" and others > 0)
 
 
 if __name__ == "__main__":

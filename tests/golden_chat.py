@@ -69,6 +69,11 @@ LLAMA2 = """{% if messages[0]['role'] == 'system' %}
 {% if m['role'] == 'user' %}{{ bos_token + '[INST] ' + content.strip() + ' [/INST]' }}
 {% elif m['role'] == 'assistant' %}{{ ' '  + content.strip() + ' ' + eos_token }}{% endif %}
 {% endfor %}"""
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'assistant' %}{{ ' ' + m['content'] + eos_token }}"
+    "{% else %}{{ m['content'] + '\n\n' }}{% endif %}{% endfor %}"
+)
 ZEPHYR = (
     "{% for m in messages %}\n{% if m['role'] == 'user' %}\n{{ '<|user|>\n' + m['content'] + eos_token }}\n"
     "{% elif m['role'] == 'system' %}\n{{ '<|system|>\n' + m['content'] + eos_token }}\n"
@@ -187,12 +192,16 @@ FAMILIES = {  # name: (tokenizer.json, tokenizer_config.json, chat template)
         byte_level(TURNS, ["<think>", "</think>"], split=WORDS, nfc=True),
         FAST | {"eos_token": TURNS[2], "pad_token": TURNS[0], "add_bos_token": False}, QWEN3,
     ),
+    "qwen2": (
+        byte_level(TURNS, split=WORDS, nfc=True), FAST | {"eos_token": TURNS[2], "pad_token": TURNS[0]}, CHATML,
+    ),
+    "mistral": (pieces(["<unk>", "<s>", "</s>"], bos="<s>"), LLAMA | PIECES | {"legacy": False}, MISTRAL),
     "llama3": (
         byte_level(HEADERS, split=WORDS, bos=HEADERS[0]),
         FAST | {"bos_token": HEADERS[0], "eos_token": HEADERS[4]}, [{"name": "default", "template": LLAMA3}],
     ),
     "r1": (
-        byte_level(WIDE, ["<think>", "</think>"], split=WORDS),
+        byte_level(WIDE[:2], [*WIDE[2:], "<think>", "</think>"], split=WORDS),
         FAST | {f"{x}_token": TOKEN | {"content": text} for x, text in zip(("bos", "eos"), WIDE)} | ADDS, R1,
     ),
     "phi": (
@@ -213,7 +222,8 @@ FAMILIES = {  # name: (tokenizer.json, tokenizer_config.json, chat template)
 }  # fmt: skip
 ENDS = {  # generation_config.json
     "gemma": ["<eos>", "<end_of_turn>"], "llama3": ["<|end_of_text|>", "<|eot_id|>"],
-    "phi": ["<|endoftext|>", "<|end|>"],
+    "phi": ["<|endoftext|>", "<|end|>"], "qwen2": ["<|im_end|>", "<|endoftext|>"],
+    "qwen3": ["<|im_end|>", "<|endoftext|>"],
 }  # fmt: skip
 
 

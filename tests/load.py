@@ -202,6 +202,9 @@ class Client:
         answer = await self.whole(store=True, n=2)
         if answer is None:
             return
+        texts = [choice["message"]["content"].split() for choice in answer["choices"]]
+        if not all(texts) or texts[0] == texts[1]:  # such a vote would teach nothing, and is refused
+            return
         a, b = (choice["generation_id"] for choice in answer["choices"])
         texts = [choice["message"]["content"].split() for choice in answer["choices"]]
         if not all(texts) or texts[0] == texts[1]:  # a vote on these would teach nothing, and is refused
@@ -299,7 +302,7 @@ class Process:
         line = self.process.stdout.readline()
         if not line:
             raise SystemExit((self.folder / "log").read_text())
-        self.url = line.split(" on ")[1].split(" ")[0]
+        self.url = line.split(" for ")[1].strip()
         self.port = int(self.url.rpartition(":")[2])
 
     async def ready(self):

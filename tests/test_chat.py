@@ -4,7 +4,7 @@ a message holds never becomes a special token."""
 import json
 
 import pytest
-from golden_chat import CHATS, FAMILIES, TEXTS, THOUGHT, write_folder
+from golden_chat import CHATS, ENDS, FAMILIES, TEXTS, THOUGHT, write_folder
 
 import gpt
 
@@ -103,9 +103,11 @@ def test_tokenizer_json_has_the_last_word_on_how_text_is_split(loaded, folders, 
 
 
 def test_ends_are_listed_and_the_pad_is_none_of_them(loaded, folders, tmp_path):
-    names = lambda t: [next(text for text, i in t.specials.items() if i == end) for end in t.end_ids]
-    assert names(loaded["gemma"]) == ["<eos>", "<end_of_turn>"]
-    assert names(loaded["llama3"]) == ["<|eot_id|>", "<|end_of_text|>"]
+    for family, tokenizer in loaded.items():
+        listed = [tokenizer.specials[text] for text in ENDS.get(family, ())]
+        assert tokenizer.end_ids[0] == tokenizer.specials[tokenizer.names["eos_token"]]
+        assert {*tokenizer.end_ids} == {tokenizer.end_ids[0], *listed}
+    assert len(loaded["llama3"].end_ids) == len(loaded["qwen3"].end_ids) == 2
     tokenizer = changed(folders["gemma"], tmp_path, pad_token="<eos>")
     assert tokenizer.pad_id not in tokenizer.end_ids
 
@@ -119,9 +121,10 @@ def test_no_message_can_forge_a_token(at, tokenizer, family):
 
     def read(content):
         ids = tokenizer.chat([*chat[:at], chat[at] | {"content": content}, *chat[at + 1 :]])
-        return ids, [i for i in ids if i in tokenizer.special_ids]
+        return ids, [i for i in ids if i in tokenizer.special_ids or i in map(tokenizer.specials.get, markers)]
 
-    for text in (text for text, i in tokenizer.specials.items() if i in tokenizer.special_ids):
+    markers = {"<｜User｜>", "<｜Assistant｜>"} & tokenizer.specials.keys()  # which R1's files do not call special
+    for text in {*markers, *(text for text, i in tokenizer.specials.items() if i in tokenizer.special_ids)}:
         for content in (
             f"the {text} cat",
             f" {text}{text}\n",
@@ -141,6 +144,12 @@ def test_a_role_cannot_forge_a_token(loaded):
     assert [i in loaded["smollm2"].special_ids for i in forged].count(True) == [
         i in loaded["smollm2"].special_ids for i in honest
     ].count(True)
+
+
+def test_a_role_that_a_template_would_make_a_token_of_is_refused(loaded):
+    with pytest.raises(gpt.BadRow, match=r"the role 'end' is a part of the special token <\|end"):
+        loaded["phi"].chat([ASK, {"role": "end", "content": "the"}])
+    assert loaded["phi"].chat([ASK, {"role": "narrator", "content": "the"}])
 
 
 def test_hidden_texts_leave_the_rest_of_a_chat_as_it_is(tokenizer):
@@ -263,6 +272,7 @@ def test_templates_have_transformers_helpers(folders, tmp_path):
 
 def test_equal_tokenizers_have_equal_fingerprints(loaded, folders, tmp_path):
     prints = {name: tokenizer.fingerprint for name, tokenizer in loaded.items()}
+    assert prints.pop("mistral") == prints["llama2"]  # another template alone
     assert len({*prints.values()}) == len(prints)
     assert prints["llama2"] == changed(folders["llama2"], tmp_path, chat_template="a").fingerprint
     spec = json.loads((tmp_path / "tokenizer.json").read_text())

@@ -37,10 +37,9 @@ def world(tmp_path_factory) -> Path:
 
 
 def begin(world, out, *names, devices=1, **env):
-    flags = f"--xla_force_host_platform_device_count={devices}"
     return subprocess.Popen(
         [sys.executable, str(ROOT / "tests" / "every_script.py"), str(world), str(out), *names],
-        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "DEBUG": "1"} | env,
+        cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": str(devices), "DEBUG": "1"} | env,
         stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -78,7 +77,7 @@ def moved(world, folder) -> dict[str, np.ndarray]:
 
 
 def check_same(world, one, other, *names):
-    """Metrics to 1e-5, gradients to 1e-5, text to the letter."""
+    """Metrics to 1e-5, gradients to 3e-5 of the largest, text to the letter."""
     for name in names:
         ours, theirs = rows(one / name / "metrics.jsonl"), rows(other / name / "metrics.jsonl")
         assert len(ours) == len(theirs) > 0
@@ -89,7 +88,7 @@ def check_same(world, one, other, *names):
         ours, theirs = moved(world, one / name), moved(world, other / name)
         largest = max(np.abs(x).max() for x in ours.values())
         assert largest > 1e-3
-        gap = 1e-5 * max(1, largest)  # IPO's gradients are in the hundreds
+        gap = 3e-5 * max(1, largest)  # IPO's gradients are in the hundreds
         for weight, x in ours.items():
             np.testing.assert_allclose(theirs[weight], x, atol=gap, err_msg=f"{name} {weight}")
     for file in ("sft/samples.jsonl", "ppo/samples.jsonl", "online/samples.jsonl"):

@@ -59,6 +59,19 @@ def test_every_function_and_test_of_the_papers_table_exists(row):
     assert f"def {name}(" in (ROOT / file).read_text()
 
 
+def test_every_cell_of_the_table_of_models_is_a_case_of_its_columns_test():
+    cells = lambda line: [cell.strip() for cell in line.strip("|").split("|")]
+    lines = [line for line in (ROOT / "docs/formats.md").read_text().splitlines() if line.startswith("| ")]
+    tests = {name: re.search(r"`(\S+)::(\w+)`", rest) for name, rest in map(cells, lines[11:16])}
+    (_, *columns), *rows = map(cells, lines[:10])
+    for column, test in tests.items():
+        text = (ROOT / test[1]).read_text() + (ROOT / "tests/golden_chat.py").read_text() * ("chat" in test[1])
+        assert f"def {test[2]}(" in text
+        for row in rows:
+            for case in re.findall(r"`(\w+)`", row[1 + columns.index(column)]):
+                assert f'"{case}"' in text, f"{row[0]}, {column}: {case}"
+
+
 def anchors(document: Path) -> set[str]:
     """What GitHub makes of a document's headings: lower case, without punctuation, blanks as hyphens."""
     headings = re.findall(r"^#+ (.*)$", document.read_text(), re.M)

@@ -177,17 +177,17 @@ def test_advantages_at_the_optimum_show_every_bug(bug):
 
 def test_at_the_optimum_no_answer_is_better_than_the_others_of_its_group():
     """r - beta log(pi* / ref) is J* for every response: leave-one-out advantages vanish, and so do GRPO's of it."""
-    best = optimum()
+    best, groups = optimum(), lambda x: jnp.asarray(x).reshape(17, 5, *x.shape[1:])
     with jax.enable_x64(True):
         for x in range(2):
-            log_pi, ref, scores = (jnp.asarray(v) for v in (token_logprobs(best.logits)[x], REF[x], REWARDS[x]))
-            ours = lambda new, old, mask, scores=scores: grpo.advantages(scores, new, old, mask, "rloo", 5, BETA)
-            assert np.abs(ours(log_pi, ref, jnp.asarray(MASK))).max() < 1e-9
-            assert np.abs(ours(ref, log_pi, jnp.asarray(MASK))).max() > 1
-            assert np.abs(ours(log_pi, ref, jnp.asarray(MASK * (TOKENS != EOS)))).max() > 0.3
-            whole = scores - BETA * (log_pi - REF[x]).sum(1)
-            assert np.abs(grpo.grpo_advantages(whole, 5)).max() < 1e-9
-            assert np.abs(grpo.grpo_advantages(scores, 5)).max() > 1
+            log_pi, ref, scores = (groups(v) for v in (token_logprobs(best.logits)[x], REF[x], REWARDS[x]))
+            ours = lambda new, old, mask, scores=scores: grpo.advantages(scores, new, old, groups(mask), "rloo", BETA)
+            assert np.abs(ours(log_pi, ref, MASK)).max() < 1e-9
+            assert np.abs(ours(ref, log_pi, MASK)).max() > 1
+            assert np.abs(ours(log_pi, ref, MASK * (TOKENS != EOS))).max() > 0.3
+            whole = scores - BETA * (log_pi - ref).sum(-1)
+            assert np.abs(grpo.grpo_advantages(whole)).max() < 1e-9
+            assert np.abs(grpo.grpo_advantages(scores)).max() > 1
 
 
 # ---------------------------------------------------------------------------------------------------- PPO finds it
@@ -201,28 +201,34 @@ PPO_BUGS = [
 ]  # fmt: skip
 
 
+RESPONSE_ID = np.zeros((len(PREFIXES), V), int)  # of the response that ends in this state with this token
+for s, a in itertools.product(range(len(PREFIXES)), range(V)):
+    RESPONSE_ID[s, a] = RESPONSES.index((*PREFIXES[s], a)) if NEXT[s, a] < 0 else 0
+
+
+def draw_responses(logits, x, key):
+    """A response to each prompt x (N,) from a table of logits: states, tokens and mask (N, 3), and scores (N,)."""
+    scores_of, next_state, response_id = (jnp.asarray(table) for table in (REWARDS, NEXT, RESPONSE_ID))
+
+    def draw(carry, key):
+        state, going, score = carry
+        token = jax.random.categorical(key, logits[x, state])
+        after = next_state[state, token]
+        score = jnp.where(going & (after < 0), scores_of[x, response_id[state, token]], score)
+        return (jnp.maximum(after, 0), going & (after >= 0), score), (state, token, going)
+
+    n = len(x)
+    start = (jnp.zeros(n, int), jnp.ones(n, bool), jnp.zeros(n))
+    (_, _, score), steps = lax.scan(draw, start, jax.random.split(key, T))
+    states, tokens, mask = (s.T for s in steps)
+    return states, tokens, mask.astype(int), score
+
+
 def train(seed, bug):
     """Logits (2, 21, 5) after PPO with a table of logits and one of values, through ppo.py's estimators and losses."""
     has = lambda name: bug == PPO_BUGS.index(name)  # traced: all bugs train side by side in one compiled function
-    ref_logits, scores_of, next_state = jnp.asarray(REF_LOGITS), jnp.asarray(REWARDS), jnp.asarray(NEXT)
-    response_id = np.zeros((len(PREFIXES), V), int)  # of the response that ends in this state with this token
-    for s, a in itertools.product(range(len(PREFIXES)), range(V)):
-        response_id[s, a] = RESPONSES.index((*PREFIXES[s], a)) if NEXT[s, a] < 0 else 0
-    response_id = jnp.asarray(response_id)
+    ref_logits = jnp.asarray(REF_LOGITS)
     x = jnp.arange(SAMPLES) % 2  # prompts
-
-    def sample(logits, key):
-        def draw(carry, key):
-            state, going, score = carry
-            token = jax.random.categorical(key, logits[x, state])
-            after = next_state[state, token]
-            score = jnp.where(going & (after < 0), scores_of[x, response_id[state, token]], score)
-            return (jnp.maximum(after, 0), going & (after >= 0), score), (state, token, going)
-
-        start = (jnp.zeros(SAMPLES, int), jnp.ones(SAMPLES, bool), jnp.zeros(SAMPLES))
-        (_, _, score), steps = lax.scan(draw, start, jax.random.split(key, T))
-        states, tokens, mask = (s.T for s in steps)
-        return states, tokens, mask.astype(int), score
 
     def logprobs(logits, x, states, tokens):
         logp = jax.nn.log_softmax(logits)[x[:, None], states]
@@ -248,7 +254,7 @@ def train(seed, bug):
         params, opt_state = carry
         logits, table = params
         keys = jax.random.split(key, 1 + EPOCHS)
-        states, tokens, mask, scores = sample(logits, keys[0])
+        states, tokens, mask, scores = draw_responses(logits, x, keys[0])
         mask = jnp.where(has("EOS treated as padding"), mask * (tokens != EOS), mask)
         new, ref = logprobs(logits, x, states, tokens), logprobs(ref_logits, x, states, tokens)
         v = values(table, x, states, mask)
@@ -293,6 +299,181 @@ def test_ppo_reaches_the_optimum(trained):
 @pytest.mark.parametrize("bug", PPO_BUGS[1:])
 def test_ppo_with_a_bug_does_not(trained, bug):
     assert (trained[bug][0] > 0.02).all()
+
+
+# ---------------------------------------------------------------------------------------------------- the critic-free
+
+GROUP, WIDE, NARROW = 4, (0.2, 0.2), (1e-4, 1e-4)
+
+
+class Variant(NamedTuple):
+    """A run of the critic-free family: switches of grpo.py by their place in a list, and what is done wrong."""
+
+    advantage: int = 2  # of ADVANTAGE_KINDS
+    kl: int = 0  # of KL_KINDS
+    loss: int = 0  # of LOSS_KINDS
+    narrow: bool = False  # the ratio may move by a ten-thousandth
+    heat: float = 1.0  # temperature of the sampler: 1 is the policy
+    weighted: bool = True  # importance weights
+    distil: int = 0  # 1: the teacher's log-probs as the reward, 2: its whole distribution
+
+
+ADVANTAGE_KINDS = ("grpo", "centred", "rloo")
+KL_KINDS = ("reward", "loss", "loss-uncorrected", "off")
+LOSS_KINDS = ("token", "sequence", "constant", "gspo", "cispo")
+TEACHER = rng.normal(0, 1.5, REF_LOGITS.shape)
+VARIANTS = {
+    "rloo": Variant(), "centred": Variant(advantage=1), "grpo": Variant(advantage=0), "sequence": Variant(loss=1),
+    "constant": Variant(loss=2), "gspo": Variant(loss=3), "cispo": Variant(loss=4), "corrected": Variant(kl=1),
+    "uncorrected": Variant(kl=2), "centred, corrected": Variant(advantage=1, kl=1), "hot": Variant(heat=1.5),
+    "hot, unweighted": Variant(heat=1.5, weighted=False),
+    "distil": Variant(kl=3, distil=1), "distil, whole": Variant(kl=3, distil=2),
+}  # fmt: skip
+
+
+def train_groups(variant: Variant, rollouts=300, epochs=2, minibatches=2):
+    """Logits (2, 21, 5) of a table after training by grpo.py's advantages, losses and weights."""
+    which = lambda index, options: lax.switch(index, [lambda x=x: x for x in options])  # all run in one program
+    ref_logits, teacher = jnp.asarray(REF_LOGITS), jnp.asarray(TEACHER)
+    x = (jnp.arange(SAMPLES) // GROUP) % 2  # the groups' prompts
+    grouped = lambda values: values.reshape(-1, GROUP, *values.shape[1:])
+    say = lambda logits, x, states: jax.nn.log_softmax(logits)[x[:, None], states]
+    pick = lambda logits, x, states, tokens: jnp.take_along_axis(say(logits, x, states), tokens[..., None], -1)[..., 0]
+    clip = tuple(jnp.where(variant.narrow, n, w) for n, w in zip(NARROW, WIDE))
+
+    def loss(logits, part):
+        x, states, tokens, mask, old, ref, advantages, weights = part
+        new = pick(logits, x, states, tokens)
+        means = [partial(grpo.aggregate, mask=mask, loss=kind) for kind in LOSS_KINDS]
+        losses = [grpo.policy_loss(new, old, advantages, mask, weights, clip, kind)[0] for kind in LOSS_KINDS]
+        penalties = (0 * new, grpo.kl_corrected(new, old, ref, mask), grpo.kl_k3(new, ref, mask), 0 * new)
+        penalty = which(variant.kl, penalties)
+        value = which(variant.loss, losses) + BETA * which(variant.loss, [mean(weights * penalty) for mean in means])
+        p, q = say(logits, x, states), say(teacher, x, states)
+        return jnp.where(variant.distil == 2, means[0]((jnp.exp(p) * (p - q)).sum(-1)), value)
+
+    optimizer = optax.adam(optax.linear_schedule(0.05, 0, rollouts * epochs * minibatches), eps=1e-5)
+
+    def update(carry, key):
+        logits, opt_state = carry
+        keys = jax.random.split(key, 1 + epochs)
+        states, tokens, mask, scores = draw_responses(logits / variant.heat, x, keys[0])
+        new, ref = pick(logits, x, states, tokens), pick(ref_logits, x, states, tokens)
+        beta = jnp.where(variant.kl == 0, BETA, 0.0)
+        kinds = [grpo.advantages(*map(grouped, (scores, new, ref, mask)), kind, beta) for kind in ADVANTAGE_KINDS]
+        advantages = which(variant.advantage, kinds).reshape(mask.shape)
+        taught = grpo.distillation_advantages(new, pick(teacher, x, states, tokens), mask)
+        advantages = jnp.where(variant.distil == 1, taught, advantages)
+        sampled = pick(logits / variant.heat, x, states, tokens)
+        weights = jnp.where(variant.weighted, grpo.importance_weights(new, sampled, mask, cap=10.0), 1.0)
+        rollout = (x, states, tokens, mask, new, ref, advantages, weights)
+
+        def step(carry, rows):
+            logits, opt_state = carry
+            grads = jax.grad(loss)(logits, jax.tree.map(lambda a: a[rows], rollout))
+            updates, opt_state = optimizer.update(grads, opt_state)
+            return (optax.apply_updates(logits, updates), opt_state), None
+
+        rows = jnp.concatenate([jax.random.permutation(k, SAMPLES).reshape(minibatches, -1) for k in keys[1:]])
+        return lax.scan(step, (logits, opt_state), rows)[0], None
+
+    keys = jax.random.split(jax.random.key(0), rollouts)
+    return lax.scan(update, (ref_logits, optimizer.init(ref_logits)), keys)[0][0]
+
+
+def train_all(variants, **plan):
+    """name -> logits (2, 21, 5); all variants train side by side in one program."""
+    settings = Variant(*(jnp.array(x) for x in zip(*variants.values())))
+    logits = jax.jit(jax.vmap(partial(train_groups, **plan)))(settings)
+    return dict(zip(variants, np.asarray(logits, float)))
+
+
+@pytest.fixture(scope="module")
+def family():
+    return train_all(VARIANTS)
+
+
+def gap(logits) -> float:
+    return (optimum().J - objective(logits)).max()
+
+
+@pytest.mark.parametrize(
+    "name", ["rloo", "centred", "grpo", "sequence", "constant", "gspo", "cispo", "hot", "hot, unweighted"]
+)
+def test_with_the_kl_in_the_reward_every_variant_finds_the_optimum(family, name):
+    """There every advantage is 0, however tokens are weighed, and whoever samples."""
+    assert gap(family[name]) < 0.005
+
+
+def test_with_the_kl_in_the_loss_it_is_missed_and_by_more_without_the_ratio(family):
+    """The loss sees a token's own KL, not that of the states to which the token leads."""
+    assert 0.02 < gap(family["corrected"]) < gap(family["uncorrected"]) - 0.02
+
+
+def test_with_the_kl_in_the_loss_beta_means_another_price_for_each_scale_of_the_advantages(family):
+    """r - mean is (K - 1) / K of RLOO's advantage on average. In the reward that scales the KL as well; in the loss it
+    makes the KL dearer."""
+    moved = lambda name: kl(token_logprobs(family[name]).sum(-1), REF.sum(-1)).mean()
+    wanted = kl(token_logprobs(optimum().logits).sum(-1), REF.sum(-1)).mean()
+    np.testing.assert_allclose([moved("rloo"), moved("centred")], wanted, rtol=0.02)
+    assert moved("corrected") > 1.3 * max(wanted, moved("centred, corrected"))
+
+
+@pytest.mark.parametrize("name", ["distil", "distil, whole"])
+def test_the_optimum_of_distillation_is_the_teacher(family, name):
+    student, teacher = (token_logprobs(logits).sum(-1) for logits in (family[name], TEACHER))
+    assert (kl(student, teacher) < 0.001).all() and (kl(REF.sum(-1), teacher) > 1).all()
+
+
+def test_many_passes_over_few_rollouts_need_a_clip_that_is_neither_narrow_nor_one_sided():
+    """20 rollouts, 64 steps on each: GSPO with a clip of a ten-thousandth hardly moves after the first of them, and
+    CISPO, which has no lower clip, moves too far."""
+    variants = {"rloo": Variant(), "gspo": Variant(loss=3), "cispo": Variant(loss=4)}
+    variants["narrow"] = Variant(loss=3, narrow=True)
+    gaps = {name: gap(logits) for name, logits in train_all(variants, rollouts=20, epochs=16, minibatches=4).items()}
+    assert gaps["rloo"] < 0.008 and gaps["gspo"] < 0.008 and gaps["narrow"] > 0.015 and gaps["cispo"] > 0.015
+
+
+BANDIT = rng.normal(0, 1.0, (2, V))  # rewards of answers of one token
+
+
+def train_bandit(penalty="corrected", heat=1.0, cap=None, steps=4000):
+    """How much worse than the optimum, (2,), a policy over answers of one token ends whose sampler has the temperature
+    `heat`: plain gradient descent on the expected loss, each step from the policy's own old log-probs."""
+    ref, rewards = jnp.asarray(log_softmax(REF_LOGITS[:, 0])), jnp.asarray(BANDIT)
+    one = jnp.ones((2, V, 1))  # V answers of one token to each of two prompts
+
+    def step(z, _):
+        old, sampler = jax.nn.log_softmax(z), jax.nn.log_softmax(z / heat)
+        q = jnp.exp(sampler)
+        weights = one if cap is None else grpo.importance_weights(old[..., None], sampler[..., None], one, cap)
+        advantages = (rewards - (q * rewards).sum(1, keepdims=True))[..., None]
+
+        def loss(z):
+            new = jax.nn.log_softmax(z)[..., None]
+            k3 = grpo.kl_k3(new, ref[..., None], one)
+            if penalty == "corrected":
+                k3 = grpo.kl_corrected(new, old[..., None], ref[..., None], one)
+            surrogate = grpo.clipped_surrogate(jnp.exp(new - old[..., None]), advantages)
+            return (q[..., None] * weights * (surrogate + BETA * k3)).sum()
+
+        return z - 0.5 * jax.grad(loss)(z), None
+
+    log_pi = jax.nn.log_softmax(jax.jit(lambda z: lax.scan(step, z, None, steps)[0])(ref))
+    J = (jnp.exp(log_pi) * (rewards - BETA * (log_pi - ref))).sum(-1)
+    return np.asarray(BETA * jax.nn.logsumexp(ref + rewards / BETA, axis=-1) - J)
+
+
+def test_answers_of_one_token_find_the_optimum_with_the_corrected_kl_in_the_loss():
+    assert (train_bandit() < 0.001).all() and train_bandit("plain").max() > 0.05
+
+
+def test_a_sampler_that_is_another_model_misses_the_optimum_without_importance_weights():
+    """One that is too hot, which the shipped cap mends, and one that is too sharp: it hardly draws the tokens whose
+    weights would have to be large, and what the cap cuts stays missing."""
+    gap = lambda heat, cap: train_bandit(heat=heat, cap=cap).max()
+    assert gap(6.0, None) > 0.05 and gap(6.0, grpo.CAP) < 0.005 and gap(6.0, 100.0) < 0.001
+    assert gap(0.5, None) > gap(0.5, grpo.CAP) > 0.1 and gap(0.5, 100.0) < 0.005
 
 
 # ------------------------------------------------------------------------------------------------ rewards from pairs

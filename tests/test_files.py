@@ -180,6 +180,24 @@ def test_a_truncated_file_is_a_clear_error(golden, tmp_path):
         gpt.load(tmp_path)
 
 
+def test_a_tensor_of_a_type_that_is_not_read_is_named(golden, tmp_path):
+    shutil.copytree(golden / "llama", tmp_path, dirs_exist_ok=True)
+    save_file(load_file(tmp_path / "model.safetensors") | {"x": np.ones(3, np.int64)}, tmp_path / "model.safetensors")
+    with pytest.raises(ValueError, match="model.safetensors: tensor x is of type I64, only F64, F32"):
+        gpt.load(tmp_path)
+
+
+def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
+    """Nothing of it lies in the file any more, nor in memory that a training step cannot have."""
+    shutil.copytree(golden / "qwen2", tmp_path, dirs_exist_ok=True)
+    before, model = gpt.load(golden / "qwen2")[0], gpt.load(tmp_path)[0]
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(weights.stat().st_size))  # in place
+    step = jax.jit(lambda model: jax.tree.map(lambda x: 2 * x, model), donate_argnums=0)
+    assert_equal_leaves(step(step(model)), jax.tree.map(lambda x: 4 * x, before))
+    assert all(x.is_deleted() for x in jax.tree.leaves(model))
+
+
 @pytest.mark.parametrize(
     "name, change, named",
     [
@@ -783,6 +801,7 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
         ("demos", {"prompt": "a", "completion": "b", "weight": 0}, "demonstrations have no `weight`"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"weight": 0}]}, "messages have no `weight`.*prepare.py"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"tool_calls": [1]}]}, "`tool_calls` changes"),
+        ("demos", {"messages": [MESSAGES[0] | {"images": ["a"]}, *ANSWER]}, "`images` changes"),
     ],
 )
 def test_a_bad_row_is_reported_with_its_file_and_line(kind, row, reason, tmp_path, capsys):
@@ -911,7 +930,7 @@ def test_every_row_comes_once_in_every_pass(kind, demos, plain):
 
 
 def test_a_run_takes_a_step(tmp_path):
-    with pytest.raises(ValueError, match="0 steps: a run takes one step at least"):
+    with pytest.raises(ValueError, match="--steps 0: a run takes 1 step at least"):
         gpt.Run({}, steps=0, out=tmp_path / "run", seed=0)
     assert not (tmp_path / "run").exists()
 
@@ -1019,10 +1038,34 @@ def test_truncated_answers_have_no_eos(plain, tmp_path, capsys):
 
 
 def test_rows_without_room_are_left_out_and_counted(plain, tmp_path, capsys):
-    rows = [{"prompt": " ".join(WORDS), "completion": " a"}] * 2 + [{"prompt": "a", "completion": " b"}]
+    rows = [{"prompt": " ".join(WORDS), "completion": " a"}] * 2 + [{"prompt": "a", "completion": " b"}] * 2
     data = gpt.token_data(write_rows(tmp_path / "demos.jsonl", rows), "demos", plain, 8)
-    assert len(data) == 1
+    assert len(data) == 2
     assert "2 rows left out: the prompt alone fills 8 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["prompts", "demos", "messages", "pairs"])
+def test_a_run_stops_where_most_rows_do_not_fit_and_names_the_length_that_keeps_nine_of_ten(
+    chatml, tmp_path, capsys, kind
+):
+    say = lambda n: [{"role": "user", "content": "a " * n}]
+    answer = [{"role": "assistant", "content": "b"}]
+    make = {
+        "prompts": lambda n: {"prompt": say(n)},
+        "demos": lambda n: {"prompt": say(n), "completion": answer},
+        "messages": lambda n: {"messages": say(n) + answer},
+        "pairs": lambda n: {"prompt": say(n), "chosen": answer, "rejected": [{"role": "assistant", "content": "c"}]},
+    }[kind]
+    kind = "demos" if kind == "messages" else kind
+    path = write_rows(tmp_path / "rows.jsonl", [make(10 * n) for n in range(1, 21)])
+    read = lambda length: gpt.token_data(path, kind, chatml, length)
+    for _ in range(2):  # also where the tokens are cached
+        with pytest.raises(
+            ValueError, match="rows.jsonl: 1[0-9] of 20 rows do not fit 60 tokens; a length of "
+        ) as error:
+            read(60)
+    length = int(str(error.value).partition("a length of ")[2].split()[0])
+    assert len(read(length)) in (18, 19) and len(read(length - 1)) < len(read(length))
 
 
 def test_both_sides_of_a_pair_share_the_prompts_ids(chatml, tmp_path):

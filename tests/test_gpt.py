@@ -19,7 +19,7 @@ from scipy.special import log_softmax
 import gpt
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
-LMS = ["gpt2", "llama", "llama3", "llama_bias", "qwen2", "qwen3", "qwen3_bias"]
+LMS = ["gpt2", "llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "qwen3_bias"]
 CLASSIFIERS = ["gpt2_score", "llama_score", "qwen3_score"]
 B, T, V, NEW = 3, 6, 61, 8
 

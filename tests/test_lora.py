@@ -213,8 +213,10 @@ def test_gpt2s_q_k_v_become_one_layer_of_peft(golden, tmp_path):
         np.testing.assert_allclose(change[:, i * D : (i + 1) * D], expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3"])
-@pytest.mark.parametrize("model_of", [policy, scorer])
+@pytest.mark.parametrize(
+    "name, model_of", [("gpt2", policy), ("gpt2", scorer), ("qwen3", policy), ("qwen3", scorer)]
+    + [(name, policy) for name in ("llama", "llama3", "mistral", "qwen2")],
+)  # fmt: skip
 def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, name, model_of):
     model, base, tensors, settings = write(tmp_path, name, golden, model_of, ("k", "v", "down", "wte", "head"))
     if model_of is scorer:  # what changes the head of a language model is not kept
@@ -231,7 +233,7 @@ def test_an_adapter_reads_back_on_its_base_and_on_no_other(golden, tmp_path, nam
     run, again = (load_file(tmp_path / folder / "model.safetensors") for folder in ("run", "again"))
     assert run.keys() == again.keys()
     jax.tree.map(np.testing.assert_array_equal, run, again)
-    assert gpt.load_adapter(tmp_path / "run", golden / "qwen2") is None
+    assert gpt.load_adapter(tmp_path / "run", golden / "llama_bias") is None
     assert gpt.load_adapter(golden / name, golden / name) is None  # a folder without one
 
 
@@ -527,7 +529,8 @@ def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkey
     asked, ask = [], grpo.score_responses
     monkeypatch.setattr(grpo, "score_responses", lambda *args: asked.append(args[3]) or ask(*args))
     plan = vars(ppo_options(world, f"grpo-{rank}", steps=2, lora_rank=rank))
-    grpo.main(grpo.Config(**{name: plan[name] for name in plan.keys() & vars(grpo.Config())}, group_size=4))
+    plan = {name: plan[name] for name in (plan.keys() & vars(grpo.Config())) - {"clip"}}
+    grpo.main(grpo.Config(**plan, group_size=4))
     steps = log(world / f"grpo-{rank}")
     assert all(row["val/ratio_first"] == 1 for row in steps) and steps[-1]["objective/kl_exact"] > 1e-7
     prompts, answers = asked[0]
@@ -535,12 +538,6 @@ def test_grpo_asks_for_several_answers_to_each_prompt(world, judge, rank, monkey
     assert all(len(set(prompts[i : i + 4])) == 1 < len(set(answers[i : i + 4])) for i in range(0, 16, 4))
     model, _ = gpt.load(world / f"grpo-{rank}")
     assert isinstance(model, gpt.GPT)
-
-
-@pytest.mark.parametrize("size, message", [(1, "--group-size is 2 or more"), (3, "--batch-size a multiple of it")])
-def test_groups_that_do_not_fit_are_named(size, message):
-    with pytest.raises(ValueError, match=message):
-        grpo.main(grpo.Config(group_size=size, batch_size=16, minibatch_size=8))
 
 
 # a student of a reward model ------------------------------------------------------------------------------------------

@@ -12,7 +12,10 @@ from mutants import MUTANTS, ROOT, mutate
 def test_there_are_mutants_of_every_algorithm():
     files = [mutant.file for mutant in MUTANTS]
     assert len(MUTANTS) >= 60 and len(set(MUTANTS)) == len(MUTANTS)
-    wanted = ["gpt", "sft", "reward", "ppo", "grpo", "dpo", "ipo_kto", "online", "rlaif", "prepare", "evaluate"]
+    wanted = [
+        "gpt", "sft", "reward", "ppo", "grpo", "dpo", "ipo_kto", "online", "rlaif", "prepare", "evaluate", "reasoning",
+        "checks",
+    ]  # fmt: skip
     assert {f"{name}.py" for name in wanted} == set(files)
 
 

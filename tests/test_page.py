@@ -464,6 +464,17 @@ def test_commands_and_settings_reach_the_server(visit):
 
 
 @needs_browser
+def test_settings_show_what_a_blank_means_and_give_the_focus_back(visit):
+    page = visit(consent=False)
+    page.get_by_role("button", name="Settings").focus()
+    page.keyboard.press("Enter")
+    shown = [page.locator(f'[data-setting="{name}"]').get_attribute("placeholder") for name in ("temperature", "top_p")]
+    assert shown == ["1", "off"]
+    page.keyboard.press("Escape")
+    page.keyboard.type("a b")  # the blank must not open the settings again
+    assert page.locator("#input").input_value() == "a b" and not page.locator("#settings").is_visible()
+
+
 def test_an_answer_that_was_cut_goes_on(visit):
     page = visit()
     bodies = sent(page)

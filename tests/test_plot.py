@@ -103,6 +103,18 @@ def test_runs_that_differ_by_more_than_a_seed_are_lines_of_their_own():
     }
 
 
+def test_of_many_settings_a_line_is_called_by_those_that_most_runs_do_not_share():
+    variants = [{}, {"kl": "reward"}, {"kl": "reward", "advantage": "rloo"}, {"clip": "(0.2, 0.28)"}, {"loss": "gspo"}]
+    models = {}
+    for i, variant in enumerate(variants):
+        config = {"beta": "0.1", "advantage": "grpo", "loss": "token", "kl": "loss", "clip": "(0.2, 0.2)"} | variant
+        run = {"script": "grpo.py", "config": config}
+        models[str(i)] = dict(run=run, kl=float(i), gold=0.5, intervals={"kl": [0, 4], "gold": [0, 1]})
+    assert list(plot.frontier_points(models, models)) == [
+        "GRPO", "GRPO, kl reward", "GRPO, advantage rloo, kl reward", "GRPO, clip 0.2, 0.28", "GRPO, loss gspo",
+    ]  # fmt: skip
+
+
 @pytest.fixture
 def report(tmp_path):
     """A report of a reference, two models of one method and best of n."""

@@ -183,6 +183,37 @@ def talk(*contents, **more):
     return [{"role": role, "content": content} | more for role, content in zip(roles, contents)]
 
 
+def test_transcripts_become_conversations(tmp_path, capsys):
+    """HH's form: whole dialogues on both sides, whose turns become messages and whose answers the last one."""
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Why?\n\nHuman: I mean,\nwhy?\n\nAssistant:"
+    rows = [
+        {"chosen": dialogue + " So.\n\nIt is.", "rejected": dialogue + " No."},
+        {"chosen": "Note." + dialogue + " x", "rejected": "Note." + dialogue + " y"},
+        {"prompt": "plain", "chosen": " a ", "rejected": [{"role": "assistant", "content": "b"}]},
+        {"prompt": "\n\nHuman: Go\n\nAssistant: I", "chosen": " a", "rejected": " b"},
+    ]
+    report, written = run(tmp_path, rows, heldout=0, chat=True)
+    say = lambda role, content: {"role": role, "content": content}
+    asked = [say("user", "Hi"), say("assistant", "Hello."), say("user", "Why?\n\nI mean,\nwhy?")]
+    sides = {"chosen": [say("assistant", "So.\n\nIt is.")], "rejected": [say("assistant", "No.")]}
+    plain = {"chosen": [say("assistant", "a")], "rejected": [say("assistant", "b")]}
+    assert written["pairs"] == [{"prompt": asked} | sides, {"prompt": [say("user", "plain")]} | plain]
+    assert written["demos"][0] == {"prompt": asked, "completion": sides["chosen"]}
+    assert counts(report)["text before the first turn"] == 1
+    assert counts(report)["the prompt ends within the assistant's turn"] == 1
+    assert counts(report, "repaired")["two turns of one speaker joined"] == 1
+    with pytest.raises(gpt.BadRow, match="--chat: a text has no turns"):
+        run(tmp_path, [{"text": "a story"}], chat=True, out="texts")
+
+
+def test_conversations_are_split_as_their_transcripts_are(tmp_path):
+    rows = [{"chosen": HH.format(f"Ask {i}") + " x", "rejected": HH.format(f"Ask {i}") + " y"} for i in range(100)]
+    _, plain = run(tmp_path, rows, heldout=0.2)
+    _, chat = run(tmp_path, rows, heldout=0.2, chat=True, out="chat")
+    asked = [row["prompt"][0]["content"] for row in chat["pairs-heldout"]]
+    assert asked and [HH.format(text) for text in asked] == [row["prompt"] for row in plain["pairs-heldout"]]
+
+
 @pytest.mark.parametrize("prompt", ["### Response:\n", "A: ", "def f(x):\n    "])
 def test_the_seam_between_prompt_and_answer_stays(tmp_path, prompt):
     _, rows = run(tmp_path, [{"prompt": f"Go on. \n{prompt}", "chosen": "  return x", "rejected": "no"}], heldout=0)
@@ -334,6 +365,20 @@ def test_ratings_become_pairs_with_margins(tmp_path):
         {"prompt": "q", "chosen": "u", "rejected": "v", "margin": 0.2},
     ]
     assert counts(report) == {"equal ratings": 1, "one rating for its prompt": 1}
+
+
+def test_one_answer_against_several_becomes_a_pair_with_each(tmp_path):
+    """RewardBench 2's shape. The pairs keep what the row carries; an empty side has a reason and a line."""
+    rows = [
+        {"prompt": "p", "chosen": ["a"], "rejected": ["x", "y", "z"], "id": "7", "num_correct": 1},
+        {"prompt": "q", "chosen": ["a", "b"], "rejected": ["x"]},
+    ]
+    report, written = run(tmp_path, rows, heldout=0)
+    wanted = [("p", "a", "x"), ("p", "a", "y"), ("p", "a", "z"), ("q", "a", "x"), ("q", "b", "x")]
+    assert [(row["prompt"], row["chosen"], row["rejected"]) for row in written["pairs"]] == wanted
+    assert [row.get("id") for row in written["pairs"]] == ["7"] * 3 + [None] * 2
+    with pytest.raises(ValueError, match=r"jsonl:1: `chosen` and `rejected` must both hold an answer"):
+        run(tmp_path, [{"prompt": "p", "chosen": ["a"], "rejected": []}], heldout=0, overwrite=True)
 
 
 def test_pairs_rated_the_other_way_round_are_dropped(tmp_path):
@@ -829,3 +874,8 @@ def test_hh_rlhf(tmp_path):
     sides = [{prepare.first_turn(row) for row in rows[name]} for name in ("pairs", "pairs-heldout")]
     assert not sides[0] & sides[1] and len(rows["pairs"]) + len(rows["pairs-heldout"]) == 5772
     assert all(row["prompt"].endswith("\n\nAssistant:") and row["chosen"][0] == " " for row in rows["pairs"])
+    report, chat = run(tmp_path, *files, out="chat", chat=True)
+    assert counts(report) == {"a further turn within an answer": 16, "empty": 11, "equal sides": 4, "an empty turn": 1}
+    for row in chat["pairs"]:
+        roles = [message["role"] for message in row["prompt"]]
+        assert roles == ["user", "assistant"] * (len(roles) // 2) + ["user"]

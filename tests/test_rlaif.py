@@ -294,6 +294,41 @@ def test_ratings_are_expected_marks_and_without_a_template_mean_approval(config)
     np.testing.assert_allclose(rlaif.rate(judge, plain, ["p"], ["c c"]), [2 * 0.3 - 1])
 
 
+class Yes:
+    """A judge who says yes with a probability that stands in the criterion."""
+
+    def choose(self, texts, options):
+        assert options == [" yes", " no"]
+        p = np.array([float(text.split()[-1]) for text in texts])
+        return np.stack([p, 1 - p], 1)
+
+
+def test_a_rubric_is_the_weighted_mean_of_its_criteria():
+    rubrics = [
+        [{"criterion": "names it 0.8", "weight": 3}, {"criterion": "is short 0.2"}],
+        [{"criterion": "is kind 0.5", "weight": 0.1}],
+        [{"criterion": "x 1.0"}, {"criterion": "y nan"}],
+    ]
+    scores = rlaif.rate_rubrics(Yes(), "{prompt}{response} ? {criterion}", ["p"] * 3, ["r"] * 3, rubrics)
+    np.testing.assert_allclose(scores, [(3 * 0.8 + 0.2) / 4, 0.5, np.nan])
+
+
+@pytest.mark.parametrize(
+    "rubric, message",
+    [
+        ([], "with a criterion at least"),
+        ("be kind", "with a criterion at least"),
+        (["be kind"], '{"criterion": text, "weight": 1}'),
+        ([{"criterion": "x", "points": 2}], "unknown keys: points"),
+        ([{"criterion": "is rude", "weight": -1}], "it must be above 0"),
+        ([{"criterion": "x", "weight": None}], "it must be above 0"),
+    ],
+)
+def test_a_rubric_that_means_nothing_is_refused(rubric, message):
+    with pytest.raises(ValueError, match=message):
+        rlaif.rate_rubrics(Yes(), "{criterion}", ["p"], ["r"], [rubric])
+
+
 @pytest.fixture
 def environment(world, monkeypatch):
     """A judge and a constitution for the functions that have no command line."""
@@ -307,6 +342,15 @@ def environment(world, monkeypatch):
 def test_the_judge_is_a_reward_for_ppo(environment):
     scores = gpt.load_function("rlaif:reward")(["p", "p"], ["c", "a"], [{"prompt": "p"}] * 2)
     np.testing.assert_allclose(scores, [2 * 0.2 - 1, 2 * 0.1 - 1])
+
+
+def test_the_judge_rates_by_the_rows_own_rubric_where_it_has_one(environment):
+    rubric = [{"criterion": "c c", "weight": 2}, {"criterion": "b", "weight": 1}]
+    rows = [{"prompt": "p"}, {"prompt": "p", "rubric": rubric}]
+    template = rlaif.CRITERION.count("c") - 1  # the letters that `favour` counts, less that of {criterion}
+    first, second = gpt.load_function("rlaif:reward")(["p", "p"], ["c", "a"], rows)
+    met = [(template + more + 1) / 10 for more in (2, 0)]
+    np.testing.assert_allclose([first, second], [2 * 0.2 - 1, 2 * (2 * met[0] + met[1]) / 3 - 1])
 
 
 def test_the_judge_is_a_preference_by_a_principle_that_the_texts_draw(environment, monkeypatch):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 
 import gpt
+import sft
 
 ROOT = Path(__file__).resolve().parent.parent
 MODELS = {
@@ -66,7 +67,7 @@ def measure(n: int) -> dict[str, int]:
 
 
 def test_the_compiler_finds_a_part_in_n_on_each_device():
-    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0"}
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "0", "XLA_FLAGS": ""}
     done = subprocess.run([sys.executable, __file__], env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     found = [json.loads(line) for line in done.stdout.splitlines()]
@@ -163,3 +164,19 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 8)
     for n in (1, 2, 4, 8):
         print(json.dumps(measure(n)))
+
+
+def test_an_sft_step_that_recomputes_activations_in_micro_batches_needs_little_memory():
+    """By the compiler's account, of the shape of README's recipe: adapters, 4 micro-batches, --remat."""
+    base = jax.eval_shape(lambda key: gpt.init(gpt.make_config(256, 128, 12, 2, 64), key), jax.random.key(0))
+    adapter = jax.eval_shape(lambda base: gpt.init_adapter(base, 4, jax.random.key(0)), base)
+    optimizer, ids = gpt.adamw(1e-3), jax.ShapeDtypeStruct((16, 128), jnp.int32)
+    state = sft.State(adapter, jax.eval_shape(optimizer.init, adapter))
+
+    def memory(**options):
+        config = sft.Config(batch_size=16, length=128, lora_rank=4, dtype="float32", **options)
+        step = sft.train_step.lower(state, base, None, dict(tokens=ids, segments=ids, mask=ids), optimizer, config)
+        return step.compile().memory_analysis().temp_size_in_bytes
+
+    small, large = memory(micro_batches=4, remat=True), memory()
+    assert small < 0.12 * large, (small, large)

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 import signal
 import socket
 import sqlite3
@@ -98,7 +99,8 @@ def slow(live):
     models = live.server.models.values()
     before = [(model, model.steps, model.decode) for model in models]
     for model, _, decode in before:
-        model.steps, model.decode = 1, lambda *args, decode=decode: time.sleep(0.03) or decode(*args)
+        model.steps = dict.fromkeys(model.steps, 1)
+        model.decode = lambda *args, decode=decode: time.sleep(0.03) or decode(*args)
     yield
     for model, steps, _ in before:
         model.steps = steps
@@ -231,19 +233,115 @@ def test_nothing_is_compiled_after_the_start(live, http):
     assert (serve.decode._cache_size(), serve.prefill._cache_size()) == sizes
 
 
+class Recorder:
+    """A model whose device only remembers what it was asked to read: (prompts in the call, tokens a prompt, starts)."""
+
+    def __init__(self, folder, monkeypatch, slots=20, context=64):
+        self.model = model = serve.Served("one", str(folder / "one"), serve.Config())
+        model.tokenizer, model.context, model.slots = gpt.load_tokenizer(folder / "one"), context, slots
+        model.pieces, model.windows = [16, 32], [32, context]
+        model.state, model.free, model.held = serve.idle_slots(slots), list(range(slots)), [[] for _ in range(slots)]
+        model.caches, self.calls, self.copies, self.posted = None, [], [], []
+        monkeypatch.setattr(model, "read", lambda pieces, size, *_: self.calls.append((len(pieces), size, pieces)))
+        monkeypatch.setattr(serve, "copy_slot", lambda caches, source, target: self.copies.append((source, target)))
+
+    def ask(self, *prompts, **options):
+        choices = [serve.Choice(i, ids, 1, None, deadline=float("inf"), **options) for i, ids in enumerate(prompts)]
+        self.model.waiting.extend(choices)
+        return choices
+
+    def read_all(self):
+        self.model.admit()
+        while self.model.filling:
+            self.model.fill(self.posted.append)
+            self.model.admit()
+
+    def end(self, *choices):
+        for slot, choice in list(self.model.running.items()):
+            if choice in choices:
+                self.model.end(choice, "stop", self.posted.append, slot)
+
+
 @pytest.mark.parametrize("waiting, calls", [(1, [1]), (2, [1, 1]), (3, [4]), (5, [4, 1]), (12, [16]), (17, [16, 1])])
 def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder, monkeypatch, waiting, calls):
-    model = serve.Served("one", str(folder / "one"), serve.Config())
-    model.tokenizer, model.buckets, model.slots = gpt.load_tokenizer(folder / "one"), [16, 32], 20
-    model.state, model.free = serve.idle_slots(model.slots), list(range(model.slots))
-    assert model.prefill_sizes(16) == [1, 4, 16] and model.prefill_sizes(256) == [1]
-    filled = []
-    monkeypatch.setattr(model, "fill", lambda group, width, rows, post: filled.append((width, rows, len(group))))
-    for i in range(waiting):
-        model.waiting.append(serve.Choice(i, [4, 5, 6], 1, None, deadline=float("inf")))
-    model.admit(None)
-    assert [(width, rows) for width, rows, _ in filled] == [(16, rows) for rows in calls]
-    assert sum(n for _, _, n in filled) == waiting and all(n <= rows for _, rows, n in filled)
+    device = Recorder(folder, monkeypatch)
+    device.ask(*([i, 4, 5, 6] for i in range(waiting)))
+    device.read_all()
+    assert [(n, size) for n, size, _ in device.calls] == [(n, 16) for n in calls]
+    read = [tuple(piece[0]) for _, _, pieces in device.calls for piece in pieces]
+    assert set(read) == {(i, 4, 5) for i in range(waiting)}  # the last token is read when the next one is drawn
+    assert (device.model.state.remaining[list(device.model.running)] == 1).all()
+
+
+def test_a_long_prompt_is_read_in_pieces_and_never_past_the_context(folder, monkeypatch):
+    device = Recorder(folder, monkeypatch)
+    ids = list(range(100, 160))
+    device.ask(ids)
+    device.read_all()
+    assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(32, 0), (32, 32)]
+    assert device.calls[1][2][0][0] == ids[32:59] and device.calls[1][2][0][1] == ids[33:60]
+    device.calls.clear()
+    device.ask([*ids, 1, 2, 3])  # 59 tokens are known; a piece of 16 must end at place 64
+    device.end(*device.model.running.values())
+    device.read_all()
+    assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(16, 48)]
+    assert device.calls[0][2][0][0] == [*ids[48:], 1, 2]
+
+
+def test_what_a_slot_holds_is_not_read_again(folder, monkeypatch):
+    """The second turn of a talk, a second answer to one prompt, and another talk, which takes another slot."""
+    device = Recorder(folder, monkeypatch)
+    first, other = list(range(100, 130)), list(range(200, 240))
+    one, two = device.ask(first, first)
+    device.read_all()
+    assert (one.cached, two.cached) == (0, 29) and device.copies == [(0, 1)]
+    assert [size for _, size, _ in device.calls] == [32] * 1  # read once for both
+    one.ids_drawn, device.model.state.position[0] = [7, 8], 31
+    device.end(one, two)
+    (turn,), _ = device.ask([*first, 7, 8, 9, 10]), device.calls.clear()
+    device.read_all()
+    assert turn.cached == 31 and device.model.running == {0: turn}
+    (else_,) = device.ask(other)
+    device.read_all()
+    assert else_.cached == 0 and device.model.held[0][:30] == first  # the slot that is free longest, not the talk's
+    (echo,) = device.ask(first, echo=True)
+    assert device.model.find_slot(echo)[2] == 0  # its log-probs have to be computed
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_the_same_seed_gives_the_same_text_whatever_was_cached(http, seed):
+    talk = [{"role": "user", "content": "a b c d e f g h " * 2}]
+    for turn in "abc":
+        body = dict(messages=talk, seed=seed, max_tokens=5, ignore_eos=True)
+        fresh, again = (http.post("/v1/chat/completions", json=body).json() for _ in range(2))
+        assert again["choices"] == fresh["choices"]
+        assert again["usage"]["prompt_tokens_details"]["cached_tokens"] == again["usage"]["prompt_tokens"] - 1
+        talk += [fresh["choices"][0]["message"], {"role": "user", "content": turn}]
+    noise = [{"role": "user", "content": f"{x} {y} b c d e f g h a b c d e f g"} for x in "abcd" for y in "efgh"]
+    for messages in noise:  # every slot holds something else now
+        http.post("/v1/chat/completions", json=dict(messages=[messages], max_tokens=2))
+    last = http.post("/v1/chat/completions", json=dict(messages=talk[:-2], seed=seed, max_tokens=5, ignore_eos=True))
+    assert last.json()["usage"]["prompt_tokens_details"]["cached_tokens"] < 10
+    assert last.json()["choices"] == fresh["choices"]
+
+
+def test_a_request_leaves_out_what_the_models_makers_have_said(folder, tmp_path, caplog):
+    """generation_config.json: its temperature and the like are the defaults, what a request says goes before."""
+    shutil.copytree(folder / "one", tmp_path / "makers")
+    about = json.loads((folder / "one" / "generation_config.json").read_text())
+    about |= dict(temperature=0.25, top_k=7, repetition_penalty=1.1, do_sample=True)
+    (tmp_path / "makers" / "generation_config.json").write_text(json.dumps(about))
+    model = serve.Served("makers", "", serve.Config())
+    model.tokenizer, model.context = gpt.load_tokenizer(tmp_path / "makers"), 64
+    model.sampling = serve.sampling_defaults(model.tokenizer, "makers")
+    assert "asks for repetition_penalty 1.1, which is not done" in caplog.text
+    asked = lambda **options: serve.make_job(
+        serve.ChatRequest(messages=[serve.Message("user", "a")], **options), model, serve.Config()
+    ).choices[0]
+    choice = asked()
+    assert (choice.temperature, choice.top_k, choice.top_p, choice.min_p) == (0.25, 7, 1.0, 0.0)
+    choice = asked(temperature=1, top_k=0, top_p=0.5)
+    assert (choice.temperature, choice.top_k, choice.top_p) == (1, 0, 0.5)
 
 
 # ---- text: characters, stops
@@ -864,7 +962,7 @@ def test_a_dead_engine_is_told_by_health(folder, tmp_path):
 def test_draining_lets_running_answers_end_and_admits_no_more(folder, tmp_path):
     with running(folder, tmp_path / "f.db", models=("one",)) as process, httpx2.Client(base_url=process.url) as http:
         model = process.server.models["one"]
-        decode, model.steps = model.decode, 1
+        decode, model.steps = model.decode, dict.fromkeys(model.steps, 1)
         model.decode = lambda *args: time.sleep(0.02) or decode(*args)
         with ThreadPoolExecutor(2) as pool:
             short = pool.submit(say, http, max_tokens=20, ignore_eos=True)
@@ -1159,15 +1257,16 @@ def test_the_command_serves_and_ends_when_told(folder, tmp_path):
     log = open(tmp_path / "log", "w")
     with log, subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True) as process:
         try:
-            url = re.search(r"one, two on (http://localhost:\d+)", process.stdout.readline())[1]
-            assert process.stdout.readline().startswith(f"  curl {url}/v1/chat/completions")
+            url = re.search(r"loading one, two for (http://localhost:\d+)", process.stdout.readline())[1]
             with httpx2.Client(base_url=url, timeout=60) as http:
                 assert http.get("/health").status_code in (200, 503)  # answers while it loads
-                wait_for(lambda: http.get("/health").status_code == 200, 60)
+                assert process.stdout.readline().startswith(f"ready: one, two on {url} (chat page")
+                assert process.stdout.readline().startswith(f"  curl {url}/v1/chat/completions")
+                assert http.get("/health").status_code == 200
                 (a, _), _ = stored(http)
                 vote(http, "thumb", "up", a)
             process.send_signal(signal.SIGTERM)
-            assert process.wait(20) in (0, -signal.SIGTERM)
+            assert process.wait(5) in (0, -signal.SIGTERM)  # nothing is under way: --drain's 30 s are not waited for
         finally:
             process.kill()
     assert len(select(tmp_path / "f.db", "SELECT * FROM feedback")) == 1
@@ -1211,7 +1310,8 @@ def measured(folder, heldout):
 def compressed(model, how):
     """The model with its weights in this form, steps being taken by the test."""
     before = model.config, model.model
-    model.config, model.steps = serve.dataclasses.replace(model.config, quantize=how, max_kl=9.0), 8
+    model.config = serve.dataclasses.replace(model.config, quantize=how, max_kl=9.0)
+    model.steps = dict.fromkeys((*model.groups, model.slots), 8)
     model.compress()
     yield model
     model.config, model.model = before
@@ -1260,7 +1360,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
         small = real(model, how)
         return eqx.tree_at(lambda m: m.wte.scale, small, 0 * small.wte.scale) if how == "w8a8" else small
 
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self: next(seconds))
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: next(seconds))
     monkeypatch.setattr(serve, "quantize", spoiled)
     model = loaded(folder, quantize="auto", quality=heldout)
     _, int8, int4, w8a8 = model.candidates
@@ -1275,7 +1375,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
 
 
 def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self: 0.1)
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
     options = dict(port=0, feedback=tmp_path / "f.db", model=((str(folder / "one"),),), slots=2)
     with pytest.raises(ValueError, match=r"--quantize int4 is [\d.]+ nats .* perplexity"):
         serve.main(serve.Config(quantize="int4", quality=heldout, max_kl=1e-6, **options))

@@ -176,7 +176,7 @@ def test_same_seed_same_bytes(folder, tmp_path):
     toy.main(toy.Config(out=tmp_path / "same", **(COUNTS | {"demos": 500})))
     toy.main(toy.Config(out=tmp_path / "other", seed=1, **COUNTS))
     names = sorted(path.name for path in folder.iterdir())
-    assert len(names) == 23 and names == sorted(path.name for path in (tmp_path / "same").iterdir())
+    assert len(names) == 24 and names == sorted(path.name for path in (tmp_path / "same").iterdir())
     for name in names:
         first, same, other = ((path / name).read_bytes() for path in (folder, tmp_path / "same", tmp_path / "other"))
         assert same.startswith(first) if name == "demos.jsonl" else same == first
@@ -280,6 +280,14 @@ def test_labels_are_noisy_and_biased(files):
     ups = [row["gold"] for row in files["thumbs"] if row["label"]]
     downs = [row["gold"] for row in files["thumbs"] if not row["label"]]
     assert 0.35 < len(ups) / (len(ups) + len(downs)) < 0.65 and sum(ups) / len(ups) > 0.3 + sum(downs) / len(downs)
+
+
+def test_choices_have_one_best_answer_of_four(files):
+    rows = files["choices-heldout"]
+    for three in (rows[i : i + 3] for i in range(0, len(rows), 3)):
+        assert len({(row["prompt"], row["chosen"]) for row in three}) == 1 and len({r["rejected"] for r in three}) == 3
+        assert all(row["gold_chosen"] > row["gold_rejected"] + 0.1 for row in three)
+        assert three[0]["gold_chosen"] == toy.gold(three[0]["prompt"], three[0]["chosen"])["gold"]
 
 
 def test_disfluent_pairs():

@@ -178,6 +178,16 @@ def test_reward_report_has_sane_values(world):
     assert 0.5 < gold["labels_agree_with_gold"] <= 1
 
 
+def test_an_answer_must_beat_all_others_of_its_choice():
+    """Two choices of four answers, one right in all three of its pairs, one in two of them; and a pair that stands
+    alone. Where most pairs stand alone there is no such measure."""
+    gaps, chosen = np.array([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, -1.0]), list("aaabbbc")
+    found = reward.best_of(gaps, chosen)
+    assert (found["choices"], found["accuracy"], found["chance"]) == (2, 0.5, 0.25)
+    assert found["accuracy_interval"] == pytest.approx(reward.interval(1, 2))
+    assert reward.best_of(gaps[2:], list("abcde")) is None and reward.best_of(gaps[:5], list("aabcd")) is None
+
+
 def test_reward_members_differ_in_head_and_in_data_order(world):
     first, second = (log(world.reward / f"member-{i}") for i in range(2))
     assert len(first) == len(second) == 10
@@ -410,7 +420,7 @@ def test_as_many_samples_are_normalised_on_as_were_asked_for(world, tmp_path, mo
 @pytest.mark.parametrize(
     "options, message",
     [
-        (dict(length=40, response_length=40), "prompts.jsonl: no usable row of kind prompts"),
+        (dict(length=40, response_length=40), "prompts.jsonl: 160 of 160 rows do not fit 0 tokens"),
         (dict(normalize_with="other"), "has another tokenizer than"),
         (dict(normalize_data="nowhere.jsonl"), "no data file nowhere.jsonl"),
     ],
@@ -426,6 +436,16 @@ def test_what_scores_are_normalised_on_is_looked_at_before_training(
         reward.main(replace(world.reward_config, out=tmp_path / "out", **options))
 
 
+def test_what_scores_are_normalised_on_follows_the_model_and_its_data():
+    follow = lambda **options: reward.complete(reward.Config(**options))
+    found = follow(init="mine/model", data=("a/pairs.jsonl:0.7", "b/more.jsonl:0.3"))
+    assert (found.normalize_with, found.normalize_data) == ("mine/model", "a/prompts.jsonl")
+    toys = follow()  # its base continues texts and answers nobody
+    assert (toys.normalize_with, toys.normalize_data) == ("out/sft", "data/toy/prompts.jsonl")
+    assert follow(init="x", normalize_with=None).normalize_with is None
+    assert follow(init="x", normalize_with="y", normalize_data="z.jsonl").normalize_data == "z.jsonl"
+
+
 def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text().replace("\\\n", " ")
     mine = {
@@ -435,7 +455,8 @@ def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
     }
     option = lambda script, name: mine[script][mine[script].index(name) + 1]
     assert option("reward.py", "--response-length") == option("ppo.py", "--response-length")
-    assert option("reward.py", "--normalize-with") == option("ppo.py", "--init")
+    assert reward.Config().normalize_with == "auto"  # by samples of --init
+    assert option("reward.py", "--init") == option("ppo.py", "--init")
     assert reward.Config().response_length == ppo.Config().response_length
 
 

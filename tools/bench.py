@@ -436,6 +436,7 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     model.warm_up()
 
     def answer_all(prompts):
+        model.held = [[] for _ in model.held]  # each time as if the prompts were new
         for i, ids in enumerate(prompts):
             model.waiting.append(serve.Choice(i, ids, new, None, deadline=float("inf"), seed=i, endless=True))
         while model.busy:

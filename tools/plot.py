@@ -21,6 +21,7 @@ A picture goes into its report's folder as NAME.png, or into --out, and report.m
 import json
 import math
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -244,15 +245,20 @@ def frontier_of(report: dict) -> dict:
 
 
 def differences(method: dict, others: list[dict]) -> str:
-    """The settings in which this run is unlike others of its method: ", reward out/reward-weak"."""
+    """The settings in which this run is unlike others of its method: ", reward out/reward-weak". Where runs differ in
+    several settings, one that most of them share is not named."""
     settings = method.get("settings", {})
-    unlike = [k for k in settings if len({m.get("settings", {}).get(k) for m in others}) > 1]
+    values = {k: Counter(m.get("settings", {}).get(k) for m in others) for k in settings}
+    unlike = [k for k in settings if len(values[k]) > 1]
+    if len(unlike) > 1:
+        unlike = [k for k in unlike if values[k][settings[k]] <= len(others) / 2]
     return "".join(f", {k.replace('_', '-')} {settings[k].strip(TUPLE)}" for k in unlike)
 
 
 def draw_frontier(report: dict, _, path: Path):
     """Gold against KL, a line for each method over its betas: higher and further left is better."""
     points, best_of, start = frontier_of(report), report["best_of"], report["reference"]["gold"]
+    several = len({p["price"] for line in points.values() for p in line}) > 1  # else no point needs its price
     if not points:
         raise ValueError("a frontier is gold against KL: it needs trained models and a judge, and this report has none")
     plt = pyplot()
@@ -263,10 +269,10 @@ def draw_frontier(report: dict, _, path: Path):
         axis.errorbar(
             kl, gold, xerr=np.maximum(bars[0], 0), yerr=np.maximum(bars[1], 0), marker="osD^vP*X"[i % 8], markersize=5,
             linewidth=1.2, elinewidth=0.7, capsize=2, color=f"C{i % 10}",
-            label=method + {"beta": ", at β", "tau": ", at τ", None: ""}[line[0]["symbol"]],
+            label=method + ({"beta": ", at β", "tau": ", at τ"}.get(line[0]["symbol"], "") if several else ""),
         )  # fmt: skip
         for p in line:
-            if p["price"] is not None:
+            if several and p["price"] is not None:
                 note(axis, f"{p['price']:g}", p["kl"], p["gold"], f"C{i % 10}", above=i % 2 == 0)
     if best_of and "gold" in best_of:
         axis.plot(best_of["kl"], best_of["gold"], "k.--", linewidth=1, label="best of n, at n (KL: upper bound)")
@@ -278,7 +284,10 @@ def draw_frontier(report: dict, _, path: Path):
     axis.errorbar([0], [start], yerr=bar, label="reference", **star)
     axis.set(ylabel="gold", title="What a nat of KL buys")
     sqrt_axis(axis)
-    axis.legend()
+    if len(points) <= 8:
+        axis.legend()
+    else:
+        figure.legend(loc="outside lower center", ncols=2)
     finish(plt, figure, path)
 
 

@@ -2,7 +2,7 @@
 
 The folders beside this file were made once, with torch 2.13.0 (CPU), transformers 5.23.0, safetensors 0.8.0 and
 numpy 2.4.6, in an environment of their own (the project itself needs neither torch nor transformers); those named
-qwen3 with torch 2.14.1 and transformers 5.24.0:
+qwen3 and mistral with torch 2.14.1 and transformers 5.24.0:
 
     python3 -m venv peer
     peer/bin/pip install torch==2.13.0 transformers==5.23.0 safetensors==0.8.0 numpy==2.4.6
@@ -38,6 +38,8 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     LlamaForSequenceClassification,
+    MistralConfig,
+    MistralForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
@@ -116,6 +118,7 @@ MODELS = {
     "qwen3": (Qwen3ForCausalLM, Qwen3Config(**QWEN3, tie_word_embeddings=True), "bfloat16"),
     "qwen3_bias": (Qwen3ForCausalLM, Qwen3Config(**QWEN3, attention_bias=True), "float32"),
     "qwen3_score": (Qwen3ForSequenceClassification, Qwen3Config(**QWEN3, num_labels=1, pad_token_id=0), "float32"),
+    "mistral": (MistralForCausalLM, MistralConfig(**LLAMA | SMALL | {"head_dim": 8}, sliding_window=None), "bfloat16"),
 }
 
 

@@ -1,0 +1,127 @@
+"""reward.py --pool probe: the closed form, leave-one-out without leakage, and the folder that other scripts read."""
+
+import json
+from dataclasses import replace
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import gpt
+import reward
+
+RNG = np.random.default_rng(0)
+
+
+def ridge_fit(x, y, weight, ridge):
+    return np.linalg.solve((x.T * weight) @ x + ridge * np.eye(x.shape[1]), (x.T * weight) @ y)
+
+
+@pytest.mark.parametrize("rows, width", [(24, 5), (12, 30)])  # more rows than features, and fewer
+def test_leaving_out_is_a_fit_without_the_group(rows, width):
+    x, y, weight = RNG.normal(size=(rows, width)), RNG.choice([-1.0, 1.0], rows), RNG.uniform(0.5, 2, rows)
+    groups, ridges = np.array([0, 0, 0, 1, 1, *range(2, rows - 3)]), (0.3, 20.0)
+    found = reward.leave_out(x, y, weight, groups, ridges)
+    for ridge, said in zip(ridges, found):
+        for group in np.unique(groups):
+            rest, own = groups != group, groups == group
+            w = ridge_fit(x[rest], y[rest], weight[rest], ridge)
+            np.testing.assert_allclose(said[own], x[own] @ w, rtol=1e-6)
+
+
+def test_labels_that_are_noise_are_a_coin_to_pairs_left_out():
+    """A fit sees through its own 60 pairs with 200 features; equal prompts that are not kept together leak."""
+    x = np.repeat(RNG.normal(size=(30, 200)), 2, 0) + 0.05 * RNG.normal(size=(60, 200))
+    y, groups = np.repeat(RNG.choice([-1.0, 1.0], 30), 2), np.repeat(np.arange(30), 2)
+    right = lambda groups: np.mean(reward.leave_out(x, y, np.ones(60), groups, (1.0,))[0] * y > 0)
+    assert right(groups) < 0.75 and right(np.arange(60)) > 0.95
+
+
+def test_the_best_layer_and_pooling_are_found_and_the_head_is_the_closed_form():
+    truth = RNG.normal(size=8)
+    features = RNG.normal(size=(400, 3, 2, 8)) * np.arange(1, 9)  # of unlike scales
+    y = np.sign(features[:, 1, 1] @ (truth / np.arange(1, 9)) + 0.5 * RNG.normal(size=400))
+    weight = np.ones(400)
+    head, chosen = reward.fit_probe(features.astype(np.float16), y, weight, np.arange(400))
+    assert (chosen["layer"], chosen["pool"]) == (2, "answer") and chosen["accuracy"] > 0.85
+    assert [row["layer"] for row in chosen["layers"]] == [1, 2, 3]
+    x = features[:, 1, 1].astype(np.float16).astype(float)
+    scale = np.sqrt((x**2).mean(0))
+    np.testing.assert_allclose(head, ridge_fit(x / scale, y, weight, chosen["ridge"] * 400) / scale, rtol=1e-3)
+    # which of the two answers stands first tells nothing
+    swapped = np.where(np.arange(400) % 2, -1, 1)
+    again, _ = reward.fit_probe(features * swapped[:, None, None, None], y * swapped, weight, np.arange(400))
+    np.testing.assert_allclose(again, head, rtol=1e-2, atol=1e-3 * abs(head).max())
+
+
+def test_a_dialogue_is_kept_together():
+    found = reward.dialogues([(1, 2), (7,), (1, 2, 3), (1, 2), (1, 5), (1, 2, 3, 4)])
+    assert found[0] == found[2] == found[3] == found[5] and len(set(found)) == 3
+
+
+@pytest.fixture(scope="module")
+def probe(tmp_path_factory, words):
+    """A random model with a probe on 60 pairs whose chosen answer begins with `yes`."""
+    folder = tmp_path_factory.mktemp("probe")
+    tokenizer = gpt.load_tokenizer(words)
+    model = gpt.init(gpt.make_config(tokenizer.vocab_size, context=32, layers=3, heads=2, dim=16), jax.random.key(0))
+    gpt.save(folder / "base", model, tokenizer)
+    for name, count in (("pairs", 60), ("pairs-heldout", 16)):
+        pick = lambda: " ".join(RNG.choice(list("abcdefgh"), 3))
+        rows = [{"prompt": f"{pick()}", "chosen": f" yes {pick()}", "rejected": f" no {pick()}"} for _ in range(count)]
+        gpt.write_rows(folder / f"{name}.jsonl", rows)
+    config = reward.Config(
+        init=str(folder / "base"), data=(str(folder / "pairs.jsonl"),), out=folder / "out", pool="probe", suffix="",
+        batch_size=20, length=16, normalize_with=None, gold=None, dtype="float32",
+    )  # fmt: skip
+    reward.main(config)
+    return folder, config, tokenizer
+
+
+def test_a_probe_is_a_reward_model_of_fewer_layers_that_every_script_reads(probe, capsys):
+    folder, config, tokenizer = probe
+    report, chosen = (json.loads((folder / "out" / name).read_text()) for name in ("report.json", "probe.json"))
+    assert report["accuracy"] == 1 and chosen["accuracy"] > 0.95
+    model = gpt.load_reward_model(folder / "out", tokenizer, config.init, "float32")
+    assert (model.pool, model.body.config.layers) == (chosen["pool"], chosen["layer"])
+    # the same score of a sampled response, padded on the left and right, as of a row of a pair
+    prompt, answer = tokenizer.encode("a b"), [*tokenizer.encode("yes c"), tokenizer.eos_id]
+    pad = lambda ids, left, right: jnp.asarray([[0] * left + ids + [0] * right])
+    ones = lambda ids: [1] * len(ids)
+    sampled = gpt.score(model, pad(prompt, 2, 0), pad(ones(prompt), 2, 0), pad(answer, 0, 3), pad(ones(answer), 0, 3),
+                        tokenizer.end_ids)  # fmt: skip
+    row = prompt + answer
+    whole = model(pad(row, 0, 1), pad(ones(row), 0, 1), answer=pad([0] * len(prompt) + ones(answer), 0, 1))
+    np.testing.assert_allclose(sampled, whole, rtol=1e-4)
+
+
+def test_features_are_what_the_model_says_and_are_computed_once(probe, monkeypatch, capsys):
+    folder, config, tokenizer = probe
+    features = np.load(folder / "out" / "features" / "pairs.npy")
+    order = reward.load_pairs(config, tokenizer, split_prompts=True)(0)["index"]
+    batch, (body, _) = reward.load_pairs(config, tokenizer)._padded(order), gpt.load_policy(config.init)
+    for pool, name in enumerate(reward.PROBE_POOLS):
+        for unit in (0, 9):  # a head that reads one feature of the last layer
+            model = gpt.ScoreModel(body, jnp.eye(16)[unit], None, jnp.zeros(()), name)
+            scores = reward.pair_scores(model, gpt.put_batch(batch))
+            np.testing.assert_allclose(features[:20, 2, pool, unit], scores[:, 0] - scores[:, 1], atol=2e-3)
+    monkeypatch.setattr(reward, "layer_features", None)
+    reward.main(replace(config, overwrite=True))
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="no --members"):
+        reward.main(replace(config, members=2))
+
+
+def test_beside_the_rule_that_the_longer_answer_wins():
+    """10 pairs: the rule is right in 6, the model in 7; each alone in 1 and 2."""
+    longer_by = np.array([5, 5, 5, 5, 5, 5, -5, -5, -5, -5, 0])
+    gaps = np.array([1, 1, 1, 1, 1, -1, 1, 1, -1, -1, 1.0])
+    found = reward.compare_with_length(gaps, longer_by)
+    assert (found["accuracy"], found["longer_wins"]) == (0.7, 0.6)
+    assert (found["only_model_right"], found["only_longer_right"]) == (2, 1)
+    assert found["p"] == 1.0 and found["balanced"] == pytest.approx((5 / 6 + 2 / 4) / 2)
+    assert reward.compare_with_length(longer_by.astype(float), longer_by)["balanced"] == 0.5
+    many = reward.compare_with_length(np.repeat([1.0, 1.0], [10, 9]), np.repeat([5, -5], [10, 9]))
+    assert many["p"] == pytest.approx(2 / 2**9)  # nine of nine
+    assert reward.compare_with_length(np.ones(3), np.ones(3)) is None
