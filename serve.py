@@ -20,6 +20,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -283,6 +284,13 @@ def quantize(model: gpt.GPT, how: str) -> gpt.GPT:
     table = partial(pack, "int8" if how == "int4" else how)
     head = None if model.head is None else table(model.head)
     return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
+
+
+def return_memory():
+    """Give memory that was freed back to the system. glibc keeps it: 890 MB after a model of 135M became int8."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def size_in_bytes(model) -> int:
@@ -795,6 +803,9 @@ class Served:
         model, self.model, self.weights = self.model, None, None
         self.held = [[] for _ in range(self.slots)]  # keys and values are those of these weights alone
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
+        jax.block_until_ready(self.weights)
+        del model
+        return_memory()
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
