@@ -20,6 +20,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import gc
@@ -149,21 +150,26 @@ class Quantised(eqx.Module):
 
 
 class Int8(Quantised):
-    """Weights in int8, one scale for each output channel; activations stay floats. Half the bytes of bf16. It saves
-    memory, not time: on a CPU it has about 0.7 times the speed of fp32."""
+    """Weights in int8, one scale for each group of 32 inputs, scale (O, G), as in llama.cpp's Q8_0: a large weight
+    coarsens its group alone, not its row. Activations stay floats. It saves memory, not time."""
+
+    def dense(self):
+        groups = self.values.reshape(*self.scale.shape, -1).astype(self.scale.dtype)
+        return (groups * self.scale[..., None]).reshape(self.values.shape)
+
+    def product(self, x, dtype):
+        return gpt.dot(x, self.dense().astype(x.dtype), (-1, -1), dtype)
+
+
+class W8A8(Quantised):
+    """Weights in int8, one scale for each output channel, scale (O,), and activations too, scaled token by token as
+    they come: one integer product with 32-bit sums, then both scales. The fast one on a CPU (LLM.int8(),
+    arXiv:2208.07339, without its outlier columns)."""
+
+    row_sums: Array  # (O,) of each row's integers, see `integers`
 
     def dense(self):
         return self.values.astype(self.scale.dtype) * self.scale[..., None]
-
-    def product(self, x, dtype):
-        return gpt.dot(x, self.values.astype(x.dtype), (-1, -1), dtype) * self.scale.astype(dtype)
-
-
-class W8A8(Int8):
-    """Weights in int8 as above, and activations too, scaled token by token as they come: one integer product with
-    32-bit sums, then both scales. The fast one on a CPU (LLM.int8(), arXiv:2208.07339, without its outlier columns)."""
-
-    row_sums: Array  # (O,) of each row's integers, see `integers`
 
     def __call__(self, x, dtype=None):
         # XLA:CPU has no integer kernel for a single row (20 times as slow as two on GPT-2's head): make it two
@@ -232,6 +238,13 @@ def to_integers(x, most: int):
 to_int8 = partial(to_integers, most=127)
 
 
+def to_grouped_int8(x, size: int = 32):
+    """x (..., I) as `Int8` holds it, in the largest groups of at most `size` inputs that divide I."""
+    size = max(n for n in range(1, size + 1) if x.shape[-1] % n == 0)
+    values, scale = to_int8(x.reshape(*x.shape[:-1], -1, size))
+    return values.reshape(x.shape), scale
+
+
 def to_w8a8(x):
     values, scale = to_int8(x)
     return values, scale, values.sum(-1, dtype=jnp.int32)
@@ -256,7 +269,7 @@ def quantize(model: gpt.GPT, how: str) -> gpt.GPT:
     Beside int4, embedding and head are int8: in 4 bits they alone made the KL to the unquantised model half as large
     again, or twice as large.
     """
-    kinds = {"int8": (Int8, to_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_w8a8)}
+    kinds = {"int8": (Int8, to_grouped_int8), "int4": (Int4, to_int4), "w8a8": (W8A8, to_w8a8)}
     if how not in kinds:
         raise ValueError(f"unknown quantisation {how!r}: int8, int4 or w8a8")
     model = gpt.merge(model)
@@ -273,15 +286,36 @@ def quantize(model: gpt.GPT, how: str) -> gpt.GPT:
     return dataclasses.replace(model, wte=table(model.wte), blocks=blocks, head=head)
 
 
+def return_memory():
+    """Give memory that was freed back to the system. glibc keeps it: 890 MB after a model of 135M became int8."""
+    gc.collect()
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # not glibc
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def size_in_bytes(model) -> int:
     return sum(x.size * jnp.dtype(x.dtype).itemsize for x in jax.tree.leaves(model))
 
 
-def quality(model: gpt.GPT, quantised: gpt.GPT, batches) -> dict[str, float]:
+QUALITY_ROWS = 64  # rows of --quality that are read, at most: a start should not take long
+QUALITY_TOKENS = 2048  # in a batch of them
+QUALITY_SECONDS = 60.0  # after which no further batch begins
+
+
+def quality(model: gpt.GPT, quantised: gpt.GPT, batches, how: str = "") -> dict[str, float]:
     """What quantising costs on batches of tokens, segments and mask (B, T), over the tokens in the mask: "kl"(model ||
-    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity."""
-    totals = [quality_totals(model, quantised, *(b[name] for name in ("tokens", "segments", "mask"))) for b in batches]
-    kl, top1, nll, nll_quantised, tokens = np.sum(gpt.to_numpy(totals), axis=0, dtype=float).tolist()
+    quantised) in nats a token, "top1", how often both think the same token likeliest, and each one's perplexity. After
+    QUALITY_SECONDS the batches so far have to do, and a warning names their number."""
+    totals, start = [], time.perf_counter()
+    for batch in gpt.progress(iterable=batches, desc=f"quality of {how}", leave=False):
+        if totals and time.perf_counter() - start > QUALITY_SECONDS:
+            LOG.warning("%s: measured on %d of %d batches, %.0f s", how, len(totals), len(batches), QUALITY_SECONDS)
+            break
+        found = quality_totals(model, quantised, *(batch[name] for name in ("tokens", "segments", "mask")))
+        totals.append(gpt.to_numpy(found))  # waits for the device
+    kl, top1, nll, nll_quantised, tokens = np.sum(totals, axis=0, dtype=float).tolist()
+    if not tokens:
+        raise ValueError("--quality: the rows that were read hold no token to measure on")
     means = dict(kl=kl / tokens, top1=top1 / tokens)
     return means | dict(perplexity=math.exp(nll / tokens), perplexity_quantised=math.exp(nll_quantised / tokens))
 
@@ -297,9 +331,6 @@ def quality_totals(model, quantised, tokens, segments, mask):
     return [jnp.where(mask[:, 1:] > 0, x, 0.0).sum() for x in each]
 
 
-QUALITY_ROWS = 64  # rows of --quality that are read, at most: a start should not take long
-
-
 def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[dict]:
     """The first rows of a file of held-out text or demonstrations, padded to one width: tokens, segments, mask."""
     kind, rows = gpt.find_kind([path], ("demos", "text")), []
@@ -308,10 +339,12 @@ def quality_batches(path: str, tokenizer: gpt.Tokenizer, length: int) -> list[di
             rows += [(ids[:length], mask[:length]) for ids, mask in gpt.encode_row(row, kind, tokenizer, length)]
     if not rows:
         raise ValueError(f"--quality {path}: none of its first {QUALITY_ROWS} rows fits {length} tokens")
-    tokens, segments, mask = np.zeros((3, len(rows) + -len(rows) % 16, max(len(ids) for ids, _ in rows)), np.int32)
+    width = max(len(ids) for ids, _ in rows)
+    size = max(1, min(16, QUALITY_TOKENS // width))
+    tokens, segments, mask = np.zeros((3, len(rows) + -len(rows) % size, width), np.int32)
     for i, (ids, scored) in enumerate(rows):
         tokens[i, : len(ids)], segments[i, : len(ids)], mask[i, : len(ids)] = ids, 1, scored
-    batches = [slice(i, i + 16) for i in range(0, len(tokens), 16)]
+    batches = [slice(i, i + size) for i in range(0, len(tokens), size)]
     return [dict(tokens=tokens[rows], segments=segments[rows], mask=mask[rows]) for rows in batches]
 
 
@@ -744,15 +777,17 @@ class Served:
         self.candidates = list(self.measure()) if config.quality else []
 
     def measure(self):
-        """A Candidate for every form: its quality on the rows of --quality, its speed with all slots busy."""
-        batches = quality_batches(self.config.quality, self.tokenizer, self.context)
-        for how in FORMS:
+        """A Candidate for the full weights and the form that is asked for, or for every form where none or "auto" is:
+        its quality on the rows of --quality, its speed with all slots busy."""
+        batches, wanted = quality_batches(self.config.quality, self.tokenizer, self.context), self.config.quantize
+        for how in FORMS if wanted in (None, "auto") else ("none", wanted):
             try:
                 model = self.model if how == "none" else quantize(self.model, how)
             except ValueError as error:  # int4 packs no odd width
                 LOG.info("%s: %s", self.name, error)
                 continue
-            found = quality(self.model, model, batches)
+            found = quality(self.model, model, batches, f"{self.name} {how}")
+            self.weights = None  # those of the form before, which are freed first
             self.weights = unstack(model)
             size, speed = size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
@@ -760,9 +795,17 @@ class Served:
     def compress(self):
         """Choose a form of the weights, and keep it alone."""
         self.quantization = choose(self.candidates, self.config.quantize or "none", self.config.max_kl)
-        model, self.model = self.model, None
+        if self.quantization != "none" and not self.candidates:
+            LOG.warning(
+                "%s: %s is unmeasured: --quality FILE, held-out rows, measures how far it is from the full weights",
+                self.name, self.quantization,
+            )  # fmt: skip
+        model, self.model, self.weights = self.model, None, None
         self.held = [[] for _ in range(self.slots)]  # keys and values are those of these weights alone
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
+        jax.block_until_ready(self.weights)
+        del model
+        return_memory()
 
     def warm_up(self):
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""

@@ -1348,6 +1348,7 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
         while model.busy:
             model.step(lambda delta: None)
         assert serve.describe(model)["quantization"] == how
+        assert model.model is None  # the full weights are freed
     for choice, tokens, mask in zip(choices, out.tokens, out.mask):
         assert choice.ids_drawn == tokens[mask > 0].tolist()
 
@@ -1372,6 +1373,17 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
     assert serve.choose(model.candidates, "auto", int8.kl * 0.99) == "none"
     with pytest.raises(ValueError, match="w8a8 is .* nats a token away .* --max-kl"):
         serve.choose(model.candidates, "w8a8", w8a8.kl / 2)
+
+
+def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_named(folder, heldout, monkeypatch, caplog):
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
+    model = loaded(folder, quantize="int8", quality=heldout, max_kl=9.0)
+    assert [c.how for c in model.candidates] == ["none", "int8"]
+    model.compress()
+    assert "unmeasured" not in caplog.text
+    model = loaded(folder, quantize="int8")
+    model.compress()
+    assert "one: int8 is unmeasured: --quality FILE" in caplog.text
 
 
 def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
