@@ -433,6 +433,21 @@ def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Fl
     return map_columns(piece, 2 * model.config.vocab_size, hidden, other_hidden)
 
 
+def compare_heads(model: GPT, hidden, other: GPT, other_hidden, targets, temperature=1.0):
+    """What `head_logprobs` of both models and `head_kl` say, from one product with each head: log p(targets) and
+    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. For measuring: its
+    gradient is not written out."""
+
+    def piece(hidden, other_hidden, targets):
+        logits, other_logits = model.logits(hidden) / temperature, other.logits(other_hidden) / temperature
+        (logprobs, entropy), (other_logprobs, _) = (logprobs_of_logits(x, targets) for x in (logits, other_logits))
+        lse = lambda x, logprobs: jnp.take_along_axis(x, targets[..., None], -1) - logprobs[..., None]
+        log_p, log_q = logits - lse(logits, logprobs), other_logits - lse(other_logits, other_logprobs)
+        return logprobs, other_logprobs, entropy, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+
+    return map_columns(piece, model.config.vocab_size, hidden, other_hidden, targets)
+
+
 def masked_mean(x, mask):
     """Mean of x where mask is 1; 0 where nothing is."""
     return jnp.where(mask > 0, x, 0).sum() / jnp.maximum(mask.sum(), 1)

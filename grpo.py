@@ -106,7 +106,7 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (P, Q)
     responses: jax.Array  # (P, K, T)
     mask: jax.Array  # (P, K, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (P, K, T) "old": of the policy that sampled, by `policy_forward`
+    logprobs: jax.Array | None = None  # (P, K, T) "old": of the policy that sampled, by `compare_heads`
     ref_logprobs: jax.Array | None = None  # (P, K, T)
     advantages: jax.Array | None = None  # (P, K, T)
     weights: jax.Array | None = None  # (P, K, T) by `importance_weights`
@@ -152,18 +152,22 @@ def chunks(config: Config) -> int:
 # ------------------------------------------------------------------------------------- 2 what policy and reference say
 
 
-def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
-    """(log-probs (P, K, T) of the response tokens, entropy (P, K, T), hidden states where they are predicted (P, K, T,
-    D)). A group's prompt is computed once: its last token predicts the first of each response."""
+def response_states(model: gpt.GPT, rollout: Rollout, config: Config):
+    """(the model in the precision it computes in, its hidden states where response tokens are predicted (P K, T, D)). A
+    group's prompt is computed once: its last token predicts the first of each response."""
     P, K, T = rollout.responses.shape
     flat = lambda x: x.reshape(P * K, T)
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     before = lambda first, then: jnp.concatenate([jnp.repeat(first[:, -1:], K, axis=0), flat(then)[:, :-1]], 1)
     tokens, segments = before(rollout.queries, rollout.responses), before(rollout.query_mask, rollout.mask)
     prefix, prefix_mask = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in rollout[:2])  # never of width 0
-    hidden = gpt.continue_prefix(model, tokens, segments, prefix, prefix_mask, config.remat)
-    said = gpt.head_logprobs(model, hidden, flat(rollout.responses), config.temperature)
-    return tuple(x.reshape(P, K, T, *x.shape[2:]) for x in (*said, hidden))
+    return model, gpt.continue_prefix(model, tokens, segments, prefix, prefix_mask, config.remat)
+
+
+def policy_logprobs(model: gpt.GPT, hidden, rollout: Rollout, config: Config):
+    """Log-probs (P, K, T) of the response tokens, of a model's `response_states`."""
+    responses = rollout.responses.reshape(len(hidden), -1)
+    return gpt.head_logprobs(model, hidden, responses, config.temperature)[0].reshape(rollout.responses.shape)
 
 
 def importance_weights(logprobs, sampled_logprobs, mask, cap=CAP):
@@ -231,9 +235,9 @@ def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, score
     rollout = Rollout(batch["tokens"], batch["segments"], grouped(generation.tokens), grouped(generation.mask))
 
     def ask_models(rollout):
-        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
-        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-        return logprobs, ref_logprobs, entropy, exact_kl(policy, hidden, ref, ref_hidden, config), ref_hidden
+        both = *response_states(policy, rollout, config), *response_states(ref, rollout, config)
+        said = gpt.compare_heads(*both, rollout.responses.reshape(len(both[1]), -1), config.temperature)
+        return jax.tree.map(lambda x: x.reshape(*rollout.mask.shape, *x.shape[2:]), (*said, both[3]))
 
     logprobs, ref_logprobs, entropy, kl, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
     if config.teacher:
@@ -253,12 +257,6 @@ def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, score
         lacks = rollout.advantages.sum(-1)
         metrics |= {"objective/scores": lacks.mean(), "objective/scores_std": lacks.std()}
     return rollout, metrics
-
-
-def exact_kl(policy, hidden, ref, ref_hidden, config: Config):
-    """KL(policy || ref) of the next token, over the whole vocabulary, from hidden states (P, K, T, D): (P, K, T)."""
-    flat = lambda x: x.reshape(-1, *x.shape[2:])
-    return gpt.head_kl(policy, flat(hidden), ref, flat(ref_hidden), config.temperature).reshape(hidden.shape[:-1])
 
 
 def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
@@ -376,15 +374,15 @@ def update(state: State, base, ref, rollout: Rollout, rows, optimizer, config: C
     """One optimiser step on the groups `rows` of the rollout: (state, metrics)."""
 
     def loss_fn(policy, batch: Rollout):
-        policy = gpt.attach(policy, base)
-        logprobs, _, hidden = policy_forward(policy, batch, config)
+        policy, hidden = response_states(gpt.attach(policy, base), batch, config)
+        logprobs = policy_logprobs(policy, hidden, batch, config)
         mask, weights, kl = batch.mask, batch.weights, None
-        if config.teacher and config.kl == "loss":  # the teacher's whole distribution
-            loss = aggregate(weights * exact_kl(policy, hidden, ref, batch.ref_hidden, config), mask, config.loss)
-            return loss, policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights)[1] | {
-                "loss/policy_avg": loss
-            }
         loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights, config.clip, config.loss)
+        if config.teacher and config.kl == "loss":  # the teacher's whole distribution instead
+            theirs = batch.ref_hidden.reshape(hidden.shape)
+            kl = gpt.head_kl(policy, hidden, ref, theirs, config.temperature).reshape(mask.shape)
+            loss = aggregate(weights * kl, mask, config.loss)
+            return loss, metrics | {"loss/policy_avg": loss}
         if config.kl == "loss":
             kl = kl_corrected(logprobs, batch.logprobs, batch.ref_logprobs, mask)
         if config.kl == "loss-uncorrected":

@@ -104,7 +104,7 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (B, Q)
     responses: jax.Array  # (B, T)
     mask: jax.Array  # (B, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `policy_forward`
+    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `compare_heads`
     ref_logprobs: jax.Array | None = None  # (B, T)
     values: jax.Array | None = None  # (B, T)
     advantages: jax.Array | None = None  # (B, T)
@@ -163,12 +163,16 @@ def join(rollout: Rollout):
     return tokens, segments, rollout.queries.shape[1]
 
 
-def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
-    """(log-probs (B, T) of the response tokens, entropy (B, T), hidden states where they are predicted (B, T, D))."""
+def response_states(model: gpt.GPT, rollout: Rollout, config: Config):
+    """(the model in the precision it computes in, its hidden states where response tokens are predicted (B, T, D))."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     tokens, segments, Q = join(rollout)
-    hidden = model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the last prompt token predicts the first response
-    return *gpt.head_logprobs(model, hidden, rollout.responses, config.temperature), hidden
+    return model, model(tokens, segments, config.remat)[:, Q - 1 : -1]  # the prompt's last token predicts the first
+
+
+def policy_forward(model: gpt.GPT, rollout: Rollout, config: Config):
+    """(log-probs of the response tokens, entropy), (B, T) each."""
+    return gpt.head_logprobs(*response_states(model, rollout, config), rollout.responses, config.temperature)
 
 
 def critic_forward(critic: gpt.ScoreModel, rollout: Rollout, config: Config):
@@ -240,13 +244,12 @@ def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation,
     policy, critic = gpt.attach(state.policy, base), gpt.attach(state.critic, base)
 
     def ask_models(rollout):
-        logprobs, entropy, hidden = policy_forward(policy, rollout, config)
-        ref_logprobs, _, ref_hidden = policy_forward(ref, rollout, config)
-        exact_kl = gpt.head_kl(policy, hidden, ref, ref_hidden, config.temperature)
-        return logprobs, ref_logprobs, critic_forward(critic, rollout, config), entropy, exact_kl
+        both = *response_states(policy, rollout, config), *response_states(ref, rollout, config)
+        said = gpt.compare_heads(*both, rollout.responses, config.temperature)
+        return *said, critic_forward(critic, rollout, config)
 
     rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask)
-    logprobs, ref_logprobs, values, entropy, exact_kl = gpt.map_chunks(ask_models, rollout, chunks(config))
+    logprobs, ref_logprobs, entropy, exact_kl, values = gpt.map_chunks(ask_models, rollout, chunks(config))
     rewards = token_rewards(scores, logprobs, ref_logprobs, rollout.mask, config.beta)
     advantages, returns = gae(rewards, values, rollout.mask, lam=config.lam)
     advantages = whiten(advantages, rollout.mask)
@@ -327,7 +330,7 @@ def update_policy(policy, opt_state, base, rollout: Rollout, rows, optimizer, co
     """One step of the policy's optimiser on these rows of the rollout: (policy, opt_state, metrics)."""
 
     def loss_fn(policy, batch: Rollout):
-        logprobs, _, _ = policy_forward(gpt.attach(policy, base), batch, config)
+        logprobs, _ = policy_forward(gpt.attach(policy, base), batch, config)
         return policy_loss(logprobs, batch.logprobs, batch.advantages, batch.mask, config.clip, batch.weights)
 
     batch = take(rollout, rows)

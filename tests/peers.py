@@ -1,9 +1,11 @@
-"""The peer that tools/bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer and DPOTrainer.
+"""The peer that tools/bench.py times: the same work in PyTorch, by transformers or by TRL's PPOTrainer, GRPOTrainer and
+DPOTrainer.
 
-Run by it in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for dpo TRL 1.16);
-nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...} when all
-is warm; then each line on stdin has the work done once, and a line {"seconds": ..., "peak": ...} answers: the bytes by
-which the process's memory (resident, or PyTorch's on a GPU) has grown, at its peak, since its libraries were loaded.
+Run by it in an environment of its own (torch and transformers; for ppo also TRL 0.24 and datasets, for grpo and dpo TRL
+1.16 and PEFT); nothing of this project is imported. argv[1] is the work as JSON. One JSON line says {"versions": ...}
+when all is warm; then each line on stdin has the work done once, and a line {"seconds": ..., "peak": ...} answers: the
+bytes by which the process's memory (resident, or PyTorch's on a GPU) has grown, at its peak, since its libraries were
+loaded.
 
 What is equal: sizes and family of the model, batch, precision, number of threads, what a step does (forward, backward,
 clipping, AdamW), sampling from the whole vocabulary, and in PPO four models with their own weights, 4 epochs of 4
@@ -174,6 +176,38 @@ def run_dpo(work: dict):
     ).train()  # fmt: skip
 
 
+def run_grpo(work: dict):
+    """One optimiser step on a rollout, KL to the reference in the loss. Prompts are texts of the word tokenizer; nothing
+    ends an answer."""
+    import datasets
+    import peft
+    import trl
+
+    def score(completions, **_):
+        return [len(set(text.split())) + 0.1 * i for i, text in enumerate(completions)]
+
+    clock, tokenizer, rows = Clock(), word_tokenizer(work["shape"]), work["rows"]
+    model = language_model(work["shape"])
+    model.resize_token_embeddings(len(tokenizer))  # for <pad>
+    model.generation_config.eos_token_id = None
+    work = work | dict(rows=4 * rows)
+    prompts = [" ".join(f"w{i}" for i in ids) for ids in random_tokens(work).tolist()]
+    settings = trl.GRPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=rows, gradient_accumulation_steps=1,
+        num_generations=work["group"], num_iterations=1, max_completion_length=work["new"], beta=work["beta"],
+        temperature=1.0, top_k=0, max_steps=10_000, learning_rate=1e-4, max_grad_norm=1.0, optim="adamw_torch_fused",
+        report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_cpu=DEVICE == "cpu", bf16=work["dtype"] == "bfloat16", gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+    )  # fmt: skip
+    adapters = peft.LoraConfig(r=work["rank"], lora_alpha=2 * work["rank"], target_modules="all-linear")
+    trl.GRPOTrainer(
+        model=model, args=settings, processing_class=tokenizer, callbacks=[clock],
+        reward_funcs=score,
+        train_dataset=datasets.Dataset.from_dict({"prompt": prompts}), peft_config=adapters if work["rank"] else None,
+    ).train()  # fmt: skip
+
+
 def memory_peak() -> int:
     """Bytes: of the GPU, or resident ones. Not getrusage's: on Linux a new program inherits there what the one that
     started it had."""
@@ -201,8 +235,8 @@ def main(work: dict):
             raise ValueError("this PyTorch sees no GPU, and bench.py does")
         torch.set_float32_matmul_precision("high")  # fp32 products as JAX has them there
     torch.manual_seed(0)
-    if work["work"] in ("ppo", "dpo"):
-        return {"ppo": run_ppo, "dpo": run_dpo}[work["work"]](work)
+    if work["work"] in ("ppo", "grpo", "dpo"):
+        return {"ppo": run_ppo, "grpo": run_grpo, "dpo": run_dpo}[work["work"]](work)
     once = {"train": prepare_train, "generate": prepare_generate}[work["work"]](work)
     for _ in range(WARM_UP):
         once()

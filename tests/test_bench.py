@@ -45,6 +45,16 @@ def measure(folder: Path, *only, **options) -> dict:
     return {row["name"]: row for row in rows}
 
 
+def test_grpo_beside_a_peer(tmp_path, monkeypatch):
+    (tmp_path / "peer.py").write_text(PEER)
+    monkeypatch.setattr(bench, "PEERS", tmp_path / "peer.py")
+    rows = measure(tmp_path, "grpo", dpo_peers=Path(sys.executable))
+    whole = {name: row for name, row in rows.items() if "iteration" in name}
+    assert len(whole) == 2 and all(row["times_peer"] > 10 and row["peer_memory"] == 5e6 for row in whole.values())
+    parts = [row for name, row in rows.items() if any(part in name for part in ("rollout", "scoring", "update"))]
+    assert len(parts) == 6 and all(row["seconds"]["min"] > 0 for row in parts)
+
+
 def test_the_data_section_counts_rows_and_padding(data, tmp_path):
     files = tuple(str(data / f"{name}.jsonl") for name in ("pairs", "base"))
     rows = measure(tmp_path, "data", data=files, tokenizer=str(data), batch_size=8)

@@ -109,7 +109,7 @@ def test_the_85_responses_of_a_model_have_probability_one_together(temperature):
     responses, mask = (np.tile(x, (2, 1)) for x in (TOKENS, MASK))
     rollout = ppo.Rollout(*map(jnp.asarray, (queries, query_mask, responses, mask)))
     config = ppo.Config(dtype="float32", temperature=temperature)
-    ours, _, _ = jax.jit(ppo.policy_forward, static_argnums=2)(model, rollout, config)
+    ours, _ = jax.jit(ppo.policy_forward, static_argnums=2)(model, rollout, config)
 
     tokens, segments, _ = ppo.join(rollout)
     shifted = jax.jit(gpt.token_logprobs, static_argnums=3)(model, tokens, segments, temperature)[:, 2:]

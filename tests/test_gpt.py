@@ -375,6 +375,10 @@ def test_entropy_and_kl_are_the_sums_over_the_vocabulary(llama, golden, tokens, 
 
     hidden = hidden_states(llama, tokens), hidden_states(other, tokens)
     entropy, kl, same = measure(llama, other, *hidden)
+    together = jax.jit(lambda a, b, x, y: gpt.compare_heads(a, x, b, y, tokens, 0.7))(llama, other, *hidden)
+    chosen = [np.take_along_axis(x, tokens[..., None], -1)[..., 0] for x in (p, q)]
+    for ours, theirs in zip(together, (*chosen, entropy, kl), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=2e-5, atol=2e-5)
     np.testing.assert_allclose(entropy, -(np.exp(p) * p).sum(-1), rtol=2e-5, atol=1e-5)
     np.testing.assert_allclose(kl, (np.exp(p) * (p - q)).sum(-1), rtol=1e-4, atol=1e-5)
     assert kl.min() > 0

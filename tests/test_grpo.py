@@ -244,7 +244,9 @@ def test_a_prompt_that_is_computed_once_gives_the_log_probs_of_its_copies(temper
     assert metrics["val/decode_drift"] < 1e-4 and metrics["val/importance_capped"] == 0
     np.testing.assert_allclose(rollout.weights, 1, atol=1e-4)
     narrow = rollout._replace(queries=rollout.queries[:, -1:], query_mask=rollout.query_mask[:, -1:])
-    logprobs = jax.jit(grpo.policy_forward, static_argnums=2)(policy, narrow, config)[0]
+    logprobs = jax.jit(lambda *args: grpo.policy_logprobs(*grpo.response_states(*args, config), args[1], config))(
+        policy, narrow
+    )
     np.testing.assert_allclose(logprobs * narrow.mask, plain_logprobs(policy, narrow, temperature), atol=1e-5)
 
 

@@ -711,7 +711,7 @@ def test_policy_equal_to_reference_has_no_kl_at_any_temperature(temperature):
     rollout, metrics = ppo.complete_rollout(state, None, copy(state.policy), batch, generation, SCORES, config)
     for name in ("objective/kl", "objective/kl_k3", "objective/kl_exact"):
         assert abs(metrics[name]) < 1e-6
-    logprobs, _, _ = forward(state.policy, jax.tree.map(lambda x: x[FOUR], rollout), config)
+    logprobs, _ = forward(state.policy, jax.tree.map(lambda x: x[FOUR], rollout), config)
     assert np.array_equal(logprobs, rollout.logprobs[FOUR])  # ratio 1 in the first minibatch, bit for bit
 
 

@@ -12,6 +12,8 @@ Every row of the table is the median of --repeats timings, with the smallest and
                ms until a whole answer or until a stream's first text. Then its engine without HTTP
     ppo        one iteration of ppo.py: rollout; scoring (rewards, log-probs, values, advantages); update. With four
                models, and with adapters on one base; on a GPU also GPT-2 1.5B with adapters
+    grpo       one iteration of grpo.py in SmolLM2-135M's shape: 8 prompts of 40 tokens, 4 answers of 48 to each, one
+               optimiser step; all weights, and adapters. "MB" is what the process has grown by at its peak
     memory     the most that PPO holds, by the compiler's analysis: weights, optimisers and frozen models, and what the
                largest program of an iteration adds. Nothing is allocated
     dpo        one optimiser step of dpo.py: as TRL does it (two rows a pair, the reference asked in the step), and with
@@ -20,10 +22,10 @@ Every row of the table is the median of --repeats timings, with the smallest and
                epoch's tokens that is padding
 
 --peers (a Python with torch and transformers), --trl-peers (one with TRL 0.24, which still has PPOTrainer) and
---dpo-peers (TRL 1.16) run the same shapes in the same precision in tests/peers.py. Ours and the peer take turns, so
-that both see the same machine. "times peer" is the peer's median time divided by ours: above 1 we are faster. "MB" is
-the most that our programs hold, weights and optimiser included; "peer MB" is what the peer's process has grown by since
-it loaded its libraries. Compilation is not timed.
+--dpo-peers (TRL 1.16 and PEFT, for grpo and dpo) run the same shapes in the same precision in tests/peers.py. Ours and
+the peer take turns, so that both see the same machine. "times peer" is the peer's median time divided by ours: above 1
+we are faster. "MB" is the most that our programs hold, weights and optimiser included; "peer MB" is what the peer's
+process has grown by since it loaded its libraries. Compilation is not timed.
 
     python tools/bench.py                                              # the table, and out/bench/bench.json
     python tools/bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
@@ -31,6 +33,7 @@ it loaded its libraries. Compilation is not timed.
 
 import dataclasses
 import datetime
+import gc
 import itertools
 import json
 import os
@@ -55,12 +58,13 @@ import numpy as np
 
 import dpo
 import gpt
+import grpo
 import ppo
 import serve
 import sft
 
 PEERS, LOAD = (Path(__file__).resolve().parent.parent / "tests" / name for name in ("peers.py", "load.py"))
-SECTIONS = ("train", "generate", "serve", "ppo", "memory", "dpo", "data")
+SECTIONS = ("train", "generate", "serve", "ppo", "grpo", "memory", "dpo", "data")
 
 
 @dataclass(frozen=True)
@@ -71,7 +75,7 @@ class Config:
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
     peers: Path | None = None  # a Python with torch and transformers, timed beside us
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
-    dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside dpo
+    dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside grpo and dpo
     data: tuple[str, ...] = ("data/toy/pairs.jsonl", "data/toy/base.jsonl")  # files of the data section
     tokenizer: str = "data/toy"  # folder whose tokenizer reads them, and is served
     length: int = 48  # tokens a row at most, there
@@ -570,6 +574,72 @@ def add_ppo_rows(table: Table, config: Config, who: str, name: str, settings: pp
     table.add(title, np.sum(ours, 1), rows, "episodes/s", theirs=theirs, peer=peer, **more)
 
 
+def measure_grpo(table: Table, config: Config, limits: dict):
+    shape = gpt.make_config(64, 64, 1, 2, 16)
+    prompts, prompt, new = (2, 4, 4) if config.quick else (8, 40, 48)
+    if not config.quick:  # SmolLM2-135M
+        shape = gpt.Config(
+            vocab_size=49152, context=8192, layers=30, heads=9, dim=576, ffn=1536, kv_heads=3, head_dim=64,
+            family="llama", norm_eps=1e-5, tied=True, qkv_bias=False, out_bias=False, mlp_bias=False,
+        )  # fmt: skip
+    for who, rank in ("GRPO", 0), ("GRPO, adapters,", 16):
+        settings = grpo.check(grpo.Config(
+            batch_size=4 * prompts, minibatch_size=4 * prompts, epochs=1, prompt_length=prompt, response_length=new,
+            missing_eos=None, seed=config.seed, lora_rank=rank, dtype=config.dtype,
+        ))  # fmt: skip
+        options = dict(new=new, group=4, rank=rank, beta=settings.beta)
+        with start_peer(config.dpo_peers, config, "grpo", shape, 4 * prompts, prompt, **options) as peer:
+            before = resident_peak()
+            iteration = grpo_iteration(shape, settings)
+            for _ in range(2):
+                iteration()
+            ours, theirs = race(iteration, config.repeats, peer)
+            at, dtype = f"SmolLM2-135M, {prompts} x 4 x ({prompt} + {new}) tokens", config.dtype
+            for part, seconds in zip(("rollout", "scoring", "update"), np.transpose(ours)):
+                table.add(f"{who} {part}, {at}, {dtype}", seconds, 4 * prompts * new, "response tokens/s")
+            title, memory = f"{who} iteration, {at}, {dtype}", resident_peak() - before
+            table.add(title, np.sum(ours, 1), 4 * prompts, "episodes/s", theirs=theirs, peer=peer, memory=memory)
+        gc.collect()
+
+
+def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
+    """A function that does another iteration and returns the seconds of rollout, scoring and update."""
+    key, K = jax.random.key(settings.seed), settings.group_size
+    model = jax.jit(partial(gpt.init, shape))(key)
+    policy, base = gpt.trainable(model, settings.lora_rank, settings.dtype, key)
+    ref = base or gpt.shard(gpt.cast(model, gpt.compute_dtype(settings.dtype)))
+    if base:
+        del model
+    optimizer = gpt.adamw(settings.lr, eps=1e-5)
+    state = grpo.State(policy, gpt.shard(optimizer.init(policy)))
+    tokens = random_tokens(shape, settings.batch_size // K, settings.prompt_length)
+    batch = gpt.put_batch(dict(tokens=tokens, segments=np.ones_like(tokens)))
+    rng = np.random.default_rng(settings.seed)
+    scores = jnp.asarray(rng.normal(size=(len(tokens), K)), jnp.float32)
+
+    def iteration():
+        nonlocal state
+        times = [time.perf_counter()]
+        generation = gpt.generate(
+            grpo.sampler(state.policy, base, settings), batch["tokens"], batch["segments"], key,
+            settings.response_length, ends=(), copies=K,
+        )  # fmt: skip
+        times.append(finished(generation))
+        rollout, _ = grpo.complete_rollout(state.policy, base, ref, batch, generation, scores, settings)
+        times.append(finished(rollout))
+        for rows in grpo.minibatches(0, settings):
+            state, _ = grpo.update(state, base, ref, rollout, rows, optimizer, settings)
+        times.append(finished(state))
+        return np.diff(times)
+
+    return iteration
+
+
+def resident_peak() -> int:
+    """The most bytes that this process has held so far: on the device, or resident on a CPU."""
+    return device_peak() or gpt.peak_memory()
+
+
 def device_peak() -> int:
     """The most bytes that this process has held on a GPU so far; 0 on a CPU."""
     return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use", 0)
@@ -727,7 +797,8 @@ def main(config: Config):
     table = Table(config)
     limits = measure_machine(table, config)
     sections = (
-        measure_train, measure_generate, measure_serve, measure_ppo, measure_memory, measure_dpo, measure_data,
+        measure_train, measure_generate, measure_serve, measure_ppo, measure_grpo, measure_memory, measure_dpo,
+        measure_data,
     )  # fmt: skip
     for name, measure in zip(SECTIONS, sections):
         if name in config.only:
