@@ -177,8 +177,8 @@ def run_dpo(work: dict):
 
 
 def run_grpo(work: dict):
-    """One optimiser step on a rollout, KL to the reference in the loss. Prompts are texts of the word tokenizer; nothing
-    ends an answer."""
+    """One optimiser step on a rollout, KL to the reference in the loss. Prompts are texts of the word tokenizer, and
+    nothing ends an answer."""
     import datasets
     import peft
     import trl
