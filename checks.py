@@ -18,7 +18,7 @@ there is something to reinforce and something to learn (docs/real.md has the rat
 - Topics and words of the held-out prompts occur in no training prompt.
 - A check reads the form of an answer, not its sense: "Foxes are foxes." has at most 9 words. That is what a policy
   then learns to exploit; the perplexity on other text and the samples show what it cost.
-- `chance` is a control: it pays for a hash of the text, in which nothing can be learned.
+- `chance` is a control: it throws a coin for every answer, from which nothing can be learned.
 """
 
 import random
@@ -26,6 +26,8 @@ import re
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+
+import numpy as np
 
 # fmt: off
 TOPICS = [
@@ -121,8 +123,10 @@ def strict(prompts: list[str], responses: list[str], rows: list[dict]) -> list[d
 
 
 def chance(prompts: list[str], responses: list[str], rows: list[dict]) -> list[float]:
-    """0 or 1 by a hash of prompt and response: a reward that says nothing."""
-    return [float(zlib.crc32(f"{p}\0{r}".encode()) % 2) for p, r in zip(prompts, responses, strict=True)]
+    """A control: 0 or 1, drawn anew for every answer of every batch, so that the same text scores both ways. The texts
+    of the batch are the seed: a run that is resumed draws the same."""
+    seed = zlib.crc32("\0".join(responses).encode())
+    return np.random.default_rng(seed).integers(0, 2, len(responses)).astype(float).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------- prompts

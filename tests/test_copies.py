@@ -1,11 +1,14 @@
 """Short pure functions that stand in several scripts, since none imports another, do the same."""
 
+import inspect
 import math
 
 import numpy as np
 import pytest
 
+import checks
 import evaluate
+import reasoning
 import reward
 import rlaif
 from tools import plot
@@ -47,3 +50,7 @@ def test_short_names(folders):
 def test_markdown():
     rows = [["a", "b"], ["---", "---"], ["1", ""]]
     assert evaluate.markdown(rows) == plot.markdown(rows) == "| a | b |\n| --- | --- |\n| 1 |  |"
+
+
+def test_the_control_that_pays_by_chance():
+    assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
