@@ -100,7 +100,7 @@ def test_features_are_what_the_model_says_and_are_computed_once(probe, monkeypat
     folder, config, tokenizer = probe
     features = np.load(folder / "out" / "features" / "pairs.npy")
     order = reward.load_pairs(config, tokenizer, split_prompts=True)(0)["index"]
-    batch, (body, _) = reward.load_pairs(config, tokenizer)._padded(order), gpt.load_policy(config.init)
+    batch, (body, _) = reward.load_pairs(config, tokenizer)._assemble(order), gpt.load_policy(config.init)
     for pool, name in enumerate(reward.PROBE_POOLS):
         for unit in (0, 9):  # a head that reads one feature of the last layer
             model = gpt.ScoreModel(body, jnp.eye(16)[unit], None, jnp.zeros(()), name)
