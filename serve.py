@@ -7,12 +7,12 @@
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
 
 One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
-join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the
-first request. A prompt is read in pieces, between which the others get their tokens; a slot keeps what it has read, so that
+join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the first
+request. A prompt is read in pieces, between which the others get their tokens; a slot keeps what it has read, so that
 the next turn of a talk, or a second answer to one prompt, begins where it ends. As many rows are computed as are
-drawing, of a few sizes. Sampling parameters are arrays with one entry for each slot. The random number of a token is a function of
-(seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop only moves
-bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
+drawing, of a few sizes. Sampling parameters are arrays with one entry for each slot. The random number of a token is a
+function of (seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop
+only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
 send; what they get; votes; the server; the process.
