@@ -179,6 +179,19 @@ def run_dpo(work: dict):
 def run_grpo(work: dict):
     """One optimiser step on a rollout, KL to the reference in the loss. Prompts are texts of the word tokenizer, and
     nothing ends an answer."""
+    clock, tokenizer, rows = Clock(), word_tokenizer(work["shape"]), work["rows"]
+    model = language_model(work["shape"])
+    model.resize_token_embeddings(len(tokenizer))  # for <pad>
+    model.generation_config.eos_token_id = None
+    with tempfile.TemporaryDirectory() as folder:  # the trainer reads its reference from there
+        model.save_pretrained(folder)
+        model = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, attn_implementation="sdpa", dtype=torch.float32
+        )
+        run_grpo_from(model.to(DEVICE), work, tokenizer, rows, clock)
+
+
+def run_grpo_from(model, work: dict, tokenizer, rows: int, clock: Clock):
     import datasets
     import peft
     import trl
@@ -186,10 +199,6 @@ def run_grpo(work: dict):
     def score(completions, **_):
         return [len(set(text.split())) + 0.1 * i for i, text in enumerate(completions)]
 
-    clock, tokenizer, rows = Clock(), word_tokenizer(work["shape"]), work["rows"]
-    model = language_model(work["shape"])
-    model.resize_token_embeddings(len(tokenizer))  # for <pad>
-    model.generation_config.eos_token_id = None
     work = work | dict(rows=4 * rows)
     prompts = [" ".join(f"w{i}" for i in ids) for ids in random_tokens(work).tolist()]
     settings = trl.GRPOConfig(
