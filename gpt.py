@@ -127,7 +127,7 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
 #   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
 #   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
-#   shard_batch(x)             x, with its rows spread over the devices
+#   shard_batch(x)             x, with its rows spread over the devices (not so weights: `shard` splits each of them)
 #   merge(model)               the model; corrections by LoRA are added into its weights
 
 
@@ -404,6 +404,7 @@ def completion_logprobs(model: GPT, batch, remat: bool = False):
     rows = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
     tokens, segments = rows("tokens"), rows("segments")
     if "prefix" in batch:
+        # each row begins with the prompt's last token, which predicts the first of the answer
         hidden = continue_prefix(model, tokens, segments, batch["prefix"], batch["prefix_mask"], remat)
     else:
         hidden = model(tokens, segments, remat)
@@ -465,7 +466,7 @@ def weighted_mean(x, weight):
 class Generation(NamedTuple):
     tokens: Array  # (B, T) sampled tokens, `pad` after the end
     mask: Array  # (B, T) 1 on sampled tokens including the one that ends them
-    logprobs: Array  # (B, T) of the distribution sampled from, 0 where masked
+    logprobs: Array  # (B, T) of the distribution sampled from, 0 where mask is 0
 
 
 class SamplerState(NamedTuple):
@@ -507,8 +508,8 @@ def generate(
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
     lengths = each(prompt_mask.sum(1))
-    # Adapters are merged where nothing is lost by it. A step of training moves a weight by less than bf16 can tell, so
-    # that in bf16 a merged policy would not be the one that is scored.
+    # Adapters are merged in fp32. In bf16 merging would round their small changes away, and the policy that samples
+    # would not be the one that is scored.
     fold = merge if jax.tree.leaves(model)[0].dtype == jnp.float32 else lambda layer: layer
     # unstacked once, before the loop: slicing stacked weights inside it would copy all of them for every token
     layers = [fold(jax.tree.map(lambda x, i=i: x[i], model.blocks)) for i in range(model.config.layers)]

@@ -145,7 +145,7 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
 
 
 def chunks(config: Config) -> int:
-    """A rollout is scored in one piece, or with micro-batches in pieces of as many rows as one of them: how many."""
+    """The number of pieces in which a rollout is scored, so that a piece has as many rows as a micro-batch."""
     return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
 
 

@@ -8,31 +8,37 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
     3  r_t = -beta (log policy(y_t) - log ref(y_t)),  plus the score at the last token
        A_t = sum_l lam^l delta_{t+l},  delta_t = r_t + V_{t+1} - V_t,  returns R_t = A_t + V_t;  whiten A
     4  a few epochs of minibatches:  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
-       and for the critic:           1/2 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2)
+       and for the critic:           1/2 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2),  eps_v = 0.2
 
 Choices where code bases disagree:
 1. The KL penalty is in the reward, as log policy - log ref of the token that was sampled ("k1" among Schulman's
-   estimators of a KL, joschu.net/blog/kl-approx.html). Another estimator in its place gives hardly a pull back to the
-   reference, and k1 as a loss gives none: its gradient is 0 on average. k3 and the exact KL are logged, not used.
+   estimators of a KL, joschu.net/blog/kl-approx.html). k2 or k3 in the reward hardly pull back: near the reference they
+   are of second order. k1 as a term of the loss does not pull at all: its gradient is 0 on average. k3 and the exact KL
+   are logged, not used.
 2. The score sits on the last real token (EOS, or the last of a cut response), the value of token t is read where t is
    predicted, and a response cut at --response-length is an end: nothing is bootstrapped beyond it.
 3. Old log-probs are not the sampler's own. They are computed after the rollout, by the function that computes the new
    ones, at the rollout's temperature. So the ratio of the first minibatch is exactly 1.
 4. Advantages are whitened over the whole rollout. Losses are means over the tokens of a minibatch. Both are taken over
-   all devices and micro-batches together; variances divide by n.
-5. A response that does not end scores -(--missing-eos) at most. It must lie below what finished responses get:
-   reward.py's scores have mean 0 and standard deviation 1. In OpenAI's code (Huang et al. 2024, arXiv:2403.17031, "EOS
-   trick") the constant replaces the score, which pays for not ending as soon as finished responses score less.
-6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic starts as the
-   reward model's body with a head of zeros: the first advantages come from rewards alone.
-7. With --lora-rank, policy and critic are low-rank adapters on one frozen base (Hydra-PPO, arXiv:2309.00754). The base
-   itself is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it.
-   `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model comes back as it is.
+   all devices and micro-batches together; variances divide by n, not by n - 1.
+5. A response that does not end scores min(score, 0) - (--missing-eos). In OpenAI's code (Huang et al. 2024,
+   arXiv:2403.17031, "EOS trick") a constant replaces the score: where finished responses score less than that, the
+   policy is paid for never ending.
+6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic has the reward
+   model's body, which knows already what is good, a head of zeros, and as its bias the mean score of the first
+   rollout. So every first V_t is that mean, and the distance between it and 0 is not put down to the EOS.
+7. With --lora-rank the policy is a low-rank adapter on a frozen base (Hydra-PPO, arXiv:2309.00754), and the base itself
+   is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it, and the critic
+   starts as that one, with its rank. `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model
+   comes back as it is.
 
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
     python ppo.py --lora-rank 16 --reward out/reward-lora --out out/ppo-lora   # after reward.py --lora-rank (see there)
     python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
     python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor None
+
+The defaults are the toy world's: README.md has the lengths and rates for a model of your own. Metrics have TRL's names,
+in which `val/` is no held-out data.
 """
 
 from dataclasses import dataclass, replace
@@ -66,7 +72,7 @@ class Config:
 
     lr: float | None = None  # policy's learning rate, falling linearly to a tenth (default: 3e-4; of adapters 6e-4)
     critic_lr: float | None = None  # critic's (default: the same)
-    lora_rank: int = 0  # above 0: policy and critic are adapters of this rank on one frozen base
+    lora_rank: int = 0  # above 0: the policy is an adapter of this rank on a frozen base
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     lam: float = 0.95  # of GAE: 1 sums all rewards to come, 0 looks one token ahead and trusts the critic for the rest
@@ -149,7 +155,7 @@ def combine_scores(scores, how: str, uwo_coef: float = 0.5):
 
 
 def chunks(config: Config) -> int:
-    """A rollout is scored in one piece, or with micro-batches in pieces of as many rows as one of them: how many."""
+    """The number of pieces in which a rollout is scored, so that a piece has as many rows as a micro-batch."""
     return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
 
 
@@ -209,7 +215,7 @@ def token_rewards(scores, logprobs, ref_logprobs, mask, beta):
 def gae(rewards, values, mask, gamma=1.0, lam=0.95):
     """Generalised advantage estimation (arXiv:1506.02438, eq. 16): (B, T) x 3 -> advantages, returns, both (B, T).
 
-    What is masked counts as reward 0 and value 0, so nothing is bootstrapped past the end. Returns use the advantages
+    Where mask is 0, reward and value count as 0, so nothing is bootstrapped past the end. Returns use the advantages
     before any whitening.
     """
     rewards, values = jnp.where(mask > 0, rewards, 0.0), jnp.where(mask > 0, values, 0.0)
@@ -226,14 +232,14 @@ def gae(rewards, values, mask, gamma=1.0, lam=0.95):
 
 
 def whiten(x, mask):
-    """x (B, T) shifted and scaled to mean 0 and (population) variance 1 over the masked tokens."""
+    """x (B, T) shifted and scaled to mean 0 and (population) variance 1 over the tokens whose mask is 1."""
     mean = gpt.masked_mean(x, mask)
     white = (x - mean) * lax.rsqrt(gpt.masked_mean((x - mean) ** 2, mask) + 1e-8)
     return jnp.where(mask > 0, white, 0.0)
 
 
 def explained_variance(values, returns, mask):
-    """1 - Var(R - V) / Var(R) over masked tokens: 1 is a perfect critic, 0 a constant one."""
+    """1 - Var(R - V) / Var(R) over the tokens whose mask is 1: 1 is a perfect critic, 0 a constant one."""
     variance = lambda x: gpt.masked_mean((x - gpt.masked_mean(x, mask)) ** 2, mask)
     return 1 - variance(returns - values) / (variance(returns) + 1e-8)
 
@@ -406,7 +412,7 @@ def load_models(config: Config, key):
 
 def make_critic(policy, base, reward_models: list, key):
     """(critic, what it starts from): the body of the first reward model and a head of zeros; the policy's body where
-    rewards are a function. An adapter can only start from an adapter."""
+    no reward model is of its sort, adapter or whole model: rewards may be a function."""
     fits = [
         model.body for model in reward_models if isinstance(model.body, gpt.Adapter) == isinstance(policy, gpt.Adapter)
     ]

@@ -15,8 +15,8 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 1. Scores are defined up to a shift, and their scale is what training made it. After training, gain and bias are set so
    that the samples of the reference policy (--normalize-with) have mean 0 and standard deviation 1 (Ziegler et al.,
    arXiv:1909.08593, section 2), and folded into the head: PPO's beta then means the same for each single reward model.
-   It does not for an ensemble (members are normalised one by one; where they disagree their mean has a standard
-   deviation below 1), for a function as reward, and with --normalize-with None.
+   Beta is not comparable so for an ensemble (members are normalised one by one; where they disagree their mean has a
+   standard deviation below 1), for a function as reward, and with --normalize-with None.
 2. The temperature T of the report is fitted on normalised scores: P(chosen is better) = sigmoid(gap / T). It is only
    reported; scores are not divided by it.
 3. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
