@@ -2529,6 +2529,13 @@ def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bo
     Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
     is one document: its `segments` are 1, and 0 on padding.
     """
+    layer, start = after_prefix(model, tokens, segments, prefix, prefix_mask)
+    return model.norm(model.scan_blocks(layer, start, remat)[0])
+
+
+def after_prefix(model: GPT, tokens, segments, prefix, prefix_mask):
+    """(layer, start) of `continue_prefix`: layer(carry, block) -> carry is one block, and a carry is (the rows' states
+    (B, T, D), the prefixes' (B / n, P, D))."""
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
     room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
     prefix_visible = causal_mask(prefix_mask)
@@ -2545,7 +2552,7 @@ def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bo
         x, _ = block(x, rope, visible, cache, slot=prefix.shape[1])
         return shard_batch(x), shard_batch(prefix_x)
 
-    return model.norm(model.scan_blocks(layer, (x, prefix_x), remat)[0])
+    return layer, (x, prefix_x)
 
 
 HEAD_BUDGET = 2**26  # how many logits are held at a time on a CPU
@@ -3128,9 +3135,8 @@ class Run:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
         if bad:
-            good = f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
             raise FloatingPointError(
-                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {good} "
+                f"the {bad[0]} of step {step} is {metrics[bad[0]]}. {self._last_good()} "
                 "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
@@ -3140,6 +3146,9 @@ class Run:
         if self._bar.disable and self.main and due:
             print(f"step {step:5d}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()), flush=True)
             self._said = done
+
+    def _last_good(self) -> str:
+        return f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
 
     def _wait(self, step: int, ready: Future) -> float:
         """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""

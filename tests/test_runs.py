@@ -531,3 +531,27 @@ def test_compiled_programs_are_kept_in_the_home_folder_or_where_the_environment_
     elsewhere = tmp_path / "elsewhere"
     kept(JAX_COMPILATION_CACHE_DIR=str(elsewhere), JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS="0")
     assert any(elsewhere.glob("jit_generate*-cache"))
+
+
+TWICE = """
+import os, signal, sys, time
+import jax.numpy as jnp
+import gpt
+
+run = gpt.Run({}, steps=9, out=sys.argv[1], seed=0, save_every=2)
+state, first = run.restore((jnp.zeros(()),))
+for step in run.steps(first):
+    run.log(step, {})
+    run.checkpoint(step, state)
+    if step == int(sys.argv[2]):
+        run.manager.wait_until_finished()
+        for _ in range(2):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.1)
+"""
+
+
+@pytest.mark.parametrize("step, good", [("0", "Nothing was saved yet."), ("2", "The last good state is in ")])
+def test_a_second_signal_stops_at_once_and_says_what_is_left(tmp_path, step, good):
+    code, _, err = run_python("-c", TWICE, tmp_path / "run", step)
+    assert code == 1 and "a second one stops at once" in err and f"stopped at once. {good}" in err
