@@ -209,24 +209,16 @@ def layer_features(body: gpt.GPT, batch, dtype):
     once for both answers, as in `gpt.continue_prefix`."""
     body = gpt.cast(body, dtype)
     tokens, real, mask = flatten(batch)
-    prefix, prefix_mask = batch["prefix"], batch["prefix_mask"]
-    twice = lambda x: jnp.repeat(x, 2, axis=0)
-    room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
-    seen = (twice(prefix_mask)[:, None, :] > 0) & (real[:, :, None] > 0)
-    visible, prefix_visible = jnp.concatenate([seen, gpt.causal_mask(real)], -1), gpt.causal_mask(prefix_mask)
-    x, rope = body.embed(tokens, gpt.segment_positions(real) + twice(prefix_mask.sum(1))[:, None])
-    prefix_x, prefix_rope = body.embed(prefix, gpt.segment_positions(prefix_mask))
+    next_layer, start = gpt.after_prefix(body, tokens, real, batch["prefix"], batch["prefix_mask"])
 
     def layer(carry, block):
-        x, prefix_x = carry
-        prefix_x, keys_values = block(prefix_x, prefix_rope, prefix_visible)
-        x, _ = block(x, rope, visible, [jnp.pad(twice(old), room) for old in keys_values], slot=prefix.shape[1])
+        x, _ = carry = next_layer(carry, block)
         hidden = body.norm(x).astype(jnp.float32)
         mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
         both = jnp.stack([hidden[jnp.arange(len(x)), real.sum(1) - 1], mean], 1)
-        return (x, prefix_x), both[0::2] - both[1::2]
+        return carry, both[0::2] - both[1::2]
 
-    return jnp.moveaxis(jax.lax.scan(layer, (x, prefix_x), body.blocks)[1], 0, 1)
+    return jnp.moveaxis(jax.lax.scan(layer, start, body.blocks)[1], 0, 1)
 
 
 def dialogues(prompts: list[tuple]) -> np.ndarray:

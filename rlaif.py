@@ -140,8 +140,10 @@ def load_constitution(paths, pattern: str = "*", need: str = "critique", example
     {prompt, edit_request}}, a list of comparison principles, a list of examples for either.
     """
     found = {"critiques": {}, "comparisons": [], "critique_shots": [], "comparison_shots": []}
-    settings = dict(comparison=TEMPLATE, answer="The answer is: (", options=["A", "B"], rating=None, stops=STOPS)
-    settings["criterion"] = CRITERION
+    settings = dict(
+        comparison=TEMPLATE, answer="The answer is: (", options=["A", "B"], rating=None, stops=STOPS,
+        criterion=CRITERION,
+    )  # fmt: skip
     for path in paths:
         for key, value in _read_constitution(path).items():
             if key in found:

@@ -656,9 +656,7 @@ class Choice:
     born: float = field(default_factory=time.monotonic)
     started: float = 0.0  # when its first token was drawn
     latest: float = 0.0  # when its last token was drawn
-    prompt_scores: list = field(
-        default_factory=list
-    )  # of an echo: (log-prob, top, top_ids) of each token but the first
+    prompt_scores: list = field(default_factory=list)  # of an echo: (log-prob, top, top_ids) from its second token on
     prompt_tokens: list = field(default_factory=list)  # a Token each
     filled: int = 0  # tokens of the prompt whose keys and values its slot holds
     cached: int = 0  # of these, how many the slot held, or another one, before the choice came
@@ -917,17 +915,18 @@ class Served:
     def find_slot(self, choice: Choice):
         """(a free slot, the slot to copy from, how many tokens of the prompt that holds); (None, ...) where it pays to
         wait for another choice's prompt. The log-probs of an echoed prompt are not kept: it is read anew."""
-        known = lambda slot: shared(self.held[slot], choice.ids[:-1])
-        free = max(self.free, key=known)  # of equal ones the first, which is free longest
         if choice.echo:
             return self.free[0], self.free[0], 0
-        best = max(range(self.slots), key=known)
-        soon = max((shared(other.ids, choice.ids[:-1]) for other in self.filling.values()), default=0)
-        if soon > known(best) + self.pieces[0]:
+        prompt = choice.ids[:-1]
+        known = [shared(held, prompt) for held in self.held]
+        free = max(self.free, key=known.__getitem__)  # of equal ones the first, which is free longest
+        best = max(range(self.slots), key=known.__getitem__)
+        soon = max((shared(other.ids, prompt) for other in self.filling.values()), default=0)
+        if soon > known[best] + self.pieces[0]:
             return None, None, 0
-        if known(best) > known(free) + self.pieces[0]:
-            return self.free[0], best, known(best)
-        return (free, free, known(free)) if known(free) else (self.free[0], self.free[0], 0)
+        if known[best] > known[free] + self.pieces[0]:
+            return self.free[0], best, known[best]
+        return free, free, known[free]
 
     def fill(self, post):
         """Read the next piece of one prompt, or of several where these are short."""
@@ -978,7 +977,8 @@ class Served:
         n = next((n for n in self.groups if n >= len(busy)), self.slots)
         rows = np.arange(self.slots) if n == self.slots else np.resize(busy, n)  # filled up with the first ones again
         some = Slots(*(x[rows] for x in self.state))
-        some.remaining[len(busy) if n < self.slots else n :] = 0
+        if n < self.slots:
+            some.remaining[len(busy) :] = 0
         draws = np.minimum(some.remaining, self.steps[n])
         window = self.window(int((some.position + draws)[some.remaining > 0].max()))
         tokens, logprobs = self.decode(rows, some, int(draws.max()), window)
@@ -1208,9 +1208,7 @@ class Sampling(Unsupported, kw_only=True):
     stream_options: StreamOptions | None = None
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
-    store: bool | Literal["on_vote"] | None = (
-        None  # keep the answers, so that they can be voted on; see `log_generation`
-    )
+    store: bool | Literal["on_vote"] | None = None  # keep the answers, so that they can be voted on: `log_generation`
     metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
     best_of: Any = None
 
@@ -2202,7 +2200,7 @@ def training_commands(counts: dict, about: dict, model: Served, config: Config) 
     batch = -(-batch // jax.device_count()) * jax.device_count()
     tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))  # a bound: its prompt is no longer than a row
     length = min(-(-(tokens + 8) // 16) * 16, model.model_config.context)
-    small = sum(x.size for x in jax.tree.leaves(model.weights)) < SMALL
+    small = gpt.count_parameters(model.weights) < SMALL
     quote = lambda value: shlex.quote(str(value))
     name, data = f"votes-{rows}", f"data/votes-{rows}"
     script = (

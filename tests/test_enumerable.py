@@ -224,6 +224,19 @@ def draw_responses(logits, x, key):
     return states, tokens, mask.astype(int), score
 
 
+def descend(loss, optimizer, params, opt_state, rollout, keys, minibatches: int):
+    """(params, opt_state) after a pass over the shuffled rollout for each key, a step on each of its minibatches."""
+
+    def step(carry, rows):
+        params, opt_state = carry
+        grads = jax.grad(loss)(params, jax.tree.map(lambda a: a[rows], rollout))
+        updates, opt_state = optimizer.update(grads, opt_state)
+        return (optax.apply_updates(params, updates), opt_state), None
+
+    rows = jnp.concatenate([jax.random.permutation(key, SAMPLES).reshape(minibatches, -1) for key in keys])
+    return lax.scan(step, (params, opt_state), rows)[0]
+
+
 def train(seed, bug):
     """Logits (2, 21, 5) after PPO with a table of logits and one of values, through ppo.py's estimators and losses."""
     has = lambda name: bug == PPO_BUGS.index(name)  # traced: all bugs train side by side in one compiled function
@@ -266,14 +279,7 @@ def train(seed, bug):
         advantages, returns = ppo.gae(rewards, v, mask, 1.0, 0.95)
         rollout = (x, states, tokens, mask, new, v, ppo.whiten(advantages, mask), returns)
 
-        def step(carry, rows):
-            params, opt_state = carry
-            grads = jax.grad(loss)(params, jax.tree.map(lambda a: a[rows], rollout))
-            updates, opt_state = optimizer.update(grads, opt_state)
-            return (optax.apply_updates(params, updates), opt_state), None
-
-        rows = jnp.concatenate([jax.random.permutation(k, SAMPLES).reshape(MINIBATCHES, -1) for k in keys[1:]])
-        return lax.scan(step, (params, opt_state), rows)[0], None
+        return descend(loss, optimizer, params, opt_state, rollout, keys[1:], MINIBATCHES), None
 
     keys = jax.random.split(jax.random.key(seed), UPDATES)
     return lax.scan(update, (params, optimizer.init(params)), keys)[0][0][0]
@@ -368,14 +374,7 @@ def train_groups(variant: Variant, rollouts=300, epochs=2, minibatches=2):
         weights = jnp.where(variant.weighted, grpo.importance_weights(new, sampled, mask, cap=10.0), 1.0)
         rollout = (x, states, tokens, mask, new, ref, advantages, weights)
 
-        def step(carry, rows):
-            logits, opt_state = carry
-            grads = jax.grad(loss)(logits, jax.tree.map(lambda a: a[rows], rollout))
-            updates, opt_state = optimizer.update(grads, opt_state)
-            return (optax.apply_updates(logits, updates), opt_state), None
-
-        rows = jnp.concatenate([jax.random.permutation(k, SAMPLES).reshape(minibatches, -1) for k in keys[1:]])
-        return lax.scan(step, (logits, opt_state), rows)[0], None
+        return descend(loss, optimizer, logits, opt_state, rollout, keys[1:], minibatches), None
 
     keys = jax.random.split(jax.random.key(0), rollouts)
     return lax.scan(update, (ref_logits, optimizer.init(ref_logits)), keys)[0][0]

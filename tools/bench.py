@@ -589,7 +589,7 @@ def measure_grpo(table: Table, config: Config, limits: dict):
         ))  # fmt: skip
         options = dict(new=new, group=4, rank=rank, beta=settings.beta)
         with start_peer(config.dpo_peers, config, "grpo", shape, 4 * prompts, prompt, **options) as peer:
-            before = resident_peak()
+            before = gpt.peak_memory()
             iteration = grpo_iteration(shape, settings)
             for _ in range(2):
                 iteration()
@@ -597,7 +597,7 @@ def measure_grpo(table: Table, config: Config, limits: dict):
             at, dtype = f"SmolLM2-135M, {prompts} x 4 x ({prompt} + {new}) tokens", config.dtype
             for part, seconds in zip(("rollout", "scoring", "update"), np.transpose(ours)):
                 table.add(f"{who} {part}, {at}, {dtype}", seconds, 4 * prompts * new, "response tokens/s")
-            title, memory = f"{who} iteration, {at}, {dtype}", resident_peak() - before
+            title, memory = f"{who} iteration, {at}, {dtype}", gpt.peak_memory() - before
             table.add(title, np.sum(ours, 1), 4 * prompts, "episodes/s", theirs=theirs, peer=peer, memory=memory)
         gc.collect()
 
@@ -633,11 +633,6 @@ def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
         return np.diff(times)
 
     return iteration
-
-
-def resident_peak() -> int:
-    """The most bytes that this process has held so far: on the device, or resident on a CPU."""
-    return device_peak() or gpt.peak_memory()
 
 
 def device_peak() -> int:
