@@ -75,20 +75,24 @@ real: $M/config.json
 # fitted to the other half, judges what a policy gains. HH=files, where the Hub is not at hand.
 HH ?= hub:Anthropic/hh-rlhf
 HH_LENGTH ?= 256
+HH_SAMPLES ?= 96
 PROBE = $(PY) reward.py --pool probe --init $M --length $(HH_LENGTH) --suffix "" --gold None \
   --response-length 48 --normalize-samples 128 --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
+PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --steps $(REAL_STEPS) \
+  --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 --epochs 1 --batch-size 48 \
+  --minibatch-size 24 --lr 5e-4 --beta 0.05
 people: $M/config.json
 	$(PY) prepare.py --data $(HH) --chat --heldout 0.5 --out data/hh --overwrite
 	$(PROBE) --data data/hh/pairs.jsonl --out out/people/probe
 	$(PROBE) --data data/hh/pairs-heldout.jsonl --heldout data/hh/pairs.jsonl --out out/people/judge
-	$(PY) grpo.py $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --advantage rloo \
-	  --steps $(REAL_STEPS) --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 \
-	  --epochs 1 --batch-size 48 --minibatch-size 24 --lr 5e-4 --beta 0.05 --out out/people/rloo
+	$(PY) grpo.py $(PEOPLE) --advantage rloo --out out/people/rloo
+	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --out out/people/ppo
 	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \
 	  --beta 0.1 --lr 5e-4 --out out/people/dpo
-	$(PY) evaluate.py $(REPORT) --models $M out/people/rloo out/people/dpo --data data/hh/prompts-heldout.jsonl \
-	  --prompt-length $(HH_LENGTH) --response-length 64 --samples 96 --batch-size 48 --judge None \
-	  --reward out/people/judge --perplexity data/prose/text.jsonl --out out/people/report
+	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/people/,rloo ppo dpo) --data data/hh/prompts-heldout.jsonl \
+	  --prompt-length $(HH_LENGTH) --response-length 64 --samples $(HH_SAMPLES) --batch-size 48 --best-of 4 \
+	  --judge out/people/judge --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
+	$(PY) tools/plot.py out/people/report
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
