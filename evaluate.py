@@ -133,7 +133,7 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
         size = len(prompts.texts)
         out = gpt.generate(
             model, prompts.tokens, prompts.mask, key, exam.config.response_length, ends=exam.tokenizer.end_ids,
-            pad=exam.tokenizer.pad_id, temperature=temperature, rows=jnp.arange(size) + i * size,
+            pad=exam.tokenizer.pad_id, temperature=temperature, row_numbers=jnp.arange(size) + i * size,
         )  # fmt: skip
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
         distance = sequence_kl(model, exam.ref, *sequence, temperature) if kl else None
@@ -223,9 +223,9 @@ def read_prompts(path: str, tokenizer, config: Config) -> list[Prompts]:
     file = gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed)
     for batch, new in itertools.islice(file.once(), math.ceil(config.samples / size)):
         placed, rows = gpt.put_batch(batch), file.rows(batch)
-        texts = gpt.plain_prompts(tokenizer.decode_rows(batch["tokens"], batch["segments"]), rows)
+        texts = gpt.plain_prompts(tokenizer.decode_rows(batch["tokens"], batch["mask"]), rows)
         count = min(new, config.samples - size * len(batches))
-        batches.append(Prompts(placed["tokens"], placed["segments"], texts, rows, count))
+        batches.append(Prompts(placed["tokens"], placed["mask"], texts, rows, count))
     return batches
 
 

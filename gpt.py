@@ -11,11 +11,11 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
     out = gpt.generate(model, prompts, prompt_mask, key, 64, ends=tokenizer.end_ids)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
-One alphabet of dimensions, everywhere:
-    B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
-    F width of the MLP  V vocabulary        L layers      S slots of a key-value cache
-    of a rollout: Q prompt tokens, T response tokens      of a linear layer: I inputs, O outputs, r rank of its adapter
-    of rows that share a prompt: P tokens of the prompt, n rows that continue it
+One alphabet of dimensions in this file, a meaning to a letter:
+    B rows of a batch   T tokens of a row   D width     H heads   K key-value heads   E width of a head
+    F width of the MLP  V vocabulary        L layers    S slots of a key-value cache
+    N prompts, each continued by B / N rows: there Q are the tokens of a prompt, and T those of what continues it
+    I inputs, O outputs of a linear layer; r rank of its adapter
 """
 
 import ctypes
@@ -53,8 +53,7 @@ import numpy as np
 import optax
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 # =====================================================================================================================
@@ -127,8 +126,12 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
 #   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
 #   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
-#   shard_batch(x)             x, with its rows spread over the devices (not so weights: `shard` splits each of them)
+#   shard_batch(x)             x, with its rows spread over the devices
 #   merge(model)               the model; corrections by LoRA are added into its weights
+#
+# Nothing else in Part I knows of devices. Every weight and its optimiser state are split over all devices along one
+# axis (`shard`, chapter 11), and the rows of a batch are shared out; `jax.jit` then gathers a layer's weights where it
+# is computed, and sums the gradients. On one device all of this is nothing.
 
 
 MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
@@ -266,7 +269,7 @@ class GPT(eqx.Module):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
         if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
             raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
-        x = self.wte.rows(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
+        x = self.wte.look_up(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
@@ -484,7 +487,7 @@ class SamplerState(NamedTuple):
 @partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "P Q"],
+    prompts: Int[Array, "N Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -493,20 +496,20 @@ def generate(
     pad: int = 0,
     temperature: float = 1.0,
     copies: int = 1,
-    rows=None,
+    row_numbers=None,
 ) -> Generation:
-    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
+    """Sample B = N * `copies` responses to N left-padded prompts (mask 1 on their real tokens), those to one prompt
     together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
-    softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
-    so that a row's text does not depend on how rows are batched or on how many devices there are.
+    softmax (serve.py has both). The noise is a function of (key, number of the row, token), so that a row's text does
+    not depend on how rows are batched or on how many devices there are; `row_numbers` (B,) default to 0, 1, ...
     """
-    (P, Q), T = prompts.shape, max_new_tokens
-    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
+    (N, Q), T = prompts.shape, max_new_tokens
+    B, each = N * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if row_numbers is None else row_numbers)
     lengths = each(prompt_mask.sum(1))
     # Adapters are merged in fp32. In bf16 merging would round their small changes away, and the policy that samples
     # would not be the one that is scored.
@@ -600,19 +603,21 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, ends: tuple[int,
     """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
     1 on their real tokens.
 
-    The score is read at the last of them: the token of `ends` that finishes a response, or the `suffix`, which takes
-    its place and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained
-    on.
+    The score is read at the last of them. Of a prompt p, a response x y, its end token E and a suffix s:
+                            no suffix    suffix
+        ended, x y E        p x y E      p x y s        the suffix takes the end's place
+        cut off, x y        p x y        p x y s
+    `encode_row` does the same to the rows that reward models are trained on.
     """
-    S, start = len(suffix), prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    room, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), room), prompts.dtype)], 1)
     end = start + mask.sum(1)
     if suffix:
         end = end - has_ended(responses, mask, ends)
     index = jnp.arange(tokens.shape[1])
     for i, token in enumerate(suffix):
         tokens = jnp.where(index == end[:, None] + i, token, tokens)
-    response_part = (index >= start) & (index < end[:, None] + S)
+    response_part = (index >= start) & (index < end[:, None] + room)
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
@@ -634,7 +639,7 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
 
     With micro-batches the batch is computed in parts, to save memory, and the result is the same. The loss is a mean
     over `count(batch)` items (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean
-    of means would be wrong as soon as the counts differ.
+    of means would be wrong as soon as the counts differ. A batch in one part needs no `count`.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
@@ -661,6 +666,22 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
     (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
     updates, opt_state = optimizer.update(grads, opt_state, model)
     return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+# What sft.py, reward.py, ppo.py and dpo.py call beyond Part I, in the order of a run:
+#   start(seed)               meets the other processes, sets the devices; -> the run's random key
+#   load_policy(folder)       (model, tokenizer); load_frozen: a model that does not learn; load_reward: what scores
+#   Batches(data, kind, ...)  batches(step) -> arrays of rows (table in chapter 10); plan: how many steps a run takes;
+#                             stream: the next ones made ahead, on a thread; once: every row once
+#   trainable(model, rank)    (what learns, the frozen base below it): the model and None, or an adapter and the model
+#   attach(model, base)       the two as one model again
+#   cast(model, dtype)        the model in the precision of the forward pass
+#   shard(weights)            weights on the devices; put_batch: rows; to_numpy: both back on the host
+#   adamw(schedule(...))      the optimiser, an optax one
+#   own_rows, own_texts       the rows whose texts this process shows to a reward function; gather_rows: everyone's
+#   Run(...)                  the run folder: restore, steps, log, checkpoint, finish
+#   Watch                     warns of what usually goes wrong in reinforcement learning
+#   cli(main, Config)         the command line of a dataclass, and exit codes
 
 
 # =====================================================================================================================
@@ -1915,7 +1936,17 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Batches
+# 10. Batches: rows of a file as arrays
+#
+#   key                   shape    what it is
+#   tokens                (B, T)   ids, and PAD where a row has no more of them; of pairs (B, 2, T), chosen first
+#   mask                  (B, T)   1 on scored tokens: an answer's and its end. Of prompts alone, 1 on all their tokens
+#   segments              (B, T)   1, 2, ...: which text of its row a token is of; 0 on PAD. Not of prompts alone
+#   prefix, prefix_mask   (B, Q)   the prompt that both answers of a pair continue, where it is split off
+#   weight, label_p       (B,)     of pairs and thumbs: how much one counts in the loss; P(chosen is the better one)
+#   margin                (B,)     of pairs: by how much chosen was rated higher (for reward.py)
+#   label                 (B,)     of thumbs: 1 for a good answer, 0 for a bad one
+#   index                 (B, 2)   which file and which row of it; stays on the host. Text has none
 
 
 class Batches:
@@ -1975,9 +2006,8 @@ class Batches:
         return self.steps_per_epoch if steps is None else steps
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """tokens, mask (1 on scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the
-        rows' extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is
-        decided on the host is decided alike, and `put_batch` gives each device its rows."""
+        """The batch of a step, with the keys in the table above. Every process makes the whole batch: what is decided
+        on the host is decided alike, and `put_batch` gives each device its rows."""
         epoch, at = divmod(step, self.steps_per_epoch)
         return self._assemble(self._epochs(epoch)[at])
 
@@ -2042,6 +2072,7 @@ class Batches:
             batch = self._split_prompts(rows)
         elif self.kind == "prompts":
             batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
+            batch["mask"] = batch.pop("segments")  # nothing of a prompt is scored: its mask tells tokens from padding
         else:
             batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
         if sides > 1:
@@ -2051,7 +2082,7 @@ class Batches:
 
     def _split_prompts(self, rows) -> dict:
         """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
-        `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, (2 B, T), since there the first token of
+        `prefix` and `prefix_mask` (N, Q). Its last token stays in both rows, (2 N, T), since there the first token of
         the answer is predicted.
 
             prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
@@ -2221,7 +2252,7 @@ def shard_batch(x, *axes):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
         return x
-    return lax.with_sharding_constraint(x, P("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
+    return lax.with_sharding_constraint(x, PartitionSpec("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
 # The axis of a weight that is split over "tensor" (Megatron, arXiv:1909.08053). Layers come in pairs, q k v and o, gate
@@ -2238,7 +2269,7 @@ def sharding(path, leaf, mesh) -> NamedSharding:
     larger than 1, `TENSOR_SPLITS` come first."""
     name, spec = _path(path), [None] * leaf.ndim
     if mesh.size == 1 or leaf.size < 2**14:
-        return NamedSharding(mesh, P())
+        return NamedSharding(mesh, PartitionSpec())
     tensor = next((axis for end, axis in TENSOR_SPLITS.items() if name.endswith(end) and leaf.ndim > 1), None)
     if tensor is not None and mesh.shape["tensor"] > 1 and leaf.shape[tensor] % mesh.shape["tensor"] == 0:
         spec[tensor] = "tensor"
@@ -2247,7 +2278,7 @@ def sharding(path, leaf, mesh) -> NamedSharding:
     fits = [a for a in range("blocks" in name, leaf.ndim) if spec[a] is None and leaf.shape[a] % n == 0]
     if fits and rest:
         spec[max(fits, key=lambda a: leaf.shape[a])] = rest if len(rest) > 1 else rest[0]
-    return NamedSharding(mesh, P(*spec) if any(spec) else P())
+    return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
 
 def shard(tree):
@@ -2272,8 +2303,8 @@ def put_batch(batch: dict) -> dict:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-    rows = lambda x: NamedSharding(mesh, P() if len(x) % mesh.shape["data"] else P("data"))
-    return jax.tree.map(lambda x: place(x, rows(x)), batch)
+    spread = lambda x: PartitionSpec() if len(x) % mesh.shape["data"] else PartitionSpec("data")
+    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, spread(x))), batch)
 
 
 def to_numpy(tree):
@@ -2328,7 +2359,7 @@ def any_process(flag: bool):
     """Whether the flag is set in any process, as a device array, so that the call waits for nobody."""
     mesh = jax.sharding.get_mesh()
     own = np.full(jax.local_device_count(), flag)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(mesh.axis_names)), own).any()
 
 
 def data_devices() -> int:
@@ -2382,31 +2413,31 @@ def dot(a, b, axes, dtype=None, precision=None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x, weight, dtype=None, rows=False):
-    """x (..., I) times weight (I, O), or with `rows` weight (O, I): -> (..., O) in `dtype`, or x's.
+def matmul(x, weight, dtype=None, transposed=False):
+    """x (..., I) times weight (I, O), or with a `transposed` weight (O, I): -> (..., O) in `dtype`, or x's.
 
     The backward pass is written out for two reasons. XLA:CPU would fuse what made x and the output's gradient (GELU,
     softmax, norm) into slow strided copies that take half of a training step: a barrier prevents it. And the gradient
     of logits in fp32 is rounded to the precision of a bf16 weight, or the backward pass would multiply in fp32.
     """
-    return dot(x, weight, (-1, 1 if rows else 0), dtype)
+    return dot(x, weight, (-1, 1 if transposed else 0), dtype)
 
 
-def _matmul_forward(x, weight, dtype, rows):
+def _matmul_forward(x, weight, dtype, transposed):
     # the input is kept only where the weight's gradient is asked for, which a frozen weight's is not
     saved = x.value if weight.perturbed else None, weight.value
-    return matmul(x.value, weight.value, dtype, rows), saved
+    return matmul(x.value, weight.value, dtype, transposed), saved
 
 
-def _matmul_backward(dtype, rows, saved, g):
+def _matmul_backward(dtype, transposed, saved, g):
     x, weight = saved
     g, weight_grad = g.astype(weight.dtype), None
     if x is not None:
         if jax.default_backend() == "cpu":
             x, g = lax.optimization_barrier((x, g))
         flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
-    return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
+        weight_grad = dot_tokens(flat_g, flat_x) if transposed else dot_tokens(flat_x, flat_g)
+    return dot(g, weight, (-1, 0 if transposed else 1)), weight_grad
 
 
 def dot_tokens(a, b):
@@ -2446,7 +2477,7 @@ def unembed(x, table, dtype):
     V = len(table)
     if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
         table = jnp.pad(table, ((0, -V % 128), (0, 0)))
-    return matmul(x, table, dtype, rows=True)[..., :V]
+    return matmul(x, table, dtype, transposed=True)[..., :V]
 
 
 @jax.custom_vjp
@@ -2524,10 +2555,10 @@ def has_flash_attention(q, k) -> bool:
 
 
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
-    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
+    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (N, Q) both.
 
-    Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
-    is one document: its `segments` are 1, and 0 on padding.
+    The first B / N rows continue the first prefix, and so on. A prefix is computed once for its rows, which do not see
+    each other. A row is one document: its `segments` are 1, and 0 on padding.
     """
     layer, start = after_prefix(model, tokens, segments, prefix, prefix_mask)
     return model.norm(model.scan_blocks(layer, start, remat)[0])
@@ -2535,7 +2566,7 @@ def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bo
 
 def after_prefix(model: GPT, tokens, segments, prefix, prefix_mask):
     """(layer, start) of `continue_prefix`: layer(carry, block) -> carry is one block, and a carry is (the rows' states
-    (B, T, D), the prefixes' (B / n, P, D))."""
+    (B, T, D), the prefixes' (N, Q, D))."""
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
     room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
     prefix_visible = causal_mask(prefix_mask)
@@ -2648,19 +2679,19 @@ class LoraLinear(eqx.Module):
 
 
 class LoraTable(eqx.Module):
-    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. As an embedding its `rows` are
-    read, as a head it is multiplied with hidden states."""
+    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. As an embedding its rows are
+    looked up, as a head it is multiplied with hidden states."""
 
     base: Array | None
     a: Array  # (V, r)
     b: Array  # (r, D)
     scale: float = eqx.field(static=True)
 
-    def rows(self, index):
+    def look_up(self, index):
         return self.base[index] + self.scale * matmul(self.a[index], self.b)
 
     def __call__(self, x, dtype):
-        change = unembed(matmul(x, self.b, rows=True), self.a, dtype)
+        change = unembed(matmul(x, self.b, transposed=True), self.a, dtype)
         return unembed(x, self.base, dtype) + self.scale * change
 
 
@@ -2839,7 +2870,7 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
 def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
     """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
     `rows` are the process's own, as they were written."""
-    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    ids = (prompts["tokens"], prompts["mask"]), to_numpy((generation.tokens, generation.mask))
     asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
     return plain_prompts(asked, rows), said
 
@@ -2890,7 +2921,7 @@ class Watch:
 
 
 SHOWN = {
-    "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
+    "loss", "lr", "val/loss", "accuracy", "gap", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
 

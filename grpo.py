@@ -232,7 +232,7 @@ def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, score
     policy = gpt.attach(policy, base)
     grouped = lambda x: x.reshape(*scores.shape, -1)
     sampled_logprobs = grouped(generation.logprobs)
-    rollout = Rollout(batch["tokens"], batch["segments"], grouped(generation.tokens), grouped(generation.mask))
+    rollout = Rollout(batch["tokens"], batch["mask"], grouped(generation.tokens), grouped(generation.mask))
 
     def ask_models(rollout):
         both = *response_states(policy, rollout, config), *response_states(ref, rollout, config)
@@ -484,7 +484,7 @@ def main(config: Config):
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
             copies=K,
         )  # fmt: skip

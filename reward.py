@@ -4,7 +4,7 @@
 
 Bradley and Terry 1952; for language models Stiennon et al. 2020 (arXiv:2009.01325, section 3.4). `min_gap` is 0, unless
 rows have a "margin" (by how much the chosen answer was rated higher): then it is --margin-scale times that. The metric
-`margin`, so called as in TRL, is the gap that the model has reached, the mean of r(x, y_chosen) - r(x, y_rejected).
+`gap` (TRL: margin) is what the model has reached, the mean of r(x, y_chosen) - r(x, y_rejected).
 
 The model is a pretrained or an SFT model with a scalar head, read at the last real token (--pool last), or at the last
 token of a --suffix put in EOS's place, or pooled over all tokens (mean, attention). The defaults are the toy's: its
@@ -132,7 +132,7 @@ def score_metrics(chosen, rejected) -> dict:
     both = jnp.concatenate([chosen, rejected])
     return {
         "accuracy": jnp.mean(chosen > rejected),  # a tie is an error
-        "margin": jnp.mean(chosen - rejected),
+        "gap": jnp.mean(chosen - rejected),
         "mean_reward": both.mean(),
         "min_reward": both.min(),
         "max_reward": both.max(),
@@ -348,10 +348,10 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     for i in range(-(-config.normalize_samples // size)):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
-            policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
+            policy, batch["tokens"], batch["mask"], jax.random.fold_in(key, i), config.response_length,
             ends=tokenizer.end_ids, pad=tokenizer.pad_id,
         )  # fmt: skip
-        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.end_ids))
+        scores.append(gpt.score(scorer, batch["tokens"], batch["mask"], out.tokens, out.mask, tokenizer.end_ids))
     scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
@@ -453,7 +453,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "longer_wins_pairs": int(unequal.sum()),
         "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
         "beside_length": compare_with_length(gaps, longer_by),
-        "margin": float(gaps.mean()),
+        "gap": float(gaps.mean()),
         "temperature": temperature,
         "before": calibration(judged, 1.0),
         "after": calibration(judged, temperature),

@@ -136,7 +136,7 @@ class Quantised(eqx.Module):
         """x times the transposed matrix."""
         raise NotImplementedError
 
-    def rows(self, index) -> Float[Array, "*N I"]:
+    def look_up(self, index) -> Float[Array, "*N I"]:
         """Rows of the table, as floats."""
         return jax.tree.map(lambda x: x[index], self).dense()
 

@@ -1115,10 +1115,10 @@ def test_prompts_end_where_the_response_begins_and_keep_their_rows(plain, tmp_pa
     rows = [{"prompt": text_of(i, 1 + i % 4), "answer": i} for i in range(4)]
     batches = gpt.Batches(write_rows(tmp_path / "prompts.jsonl", rows), "prompts", plain, 4, 16, 0)
     batch = batches(0)
-    assert batch["segments"][:, -1].all() and batch["tokens"].shape[1] == 4
+    assert batch["mask"][:, -1].all() and batch["tokens"].shape[1] == 4
     for i, (row, number) in enumerate(zip(batches.rows(batch), batch["index"][:, 1])):
         assert row == rows[number]
-        assert batch["tokens"][i][batch["segments"][i] > 0].tolist() == plain.encode(row["prompt"])
+        assert batch["tokens"][i][batch["mask"][i] > 0].tolist() == plain.encode(row["prompt"])
 
 
 def test_tokens_take_two_bytes_where_they_fit(demos, plain):

@@ -204,13 +204,13 @@ def world(**options):
     settings = dict(dtype="float32", batch_size=8, minibatch_size=8, group_size=K, beta=0.1, response_length=5)
     config = grpo.check(grpo.Config(**settings | options))
     tokens, segments = jnp.array([[PAD, PAD, PAD, 3], [1, 2, 5, 4]]), jnp.array([[0, 0, 0, 1], [1, 1, 1, 1]])
-    batch = dict(tokens=tokens, segments=segments)
+    batch = dict(tokens=tokens, mask=segments)
     return policy, ref, batch, sample(policy, batch, config), config
 
 
 def sample(policy, batch, config, copies=K):
     return gpt.generate(
-        policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, copies=copies,
+        policy, batch["tokens"], batch["mask"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, copies=copies,
         temperature=config.temperature,
     )  # fmt: skip
 

@@ -570,7 +570,7 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, ju
     assert report["correlation"] > 0.2 and 0.4 < report["agreement"] <= 1 and 0 <= report["accuracy"] <= 1
     # the labels turned round, only what is measured against them changes
     np.testing.assert_allclose([row["loss"] for row in turned], losses, rtol=1e-2)
-    np.testing.assert_allclose([row["margin"] for row in turned], [-row["margin"] for row in steps], atol=1e-2)
+    np.testing.assert_allclose([row["gap"] for row in turned], [-row["gap"] for row in steps], atol=1e-2)
 
 
 def test_a_student_reads_the_score_where_its_teacher_does(world, judge):

@@ -383,8 +383,8 @@ def compute(model):
         return loss, grads, jax.tree.map(jnp.add, model, updates)
 
     loss, grads, after = step(model, opt_state, gpt.put_batch(dict(tokens=tokens, mask=mask)))
-    place = gpt.put_batch(prompts)
-    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, ends=(2,), rows=np.arange(16))
+    place, numbers = gpt.put_batch(prompts), np.arange(16)
+    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, ends=(2,), row_numbers=numbers)
     return gpt.to_numpy((loss, grads, out)), after, opt_state
 
 (loss, grads, out), after, _ = compute(model)

@@ -212,7 +212,7 @@ def test_normalised_scores_of_the_reference_have_mean_0_and_std_1(world):
     scores = []
     for i in range(4):
         batch = prompts(i)
-        tokens, mask = batch["tokens"], batch["segments"]
+        tokens, mask = batch["tokens"], batch["mask"]
         out = gpt.generate(
             policy, tokens, mask, jax.random.key(100 + i), 8, ends=tokenizer.end_ids, pad=tokenizer.pad_id
         )

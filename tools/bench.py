@@ -526,7 +526,7 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
         return gpt.score(model, prompts, jnp.ones_like(prompts), *answers, -1, ppo.chunks(settings))
 
     def estimate(state, ref, prompts, generation, scores):
-        batch = dict(tokens=prompts, segments=jnp.ones_like(prompts))
+        batch = dict(tokens=prompts, mask=jnp.ones_like(prompts))
         return ppo.complete_rollout(state, base_of(ref), ref, batch, generation, scores, settings)
 
     def critic_step(state, ref, rollout, rows):
@@ -631,7 +631,7 @@ def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
     optimizer = gpt.adamw(settings.lr, eps=1e-5)
     state = grpo.State(policy, gpt.shard(optimizer.init(policy)))
     tokens = random_tokens(shape, settings.batch_size // K, settings.prompt_length)
-    batch = gpt.put_batch(dict(tokens=tokens, segments=np.ones_like(tokens)))
+    batch = gpt.put_batch(dict(tokens=tokens, mask=np.ones_like(tokens)))
     rng = np.random.default_rng(settings.seed)
     scores = jnp.asarray(rng.normal(size=(len(tokens), K)), jnp.float32)
 
@@ -639,7 +639,7 @@ def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
         nonlocal state
         times = [time.perf_counter()]
         generation = gpt.generate(
-            grpo.sampler(state.policy, base, settings), batch["tokens"], batch["segments"], key,
+            grpo.sampler(state.policy, base, settings), batch["tokens"], batch["mask"], key,
             settings.response_length, ends=(), copies=K,
         )  # fmt: skip
         times.append(finished(generation))
