@@ -76,15 +76,18 @@ real: $M/config.json
 HH ?= hub:Anthropic/hh-rlhf
 HH_LENGTH ?= 256
 HH_SAMPLES ?= 96
-PROBE = $(PY) reward.py --pool probe --init $M --length $(HH_LENGTH) --suffix "" --gold None \
-  --response-length 48 --normalize-samples 128 --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
+PROBE = $(PY) probe.py --init $M --length $(HH_LENGTH) --suffix "" --response-length 48 --normalize-samples 128 \
+  --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
+TRUST = $(PY) reward.py --length $(HH_LENGTH) --gold None --dtype $(REAL_DTYPE)
 PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --steps $(REAL_STEPS) \
   --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05
 people: $M/config.json
 	$(PY) prepare.py --data $(HH) --chat --heldout 0.5 --out data/hh --overwrite
 	$(PROBE) --data data/hh/pairs.jsonl --out out/people/probe
-	$(PROBE) --data data/hh/pairs-heldout.jsonl --heldout data/hh/pairs.jsonl --out out/people/judge
+	$(TRUST) --report out/people/probe --heldout data/hh/pairs-heldout.jsonl
+	$(PROBE) --data data/hh/pairs-heldout.jsonl --out out/people/judge
+	$(TRUST) --report out/people/judge --heldout data/hh/pairs.jsonl
 	$(PY) grpo.py $(PEOPLE) --advantage rloo --out out/people/rloo
 	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --out out/people/ppo
 	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \

@@ -26,6 +26,7 @@ import ipo_kto
 import online
 import ppo
 import prepare
+import probe
 import reward
 import rlaif
 import sft
@@ -343,6 +344,7 @@ def sampling_calls(tokenizer, folder, tmp_path):
     return {
         "sft": lambda key: sft.show_samples(None, 0, None, batch, "demos", tokenizer, key, sft.Config()),
         "reward": lambda key: reward.normalize(gpt.load(folder)[0], tokenizer, scorer, key),
+        "probe": lambda key: probe.normalize(gpt.load(folder)[0], tokenizer, scorer, key),
         "ppo": lambda key: ppo.main(ppo.Config(out=tmp_path / "ppo", **rl)),
         "grpo": lambda key: grpo.main(grpo.Config(out=tmp_path / "grpo", **rl)),
         "online": lambda key: online.sample(
@@ -354,7 +356,7 @@ def sampling_calls(tokenizer, folder, tmp_path):
     }
 
 
-@pytest.mark.parametrize("name", ["sft", "reward", "ppo", "grpo", "online", "rlaif", "judge", "evaluate"])
+@pytest.mark.parametrize("name", ["sft", "reward", "probe", "ppo", "grpo", "online", "rlaif", "judge", "evaluate"])
 def test_every_script_samples_until_any_of_the_ends(name, words, plain, tiny_model, tmp_path, monkeypatch):
     real, ends = gpt.load_tokenizer, (plain.eos_id, plain.specials["<pad>"])
 

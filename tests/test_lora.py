@@ -250,19 +250,6 @@ def test_what_peft_does_not_do_is_written_beside_the_adapter(golden, tmp_path, c
     assert not [folder for folder in ("head", "inner") if (tmp_path / folder / "peft" / "README.md").exists()]
 
 
-def test_a_reward_models_folder_says_how_others_get_its_score(words, tiny_model):
-    tokenizer = gpt.load_tokenizer(words)
-    suffix = tuple(tokenizer.encode("Judge:"))
-    model = gpt.init_score_model(tiny_model, jax.random.key(0), "last", suffix)
-    text = reward.card(dataclasses.replace(model, bias=jnp.float32(-0.5)), tokenizer, "out/x")
-    assert f"response_ids + {list(suffix)} " in text and ".item() + -0.5" in text and "last token of 'Judge:'" in text
-    assert f"not {tokenizer.pad_id}, its" in text and 'from_pretrained("out/x", num_labels=1)' in text
-    plain = reward.card(gpt.init_score_model(tiny_model, jax.random.key(0)), tokenizer, "out/x")
-    assert f"response_ids + [{tokenizer.eos_id}] " in plain and f"at the end token, {tokenizer.eos_id}" in plain
-    mean = reward.card(gpt.init_score_model(tiny_model, jax.random.key(0), "mean"), tokenizer, "out/x")
-    assert "the mean of all tokens" in mean and "transformers has no such pooling" in mean
-
-
 def write_peft(folder, tensors, **settings):
     """A folder as PEFT writes it on its own."""
     folder.mkdir()
@@ -487,7 +474,6 @@ def ppo_options(world, name, **more):
 
 def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, judge):
     base, tokenizer = gpt.load(world / "base")
-    assert "num_labels=1" in (judge / "README.md").read_text()
     adapter = gpt.load_reward_model(judge, tokenizer, world / "base", "float32", True)
     merged = gpt.load_reward_model(judge, tokenizer, world / "base", "float32")
     assert isinstance(adapter.body, gpt.Adapter) and isinstance(merged.body, gpt.GPT)
