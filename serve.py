@@ -51,6 +51,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import equinox as eqx
+import httpx2
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -102,9 +103,17 @@ class Config:
     ui: bool = True  # serve the chat page at /
     examples: str | None = None  # rows of prompts; the page offers the first few to a newcomer
 
+    upstream: str | None = None  # address of another engine with OpenAI's API: it answers, page and votes are here
+    upstream_key: str | None = None  # what that engine asks for (default: the UPSTREAM_KEY variable)
+
+    @property
+    def named_folders(self) -> list[str]:
+        return [folder for group in self.model for folder in group]
+
     @property
     def folders(self) -> list[str]:
-        return [folder for group in self.model for folder in group] or ["out/ppo"]
+        """Of the models that are loaded here."""
+        return [] if self.upstream else self.named_folders or ["out/ppo"]
 
 
 # -------------------------------------------------------------------------------------------------- quantised weights
@@ -1281,7 +1290,12 @@ def reply(body, status: int = 200, headers=None) -> Response:
 
 
 async def read_body(request: Request, kind):
-    """The request's JSON as a checked Struct of this kind. Its type, its size and the time it takes are limited."""
+    """The request's JSON as a checked Struct of this kind."""
+    return decode_body(await read_bytes(request), kind)
+
+
+async def read_bytes(request: Request) -> bytes:
+    """A body of JSON. Its type, its size and the time it takes are limited."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":  # any web page may send others across sites without asking
         raise ApiError(415, "send JSON, with the header content-type: application/json")
@@ -1294,6 +1308,10 @@ async def read_body(request: Request, kind):
                     raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes", connection="close")
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", connection="close") from None
+    return body
+
+
+def decode_body(body: bytes, kind):
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -1643,6 +1661,19 @@ async def collect(job: Job) -> list[Delta]:
     return sorted(ends, key=lambda delta: delta.choice.index)
 
 
+async def unless_gone(request: Request, work):
+    """What `work` returns; ClientDisconnect where the client hangs up first."""
+    work, hangup = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        hangup.cancel()
+
+
 async def gone(request: Request):
     """Returns when the client has hung up."""
     while (await request.receive())["type"] != "http.disconnect":
@@ -1923,8 +1954,8 @@ def purge_session(connection, session_id: str) -> dict:
 
 def count_votes(connection) -> dict:
     """What there is to learn: training rows from blind pairs, from corrections (edits) and from single answers
-    (thumbs; `both_bad` is two); how many votes teach nothing, for each reason; the tokens of the longest of these rows;
-    the longest corrected text; which model most rows are about."""
+    (thumbs; `both_bad` is two); how many votes teach nothing, for each reason; the tokens of the longest of these rows,
+    or 0 where another engine has not counted them; the longest corrected text; which model most rows are about."""
     query = """SELECT f.kind AS vote, t.kind, t.dropped, count(*) AS number FROM training_rows t
         JOIN feedback f ON f.id = t.id WHERE t.dropped IS NULL OR t.dropped <> 'changed later' GROUP BY 1, 2, 3"""
     rows, dropped = Counter(), Counter()
@@ -1933,7 +1964,8 @@ def count_votes(connection) -> dict:
             dropped[reason] += number
         else:
             rows["edits" if vote == "edit" else kind] += number
-    query = """SELECT max(json_extract(usage, '$.prompt_tokens') + json_extract(usage, '$.completion_tokens')) AS tokens
+    query = """SELECT iif(count(usage) = count(*),
+          max(json_extract(usage, '$.prompt_tokens') + json_extract(usage, '$.completion_tokens')), NULL) AS tokens
         FROM generation WHERE id IN (SELECT generation_a FROM votes WHERE dropped IS NULL
         UNION ALL SELECT generation_b FROM votes WHERE dropped IS NULL)"""
     (tokens,) = connection.execute(query).fetchone()
@@ -2072,27 +2104,22 @@ class Server:
 
     async def answer(self, request: Request, job: Job) -> Response:
         """Wait for all choices and answer with them, unless the client hangs up first."""
-        work, hangup = asyncio.ensure_future(collect(job)), asyncio.ensure_future(gone(request))
         try:
-            await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return Response(status_code=499)
-            deltas = work.result()
+            deltas = await unless_gone(request, collect(job))
             for delta in deltas:
                 await self.log_generation(job, delta.choice)
         finally:
             job.cancel()
-            work.cancel()
-            hangup.cancel()
         return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
 
     async def log_generation(self, job: Job, choice: Choice):
+        if choice.generation_id:
+            await self.keep(generation_row(job, choice, job.request_id), job.request.store)
+
+    async def keep(self, row: dict, store):
         """Store an answer that may be voted on; awaited before the client learns the id. With store "on_vote" it stays
         in memory, where the next HELD answers push it out, until a vote on it comes with its giver's consent."""
-        if not choice.generation_id:
-            return
-        row = generation_row(job, choice, job.request_id)
-        if job.request.store is True:
+        if store is True:
             return await self.store.do(insert, "generation", row)
         self.held[row["id"]] = row
         while len(self.held) > HELD:
@@ -2152,9 +2179,18 @@ class Server:
     async def counts(self, request):
         counts = await self.store.do(count_votes)
         about = {name: counts.pop(name) for name in ("tokens", "edit", "model")}
-        model = self.models.get(about["model"]) or next(iter(self.models.values()))
-        ready = self.engine.ready and any(counts[name] for name in ("pairs", "edits", "thumbs"))
-        return reply(counts | (training_commands(counts, about, model, self.config) if ready else {}))
+        if not self.engine.ready or not any(counts[name] for name in ("pairs", "edits", "thumbs")):
+            return reply(counts)
+        if learner := self.learner(about["model"]):
+            return reply(counts | training_commands(counts, about, learner, self.config))
+        hint = "What to train is not known here: start serve.py --upstream with --model FOLDER, the model's folder."
+        return reply(counts | {"hint": hint})
+
+    def learner(self, name: str | None) -> "Learner":
+        """What a command that trains on votes about this model has to know of it."""
+        model = self.models.get(name) or next(iter(self.models.values()))
+        size = gpt.count_parameters(model.weights)
+        return Learner(model.path, size, model.model_config.context, model.tokenizer)
 
     async def export(self, request):
         query = request.query_params
@@ -2191,16 +2227,28 @@ LEAST_STEPS = 24  # of a run on few votes: 10 of warm-up, and some at the full r
 FEW_ROWS = 100  # below which no row is held out: a handful measures nothing
 
 
-def training_commands(counts: dict, about: dict, model: Served, config: Config) -> dict:
+class Learner(NamedTuple):
+    """A model to train on votes."""
+
+    path: str
+    parameters: int
+    context: int
+    tokenizer: gpt.Tokenizer
+
+
+def training_commands(counts: dict, about: dict, model: Learner, config: Config) -> dict:
     """{command, serve}: what trains on these votes, with lengths and rates of this model, and what then serves the
     result beside it. Few rows are taken in small batches, several times, so that they move the model."""
     pairs, thumbs = counts["pairs"] + counts["edits"], counts["thumbs"]
     rows = pairs if 2 * pairs >= thumbs else thumbs
     batch = min(32, max(2, rows // 4), rows)
     batch = -(-batch // jax.device_count()) * jax.device_count()
-    tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))  # a bound: its prompt is no longer than a row
-    length = min(-(-(tokens + 8) // 16) * 16, model.model_config.context)
-    small = gpt.count_parameters(model.weights) < SMALL
+    length = min(1024, model.context)  # where nobody has counted the tokens
+    if about["tokens"]:
+        # a bound: the prompt of the longest correction is no longer than the longest row
+        tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))
+        length = min(-(-(tokens + 8) // 16) * 16, model.context)
+    small = model.parameters < SMALL
     quote = lambda value: shlex.quote(str(value))
     name, data = f"votes-{rows}", f"data/votes-{rows}"
     script = (
@@ -2211,6 +2259,9 @@ def training_commands(counts: dict, about: dict, model: Served, config: Config) 
     train = f"{script} --init {quote(model.path)} --out out/{name} --length {length} {rates}"
     train += f" --batch-size {batch} --steps {max(LEAST_STEPS, -(-rows // batch))}"
     serve = f"python serve.py --model {quote(model.path)} out/{name} --feedback {quote(config.feedback)}"
+    if config.upstream:
+        serve = f"vllm serve out/{name} --port 8001    # or the engine that you have; then\npython serve.py --upstream "
+        serve += f"http://localhost:8001 --model out/{name} --feedback {quote(config.feedback)}"
     return {"command": f"python {prepare} && python {train}", "serve": serve}
 
 
@@ -2334,6 +2385,175 @@ class Guard:
                 )
 
 
+# ------------------------------------------------------------------------------------------------------ another engine
+
+
+class Relay(Server):
+    """The server with --upstream: page, votes and their database are here, the answers come from another engine with
+    OpenAI's API. Requests go there as they are, but for `store` and `metadata`, which are about votes. What such an
+    engine does not say of an answer (its ids, their log-probs, the weights' hash) is left empty in the database."""
+
+    KNOWN = ("max_model_len", "checkpoint_sha256", "quantization", "sampling")  # of a model, if its engine says it
+
+    def __init__(self, config: Config, store: Store):
+        super().__init__(config, store)
+        self.url = config.upstream.rstrip("/").removesuffix("/v1")
+        key = {"Authorization": f"Bearer {config.upstream_key}"} if config.upstream_key else {}
+        timeout = httpx2.Timeout(config.timeout, connect=10.0)
+        self.client = httpx2.AsyncClient(
+            base_url=self.url, headers=key, timeout=timeout, trust_env=False, limits=httpx2.Limits()
+        )
+        self.examples = example_questions(config.examples) if config.examples else []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app):
+        async with self.client, super().lifespan(app):
+            yield
+
+    async def ask(self, method: str, path: str, **options) -> httpx2.Response:
+        """The engine's answer, whose body is still to be read; ApiError where it gives none or refuses."""
+        self.need_engine()
+        try:
+            request = self.client.build_request(method, path, **options)
+            response = await self.client.send(request, stream=True)
+            if response.status_code < 400:
+                return response
+            await response.aread()
+        except httpx2.HTTPError as error:
+            kind = type(error).__name__
+            raise ApiError(502, f"the engine at {self.url} cannot be reached ({kind})", code="upstream_dead") from None
+        if response.status_code in (401, 403):  # it is not the client's key that is wrong
+            raise ApiError(502, f"the engine at {self.url} wants another key: --upstream-key", code="upstream_key")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            error = response.json()["error"]
+            wait = {"Retry_After": response.headers["retry-after"]} if "retry-after" in response.headers else {}
+            raise ApiError(response.status_code, str(error["message"]), error.get("param"), error.get("code"), **wait)
+        said = response.text[:300].strip()
+        raise ApiError(response.status_code, f"the engine at {self.url} answered {response.status_code}: {said}")
+
+    async def forward(self, request: Request):
+        """The engine's own answer to a request that is not about votes."""
+        options = {"json": decode_body(await read_bytes(request), dict)} if request.method == "POST" else {}
+        response = await self.ask(request.method, request.url.path, params=str(request.url.query), **options)
+        content = await unless_gone(request, response.aread())
+        return Response(content, response.status_code, media_type=response.headers.get("content-type"))
+
+    health = metrics = tokenizer_info = tokenize = detokenize = forward
+
+    async def served(self) -> dict[str, dict]:
+        """The engine's models by name."""
+        found = json.loads(await (await self.ask("GET", "/v1/models")).aread())["data"]
+        about = lambda model: {name: model[name] for name in self.KNOWN if model.get(name) is not None}
+        common = {"object": "model", "owned_by": "upstream", "examples": self.examples}
+        return {m["id"]: {"id": m["id"], "created": m.get("created", 0)} | common | about(m) for m in found}
+
+    async def list_models(self, request):
+        return reply({"object": "list", "data": list((await self.served()).values())})
+
+    async def show_model(self, request):
+        name = request.path_params["model"]
+        models = await self.served()
+        if name not in models:
+            raise ApiError(404, f"no model {name!r} here, but: {', '.join(models)}", "model", "model_not_found")
+        return reply(models[name])
+
+    def learner(self, name: str | None) -> "Learner | None":
+        """As the server's, of the folder that --model names, or of the model's name where that is a folder here."""
+        for folder in map(Path, (*self.config.named_folders, name or "")):
+            if (folder / "config.json").is_file():
+                hf = json.loads((folder / "config.json").read_text())
+                parameters = sum(tensor.size for tensor in gpt.read_tensors(folder).values())
+                context = gpt.config_from_hf(hf, folder).context
+                return Learner(str(folder), parameters, context, gpt.need_tokenizer(folder))
+
+    async def complete(self, request: Request, kind):
+        data = await read_bytes(request)
+        body, sent = decode_body(data, kind), decode_body(data, dict)
+        models = await self.served() if body.store or body.model in (None, "", "default") else {}
+        if body.model in (None, "", "default"):
+            sent["model"] = next(iter(models), None)
+        if body.store and getattr(body, "echo", None):
+            raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
+        for name in ("store", "metadata"):
+            sent.pop(name, None)
+        if kind is ChatRequest and body.messages[-1].role == "assistant":  # vLLM begins a new turn otherwise
+            sent = {"add_generation_prompt": False, "continue_final_message": True} | sent
+        response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))
+        about = models.get(sent["model"], {"id": sent["model"]})
+        row = partial(relayed_row, body, about, request_id=request.state.request_id)
+        if body.stream:
+            return StreamingResponse(self.stream(response, row, body.store), 200, STREAM_HEADERS, "text/event-stream")
+        answer = json.loads(await unless_gone(request, response.aread()))
+        for choice in answer["choices"] if body.store else ():
+            text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
+            choice["generation_id"] = await self.store_row(row(choice, text, answer.get("usage")), body.store)
+        return reply(answer)
+
+    async def store_row(self, row: dict, store) -> str:
+        await self.keep(row, store)
+        return row["id"]
+
+    async def stream(self, response: httpx2.Response, row, store):
+        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored."""
+        texts, ends, usage = collections.defaultdict(str), [], None
+
+        async def finish():
+            while ends:
+                chunk = ends.pop(0)
+                for choice in chunk["choices"]:
+                    if choice.get("finish_reason"):
+                        choice["generation_id"] = await self.store_row(
+                            row(choice, texts[choice["index"]], usage), store
+                        )
+                yield frame(chunk)
+
+        try:
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith(":"):  # a sign of life
+                    yield b": ping\n\n"
+                if not line.startswith("data:") or data in ("", "[DONE]"):
+                    continue
+                chunk = json.loads(data)
+                usage, choices = chunk.get("usage") or usage, chunk.get("choices") or []
+                for choice in choices:
+                    texts[choice["index"]] += (choice.get("delta", {}).get("content") or "") + (
+                        choice.get("text") or ""
+                    )
+                if store and any(choice.get("finish_reason") for choice in choices):
+                    ends.append(chunk)
+                    continue
+                if not choices:
+                    async for end in finish():
+                        yield end
+                yield frame(chunk)
+            async for end in finish():
+                yield end
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
+            LOG.warning("the engine's stream broke: %r", error)
+            message = f"the engine at {self.url} broke this answer off ({type(error).__name__})"
+            yield frame(ApiError(502, message, code="upstream_dead").body)
+        finally:
+            await response.aclose()
+        yield b"data: [DONE]\n\n"
+
+
+def relayed_row(body: Sampling, about: dict, choice: dict, text: str, usage: dict | None, request_id: str) -> dict:
+    """The row of `generation` of another engine's answer."""
+    n, metadata = body.n or 1, body.metadata or {}
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "max_completion_tokens", "stop")
+    sampling = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    prompts = [chat_messages(body.messages)] if isinstance(body, ChatRequest) else prompt_list(body.prompt)
+    return dict(
+        id=uuid.uuid4().hex, created_at=now(), request_id=request_id, session_id=metadata.get("session_id"),
+        parent_id=metadata.get("parent_id"), prompt_messages=json.dumps(prompts[choice["index"] // n]),
+        completion=text or "", finish_reason=choice["finish_reason"], model_id=about["id"],
+        checkpoint_sha256=about.get("checkpoint_sha256", ""), quantization=about.get("quantization"),
+        sampling=json.dumps(sampling | {"number": choice["index"] % n}),
+        usage=usage and json.dumps({name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}),
+    )  # fmt: skip
+
+
 # ------------------------------------------------------------------------------------------------------ the process
 
 
@@ -2432,12 +2652,34 @@ def check_config(config: Config):
         gpt.find_kind([config.quality], ("demos", "text"))
     if "*" in config.cors_origin:
         raise ValueError("--cors-origin *: name the pages that may ask")
+    if config.upstream:
+        check_upstream(config)
     for folder in config.folders:
         gpt.find_folder(folder)
 
 
+def make_server(config: Config) -> Server:
+    return (Relay if config.upstream else Server)(config, Store(config.feedback))
+
+
+def check_upstream(config: Config):
+    try:
+        address = urlsplit(config.upstream)
+    except ValueError:
+        address = urlsplit("")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"--upstream {config.upstream} is no address like http://localhost:8001")
+    for name in ("quantize", "quality", "context"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"--{name} is about a model that is served here; --upstream leaves that to its engine")
+    for folder in config.named_folders:
+        gpt.find_folder(folder)  # what is trained on the votes
+
+
 def main(config: Config):
-    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY"))
+    env = os.environ.get
+    keys = dict(api_key=config.api_key or env("API_KEY"), upstream_key=config.upstream_key or env("UPSTREAM_KEY"))
+    config = dataclasses.replace(config, **keys)
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its "startup complete" comes before the model's
@@ -2445,9 +2687,9 @@ def main(config: Config):
     listener = socket.create_server(
         (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
     )
-    server = Server(config, Store(config.feedback))
+    server = make_server(config)
     url = f"http://{'localhost' if config.host in Guard.LOCAL else config.host}:{listener.getsockname()[1]}"
-    names = ", ".join(server.models)
+    names = ", ".join(server.models) or f"what {config.upstream} serves"
     message = '{"messages": [{"role": "user", "content": "hello"}]}'
     key = " -H 'authorization: Bearer KEY'" if config.api_key else ""
 

@@ -366,6 +366,26 @@ def test_a_wrong_key_is_said_to_be_wrong(visit):
 
 
 @needs_browser
+def test_the_page_waits_for_an_engine_that_cannot_be_reached(visit):
+    page, dead = visit(consent=False), []
+    error = {"error": {"message": "the engine at http://localhost:8001 cannot be reached", "code": "upstream_dead"}}
+
+    def refuse(route):
+        dead.append(route)
+        route.fulfill(status=502, json=error, headers={"retry-after": "1"}) if len(dead) < 2 else route.continue_()
+
+    page.route("**/v1/models", refuse)
+    page.reload()
+    page.get_by_text("No model yet").wait_for()
+    page.get_by_text("http://localhost:8001 cannot be reached").wait_for()
+    page.get_by_role("heading", name="Talk to").wait_for()
+    assert page.locator("#note").inner_text() == ""
+    canned(page, status=502, body=json.dumps(error))
+    ask(page, "a")
+    page.locator(".error", has_text="http://localhost:8001 cannot be reached").get_by_text("Retry").wait_for()
+
+
+@needs_browser
 def test_old_turns_are_left_out_and_it_is_said(visit):
     page = visit()
     ask(page, "a b")
