@@ -2427,7 +2427,10 @@ class Relay(Server):
         with contextlib.suppress(ValueError, KeyError, TypeError):
             error = response.json()["error"]
             wait = {"Retry_After": response.headers["retry-after"]} if "retry-after" in response.headers else {}
-            raise ApiError(response.status_code, str(error["message"]), error.get("param"), error.get("code"), **wait)
+            message, code = str(error["message"]), error.get("code")
+            if re.search("context (length|size)", message):  # as the page knows it
+                code = "context_length_exceeded"
+            raise ApiError(response.status_code, message, error.get("param"), code, **wait)
         said = response.text[:300].strip()
         raise ApiError(response.status_code, f"the engine at {self.url} answered {response.status_code}: {said}")
 
@@ -2438,14 +2441,27 @@ class Relay(Server):
         content = await unless_gone(request, response.aread())
         return Response(content, response.status_code, media_type=response.headers.get("content-type"))
 
-    health = metrics = tokenizer_info = tokenize = detokenize = forward
+    metrics = tokenizer_info = tokenize = detokenize = forward
+
+    async def health(self, request):
+        try:
+            await (await self.ask("GET", "/health")).aread()
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            await self.served()  # an engine without /health
+        return reply({"status": "ok"})
 
     async def served(self) -> dict[str, dict]:
         """The engine's models by name."""
         found = json.loads(await (await self.ask("GET", "/v1/models")).aread())["data"]
-        about = lambda model: {name: model[name] for name in self.KNOWN if model.get(name) is not None}
         common = {"object": "model", "owned_by": "upstream", "examples": self.examples}
-        return {m["id"]: {"id": m["id"], "created": m.get("created", 0)} | common | about(m) for m in found}
+        models = {}
+        for model in found:
+            model.setdefault("max_model_len", (model.get("meta") or {}).get("n_ctx"))  # llama.cpp's name for it
+            about = {name: model[name] for name in ("created", *self.KNOWN) if model.get(name) is not None}
+            models[model["id"]] = {"id": model["id"]} | common | about
+        return models
 
     async def list_models(self, request):
         return reply({"object": "list", "data": list((await self.served()).values())})
@@ -2476,8 +2492,6 @@ class Relay(Server):
             raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
         for name in ("store", "metadata"):
             sent.pop(name, None)
-        if kind is ChatRequest and body.messages[-1].role == "assistant":  # vLLM begins a new turn otherwise
-            sent = {"add_generation_prompt": False, "continue_final_message": True} | sent
         response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))
         about = models.get(sent["model"], {"id": sent["model"]})
         row = partial(relayed_row, body, about, request_id=request.state.request_id)
@@ -2683,6 +2697,7 @@ def main(config: Config):
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its "startup complete" comes before the model's
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request is enough
     sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms
     listener = socket.create_server(
         (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET

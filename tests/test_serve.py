@@ -1227,7 +1227,7 @@ def engine_that(script: dict):
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.rfile.read(int(self.headers.get("content-length", 0)))
-            status, body = script[self.path]
+            status, body = script.get(self.path, (404, "not here"))
             self.send_response(status)
             self.end_headers()
             self.wfile.write(body.encode())
@@ -1252,7 +1252,8 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
     before = relay.server.client.base_url
     point(engine.server_port)
     try:
-        assert set(relay.get("/v1/models").json()["data"][0]) == {"id", "created", "object", "owned_by", "examples"}
+        assert set(relay.get("/v1/models").json()["data"][0]) == {"id", "object", "owned_by", "examples"}
+        assert relay.get("/health").status_code == 200  # it has none, but lists its models
         script[chat] = (200, piece + end)  # without usage, and without [DONE]
         asked = dict(stream=True, store=True, metadata={"session_id": "s"})
         assert frames(say(relay, **asked).text)[-1]["choices"][0]["generation_id"]
@@ -1263,10 +1264,12 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         relay.delete("/v1/sessions/s")
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
+            (400, '{"error": {"message": "exceeds the context size", "code": 400}}', 400, "context size"),
         ):  # fmt: skip
             script[chat] = (status, body)
             error = say(relay)
             assert error.status_code == code and word in error.json()["error"]["message"], error.text
+        assert error.json()["error"]["code"] == "context_length_exceeded"
         script[chat] = (200, piece + "data: {broken\n\n")
         last = frames(say(relay, **asked).text)[-1]
         assert last["error"]["code"] == "upstream_dead" and select(relay.database, "SELECT * FROM generation") == []
