@@ -60,6 +60,7 @@ import tyro
 import uvicorn
 from jax import lax
 from jaxtyping import Array, Float, Int
+from markdown_it import MarkdownIt
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -1256,6 +1257,10 @@ class DetokenizeRequest(Struct):
     model: str | None = None
 
 
+class MarkdownRequest(Struct):
+    texts: Annotated[list[str], Meta(max_length=64)]
+
+
 class FeedbackRequest(Struct):
     kind: Literal["thumb", "pair", "edit"]
     generation_a: Id
@@ -2023,6 +2028,7 @@ class Server:
             Route("/v1/completions", partial(self.complete, kind=CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self.complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/responses", self.responses, methods=["POST"]),
+            Route("/markdown", self.markdown, methods=["POST"]),
             *also_v1("/tokenizer_info", self.tokenizer_info),
             *also_v1("/tokenize", self.tokenize, methods=["POST"]),
             *also_v1("/detokenize", self.detokenize, methods=["POST"]),
@@ -2206,6 +2212,14 @@ class Server:
 
     # page ------------------------------------------------------------------------------------------------------------
 
+    async def markdown(self, request):
+        """Answers as trees of Markdown, for the page alone."""
+        body = await read_body(request, MarkdownRequest)
+        if sum(map(len, body.texts)) > MOST_MARKDOWN:
+            raise ApiError(413, f"these texts have more than {MOST_MARKDOWN:,} characters", "texts")
+        trees = await asyncio.to_thread(lambda: [markdown_tree(text) for text in body.texts])
+        return reply({"trees": trees})
+
     async def page(self, request):
         """The chat page: only its own script and style run, and it talks to this server alone."""
         path = HERE / "ui.html"
@@ -2220,6 +2234,42 @@ class Server:
         html = path.read_text(encoding="utf-8").replace('nonce="NONCE"', f'nonce="{nonce}"')
         headers = {"Content-Security-Policy": policy, "Cache-Control": "no-store"}
         return Response(html, 200, headers, "text/html")
+
+
+# HTML is text, images are links to click on, and links lead to the web alone
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
+MARKDOWN.validateLink = re.compile("(https?|mailto):", re.I).match
+MOST_MARKDOWN = 2**17  # characters in a request
+
+
+def markdown_tree(text: str) -> list:
+    """Markdown as strings and lists [tag, attributes, child, ...]. The page makes elements of a few known tags and text
+    nodes of the strings: what a model writes never becomes markup of its own."""
+    tree = []
+    stack = [tree]
+    for block in MARKDOWN.parse(text):
+        for token in block.children if block.type == "inline" else [block]:
+            if token.hidden:  # the paragraphs of a tight list
+                continue
+            if token.nesting < 0:
+                stack.pop()
+            elif token.nesting > 0:
+                stack[-1].append([token.tag, markdown_attributes(token)])
+                stack.append(stack[-1][-1])
+            elif token.type in ("fence", "code_block"):
+                stack[-1].append(["pre", {}, token.content])
+            elif token.type == "softbreak":
+                stack[-1].append("\n")
+            else:  # text, code, a rule, a line's end
+                stack[-1].append([token.tag, {}, token.content] if token.tag else token.content)
+    return tree
+
+
+def markdown_attributes(token) -> dict:
+    """Where a link leads, where a list begins, how a column is aligned."""
+    kept = {name: token.attrs[name] for name in ("href", "start") if name in token.attrs}
+    align = str(token.attrs.get("style", "")).removeprefix("text-align:")
+    return kept | ({"class": align} if align else {})
 
 
 SMALL = 10**7  # parameters, below which a model takes the toy world's rates

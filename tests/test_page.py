@@ -527,11 +527,84 @@ def test_what_a_model_says_stays_text(visit):
     text = answers(page).inner_text()
     for piece in ("<img src=x onerror='window.hacked=1'>", "</script></script>", "[click](javascript:window.hacked=1)"):
         assert piece in text
-    assert log.locator("pre code").inner_text() == "<b>bold</b>"
+    assert log.locator("pre code").inner_text().strip() == "<b>bold</b>"
     page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text }")
     press(page, "Copy code")
-    assert page.evaluate("window.copied") == "<b>bold</b>"
+    assert page.evaluate("window.copied").strip() == "<b>bold</b>"
     assert log.locator("li strong").inner_text() == "one" and log.locator("li code").inner_text() == "two"
+
+
+MARKDOWN = """# Title
+
+1. one
+   - inner
+     - deep
+
+   ```py
+   a < b
+   ```
+2. two
+
+4. **four** `x` ~~no~~
+
+| name | age |
+|---|--:|
+| <b>Ann</b> | 7 |
+
+> said
+
+a & b &lt; [mail](mailto:a@b.example) [here](/v1/models) [data](data:text/html,x) <https://e.example>
+next line
+
+---
+```html
+<i>open</i>"""
+
+
+@needs_browser
+def test_markdown_is_drawn_by_its_rules(visit):
+    page = visit()
+    canned(page, *re.findall(r"[\s\S]{1,9}", MARKDOWN))
+    ask(page, "a")
+    text = answers(page).locator(".text")
+    count = lambda selector: text.locator(selector).count()
+    assert text.locator("h1").inner_text() == "Title" and count("ol") == 1 and count("ol > li") == 3
+    assert count("ol > li > ul > li > ul > li") == 1 and count("ol > li:first-child pre") == 1
+    assert text.locator("pre").all_inner_texts() == ["a < b\n", "<i>open</i>"]
+    assert text.locator("td").all_inner_texts() == ["<b>Ann</b>", "7"] and count("td.right") == 1
+    assert text.locator("blockquote").inner_text() == "said" and count("hr") == 1 and count("s") == 1
+    links = text.locator("a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
+    assert links == ["mailto:a@b.example", "https://e.example"] and count("b, i, img, script") == 0
+    assert "a & b < mail [here](/v1/models) [data](data:text/html,x) https://e.example\nnext line" in text.inner_text()
+    page.reload()
+    answers(page).locator("h1").wait_for()  # an earlier chat is drawn so, too
+
+
+@needs_browser
+def test_what_is_being_written_is_shown_at_once_and_without_a_server_as_text(visit):
+    page = visit()
+    page.evaluate("""() => {
+      const ask = window.fetch, encoder = new TextEncoder()
+      const chunk = choice => encoder.encode(`data: ${JSON.stringify({ choices: [choice] })}\\n\\n`)
+      const stream = new ReadableStream({ start(stream) {
+        window.more = content => { stream.enqueue(chunk({ delta: { content } })) }
+        window.end = () => { stream.enqueue(chunk({ delta: {}, finish_reason: "stop" })); stream.close() }
+      } })
+      window.fetch = (path, options) => path.endsWith("completions") ? new Response(stream) : ask(path, options)
+    }""")
+    page.get_by_label("Message").fill("a")
+    page.keyboard.press("Enter")
+    page.evaluate("more('- **one**\\n')")
+    text = page.locator(".streaming")
+    text.locator("li strong").wait_for()  # a complete line is drawn before the answer ends
+    page.evaluate("more('\\n```\\nx = 1\\n')")
+    text.locator("pre").wait_for()
+    page.evaluate("more('y = 2')")
+    page.wait_for_function("document.querySelector('.streaming pre').innerText.includes('y = 2')")  # within the code
+    page.route("**/markdown", lambda route: route.fulfill(status=500, json={}))
+    page.evaluate("more('\\n```\\n**two**\\n'), end()")
+    answered(page)
+    assert "**two**" in answers(page).inner_text()
 
 
 @needs_browser

@@ -740,6 +740,17 @@ def test_a_long_text_is_refused_before_it_is_tokenised(http):
         assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
 
 
+def test_markdown_is_trees_of_known_tags_and_its_length_is_bounded(http, monkeypatch):
+    texts = ["*a* <b>b</b>", "[x](javascript:y) [z](https://z.example 'title')", "![i](https://z.example)", ""]
+    link = ["a", {"href": "https://z.example"}]
+    assert http.post("/markdown", json={"texts": texts}).json()["trees"] == [
+        [["p", {}, ["em", {}, "a"], " <b>b</b>"]], [["p", {}, "[x](javascript:y) ", [*link, "z"]]],
+        [["p", {}, "!", [*link, "i"]]], [],
+    ]  # fmt: skip
+    monkeypatch.setattr(serve, "MOST_MARKDOWN", 10)
+    assert http.post("/markdown", json={"texts": ["a" * 6] * 2}).status_code == 413
+
+
 def test_addresses_that_are_none_keys_in_any_case_and_labels(http):
     for headers in ({"host": "[::1"}, {"origin": "http://[::1"}):
         assert (
