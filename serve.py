@@ -1170,6 +1170,7 @@ BODY_SECONDS = 20.0  # seconds that a client may take to send a body
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 TokenId = Annotated[int, Meta(ge=0)]
 Stop = Annotated[str, Meta(min_length=1, max_length=64)]
+Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
 
 
 # options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
@@ -1219,7 +1220,7 @@ class Sampling(Unsupported, kw_only=True):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     store: bool | Literal["on_vote"] | None = None  # keep the answers, so that they can be voted on: `log_generation`
-    metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     best_of: Any = None
 
 
@@ -1243,6 +1244,40 @@ class ChatRequest(Sampling, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
+
+
+class ResponsePart(Struct):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class ResponseItem(Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ResponsePart]
+    type: Literal["message"] = "message"
+
+
+# of the Responses API, which keeps no conversations here: the messages of one are sent again each time
+NEUTRAL_RESPONSES = {
+    "previous_response_id": (), "conversation": (), "prompt": (), "include": (), "tools": (), "max_tool_calls": (),
+    "background": (False,), "truncation": ("disabled",), "top_logprobs": (0,), "tool_choice": ("auto", "none"),
+    "reasoning": ({"effort": "none"},), "text": ({"format": {"type": "text"}},),
+}  # fmt: skip
+UnsupportedResponses = msgspec.defstruct(
+    "UnsupportedResponses", [(k, Any, None) for k in NEUTRAL_RESPONSES], kw_only=True
+)
+
+
+class ResponsesRequest(UnsupportedResponses, kw_only=True):
+    input: str | Annotated[list[ResponseItem], Meta(min_length=1, max_length=1024)]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    store: bool | Literal["on_vote"] | None = None
+    metadata: Metadata | None = None
 
 
 class TokenizeRequest(Struct):
@@ -1329,9 +1364,9 @@ def decode_body(body: bytes, kind):
         raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
 
 
-def refuse_unsupported(request: Sampling):
-    """Options that would change the answer must not be ignored."""
-    for name, values in (NEUTRAL | {"best_of": (request.n or 1,)}).items():
+def refuse_unsupported(request, neutral: dict):
+    """Options that would change the answer must not be ignored. `neutral`: the values of each that ask for nothing."""
+    for name, values in neutral.items():
         if getattr(request, name) not in (None, "", [], {}, *values):
             also = "".join(f", or send {json.dumps(value)}" for value in values[:1])
             raise ApiError(400, f"{name} is not supported: leave it out{also}", name, "unsupported_value")
@@ -1454,7 +1489,7 @@ class Job:
 
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """A request with its choices; ApiError if it asks for something that it may not."""
-    refuse_unsupported(request)
+    refuse_unsupported(request, NEUTRAL | {"best_of": (request.n or 1,)})
     chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
     goes_on = not chat or request.messages[-1].role == "assistant"
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
@@ -1647,6 +1682,87 @@ async def stream_job(job: Job, server: "Server"):
         LOG.exception("request %s failed", job.request_id)
         yield frame(ApiError(500, f"the server failed at this request; its log knows more about {job.request_id}").body)
         yield done
+    finally:
+        job.cancel()
+
+
+def as_chat(request: ResponsesRequest) -> ChatRequest:
+    """The chat that a request to the Responses API is."""
+    refuse_unsupported(request, NEUTRAL_RESPONSES)
+    items = [ResponseItem("user", request.input)] if isinstance(request.input, str) else request.input
+    text = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
+    messages = [Message(item.role, text(item.content)) for item in items]
+    if request.instructions:
+        messages.insert(0, Message("system", request.instructions))
+    same = {name: getattr(request, name) for name in ("model", "temperature", "top_p", "stream", "store", "metadata")}
+    return ChatRequest(messages=messages, max_completion_tokens=request.max_output_tokens, **same)
+
+
+STATUSES = {"stop": "completed", "length": "incomplete", "abort": "cancelled", None: "in_progress"}
+
+
+def response_message(job: Job, text: str, finish: str | None) -> dict:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    message = {"type": "message", "id": "msg_" + job.id, "role": "assistant", "content": [part]}
+    return message | {"status": STATUSES[finish]} | extras(job, job.choices[0])
+
+
+def response_body(job: Job, text: str = "", finish: str | None = None) -> dict:
+    """The answer as the Responses API has it: a response with one message; without a `finish` it is still written."""
+    status, request, usage = STATUSES[finish], job.request, job.usage()
+    counted = dict(
+        input_tokens=usage["prompt_tokens"], input_tokens_details=usage["prompt_tokens_details"],
+        output_tokens=usage["completion_tokens"], output_tokens_details={"reasoning_tokens": 0},
+        total_tokens=usage["total_tokens"],
+    )  # fmt: skip
+    return dict(
+        id="resp_" + job.id, object="response", created_at=job.created, model=job.model.name, status=status,
+        output=[response_message(job, text, finish)] if finish else [], usage=counted if finish else None, error=None,
+        incomplete_details={"reason": "max_output_tokens"} if finish == "length" else None,
+        instructions=None, metadata=request.metadata or {}, temperature=job.choices[0].temperature,
+        top_p=job.choices[0].top_p, max_output_tokens=request.max_completion_tokens, parallel_tool_calls=False,
+        tool_choice="none", tools=[], text={"format": {"type": "text"}}, truncation="disabled",
+        previous_response_id=None, background=False,
+    )  # fmt: skip
+
+
+async def stream_response(job: Job, server: "Server"):
+    """A job as the events of the Responses API."""
+    numbers, choice = itertools.count(), job.choices[0]
+    at = {"item_id": "msg_" + job.id, "output_index": 0, "content_index": 0}
+
+    def event(kind, **more):
+        return f"event: {kind}\n".encode() + frame({"type": kind, "sequence_number": next(numbers)} | more)
+
+    try:
+        begun = response_body(job)
+        item, (part,) = (message := response_message(job, "", None)) | {"content": []}, message["content"]
+        yield event("response.created", response=begun) + event("response.in_progress", response=begun)
+        yield event("response.output_item.added", output_index=0, item=item)
+        yield event("response.content_part.added", **at, part=part)
+        delta = None
+        while delta is None or not delta.finish:
+            try:
+                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
+            except TimeoutError:
+                yield b": ping\n\n"
+                continue
+            if delta.error:
+                raise RuntimeError(delta.error)
+            if delta.text:
+                yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+        await server.log_generation(job, choice)
+        body = response_body(job, choice.text, choice.finish)
+        (item,) = body["output"]
+        yield event("response.output_text.done", **at, text=choice.text, logprobs=[])
+        yield event("response.content_part.done", **at, part=item["content"][0])
+        yield event("response.output_item.done", output_index=0, item=item)
+        yield event(f"response.{body['status']}", response=body)
+    except Exception:
+        LOG.exception("request %s failed", job.request_id)
+        message = f"the server failed at this request; its log knows more about {job.request_id}"
+        error = {"code": "server_error", "message": message}
+        yield event("response.failed", response=response_body(job) | {"status": "failed", "error": error})
     finally:
         job.cancel()
 
@@ -2095,28 +2211,39 @@ class Server:
     async def complete(self, request: Request, kind):
         self.need_engine()
         body = await read_body(request, kind)
+        job = self.submit(body, request)
+        if body.stream:
+            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
+        deltas = await self.collect(request, job)
+        return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+
+    def submit(self, body: Sampling, request: Request) -> Job:
+        """Give the engine a job, or refuse it."""
         model = self.find_model(body.model)
         job = make_job(body, model, self.config)
         job.request_id = request.state.request_id
         if not self.engine.submit(model, job.choices):
             raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1")
-        if body.stream:
-            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        return await self.answer(request, job)
+        return job
 
     async def responses(self, request):
-        hint = "use /v1/chat/completions (in the openai client: client.chat.completions.create)"
-        raise ApiError(404, f"this server has no Responses API: {hint}", code="responses_not_supported")
+        self.need_engine()
+        body = as_chat(await read_body(request, ResponsesRequest))
+        job = self.submit(body, request)
+        if body.stream:
+            return StreamingResponse(stream_response(job, self), 200, STREAM_HEADERS, "text/event-stream")
+        (delta,) = await self.collect(request, job)
+        return reply(response_body(job, delta.text, delta.finish))
 
-    async def answer(self, request: Request, job: Job) -> Response:
-        """Wait for all choices and answer with them, unless the client hangs up first."""
+    async def collect(self, request: Request, job: Job) -> list[Delta]:
+        """The last deltas of all choices, stored if that is wanted, unless the client hangs up first."""
         try:
             deltas = await unless_gone(request, collect(job))
             for delta in deltas:
                 await self.log_generation(job, delta.choice)
         finally:
             job.cancel()
-        return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+        return deltas
 
     async def log_generation(self, job: Job, choice: Choice):
         if choice.generation_id:
@@ -2487,11 +2614,19 @@ class Relay(Server):
     async def forward(self, request: Request):
         """The engine's own answer to a request that is not about votes."""
         options = {"json": decode_body(await read_bytes(request), dict)} if request.method == "POST" else {}
-        response = await self.ask(request.method, request.url.path, params=str(request.url.query), **options)
-        content = await unless_gone(request, response.aread())
-        return Response(content, response.status_code, media_type=response.headers.get("content-type"))
+        asked = self.ask(request.method, request.url.path, params=str(request.url.query), **options)
+        response = await unless_gone(request, asked)
 
-    metrics = tokenizer_info = tokenize = detokenize = forward
+        async def pieces():
+            try:
+                async for piece in response.aiter_bytes():
+                    yield piece
+            finally:
+                await response.aclose()
+
+        return StreamingResponse(pieces(), response.status_code, media_type=response.headers.get("content-type"))
+
+    responses = metrics = tokenizer_info = tokenize = detokenize = forward
 
     async def health(self, request):
         try:

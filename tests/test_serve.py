@@ -729,9 +729,48 @@ def test_a_stream_that_fails_ends_in_an_error(http, live, monkeypatch):
     assert "disk full" not in text and frames(text)[-1]["error"]["type"] == "server_error"
 
 
-def test_the_other_api_of_openai_is_refused_in_words(client):
-    with pytest.raises(openai.NotFoundError, match="use /v1/chat/completions"):
-        client.responses.create(model="one", input="a b")
+@pytest.mark.parametrize("by", ["live", "relay"])
+def test_the_responses_api_says_what_the_chat_says(http, live, request, by):
+    url = live.url if by == "live" else request.getfixturevalue("relay").url
+    client = openai.OpenAI(base_url=url + "/v1", api_key="unused", max_retries=0)
+    messages = [{"role": "system", "content": "d"}, *ASK]
+    chat = http.post("/v1/chat/completions", json=dict(messages=messages, temperature=0, max_tokens=7)).json()
+    asked = dict(model="one", instructions="d", input="a b c", temperature=0, max_output_tokens=7)
+    whole = client.responses.create(**asked)
+    assert whole.output_text == chat["choices"][0]["message"]["content"] and whole.output[0].role == "assistant"
+    assert whole.status == ("incomplete" if chat["choices"][0]["finish_reason"] == "length" else "completed")
+    assert whole.usage.output_tokens == chat["usage"]["completion_tokens"]
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "a b c"}]}]
+    assert client.responses.create(**asked | {"input": parts}).output_text == whole.output_text
+    with client.responses.stream(**asked) as events:
+        events = list(events)
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [f"response.{name}" for name in (
+        "created", "in_progress", "output_item.added", "content_part.added")]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    last = events[-1]
+    assert text == last.response.output_text == whole.output_text and last.type == f"response.{whole.status}"
+    for more, name in (
+        ({"previous_response_id": "x"}, "previous_response_id"), ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"), ({"reasoning": {"effort": "high"}}, "reasoning"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=name):
+            client.responses.create(**asked | more)
+
+
+def test_a_response_is_stored_on_request_and_one_that_fails_says_so(votes, http, live, monkeypatch):
+    ask = lambda **more: http.post("/v1/responses", json={"input": "a b c", "max_output_tokens": 5} | more)
+    stored = ask(store=True).json()["output"][0]["generation_id"]
+    assert [row["id"] for row in select(votes, "SELECT id FROM generation")] == [stored]
+
+    async def fail(*_):
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(live.server.store, "do", fail)
+    text = ask(store=True, stream=True).text
+    last = json.loads(text.strip().rpartition("data: ")[2])
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed") and "disk" not in text
 
 
 def test_a_long_text_is_refused_before_it_is_tokenised(http):
