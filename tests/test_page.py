@@ -343,7 +343,7 @@ def test_after_settings_one_writes_and_a_message_may_begin_with_a_slash(visit):
     bodies = sent(page)
     press(page, "Settings")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement.id === 'input'")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
     page.keyboard.type("/etc a")
     page.keyboard.press("Enter")
     page.get_by_text("begin with //").wait_for()
@@ -389,7 +389,7 @@ def test_the_page_waits_for_an_engine_that_cannot_be_reached(visit):
 def test_old_turns_are_left_out_and_it_is_said(visit):
     page = visit()
     ask(page, "a b")
-    page.wait_for_function("document.querySelector('#checkpoint').textContent.includes('% full')")
+    page.wait_for_function("() => document.querySelector('#checkpoint').textContent.includes('% full')")
     for _ in range(3):
         ask(page, "c d " * 250)
     assert "earlier messages left out" not in page.locator("#log").inner_text()
@@ -491,10 +491,12 @@ def test_settings_show_what_a_blank_means_and_give_the_focus_back(visit):
     shown = [page.locator(f'[data-setting="{name}"]').get_attribute("placeholder") for name in ("temperature", "top_p")]
     assert shown == ["1", "off"]
     page.keyboard.press("Escape")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
     page.keyboard.type("a b")  # the blank must not open the settings again
     assert page.locator("#input").input_value() == "a b" and not page.locator("#settings").is_visible()
 
 
+@needs_browser
 def test_an_answer_that_was_cut_goes_on(visit):
     page = visit()
     bodies = sent(page)
@@ -600,7 +602,9 @@ def test_what_is_being_written_is_shown_at_once_and_without_a_server_as_text(vis
     page.evaluate("more('\\n```\\nx = 1\\n')")
     text.locator("pre").wait_for()
     page.evaluate("more('y = 2')")
-    page.wait_for_function("document.querySelector('.streaming pre').innerText.includes('y = 2')")  # within the code
+    page.wait_for_function(
+        "() => document.querySelector('.streaming pre').innerText.includes('y = 2')"
+    )  # within the code
     page.route("**/markdown", lambda route: route.fulfill(status=500, json={}))
     page.evaluate("more('\\n```\\n**two**\\n'), end()")
     answered(page)
@@ -699,6 +703,74 @@ def test_a_phone_scrolls_only_down_and_everything_has_a_name(visit):
         page.get_by_role("button", name=name).click()
         check()
         page.keyboard.press("Escape")
+
+
+NAME_OF_FOCUS = """() => {
+  const at = document.activeElement, name = at.ariaLabel || at.labels?.[0]?.innerText || at.innerText
+  return [name.trim(), getComputedStyle(at).outlineStyle]
+}"""
+
+
+def tab_to(page, name, key="Tab"):
+    """Press Tab until the focus is on what has this name, and is seen there."""
+    for _ in range(40):
+        page.keyboard.press(key)
+        found, outline = page.evaluate(NAME_OF_FOCUS)
+        if re.fullmatch(name, found):
+            assert outline != "none" or found == "Message", f"the focus on {found} is not seen"
+            return
+    raise AssertionError(f"{name} cannot be reached with {key}")
+
+
+@needs_browser
+def test_the_keyboard_alone_chats_votes_sets_and_compares(visit, url):
+    page, (pairs, thumbs, edits) = visit(consent=False), counts(url)
+    bodies, type_ = sent(page), page.keyboard.type
+
+    def press_keys(*keys):
+        for key in keys:
+            page.keyboard.press(key)
+
+    tab_to(page, "Read and decide")
+    press_keys("Enter")
+    tab_to(page, "Agree")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    type_("a b")
+    press_keys("Enter")
+    answered(page)
+    tab_to(page, "Good answer", "Shift+Tab")
+    press_keys("Space")
+    page.get_by_role("button", name="Good answer", pressed=True).wait_for()
+    tab_to(page, "helpful")
+    press_keys("Enter")
+    page.get_by_role("button", name="helpful", pressed=True).wait_for()
+    tab_to(page, "Correct this answer", "Shift+Tab")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.ariaLabel === 'New text'")
+    type_("yes")  # after what is there
+    press_keys("Enter")
+    page.get_by_text("corrected by you").wait_for()
+    assert counts(url) == (pairs, thumbs + 1, edits + 1)
+
+    tab_to(page, "Settings", "Shift+Tab")
+    press_keys("Enter")
+    tab_to(page, "Temperature")
+    type_("0.5")
+    press_keys("Escape")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    tab_to(page, "Compare two answers", "Shift+Tab")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    type_("c")
+    press_keys("Enter")
+    answered(page)
+    press_keys("2")
+    page.get_by_text("B is better. Stored.").wait_for()
+    assert counts(url) == (pairs + 1, thumbs + 1, edits + 1) and bodies[-1]["temperature"] == 0.5
+    press_keys("Control+Shift+O")  # a new chat, where one writes at once
+    type_("d")
+    assert page.get_by_label("Message").input_value() == "d" and answers(page).count() == 0
 
 
 @needs_browser
