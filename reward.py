@@ -466,6 +466,9 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
+    if config.pool == "probe" and not config.suffix:  # what the frozen model knows without labels
+        said = pair_logprobs(gpt.shard(gpt.load_frozen(config.init, config.dtype)), batches)
+        result["beside_likelihood"] = compare_with_likelihood(gaps, *said, longer_by)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
         result["gold"] = compare_with_gold(scores, texts, gpt.load_function(config.gold))
     return result
@@ -524,15 +527,50 @@ def compare_with_length(gaps, longer_by) -> dict | None:
     longer, shorter = longer_by > 0, longer_by < 0
     if not (longer.any() and shorter.any()):
         return None
-    model, rule = int((right & shorter).sum()), int((~right & longer).sum())  # only this one is right
+    model, rule, p = mcnemar(right[unequal], longer[unequal])
     return {
         "accuracy": float(right[unequal].mean()),
         "longer_wins": float(longer[unequal].mean()),
         "only_model_right": model,
         "only_longer_right": rule,
-        "p": float(binomtest(model, model + rule).pvalue) if model + rule else 1.0,
-        "balanced": float((right[longer].mean() + right[shorter].mean()) / 2),
+        "p": p,
+        "balanced": balanced_accuracy(right, longer_by),
     }
+
+
+def mcnemar(right, other) -> tuple[int, int, float]:
+    """In how many pairs only the first is right, only the other one, and how likely a fair coin decides these pairs so
+    unevenly or more: McNemar's exact test, two-sided. Both (N,), whether a rule is right."""
+    first, second = int((right & ~other).sum()), int((~right & other).sum())
+    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+
+
+def balanced_accuracy(right, longer_by) -> float:
+    """The mean of two accuracies: of pairs whose chosen answer is the longer one, and whose chosen one is shorter."""
+    return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
+
+
+def pair_logprobs(policy: gpt.GPT, batches: gpt.Batches):
+    """log p of both answers, and how many tokens they have with their end: (N, 2) each, in the order of the scores."""
+    logprobs = jax.jit(gpt.completion_logprobs)
+    found = []
+    for batch, real_rows in batches.once():
+        batch = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
+        found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, batch))])
+    return [np.concatenate(parts) for parts in zip(*found)]
+
+
+def compare_with_likelihood(gaps, logprobs, tokens, longer_by) -> dict:
+    """Scores against two rules that ask the model itself and no label: the answer with the higher log p is the better
+    one, or the one with the higher log p a token. logprobs, tokens (N, 2), chosen first; see `compare_with_length`."""
+    rules = {"sum": logprobs, "mean": logprobs / tokens}
+    found, both = {}, (longer_by > 0).any() and (longer_by < 0).any()
+    for name, said in rules.items():
+        right = said[:, 0] > said[:, 1]
+        model, rule, p = mcnemar(gaps > 0, right)
+        found[name] = {"accuracy": float(right.mean()), "only_model_right": model, "only_rule_right": rule, "p": p}
+        found[name]["balanced"] = balanced_accuracy(right, longer_by) if both else None
+    return found
 
 
 def best_of(gaps, chosen) -> dict | None:
@@ -594,6 +632,10 @@ def print_report(result: dict):
         print(
             f"  beside that rule: {beside['accuracy']:.3f} (p {beside['p']:.2g}), and {beside['balanced']:.3f} on "
             "average over pairs whose longer and whose shorter side is chosen"
+        )
+    for name, rule in result.get("beside_likelihood", {}).items():
+        print(
+            f"  beside the frozen model's own log p of the answers, {name}: {rule['accuracy']:.3f} (p {rule['p']:.2g})"
         )
     if choices := result.get("best_of"):
         share = "{:.3f} [{:.3f}, {:.3f}]".format(choices["accuracy"], *choices["accuracy_interval"])
