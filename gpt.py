@@ -2900,12 +2900,21 @@ PATIENCE = 30  # seconds after which a log file is told how far a run is; steps 
 GRACE = 60  # seconds that the step under way is given to end in, after a signal
 
 
-def progress(total=None, **options):
-    """A progress bar on a terminal and silence in a log file."""
+def progress(total=None, lines=True, **options):
+    """A progress bar on a terminal; in a log file a line every PATIENCE seconds, with lines=False none."""
     from tqdm import tqdm
 
+    class Lines:
+        write = lambda self, text: sys.stderr.write(f"{x}\n" if (x := text.strip("\r\n ")) else "")
+        flush = lambda self: sys.stderr.flush()
+
+    if lines and not sys.stderr.isatty():
+        form = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}"
+        options |= dict(file=Lines(), mininterval=PATIENCE, delay=PATIENCE, bar_format=form)
+    elif not lines:
+        options |= dict(disable=None)
     silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
-    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
+    return tqdm(total=total, dynamic_ncols=True, **options | (dict(disable=True) if silent else {}))
 
 
 def cli(main, config_class, description: str):
@@ -3096,8 +3105,9 @@ class Run:
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
         self._bar = progress(
-            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
-        )
+            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step",
+            lines=False,
+        )  # fmt: skip
         self._clock = self._said = time.perf_counter()
         self._first = self._next = first
         with self._signals():

@@ -481,7 +481,7 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
-    for batch, real_rows in batches.once():
+    for batch, real_rows in shown(batches, "scores of held-out pairs"):
         flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
         on_device = gpt.put_batch(flat)
         scores.append(mean_score(members, on_device)[: 2 * real_rows])
@@ -491,6 +491,13 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
         texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * real_rows]
     join = lambda parts: np.concatenate(parts).reshape(-1, 2) if parts else None
     return join(scores), join(taught), join(lengths), texts
+
+
+def shown(batches: gpt.Batches, what: str):
+    """`batches.once()` with a progress bar."""
+    return gpt.progress(
+        -(-sum(batches.sizes) // batches.batch_size), iterable=batches.once(), desc=what, unit="batches"
+    )
 
 
 def split_texts(flat, tokenizer, suffix):
@@ -554,7 +561,7 @@ def pair_logprobs(policy: gpt.GPT, batches: gpt.Batches):
     """log p of both answers, and how many tokens they have with their end: (N, 2) each, in the order of the scores."""
     logprobs = jax.jit(gpt.completion_logprobs)
     found = []
-    for batch, real_rows in batches.once():
+    for batch, real_rows in shown(batches, "log p of held-out pairs"):
         batch = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
         found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, batch))])
     return [np.concatenate(parts) for parts in zip(*found)]

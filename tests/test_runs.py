@@ -182,6 +182,15 @@ def test_a_log_file_hears_of_a_long_step_and_of_many_short_ones(tmp_path, capsys
     assert any(line.startswith("step    12/200  loss") for line in said)  # not one of every tenth
 
 
+def test_a_log_file_hears_of_long_work_and_not_of_short(capsys, monkeypatch):
+    monkeypatch.setattr(gpt, "PATIENCE", 0.2)
+    for seconds, heard in ((0.6, True), (0.0, False)):
+        for _ in gpt.progress(10, iterable=range(10), desc="scores", unit="batches"):
+            time.sleep(seconds / 10)
+        said = capsys.readouterr().err.splitlines()
+        assert bool(said) == heard and all(line.startswith("scores: ") and "/10 batches, 00:0" in line for line in said)
+
+
 def busy(seconds: float):
     """Keep the main thread outside of Python, where its signal handlers are not called, as a rollout's arrays do."""
     signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # another thread gets it, else it would end the sleep
