@@ -438,8 +438,9 @@ def correlation(a, b) -> float:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
-    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members)."""
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=(), own=None) -> dict:
+    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members). `own` is what
+    `pair_logprobs` gives."""
     scores, taught, lengths, texts = score_pairs(members, teachers, batches, tokenizer)
     gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
     n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
@@ -466,9 +467,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
-    if config.pool == "probe" and not config.suffix:  # what the frozen model knows without labels
-        said = pair_logprobs(gpt.shard(gpt.load_frozen(config.init, config.dtype)), batches)
-        result["beside_likelihood"] = compare_with_likelihood(gaps, *said, longer_by)
+    if own:
+        result["beside_likelihood"] = compare_with_likelihood(gaps, *own, longer_by)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
         result["gold"] = compare_with_gold(scores, texts, gpt.load_function(config.gold))
     return result
@@ -557,13 +557,14 @@ def balanced_accuracy(right, longer_by) -> float:
     return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
 
 
-def pair_logprobs(policy: gpt.GPT, batches: gpt.Batches):
-    """log p of both answers, and how many tokens they have with their end: (N, 2) each, in the order of the scores."""
-    logprobs = jax.jit(gpt.completion_logprobs)
-    found = []
+def pair_logprobs(config: Config, heldout: str, tokenizer):
+    """What --init itself says of held-out pairs, in the order of the scores: log p of both answers and the numbers of
+    their tokens, end included, (N, 2) each."""
+    policy, logprobs = gpt.shard(gpt.load_frozen(config.init, config.dtype)), jax.jit(gpt.completion_logprobs)
+    batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, split_prompts=True), []
     for batch, real_rows in shown(batches, "log p of held-out pairs"):
-        batch = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
-        found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, batch))])
+        batch = {name: batch[name] for name in ("tokens", "segments", "mask", "prefix", "prefix_mask")}
+        found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, gpt.put_batch(batch)))])
     return [np.concatenate(parts) for parts in zip(*found)]
 
 
@@ -811,7 +812,9 @@ def main(config: Config):
         print("no held-out pairs (--heldout): no report")
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
-    result = report(members, pairs, tokenizer, config, teachers)
+    probed = config.pool == "probe" and not config.suffix  # a suffix stands where the answer's end would
+    own = pair_logprobs(config, heldout, tokenizer) if probed else None
+    result = report(members, pairs, tokenizer, config, teachers, own)
     if jax.process_index() > 0:
         return
     gpt.write_json(config.out / "report.json", result)
