@@ -3122,7 +3122,7 @@ class Run:
     @contextmanager
     def _signals(self):
         """Python calls its handlers between two of its own instructions, so not while it waits for the device. The
-        number of a signal goes at once to a thread that reads it from a pipe."""
+        number of a signal goes at once to a thread that reads it from a pipe (findings/jax_ctrl_c.sh)."""
         main_thread = threading.current_thread() is threading.main_thread()
         numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
         before = {number: signal.signal(number, self._note_signal) for number in numbers}
