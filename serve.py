@@ -382,7 +382,7 @@ def quality_table(models: list, max_kl: float) -> str:
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
 MOST_STEPS = 8  # tokens that one call decodes at most
-PIECES = (16, 64, 256)  # tokens of a prompt that one call reads: between two calls others get their tokens
+PIECES = (16, 24, 40, 64, 128, 256)  # tokens of a prompt that one call reads: between calls others get their tokens
 PROMPTS = (1, 4, 16)  # of the smallest piece several prompts are read in one call
 
 
@@ -767,6 +767,14 @@ def shared(a: list, b: list) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
 
 
+def piece_size(rest: int, pieces: list[int]) -> int:
+    """The size in which a prompt of which `rest` tokens are unread is read on: the smallest that holds them all if it
+    is at most half as wide again, or the largest that they fill. On a CPU a call of 16 tokens takes 39 ms, of 24 46, of
+    64 99 and of 256 305 (SmolLM2-135M, one core)."""
+    whole = [n for n in pieces if rest <= n <= max(1.5 * rest, pieces[0])]
+    return whole[0] if whole else max(n for n in pieces if n <= rest)
+
+
 class Served:
     """A model with its slots and its queue. Only the engine's thread touches what is on the device."""
 
@@ -955,8 +963,7 @@ class Served:
         group = short or [next(iter(self.filling))]
         count = max(n for n in self.prompt_counts(self.pieces[0]) if n == 1 or 4 * len(group) >= 3 * n)
         group, rest = group[:count], left[group[0]]
-        # the widest piece of which at least half is needed
-        size = self.pieces[0] if short else max(n for n in self.pieces if n == self.pieces[0] or 2 * rest >= n)
+        size = piece_size(rest, self.pieces)
         pieces = []
         for slot in group:
             choice = self.filling[slot]

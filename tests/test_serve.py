@@ -297,6 +297,13 @@ def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder
     assert (device.model.state.remaining[list(device.model.running)] == 1).all()
 
 
+def test_a_piece_is_about_as_wide_as_what_is_left():
+    pieces = [16, 24, 64, 256]
+    wanted = {1: 16, 16: 16, 17: 24, 24: 24, 25: 24, 43: 64, 64: 64, 100: 64, 171: 256, 300: 256}
+    assert {rest: serve.piece_size(rest, pieces) for rest in wanted} == wanted
+    assert serve.piece_size(3, [8]) == serve.piece_size(30, [8]) == 8
+
+
 def test_a_long_prompt_is_read_in_pieces_and_never_past_the_context(folder, monkeypatch):
     device = Recorder(folder, monkeypatch)
     ids = list(range(100, 160))
