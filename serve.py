@@ -449,7 +449,7 @@ def attend(q, cache, slots, positions):
 
     def block(i, carry):
         top, total, out = carry
-        k, v = (read_rows(x, slots, i * size, size) for x in cache)
+        k, v = (read_rows(x, slots, i * size, size).astype(q.dtype) for x in cache)
         scores = gpt.einsum("bkgte,bkse->bkgts", q, k, jnp.float32) / np.sqrt(E)
         visible = i * size + jnp.arange(size) <= positions[:, None, None, :, None]
         scores = jnp.where(visible, scores, gpt.MASKED)
@@ -478,7 +478,7 @@ def run_layers(weights: Weights, caches, tokens, slots, starts):
             q, k = block.q_norm(q), block.k_norm(k)
         if rope is not None:
             q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)
-        cache = tuple(write_rows(old, new, slots, starts) for old, new in zip(cache, (k, v)))
+        cache = tuple(write_rows(old, new.astype(old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
         x = x + block.o(attend(q, cache, slots, positions).swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = block.norm2(x)
         h = jax.nn.gelu(block.up(h)) if block.gate is None else jax.nn.silu(block.gate(h)) * block.up(h)
@@ -806,12 +806,16 @@ class Served:
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))  # the one that is free longest first
-        self.held: list[list[int]] = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
-        rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
-        places = self.context + -self.context % block_size(self.context)
-        place = lambda: jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), self.model.norm.scale.dtype)
-        self.caches = tuple((jax.device_put(place(), rows), jax.device_put(place(), rows)) for _ in range(c.layers))
+        self.make_caches(self.model.norm.scale.dtype)
         self.candidates = list(self.measure()) if config.quality else []
+
+    def make_caches(self, dtype):
+        self.caches = None
+        self.held = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
+        c, places = self.model_config, self.context + -self.context % block_size(self.context)
+        rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
+        place = lambda: jax.device_put(jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), dtype), rows)
+        self.caches = tuple((place(), place()) for _ in range(c.layers))
 
     def measure(self):
         """A Candidate for the full weights and the form that is asked for, or for every form where none or "auto" is:
@@ -838,7 +842,9 @@ class Served:
                 self.name, self.quantization,
             )  # fmt: skip
         model, self.model, self.weights = self.model, None, None
-        self.held = [[] for _ in range(self.slots)]  # keys and values are those of these weights alone
+        # keys and values are those of these weights alone, and rounded ones need no more than 11 bits
+        dtype = model.norm.scale.dtype
+        self.make_caches(jnp.float16 if dtype == jnp.float32 and self.quantization != "none" else dtype)
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
         jax.block_until_ready(self.weights)
         del model
@@ -1110,7 +1116,7 @@ class Engine:
             for model in self.models:
                 model.compress()
                 model.warm_up()
-            gc.collect()
+            return_memory()
             gc.freeze()  # a garbage collection over all that was compiled would stop every thread for a while
             self.ready = True
             self.on_ready()

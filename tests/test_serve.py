@@ -1380,6 +1380,7 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
             model.step(lambda delta: None)
         assert serve.describe(model)["quantization"] == how
         assert model.model is None  # the full weights are freed
+        assert model.caches[0][0].dtype == jnp.float16  # half the memory of the full weights' keys and values
     for choice, tokens, mask in zip(choices, out.tokens, out.mask):
         assert choice.ids_drawn == tokens[mask > 0].tolist()
 
