@@ -899,12 +899,13 @@ class Served:
         return bool(self.running or self.waiting)
 
     def step(self, post):
-        """One turn: end what was cancelled, let waiting choices in, read a piece of a prompt, draw some tokens for all
-        whose prompt is read. `post` takes deltas."""
+        """One turn: end what was cancelled, let waiting choices in, read as much of their prompts as the widest piece
+        holds, draw some tokens for all whose prompt is read. `post` takes deltas."""
         self.reap(post)
         self.admit()
-        if self.filling:
-            self.fill(post)
+        room = self.pieces[-1]
+        while self.filling and room > 0:
+            room -= self.fill(post)
         if len(self.running) > len(self.filling):
             self.advance(post)
 
@@ -962,8 +963,8 @@ class Served:
             return self.free[0], best, known[best]
         return free, free, known[free]
 
-    def fill(self, post):
-        """Read the next piece of one prompt, or of several where these are short."""
+    def fill(self, post) -> int:
+        """Read the next piece of one prompt, or of several where these are short; the number of tokens in the call."""
         left = {slot: len(choice.ids) - 1 - choice.filled for slot, choice in self.filling.items()}
         short = [slot for slot, n in left.items() if n <= self.pieces[0]]
         group = short or [next(iter(self.filling))]
@@ -988,6 +989,7 @@ class Served:
             self.held[slot] = choice.ids[: choice.filled]
             if choice.filled == len(choice.ids) - 1:
                 self.filled(choice, slot, post)
+        return count * size
 
     def filled(self, choice: Choice, slot: int, post):
         """The prompt is read: let it draw. Keep the log-probs of an echoed one (its first token has none). A choice

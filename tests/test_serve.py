@@ -319,6 +319,17 @@ def test_a_long_prompt_is_read_in_pieces_and_never_past_the_context(folder, monk
     assert device.calls[0][2][0][0] == [*ids[48:], 1, 2]
 
 
+def test_a_turn_reads_as_much_as_the_widest_piece_holds(folder, monkeypatch):
+    device, draws = Recorder(folder, monkeypatch), []
+    monkeypatch.setattr(device.model, "advance", lambda post: draws.append(len(device.calls)))
+    device.ask(*(list(range(i, i + 28)) for i in (100, 200, 300)), [1, 2])
+    device.model.step(device.posted.append)  # the short one, and one of 27 tokens
+    assert [size for _, size, _ in device.calls] == [16, 32] and draws == [2]
+    device.model.step(device.posted.append)
+    device.model.step(device.posted.append)
+    assert [size for _, size, _ in device.calls] == [16, 32, 32, 32] and draws == [2, 3, 4]
+
+
 def test_what_a_slot_holds_is_not_read_again(folder, monkeypatch):
     """The second turn of a talk, a second answer to one prompt, and another talk, which takes another slot."""
     device = Recorder(folder, monkeypatch)
