@@ -130,7 +130,7 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
     elif reward.models:
-        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "segments")]
+        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "mask")]
         inputs = *prompts, generation.tokens, generation.mask, ends, chunks(config)
         scores = jnp.stack([gpt.score(model, *inputs) for model in reward.models]).mean(0)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)

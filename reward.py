@@ -534,8 +534,7 @@ def check_inputs(config: Config, tokenizer):
     """What is needed after training is there before it."""
     heldout = config.heldout or gpt.heldout_file(config.data)
     if config.normalize_with:
-        theirs = gpt.need_tokenizer(gpt.find_folder(config.normalize_with))
-        gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.normalize_with)
+        gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
         load_prompts(config, tokenizer, 1)
     if heldout:
         gpt.open_text(heldout).close()
