@@ -1,6 +1,6 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 600 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 620 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
     III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
@@ -779,10 +779,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
-        return self._decode([i for i in map(int, ids) if i not in self.special_ids])
-
-    def _decode(self, ids) -> str:
-        return self._library.decode(ids, skip_special_tokens=False)
+        shown = [i for i in map(int, ids) if i not in self.special_ids]
+        return self._library.decode(shown, skip_special_tokens=False)
 
     def decode_rows(self, tokens, mask) -> list[str]:
         """The text of each row of ids (B, T), without the ids whose mask is 0."""
@@ -1932,7 +1930,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 #
 #   key                   shape    what it is
 #   tokens                (B, T)   ids, and PAD where a row has no more of them; of pairs (B, 2, T), chosen first
-#   mask                  (B, T)   1 on scored tokens: an answer's and its end. Of prompts alone, 1 on all their tokens
+#   mask                  (B, T)   1 on scored tokens: an answer's and its end, or all of a text but its first. Prompts
+#                                  alone have none: there it is 1 on all tokens
 #   segments              (B, T)   1, 2, ...: which text of its row a token is of; 0 on PAD. Not of prompts alone
 #   prefix, prefix_mask   (B, Q)   the prompt that both answers of a pair continue, where it is split off
 #   weight, label_p       (B,)     of pairs and thumbs: how much one counts in the loss; P(chosen is the better one)

@@ -63,7 +63,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 5e-5  # of the body; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the body; 0 trains the head alone (in closed form: probe.py)
     head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
