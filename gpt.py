@@ -52,6 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
@@ -198,6 +199,9 @@ def rotate(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+keep = partial(checkpoint_name, name="kept")  # what `GPT.scan_blocks` keeps of a layer for the backward pass
+
+
 class Block(eqx.Module):
     norm1: Norm
     q: Linear
@@ -217,7 +221,7 @@ class Block(eqx.Module):
         written into it at place `slot` (or at each row's own, (B,)), and its first visible.shape[-1] places are
         attended to."""
         h = self.norm1(x)
-        q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
+        q, k, v = (self._heads(keep(linear(h))) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -226,9 +230,10 @@ class Block(eqx.Module):
             k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
             k, v = k[:, :, : visible.shape[-1]], v[:, :, : visible.shape[-1]]
         a = attention(q, k, v, visible, causal=cache is None)
-        x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        x = x + keep(self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         h = self.norm2(x)
-        h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
+        up, gate = keep(self.up(h)), self.gate and keep(self.gate(h))
+        h = jax.nn.gelu(up) if gate is None else jax.nn.silu(gate) * up
         return x + self.down(h), cache or (k, v)
 
     def _heads(self, x):  # (B, T, H*E) -> (B, H, T, E)
@@ -260,10 +265,13 @@ class GPT(eqx.Module):
         """x -> layer(x, block) for one block after the other. `remat`: a layer's activations are not kept for the
         backward pass but computed there once more, which saves memory."""
         step = lambda x, block: (layer(x, block), None)
-        step = jax.checkpoint(step) if remat else step
         # A short stack is unrolled, for speed; not with `remat`, since XLA:CPU would then find that both computations
         # of a layer are the same one, and keep its activations after all.
-        return lax.scan(step, x, self.blocks, unroll=not remat and self.config.layers <= 12)[0]
+        unroll = not remat and self.config.layers <= 12
+        if not unroll:  # a loop writes what it keeps into large arrays, on one thread: only what products made, then
+            kept = None if remat else jax.checkpoint_policies.save_only_these_names("kept")
+            step = jax.checkpoint(step, policy=kept, prevent_cse=False)
+        return lax.scan(step, x, self.blocks, unroll=unroll)[0]
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
@@ -436,15 +444,17 @@ def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Fl
 
 def compare_heads(model: GPT, hidden, other: GPT, other_hidden, targets, temperature=1.0):
     """What `head_logprobs` of both models and `head_kl` say, from one product with each head: log p(targets) and
-    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. For measuring: its
-    gradient is not written out."""
+    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. Only log p(targets)
+    has a gradient: the rest is for measuring."""
 
     def piece(hidden, other_hidden, targets):
         logits, other_logits = model.logits(hidden) / temperature, other.logits(other_hidden) / temperature
-        (logprobs, entropy), (other_logprobs, _) = (logprobs_of_logits(x, targets) for x in (logits, other_logits))
+        logprobs, entropy = logprobs_of_logits(logits, targets)
+        logits, old, other_logits = lax.stop_gradient((logits, logprobs, other_logits))
+        other_logprobs, _ = logprobs_of_logits(other_logits, targets)
         lse = lambda x, logprobs: jnp.take_along_axis(x, targets[..., None], -1) - logprobs[..., None]
-        log_p, log_q = logits - lse(logits, logprobs), other_logits - lse(other_logits, other_logprobs)
-        return logprobs, other_logprobs, entropy, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        log_p, log_q = logits - lse(logits, old), other_logits - lse(other_logits, other_logprobs)
+        return logprobs, other_logprobs, lax.stop_gradient(entropy), (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
     return map_columns(piece, model.config.vocab_size, hidden, other_hidden, targets)
 
