@@ -141,11 +141,11 @@ rewards: .venv/done
 	$R/mean --pool mean --suffix ""
 	$R/attention --pool attention --suffix ""
 	$R/eos --suffix ""
-	$R/probe --lr 0
+	$R/head --lr 0
 	$R/smoothing --label-smoothing 0.1
 	$R/centre --center 0.01
 	$R/ensemble --members 4
-	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre ensemble)
+	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos head smoothing centre ensemble)
 
 # A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
 # almost without a KL penalty; then one cure at a time.

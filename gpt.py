@@ -1,6 +1,6 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 600 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 620 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
     III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
@@ -392,9 +392,7 @@ def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> Scor
 # 3. Log-probabilities
 
 
-def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
-) -> Float[Array, "B T-1"]:
+def token_logprobs(model: GPT, tokens: Int[Array, "B T"], segments=None, temperature=1.0) -> Float[Array, "B T-1"]:
     """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
 
     The shift by one, which every script makes alike, drawn here once on a row of three:
@@ -403,8 +401,7 @@ def token_logprobs(
         targets    b    c
         result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    hidden = model(tokens, segments, remat)
-    return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+    return head_logprobs(model, model(tokens, segments)[:, :-1], tokens[:, 1:], temperature)[0]
 
 
 def completion_logprobs(model: GPT, batch, remat: bool = False):
@@ -793,10 +790,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
-        return self._decode([i for i in map(int, ids) if i not in self.special_ids])
-
-    def _decode(self, ids) -> str:
-        return self._library.decode(ids, skip_special_tokens=False)
+        shown = [i for i in map(int, ids) if i not in self.special_ids]
+        return self._library.decode(shown, skip_special_tokens=False)
 
     def decode_rows(self, tokens, mask) -> list[str]:
         """The text of each row of ids (B, T), without the ids whose mask is 0."""
@@ -1043,15 +1038,15 @@ def need_tokenizer(path) -> Tokenizer:
 
 def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, their_name):
     if theirs is None or ours.fingerprint != theirs.fingerprint:
-        raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
+        raise ValueError(
+            f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same. Give a model "
+            f"that has the tokenizer of {our_name}"
+        )
 
 
-def check_reference(tokenizer: Tokenizer, init, ref):
-    """ValueError unless --ref has the tokenizer of --init."""
-    try:
-        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+def check_tokenizer_of(folder, tokenizer: Tokenizer, ours):
+    """ValueError unless a model's folder (or Hub name) has the tokenizer of `ours`, which is given."""
+    check_same_tokenizer(tokenizer, need_tokenizer(find_folder(folder)), ours, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1212,7 +1207,7 @@ def _refuse_unknown(path, settings: dict):
             raise ValueError(f"{path}: {name} = {settings[name]!r:.60} is not supported (only {only})")
 
 
-def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
+def load(path) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     """A model folder (or the name of one on the Hub) as (model, tokenizer). A folder saved as a sequence classifier
     comes back as a ScoreModel. Every tensor's name and shape is checked; what is missing or left over is named."""
     path = find_folder(path)
@@ -1221,7 +1216,7 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
     if scores:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
-    model = _fill(config, read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
+    model = _fill(config, read_tensors(path), path, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
 
@@ -1310,14 +1305,14 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT | ScoreModel:
+def _fill(config: Config, tensors: dict, path, score: dict | None) -> GPT | ScoreModel:
     """The model with the file's tensors as its arrays. `score`: settings of the scalar head, if it has one."""
     tensors = _canonical_names(config, tensors)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
         shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
-        filled[ours] = _aligned(shape, dtype)
+        filled[ours] = _aligned(shape)
         names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
         for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
             place = place.T if transposed else place
@@ -1336,12 +1331,12 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
-def _aligned(shape, dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 63, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _aligned(shape) -> np.ndarray:
+    """An empty fp32 array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a
+    copy."""
+    memory = np.empty(math.prod(shape) + 15, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + math.prod(shape)].reshape(shape)
 
 
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
@@ -1528,24 +1523,14 @@ def remove(path: Path):
 # 8. Rows: one JSON object a line, in the formats that TRL documents
 
 
-KINDS = {
-    "text": "{text}",
-    "demos": "{prompt, completion} or {messages}",
-    "pairs": "{prompt, chosen, rejected}",
-    "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
-    "prompts": "{prompt}",
-}
-
-TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
-NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
+KINDS = {  # kind: the texts of a row that training reads. Demonstrations may be {messages}, and thumbs pairs
     "text": ["text"],
     "demos": ["prompt", "completion"],
     "pairs": ["prompt", "chosen", "rejected"],
     "thumbs": ["prompt", "completion"],
     "prompts": ["prompt"],
 }
-
-
+TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 # Keys of rows and messages that change what they mean and that training does not read.
 MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
 
@@ -1618,7 +1603,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     row = {name: value for name, value in row.items() if value is not None or name not in TEXTS}
     if kind == "thumbs" and "chosen" in row:
         return split_pair(*check_row(row, "pairs"))
-    for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
+    for name in ["messages"] if kind == "demos" and "messages" in row else KINDS[kind]:
         _check_text(row, name)
     if kind in ("demos", "pairs", "thumbs"):
         refuse_meaning(row)
@@ -1695,8 +1680,13 @@ def find_kind(data, kinds, skip_bad: bool = False) -> str:
         reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
         if not skip_bad:
             break
-    known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
-    raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
+    raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {'; '.join(map(format_of, kinds))}")
+
+
+def format_of(kind: str) -> str:
+    """A kind of rows and its keys, in words."""
+    more = {"demos": " or {messages}", "thumbs": " with a label, or pairs, which are split in two"}.get(kind, "")
+    return f"{kind}: {{{', '.join(KINDS[kind])}}}{more}"
 
 
 def heldout_file(data) -> str | None:
@@ -1802,7 +1792,7 @@ def encode_row(
     `suffix` replaces the end of whole completions (where a reward model reads its score). `note` is told what should be
     known of the row. Unfit where no room is left; BadRow where the chat template refuses the row.
     """
-    if any(tokenizer.has_special(row[name]) for name in (*NEEDED[kind], "messages") if name in row):
+    if any(tokenizer.has_special(row[name]) for name in (*KINDS[kind], "messages") if name in row):
         note(SPECIAL_NOTE)
     if kind == "text":
         ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
@@ -1937,7 +1927,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     messages = [f"{count:,} rows left out: {reason}" for reason, count in dropped.items()]
     messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
     messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
-    fault = None if row_starts else f"no usable row of kind {kind} ({KINDS[kind]})"
+    fault = None if row_starts else f"no usable row ({format_of(kind)})"
     if len(long) > len(row_starts):
         needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
         fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
@@ -1951,7 +1941,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 #
 #   key                   shape    what it is
 #   tokens                (B, T)   ids, and PAD where a row has no more of them; of pairs (B, 2, T), chosen first
-#   mask                  (B, T)   1 on scored tokens: an answer's and its end. Of prompts alone, 1 on all their tokens
+#   mask                  (B, T)   1 on scored tokens: an answer's and its end, or all of a text but its first. Prompts
+#                                  alone have none: there it is 1 on all tokens
 #   segments              (B, T)   1, 2, ...: which text of its row a token is of; 0 on PAD. Not of prompts alone
 #   prefix, prefix_mask   (B, Q)   the prompt that both answers of a pair continue, where it is split off
 #   weight, label_p       (B,)     of pairs and thumbs: how much one counts in the loss; P(chosen is the better one)
@@ -2640,16 +2631,11 @@ def map_chunks(f, batch, chunks: int = 1):
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then `kind`: constant, or cosine or linear decay, so that a step after the last one would
-    have final * lr."""
+    """Linear warm-up to lr, then cosine or linear decay, so that a step after the last one would have final * lr."""
     rest = max(steps - warmup, 1)
     tails = dict(
-        cosine=optax.cosine_decay_schedule(lr, rest, alpha=final),
-        linear=optax.linear_schedule(lr, final * lr, rest),
-        constant=optax.constant_schedule(lr),
+        cosine=optax.cosine_decay_schedule(lr, rest, alpha=final), linear=optax.linear_schedule(lr, final * lr, rest)
     )
-    if kind not in tails:
-        raise ValueError(f"unknown schedule {kind!r}: {', '.join(tails)}")
     return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
 
 
@@ -2719,17 +2705,15 @@ LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
 
-def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
-    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
-    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
-    unknown = set(targets) - set(TARGETS)
-    if unknown or rank < 1:
-        raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
-                         f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
+def init_adapter(base: GPT, rank: int, key) -> Adapter:
+    """A fresh adapter on all `TARGETS`. Of its two factors, the one that reads an input of width I is uniform in
+    +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
+    if rank < 1:
+        raise ValueError(f"--lora-rank {rank}: an adapter has rank 1 or more, and 0 means none")
     adapter, scale = Adapter({}, {}), 2.0
     for i, name in enumerate(TARGETS):
         layer = getattr(base.blocks if name in LINEARS else base, name)
-        if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
+        if layer is None:  # GPT-2 has no gate, a tied model no head
             continue
         uniform = partial(jax.random.uniform, jax.random.fold_in(key, i), minval=-1, maxval=1)
         if name in TABLES:
@@ -2739,9 +2723,6 @@ def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
             L, I, O = layer.weight.shape
             a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
             adapter.blocks[name] = LoraLinear(None, a, b, scale)
-    if not jax.tree.leaves(adapter):
-        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own; "
-                         f"name some of {', '.join(TARGETS)} (a tied head moves with wte)")  # fmt: skip
     return adapter
 
 

@@ -272,7 +272,7 @@ def main(config: Config):
     key = gpt.start(config.seed)
     config = resolve(config)
     policy, tokenizer = gpt.load_policy(config.init)
-    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
+    gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     reward, judge = load_reward(config, tokenizer), gpt.load_function(config.judge) if config.judge else None
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(

@@ -234,8 +234,7 @@ def main(config: Config):
     body, tokenizer = gpt.load_policy(config.init)
     suffix = suffix_ids(config, tokenizer)
     if config.normalize_with:  # what is needed after the features is there before them
-        theirs = gpt.need_tokenizer(gpt.find_folder(config.normalize_with))
-        gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.normalize_with)
+        gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
         load_prompts(config, tokenizer, 1)
     batches = gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed, suffix=suffix,

@@ -63,7 +63,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 5e-5  # of the body; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the body; 0 trains the head alone (in closed form: probe.py)
     head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
@@ -584,8 +584,7 @@ def check_inputs(config: Config, tokenizer):
     """What is needed after training is there before it."""
     heldout = config.heldout or gpt.heldout_file(config.data)
     if config.normalize_with:
-        theirs = gpt.need_tokenizer(gpt.find_folder(config.normalize_with))
-        gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.normalize_with)
+        gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
         load_prompts(config, tokenizer, 1)
     if heldout:
         gpt.open_text(heldout).close()

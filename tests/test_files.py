@@ -11,7 +11,6 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 import tokenizers
@@ -112,12 +111,10 @@ def test_a_reward_model_keeps_its_scores_on_disk(name, pool, suffix, golden, tmp
     assert not want
 
 
-def test_weights_load_in_the_precision_asked_for(golden):
-    full, _ = gpt.load(golden / "qwen2")  # stored in bfloat16
-    half, _ = gpt.load(golden / "qwen2", dtype=ml_dtypes.bfloat16)
+def test_weights_stored_in_bf16_are_loaded_in_fp32(golden):
+    full, _ = gpt.load(golden / "qwen2")
     assert {x.dtype.name for x in jax.tree.leaves(full)} == {"float32"}
-    assert {x.dtype.name for x in jax.tree.leaves(half)} == {"bfloat16"}
-    assert_equal_leaves(gpt.cast(half, jnp.float32), full)
+    assert_equal_leaves(gpt.cast(gpt.cast(full, jnp.bfloat16), jnp.float32), full)
 
 
 def test_the_names_of_the_published_gpt2_are_understood(rewritten, golden):
@@ -305,7 +302,7 @@ def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_
     with pytest.raises(FileNotFoundError, match="no tokenizer in .*bare: .*tokenizer.json, or vocab.json"):
         gpt.load_policy(tmp_path / "bare")
     with pytest.raises(FileNotFoundError, match="no tokenizer in .*bare"):
-        gpt.check_reference(plain, words, tmp_path / "bare")
+        gpt.check_tokenizer_of(tmp_path / "bare", plain, words)
     with pytest.raises(ValueError, match="small has 16 ids, more than the 15 of the model"):
         gpt.load_policy(tmp_path / "small")
     with pytest.raises(ValueError, match="words.* has 16 ids, more than the 15 of the model in .*small"):
@@ -1204,12 +1201,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(updates["a"], -norm / (norm + 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, middle", [("cosine", 0.55), ("linear", 0.55), ("constant", 1.0)])
+@pytest.mark.parametrize("kind, middle", [("cosine", 0.55), ("linear", 0.55)])
 def test_the_learning_rate_warms_up_and_comes_down(kind, middle):
     rate = gpt.schedule(2.0, 110, warmup=10, kind=kind, final=0.1)
     values = [float(rate(step)) / 2 for step in (0, 9, 10, 60, 110, 500)]
-    end = 1.0 if kind == "constant" else 0.1
-    np.testing.assert_allclose(values, [0.1, 0.91, 1.0, middle, end, end], rtol=1e-5)
+    np.testing.assert_allclose(values, [0.1, 0.91, 1.0, middle, 0.1, 0.1], rtol=1e-5)
     assert float(gpt.schedule(2.0, 10, 0)(0)) == 2.0
-    with pytest.raises(ValueError, match="cosine, linear, constant"):
-        gpt.schedule(1.0, 10, kind="square")

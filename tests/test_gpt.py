@@ -409,7 +409,9 @@ def test_a_document_is_blind_to_the_one_before_it(model, tokens):
 @partial(jax.jit, static_argnames="remat")
 @partial(jax.value_and_grad, argnums=0)
 def loss_and_gradient(model, tokens, segments, mask, remat=False):
-    return -gpt.masked_mean(gpt.token_logprobs(model, tokens, segments, remat=remat), mask[:, 1:])
+    return -gpt.masked_mean(
+        gpt.head_logprobs(model, model(tokens, segments, remat)[:, :-1], tokens[:, 1:])[0], mask[:, 1:]
+    )
 
 
 def test_packed_documents_have_the_loss_and_gradient_of_separate_ones(model, tokens):

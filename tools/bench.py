@@ -782,7 +782,8 @@ def measure_data(table: Table, config: Config, limits: dict):
 def padding_waste(batches: gpt.Batches, most: int = 500) -> float:
     """Share of the tokens in an epoch's batches (the first `most`) that are padding."""
     batches_of_an_epoch = map(batches, range(min(batches.steps_per_epoch, most)))
-    real, total = np.sum([((b["segments"] > 0).sum(), b["segments"].size) for b in batches_of_an_epoch], axis=0)
+    real = [batch.get("segments", batch["mask"]) for batch in batches_of_an_epoch]  # of prompts alone, the mask
+    real, total = np.sum([((x > 0).sum(), x.size) for x in real], axis=0)
     return float(1 - real / total)
 
 
