@@ -332,30 +332,26 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
 def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     """Of all N pairs, chosen first: the members' mean scores (N, 2), the teachers' (N, 2) or None, the answers' tokens
     (N, 2), and 2 N texts (prompt, response)."""
-    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"], answer=batch["mask"]))
+    score = jax.jit(pair_scores)
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
     for batch, real_rows in batches.once():
-        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-        on_device = gpt.put_batch(flat)
-        scores.append(mean_score(members, on_device)[: 2 * real_rows])
+        on_device = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
+        scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
-            taught.append(mean_score(teachers, on_device)[: 2 * real_rows])
-        lengths.append(flat["mask"].sum(1)[: 2 * real_rows])
-        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * real_rows]
-    join = lambda parts: np.concatenate(parts).reshape(-1, 2) if parts else None
+            taught.append(mean_score(teachers, on_device)[:real_rows])
+        lengths.append(batch["mask"].sum(-1)[:real_rows])
+        texts += [split_text(*row, tokenizer, members[0].suffix) for row in zip(*flatten(batch))][: 2 * real_rows]
+    join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
 
 
-def split_texts(flat, tokenizer, suffix):
-    """(prompt, response) texts of rows, without suffix and special tokens."""
-    texts = []
-    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
-        ids = tokens[(segments > 0) & (mask > 0)]
-        ids = ids[: len(ids) - len(suffix)]
-        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
-    return texts
+def split_text(tokens, segments, mask, tokenizer, suffix) -> tuple[str, str]:
+    """(prompt, response) of a row as text, without suffix and special tokens."""
+    response = tokens[mask > 0]
+    prompt, response = tokens[(segments > 0) & (mask == 0)], response[: len(response) - len(suffix)]
+    return tokenizer.decode(prompt), tokenizer.decode(response)
 
 
 def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.inf)) -> list[dict]:
@@ -501,13 +497,9 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
         state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    return finish(run, state.model, tokenizer, config, jax.random.fold_in(key, 1), base)
-
-
-def finish(run: gpt.Run, model, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
-    """The trained model, normalised and written."""
+    model = state.model
     if config.normalize_with:
-        model = normalize(model, tokenizer, config, key, base)
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
     return gpt.attach(model, base)
 
