@@ -128,8 +128,8 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
     share one, candidates of a prompt and the two sides of a win rate do not."""
     key = jax.random.key(exam.config.seed)
     key = jax.random.fold_in(key, stream) if stream else key
-    batches = []
-    for i, prompts in enumerate(exam.prompts):
+    batches, bar = [], gpt.progress(iterable=exam.prompts, desc="answers", unit="batches", leave=False)
+    for i, prompts in enumerate(bar):
         size = len(prompts.texts)
         out = gpt.generate(
             model, prompts.tokens, prompts.mask, key, exam.config.response_length, ends=exam.tokenizer.end_ids,

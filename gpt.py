@@ -29,6 +29,7 @@ import math
 import os
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -2917,15 +2918,25 @@ SHOWN = {
 }  # fmt: skip
 
 
-PATIENCE = 30  # seconds after which a log file is told how far a run is
+PATIENCE = 30  # seconds after which a log file is told how far a run is; steps that last longer are saved, each
+GRACE = 60  # seconds that the step under way is given to end in, after a signal
 
 
-def progress(total=None, **options):
-    """A progress bar on a terminal and silence in a log file."""
+def progress(total=None, lines=True, **options):
+    """A progress bar on a terminal; in a log file a line every PATIENCE seconds, with lines=False none."""
     from tqdm import tqdm
 
+    class Lines:
+        write = lambda self, text: sys.stderr.write(f"{x}\n" if (x := text.strip("\r\n ")) else "")
+        flush = lambda self: sys.stderr.flush()
+
+    if lines and not sys.stderr.isatty():
+        form = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}"
+        options |= dict(file=Lines(), mininterval=PATIENCE, delay=PATIENCE, bar_format=form)
+    elif not lines:
+        options |= dict(disable=None)
     silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
-    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
+    return tqdm(total=total, dynamic_ncols=True, **options | (dict(disable=True) if silent else {}))
 
 
 def cli(main, config_class, description: str):
@@ -2978,7 +2989,8 @@ class Run:
 
     All settings of a script are given, for the record: `hashes` are those of its data files, `notes` what else is worth
     keeping. The folder holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl,
-    checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop.
+    checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop. A step that does
+    not end within a minute is given up: long steps are saved one by one, so it alone is lost.
     """
 
     def __init__(
@@ -2991,6 +3003,7 @@ class Run:
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
+        self._seconds, self._asked, self._ending = 0.0, float("inf"), False  # of the last step; when a signal came
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -3066,12 +3079,16 @@ class Run:
 
     def checkpoint(self, step: int, state):
         """Save when it is time, or when a signal asks to stop; then the process ends here."""
-        done = step + 1
-        if not (self.must_stop or done % self.save_every == 0 or done == self.total):
+        done, alone = step + 1, jax.process_count() == 1
+        if step == self._first or alone and self._seconds > PATIENCE:
+            self.flush()  # how long did it take?
+        long = alone and self._seconds > PATIENCE and not self.manager.is_saving_in_progress()
+        if not (self.must_stop or done % self.save_every == 0 or done == self.total or long):
             return
         import orbax.checkpoint as ocp
 
         self.flush()  # a NaN is found before it is saved
+        self._ending = self.must_stop
         if done == self.total and self._learns and self._before is not None:
             self._check_learned(state[0])
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -3110,30 +3127,74 @@ class Run:
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
         self._bar = progress(
-            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
-        )
-        main_thread = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
+            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step",
+            lines=False,
+        )  # fmt: skip
         self._clock = self._said = time.perf_counter()
-        self._first = first
+        self._first = self._next = first
+        with self._signals():
+            try:
+                for step in range(first, self.total):
+                    yield step
+                    self._bar.update()
+                self.flush()
+            finally:
+                self.close()
+
+    @contextmanager
+    def _signals(self):
+        """Python calls its handlers between two of its own instructions, so not while it waits for the device. The
+        number of a signal goes at once to a thread that reads it from a pipe (findings/jax_ctrl_c.sh)."""
+        main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        before = {number: signal.signal(number, self._note_signal) for number in numbers}
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        thread = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        thread.start()
+        other = signal.set_wakeup_fd(told, warn_on_full_buffer=False) if main_thread else None
         try:
-            for step in range(first, self.total):
-                yield step
-                self._bar.update()
-            self.flush()
+            yield
         finally:
+            if main_thread:
+                signal.set_wakeup_fd(other)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
-            self.close()
+            os.write(told, b"\0")
+            thread.join()
+            os.close(told), os.close(heard)
 
-    def _ask_to_stop(self, number, frame):
-        # not `print`: the signal may have come while stderr is written to
-        if self.stopping:
-            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
-            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
-        self.stopping = signal.Signals(number).name
+    def _note_signal(self, number, frame=None):
+        self.stopping = self.stopping or signal.Signals(number).name
+
+    def _listen(self, pipe: int):
+        """On a thread: hear signals, give up a step that does not end, and tell a log file of a long one."""
+        asked, said = False, 0.0
+        while True:
+            for number in os.read(pipe, 64) if select.select([pipe], [], [], min(1, PATIENCE / 8))[0] else b"":
+                if number == 0:
+                    return
+                if number in (signal.SIGINT, signal.SIGTERM):
+                    self._ask_to_stop(number, again=asked)
+                    asked = True
+            now = time.perf_counter()
+            if now - self._asked > GRACE and not self._ending and jax.process_count() == 1:
+                self._stop_at_once()  # of several processes, those that go on would wait for this one
+            if self._bar.disable and self.main and now - max(self._clock, said) > PATIENCE:
+                print(f"step {self._next:5d}/{self.total}  {now - self._clock:.0f} s so far", flush=True)
+                said = now
+
+    def _ask_to_stop(self, number: int, again: bool):
+        if again:
+            self._stop_at_once()
+        self._note_signal(number)
+        self._asked = time.perf_counter()
+        # not `print`: the main thread may hold stderr
         os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
+
+    def _stop_at_once(self):
+        os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+        os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
@@ -3147,12 +3208,12 @@ class Run:
         if self._pending is None:
             return
         (step, metrics, stop, ready), self._pending = self._pending, None
-        done = self._wait(step, ready)
+        done = ready.result()
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
-        self._clock = done
+        self._clock, self._seconds, self._next = done, done - self._clock, step + 1
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": self._seconds}
         if step == self._first + 1:
-            self._estimate(metrics["seconds"])
+            self._estimate(self._seconds)
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
@@ -3170,16 +3231,8 @@ class Run:
             self._said = done
 
     def _last_good(self) -> str:
-        return f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
-
-    def _wait(self, step: int, ready: Future) -> float:
-        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
-        while True:
-            try:
-                return ready.result(PATIENCE)
-            except TimeoutError:
-                if self._bar.disable and self.main:
-                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+        where = f"The last good state is in {self.out}/checkpoint, after step {self._saved:,}."
+        return where if self._saved else "Nothing was saved yet."
 
     def _estimate(self, seconds: float):
         """Say what the run will take: the first step compiles, the second is like the others."""
@@ -3225,7 +3278,7 @@ class Run:
 
 
 def when_ready(tree) -> Future:
-    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    """The time at which the arrays of a tree are computed. A thread waits, so that the main one may go on."""
     found = Future()
 
     def wait():

@@ -38,6 +38,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 Without training, a linear head on a frozen model's features: probe.py.
 """
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -82,7 +83,7 @@ class Config:
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:score"  # module:function that knows the truth, for the report
-    report: str | None = None  # no training: write the report of this folder's reward model, or ensemble, into it
+    report: str | None = None  # no training: report on this folder's reward model, beside log p of --init where "" ends
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
@@ -296,8 +297,9 @@ def correlation(a, b) -> float:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
-    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members)."""
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=(), own=None) -> dict:
+    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members). `own` is what
+    `pair_logprobs` gives."""
     scores, taught, lengths, texts = score_pairs(members, teachers, batches, tokenizer)
     gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
     n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
@@ -324,6 +326,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
+    if own:
+        result["beside_likelihood"] = compare_with_likelihood(gaps, *own, longer_by)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
         result["gold"] = compare_with_gold(scores, texts, gpt.load_function(config.gold))
     return result
@@ -336,7 +340,7 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
-    for batch, real_rows in batches.once():
+    for batch, real_rows in shown(batches, "scores of held-out pairs"):
         on_device = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
         scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
@@ -345,6 +349,13 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
         texts += [split_text(*row, tokenizer, members[0].suffix) for row in zip(*flatten(batch))][: 2 * real_rows]
     join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
+
+
+def shown(batches: gpt.Batches, what: str):
+    """`batches.once()` with a progress bar."""
+    return gpt.progress(
+        -(-sum(batches.sizes) // batches.batch_size), iterable=batches.once(), desc=what, unit="batches"
+    )
 
 
 def split_text(tokens, segments, mask, tokenizer, suffix) -> tuple[str, str]:
@@ -378,15 +389,52 @@ def compare_with_length(gaps, longer_by) -> dict | None:
     longer, shorter = longer_by > 0, longer_by < 0
     if not (longer.any() and shorter.any()):
         return None
-    model, rule = int((right & shorter).sum()), int((~right & longer).sum())  # only this one is right
+    model, rule, p = mcnemar(right[unequal], longer[unequal])
     return {
         "accuracy": float(right[unequal].mean()),
         "longer_wins": float(longer[unequal].mean()),
         "only_model_right": model,
         "only_longer_right": rule,
-        "p": float(binomtest(model, model + rule).pvalue) if model + rule else 1.0,
-        "balanced": float((right[longer].mean() + right[shorter].mean()) / 2),
+        "p": p,
+        "balanced": balanced_accuracy(right, longer_by),
     }
+
+
+def mcnemar(right, other) -> tuple[int, int, float]:
+    """In how many pairs only the first is right, only the other one, and how likely a fair coin decides these pairs so
+    unevenly or more: McNemar's exact test, two-sided. Both (N,), whether a rule is right."""
+    first, second = int((right & ~other).sum()), int((~right & other).sum())
+    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+
+
+def balanced_accuracy(right, longer_by) -> float:
+    """The mean of two accuracies: of pairs whose chosen answer is the longer one, and whose chosen one is shorter."""
+    return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
+
+
+def pair_logprobs(policy: str, config: Config, heldout: str, tokenizer):
+    """What the model in the folder `policy` itself says of held-out pairs, in the order of the scores: log p of both
+    answers and the numbers of their tokens, end included, (N, 2) each."""
+    gpt.check_tokenizer_of(policy, tokenizer, config.report)
+    policy, logprobs = gpt.load_frozen(policy, config.dtype), jax.jit(gpt.completion_logprobs)
+    batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, split_prompts=True), []
+    for batch, real_rows in shown(batches, "log p of held-out pairs"):
+        batch = {name: batch[name] for name in ("tokens", "segments", "mask", "prefix", "prefix_mask")}
+        found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, gpt.put_batch(batch)))])
+    return [np.concatenate(parts) for parts in zip(*found)]
+
+
+def compare_with_likelihood(gaps, logprobs, tokens, longer_by) -> dict:
+    """Scores against two rules that ask the model itself and no label: the answer with the higher log p is the better
+    one, or the one with the higher log p a token. logprobs, tokens (N, 2), chosen first; see `compare_with_length`."""
+    rules = {"sum": logprobs, "mean": logprobs / tokens}
+    found, both = {}, (longer_by > 0).any() and (longer_by < 0).any()
+    for name, said in rules.items():
+        right = said[:, 0] > said[:, 1]
+        model, rule, p = mcnemar(gaps > 0, right)
+        found[name] = {"accuracy": float(right.mean()), "only_model_right": model, "only_rule_right": rule, "p": p}
+        found[name]["balanced"] = balanced_accuracy(right, longer_by) if both else None
+    return found
 
 
 def best_of(gaps, chosen) -> dict | None:
@@ -448,6 +496,10 @@ def print_report(result: dict):
         print(
             f"  beside that rule: {beside['accuracy']:.3f} (p {beside['p']:.2g}), and {beside['balanced']:.3f} on "
             "average over pairs whose longer and whose shorter side is chosen"
+        )
+    for name, rule in result.get("beside_likelihood", {}).items():
+        print(
+            f"  beside the frozen model's own log p of the answers, {name}: {rule['accuracy']:.3f} (p {rule['p']:.2g})"
         )
     if choices := result.get("best_of"):
         share = "{:.3f} [{:.3f}, {:.3f}]".format(choices["accuracy"], *choices["accuracy_interval"])
@@ -550,6 +602,13 @@ def load_members(config: Config) -> tuple[list[gpt.ScoreModel], gpt.Tokenizer]:
     return [gpt.load_reward_model(folder, tokenizer, folders[0], config.dtype) for folder in folders], tokenizer
 
 
+def start_of(folder) -> str | None:
+    """The model that a reward model was made from, as its run wrote down; None where it is not here any more."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("run", {"config": {}})
+    start = about["config"].get("init")
+    return start if start and Path(start).is_dir() else None
+
+
 def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
     """The report on held-out pairs, printed, and as report.json in the folder `out`."""
     heldout = config.heldout or gpt.heldout_file(config.data)
@@ -557,7 +616,13 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
         print("no held-out pairs (--heldout): no report")
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
-    result = report(members, pairs, tokenizer, config, teachers)
+    own = None
+    if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
+        policy = start_of(gpt.ensemble_folders(config.report)[0])
+        own = pair_logprobs(policy, config, heldout, tokenizer) if policy else None
+        if own is None:
+            print("the model that it was made from is not here: no comparison with that model's own log p")
+    result = report(members, pairs, tokenizer, config, teachers, own)
     if jax.process_index() == 0:
         gpt.write_json(out / "report.json", result)
         print_report(result)

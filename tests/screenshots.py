@@ -124,13 +124,16 @@ def main(folders, out=ROOT / "docs", seed=3):
     questions = ["What is a list in Python? Show a short example.", "And how do I sort one?"]
     tips = "Give me three tips for sleeping better, as a numbered list."
     wide, narrow = {"width": 1100, "height": 720}, {"width": 390, "height": 780}
-    with tempfile.TemporaryDirectory() as tmp, browsing() as browser:
-        with serving(folders, Path(tmp, "feedback.db"), "--context", "1024", "--slots", "2") as url:
-            for scheme in ("light", "dark"):
-                chat(browser, url, out / f"chat-{scheme}.png", questions, seed, viewport=wide, color_scheme=scheme)
-            compare(browser, url, out / "compare.png", tips, seed, "2", viewport=wide, color_scheme="light")
-            phone = dict(viewport=narrow, is_mobile=True, has_touch=True, color_scheme="dark")
-            compare(browser, url, out / "phone.png", tips, seed, **phone)
+    with (
+        tempfile.TemporaryDirectory() as tmp,
+        browsing() as browser,
+        serving(folders, Path(tmp, "feedback.db"), "--context", "1024", "--slots", "2") as url,
+    ):
+        for scheme in ("light", "dark"):
+            chat(browser, url, out / f"chat-{scheme}.png", questions, seed, viewport=wide, color_scheme=scheme)
+        compare(browser, url, out / "compare.png", tips, seed, "2", viewport=wide, color_scheme="light")
+        phone = dict(viewport=narrow, is_mobile=True, has_touch=True, color_scheme="dark")
+        compare(browser, url, out / "phone.png", tips, seed, **phone)
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def fitted(tmp_path_factory, words):
         init=str(folder / "base"), out=folder / "out", suffix="", batch_size=20, normalize_with=None, **data
     )
     probe.main(config)
-    reward.main(reward.Config(report=str(folder / "out"), gold=None, **data))
+    reward.main(reward.Config(init=config.init, report=str(folder / "out"), gold=None, **data))
     return folder, config, tokenizer
 
 
@@ -125,3 +125,28 @@ def test_beside_the_rule_that_the_longer_answer_wins():
     many = reward.compare_with_length(np.repeat([1.0, 1.0], [10, 9]), np.repeat([5, -5], [10, 9]))
     assert many["p"] == pytest.approx(2 / 2**9)  # nine of nine
     assert reward.compare_with_length(np.ones(3), np.ones(3)) is None
+
+
+def test_beside_what_the_frozen_model_finds_likely(fitted):
+    """Three rules by hand; and in a run's report, answer by answer."""
+    logprobs = np.array([[-4.0, -6], [-9, -6], [-5, -4], [-3, -8], [-6, -6]])
+    tokens, gaps = np.array([[4, 2], [9, 3], [5, 2], [3, 2], [6, 6]]), np.array([1, 1, -1, 1, 1.0])
+    found = reward.compare_with_likelihood(gaps, logprobs, tokens, tokens[:, 0] - tokens[:, 1])
+    assert found["sum"]["accuracy"] == 0.4 and found["mean"]["accuracy"] == 0.8  # a tie is an error
+    assert (found["sum"]["only_model_right"], found["sum"]["only_rule_right"]) == (2, 0)
+    assert (found["mean"]["only_model_right"], found["mean"]["only_rule_right"]) == (1, 1)
+    assert found["sum"]["p"] == 0.5 and found["mean"]["p"] == 1
+    assert found["sum"]["balanced"] is None  # no chosen answer is the shorter one
+
+    folder, config, tokenizer = fitted
+    said = json.loads((folder / "out" / "report.json").read_text())["beside_likelihood"]
+    model, rows = gpt.load(config.init)[0], [row for _, row in gpt.read_rows(folder / "pairs-heldout.jsonl", "pairs")]
+    right = []
+    for row in rows:
+        prompt, sides = tokenizer.encode(row["prompt"]), []
+        for side in ("chosen", "rejected"):
+            answer = [*tokenizer.encode(row[side]), tokenizer.eos_id]
+            logprobs = gpt.token_logprobs(model, jnp.asarray([prompt + answer]))[0, len(prompt) - 1 :]
+            sides.append((logprobs.sum(), logprobs.mean()))
+        right.append([chosen > rejected for chosen, rejected in zip(*sides)])
+    np.testing.assert_allclose([said[name]["accuracy"] for name in ("sum", "mean")], np.mean(right, 0))

@@ -6,8 +6,8 @@ Every row of the table is the median of --repeats timings, with the smallest and
     train      one optimiser step of sft.py. Bound: the matrix rate, at 6 N + 12 L T D FLOPs a token. N counts the
                weights that multiply a token: not the position table, and a tied embedding once, as the head
     generate   `gpt.generate` without an end token. The time includes the prompt, the rate counts new tokens only. On a
-               CPU also from int8 weights and activations (w8a8). Bound: the copy rate, at the bytes of weights, keys
-               and values that a token reads; reading alone can be faster than copying, so over 100% is possible
+               CPU also from int8 weights. Bound: the copy rate, at the bytes of weights, keys and values that a
+               token reads; reading alone can be faster than copying, so over 100% is possible
     serve      serve.py with the toy model over HTTP, under tests/load.py on the same machine: tokens/s of all clients,
                ms until a whole answer or until a stream's first text. Then its engine without HTTP
     ppo        one iteration of ppo.py: rollout; scoring (rewards, log-probs, values, advantages); update. With four
@@ -402,14 +402,14 @@ def repeated(train_step, state, batch):
 
 def measure_generate(table: Table, config: Config, limits: dict):
     prompt, new, key = 16, 8 if config.quick else 64, jax.random.key(config.seed)
-    forms = ("", ", w8a8") if jax.default_backend() == "cpu" else ("",)
+    forms = ("", ", int8") if jax.default_backend() == "cpu" else ("",)
     for name, batches in {SMOL: (1, 16, 64), "GPT-2 124M": (1, 16, 64), "GPT-2 1.5B": (1,)}.items():
         shape = wanted_shapes(config).get(name)
         if shape is None:
             continue
         full = gpt.cast(make_model(shape, config.seed), gpt.compute_dtype(config.dtype))
         for rows, form in itertools.product(batches, forms):
-            model, temperature = serve.quantize(full, "w8a8") if form else full, float(rows > 1)
+            model, temperature = serve.quantize(full, "int8") if form else full, float(rows > 1)
             prompts = jnp.asarray(random_tokens(shape, rows, prompt))
             sample = partial(
                 gpt.generate, model, prompts, jnp.ones_like(prompts), key, new, temperature=temperature, ends=()
@@ -438,7 +438,7 @@ def measure_serve(table: Table, config: Config, limits: dict):
                 table.add(f"{who}: {what}", found[kind], rate=found["tokens_per_second"], unit="tokens/s")
     with tempfile.TemporaryDirectory() as folder:
         gpt.save(folder, make_model(gpt2, config.seed), tokenizer)
-        for options in ({}, {"quantize": "w8a8"}):
+        for options in ({}, {"quantize": "int8"}):
             measure_engine(table, config, folder, gpt2, options)
 
 
@@ -472,7 +472,7 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
     prompts, more = random_tokens(shape, rows, prompt).tolist(), dict(new=new, temperature=1.0)
     with start_peer(None if options else config.peers, config, "generate", shape, rows, prompt, **more) as peer:
         for n in (rows, 1):
-            name = f"serve GPT-2 124M{', w8a8' if options else ''}, engine, {n} x ({prompt} + {new}) tokens"
+            name = f"serve GPT-2 124M{', int8' if options else ''}, engine, {n} x ({prompt} + {new}) tokens"
             beside = peer if n == rows else None  # the peer does the whole batch
             table.measure(name, partial(answer_all, prompts[:n]), n * new, "tokens/s", peer=beside)
 
