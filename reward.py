@@ -82,7 +82,7 @@ class Config:
     normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
-    gold: str | None = "toy:score"  # module:function that knows the truth, for the report
+    gold: str | None = "toy:parts"  # module:function that knows the truth, for the report
     report: str | None = None  # no training: report on this folder's reward model, beside log p of --init where "" ends
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
