@@ -2954,6 +2954,12 @@ def cli(main, config_class, description: str):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(1) from None
+    except jax.errors.JaxRuntimeError as error:
+        if os.environ.get("DEBUG") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "raise --micro-batches, give --remat, or lower --batch-size or the lengths"
+        print(f"error: the memory is full: {hint} ({error})", file=sys.stderr)
+        raise SystemExit(1) from None
 
 
 def empty_out(out, resume: bool, overwrite: bool, settings: dict, *more: str):

@@ -89,6 +89,7 @@ def set_up(page, seed):
 
 def shoot(page, path):
     page.mouse.move(0, 0)
+    page.wait_for_timeout(500)  # for the count of votes
     page.locator("#note").evaluate("note => note.textContent = ''")
     page.screenshot(path=path, scale="css")
     print(path, f"{path.stat().st_size / 1000:.0f} kB")
@@ -124,14 +125,15 @@ def main(folders, out=ROOT / "docs", seed=3):
     questions = ["What is a list in Python? Show a short example.", "And how do I sort one?"]
     tips = "Give me three tips for sleeping better, as a numbered list."
     wide, narrow = {"width": 1100, "height": 720}, {"width": 390, "height": 780}
-    with (
-        tempfile.TemporaryDirectory() as tmp,
-        browsing() as browser,
-        serving(folders, Path(tmp, "feedback.db"), "--context", "1024", "--slots", "2") as url,
-    ):
+    options = ["--context", "1024", "--slots", "2"]
+    with contextlib.ExitStack() as stack:
+        browser, tmp = stack.enter_context(browsing()), stack.enter_context(tempfile.TemporaryDirectory())
+        url = stack.enter_context(serving(folders, Path(tmp, "feedback.db"), *options))
         for scheme in ("light", "dark"):
             chat(browser, url, out / f"chat-{scheme}.png", questions, seed, viewport=wide, color_scheme=scheme)
-        compare(browser, url, out / "compare.png", tips, seed, "2", viewport=wide, color_scheme="light")
+        compare(
+            browser, url, out / "compare.png", tips, seed, "2", viewport=wide | {"height": 830}, color_scheme="light"
+        )
         phone = dict(viewport=narrow, is_mobile=True, has_touch=True, color_scheme="dark")
         compare(browser, url, out / "phone.png", tips, seed, **phone)
 

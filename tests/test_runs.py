@@ -396,6 +396,17 @@ def test_a_diverging_run_stops_with_advice(config, tmp_path, monkeypatch, capsys
     assert not (config.out / "model.safetensors").exists()
 
 
+def test_a_full_memory_is_said_with_what_to_do(monkeypatch, capsys):
+    def main(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 27.45GiB")
+
+    monkeypatch.setattr(sys, "argv", ["any.py"])
+    with pytest.raises(SystemExit) as stop:
+        gpt.cli(main, sft.Config, "")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "raise --micro-batches" in error and "27.45GiB" in error
+
+
 def test_a_run_on_demonstrations_reports_heldout_loss_and_samples(config, tmp_path):
     rows = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in "abcd" for b in "efgh"]
     for name in ("demos", "demos-heldout"):
