@@ -81,7 +81,7 @@ HH_LENGTH ?= 256
 HH_SAMPLES ?= 96
 PROBE = $(PY) probe.py --init $M --length $(HH_LENGTH) --suffix "" --response-length 48 --normalize-samples 128 \
   --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
-TRUST = $(PY) reward.py --init $M --length $(HH_LENGTH) --gold None --dtype $(REAL_DTYPE)
+TRUST = $(PY) reward.py --length $(HH_LENGTH) --gold None --dtype $(REAL_DTYPE)
 PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --steps $(REAL_STEPS) \
   --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05

@@ -38,6 +38,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 Without training, a linear head on a frozen model's features: probe.py.
 """
 
+import json
 from collections import defaultdict
 from dataclasses import dataclass, replace
 from functools import partial
@@ -81,7 +82,7 @@ class Config:
     normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
-    gold: str | None = "toy:score"  # module:function that knows the truth, for the report
+    gold: str | None = "toy:parts"  # module:function that knows the truth, for the report
     report: str | None = None  # no training: report on this folder's reward model, beside log p of --init where "" ends
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -335,19 +336,18 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
 def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     """Of all N pairs, chosen first: the members' mean scores (N, 2), the teachers' (N, 2) or None, the answers' tokens
     (N, 2), and 2 N texts (prompt, response)."""
-    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"], answer=batch["mask"]))
+    score = jax.jit(pair_scores)
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
     for batch, real_rows in shown(batches, "scores of held-out pairs"):
-        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-        on_device = gpt.put_batch(flat)
-        scores.append(mean_score(members, on_device)[: 2 * real_rows])
+        on_device = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
+        scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
-            taught.append(mean_score(teachers, on_device)[: 2 * real_rows])
-        lengths.append(flat["mask"].sum(1)[: 2 * real_rows])
-        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * real_rows]
-    join = lambda parts: np.concatenate(parts).reshape(-1, 2) if parts else None
+            taught.append(mean_score(teachers, on_device)[:real_rows])
+        lengths.append(batch["mask"].sum(-1)[:real_rows])
+        texts += [split_text(*row, tokenizer, members[0].suffix) for row in zip(*flatten(batch))][: 2 * real_rows]
+    join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
 
 
@@ -358,14 +358,11 @@ def shown(batches: gpt.Batches, what: str):
     )
 
 
-def split_texts(flat, tokenizer, suffix):
-    """(prompt, response) texts of rows, without suffix and special tokens."""
-    texts = []
-    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
-        ids = tokens[(segments > 0) & (mask > 0)]
-        ids = ids[: len(ids) - len(suffix)]
-        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
-    return texts
+def split_text(tokens, segments, mask, tokenizer, suffix) -> tuple[str, str]:
+    """(prompt, response) of a row as text, without suffix and special tokens."""
+    response = tokens[mask > 0]
+    prompt, response = tokens[(segments > 0) & (mask == 0)], response[: len(response) - len(suffix)]
+    return tokenizer.decode(prompt), tokenizer.decode(response)
 
 
 def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.inf)) -> list[dict]:
@@ -415,10 +412,11 @@ def balanced_accuracy(right, longer_by) -> float:
     return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
 
 
-def pair_logprobs(config: Config, heldout: str, tokenizer):
-    """What --init itself says of held-out pairs, in the order of the scores: log p of both answers and the numbers of
-    their tokens, end included, (N, 2) each."""
-    policy, logprobs = gpt.shard(gpt.load_frozen(config.init, config.dtype)), jax.jit(gpt.completion_logprobs)
+def pair_logprobs(policy: str, config: Config, heldout: str, tokenizer):
+    """What the model in the folder `policy` itself says of held-out pairs, in the order of the scores: log p of both
+    answers and the numbers of their tokens, end included, (N, 2) each."""
+    gpt.check_tokenizer_of(policy, tokenizer, config.report)
+    policy, logprobs = gpt.load_frozen(policy, config.dtype), jax.jit(gpt.completion_logprobs)
     batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, split_prompts=True), []
     for batch, real_rows in shown(batches, "log p of held-out pairs"):
         batch = {name: batch[name] for name in ("tokens", "segments", "mask", "prefix", "prefix_mask")}
@@ -551,13 +549,9 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
         state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    return finish(run, state.model, tokenizer, config, jax.random.fold_in(key, 1), base)
-
-
-def finish(run: gpt.Run, model, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
-    """The trained model, normalised and written."""
+    model = state.model
     if config.normalize_with:
-        model = normalize(model, tokenizer, config, key, base)
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
     return gpt.attach(model, base)
 
@@ -608,6 +602,13 @@ def load_members(config: Config) -> tuple[list[gpt.ScoreModel], gpt.Tokenizer]:
     return [gpt.load_reward_model(folder, tokenizer, folders[0], config.dtype) for folder in folders], tokenizer
 
 
+def start_of(folder) -> str | None:
+    """The model that a reward model was made from, as its run wrote down; None where it is not here any more."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("run", {"config": {}})
+    start = about["config"].get("init")
+    return start if start and Path(start).is_dir() else None
+
+
 def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
     """The report on held-out pairs, printed, and as report.json in the folder `out`."""
     heldout = config.heldout or gpt.heldout_file(config.data)
@@ -617,7 +618,10 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
     own = None
     if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
-        own = pair_logprobs(config, heldout, tokenizer)
+        policy = start_of(gpt.ensemble_folders(config.report)[0])
+        own = pair_logprobs(policy, config, heldout, tokenizer) if policy else None
+        if own is None:
+            print("the model that it was made from is not here: no comparison with that model's own log p")
     result = report(members, pairs, tokenizer, config, teachers, own)
     if jax.process_index() == 0:
         gpt.write_json(out / "report.json", result)

@@ -4,9 +4,11 @@ import copy
 import dataclasses
 import json
 import os
+import re
 import shutil
 from functools import partial
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -1065,6 +1067,20 @@ def test_a_run_stops_where_most_rows_do_not_fit_and_names_the_length_that_keeps_
             read(60)
     length = int(str(error.value).partition("a length of ")[2].split()[0])
     assert len(read(length)) in (18, 19) and len(read(length - 1)) < len(read(length))
+
+
+def test_the_table_of_a_batchs_keys_is_whole(plain, tmp_path):
+    table = re.search(r"# 10\. Batches.*?\n\n\n", Path(gpt.__file__).read_text(), re.S)[0]
+    keys = {key for line in re.findall(r"^#   ([a-z_, ]+?)  +\(B", table, re.M) for key in line.split(", ")}
+    pair = {"prompt": "a b", "chosen": " c", "rejected": " d"}
+    rows = {"text": {"text": "a b c"}, "pairs": pair, "thumbs": pair, "demos": {"prompt": "a", "completion": " b"},
+            "prompts": {"prompt": "a b"}}  # fmt: skip
+    found = {}
+    for kind, row in rows.items():
+        path = write_rows(tmp_path / f"{kind}.jsonl", [row] * 2)
+        found[kind] = set(gpt.Batches(path, kind, plain, 1, 16, 0, split_prompts=kind == "pairs")(0))
+    assert set.union(*found.values()) == keys
+    assert found["text"] == {"tokens", "mask", "segments"} and "segments" not in found["prompts"]
 
 
 def test_both_sides_of_a_pair_share_the_prompts_ids(chatml, tmp_path):
