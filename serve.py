@@ -814,8 +814,8 @@ class Served:
         self.caches = None
         self.held = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
         c, places = self.model_config, self.context + -self.context % block_size(self.context)
-        rows = jax.sharding.NamedSharding(jax.sharding.get_mesh(), jax.sharding.PartitionSpec("data", None, None, None))
-        place = lambda: jax.device_put(jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), dtype), rows)
+        # placed as the programs place them: one that is called with caches placed otherwise is compiled twice
+        place = jax.jit(lambda: gpt.shard_batch(jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), dtype)))
         self.caches = tuple((place(), place()) for _ in range(c.layers))
 
     def measure(self):
