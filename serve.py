@@ -426,7 +426,7 @@ def block_size(context: int) -> int:
 def read_rows(cache, slots, start, size: int):
     """`size` places from `start` on, of some slots (R,), or of all (None): (R, K, size, E)."""
     if slots is None:
-        return lax.dynamic_slice_in_dim(cache, start, size, 2)
+        return gpt.shard_batch(lax.dynamic_slice_in_dim(cache, start, size, 2))
     shape = 1, cache.shape[1], size, cache.shape[3]
     return jnp.concatenate([lax.dynamic_slice(cache, (slot, 0, start, 0), shape) for slot in slots])
 
@@ -446,7 +446,7 @@ def attend(q, cache, slots, positions):
     maximum and sum of the softmax (arXiv:1805.02867): the room that nobody uses costs nothing."""
     R, H, T, E = q.shape
     K, size = cache[0].shape[1], block_size(cache[0].shape[2])
-    q = q.reshape(R, K, H // K, T, E)
+    q = gpt.shard_batch(q.reshape(R, K, H // K, T, E))
 
     def block(i, carry):
         top, total, out = carry
