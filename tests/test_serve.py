@@ -286,7 +286,7 @@ class Recorder:
                 self.model.end(choice, "stop", self.posted.append, slot)
 
 
-@pytest.mark.parametrize("waiting, calls", [(1, [1]), (2, [1, 1]), (3, [4]), (5, [4, 1]), (12, [16]), (17, [16, 1])])
+@pytest.mark.parametrize("waiting, calls", [(1, [1]), (2, [1, 1]), (3, [4]), (5, [4, 1]), (12, [4] * 3)])
 def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder, monkeypatch, waiting, calls):
     device = Recorder(folder, monkeypatch)
     device.ask(*([i, 4, 5, 6] for i in range(waiting)))
