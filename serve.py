@@ -2427,7 +2427,9 @@ def training_commands(counts: dict, about: dict, model: Learner, config: Config)
         length = min(-(-(tokens + 8) // 16) * 16, model.context)
     small = model.parameters < SMALL
     quote = lambda value: shlex.quote(str(value))
-    name, data = f"votes-{rows}", f"data/votes-{rows}"
+    names = itertools.chain([f"votes-{rows}"], (f"votes-{rows}-{k}" for k in itertools.count(2)))
+    name = next(name for name in names if not Path("out", name).exists())  # no run is overwritten
+    data = f"data/votes-{rows}"
     script = (
         f"dpo.py --data {data}/pairs.jsonl" if rows == pairs else f"ipo_kto.py --loss kto --data {data}/thumbs.jsonl"
     )

@@ -1171,7 +1171,8 @@ def test_an_answer_is_held_for_a_vote_and_stored_with_it(votes, http, live, monk
     vote(http, "thumb", "up", names[1])
 
 
-def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
+def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "command" not in http.get("/v1/feedback/counts").json()
     longest = 0
     for i in range(6):
@@ -1188,6 +1189,9 @@ def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
     assert args.data == ("data/votes-6/pairs.jsonl",) and str(args.out) == "out/votes-6"
     assert prepared[prepared.index("--heldout") + 1] == "0" and prepared[prepared.index("--out") + 1] == "data/votes-6"
     assert found["serve"].split()[:5] == ["python", "serve.py", "--model", config.path, "out/votes-6"]
+    (tmp_path / "out/votes-6").mkdir(parents=True)  # it may be what is served by now
+    found = http.get("/v1/feedback/counts").json()
+    assert "--out out/votes-6-2 " in found["command"] and "out/votes-6-2" in found["serve"].split()
 
 
 def dpo_config(command):
