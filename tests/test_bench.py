@@ -96,7 +96,7 @@ def test_the_server_under_load_and_its_engine_beside_a_peer(data, tmp_path, monk
     assert [name.split(": ")[1] for name in served] == ["whole", "first text"]
     engine = rows["serve GPT-2 124M, engine, 16 x (4 + 4) tokens"]
     assert engine["times_peer"] == pytest.approx(100 / engine["seconds"]["median"])
-    assert rows["serve GPT-2 124M, w8a8, engine, 1 x (4 + 4) tokens"]["rate"] > 0
+    assert rows["serve GPT-2 124M, int8, engine, 1 x (4 + 4) tokens"]["rate"] > 0
 
 
 def test_a_decoded_token_reads_the_weights_and_the_cache():
@@ -104,7 +104,7 @@ def test_a_decoded_token_reads_the_weights_and_the_cache():
     model = gpt.init(shape, jax.random.key(0))
     weights = 4 * (gpt.count_parameters(model) - model.wpe.size)
     assert bench.decoded_bytes(model, 3, 10) == weights + 3 * 10 * (2 * 2 * 16 * 4)
-    small = serve.quantize(model, "w8a8")
+    small = serve.quantize(model, "int8")
     assert bench.decoded_bytes(small, 0, 0) == serve.size_in_bytes(small) - 4 * model.wpe.size
 
 

@@ -11,7 +11,7 @@ import pytest
 import gpt
 import serve
 
-HOWS = ("int8", "int4", "w8a8")
+HOWS = ("int8", "int4")
 # one row of each kind: what fits, a row of zeros, and rows of very different size (a scale along the wrong axis shows)
 TABLE = np.array([[1, -127, 63.4, 0], [0, 0, 0, 0], [0.02, -0.01, 0.005, 0.0149], [-3e3, 1e3, 2e3, 1]], np.float32)
 
@@ -40,19 +40,23 @@ def unpack(matrix: serve.Int4, inputs: int) -> np.ndarray:
 # the integers ---------------------------------------------------------------------------------------------------------
 
 
-def test_w8a8_rounds_to_nearest_with_one_scale_a_row():
-    got = quantised(serve.W8A8, serve.to_w8a8, TABLE)
+def test_int8_rounds_to_nearest_with_one_scale_a_row():
+    got = quantised(serve.Int8, serve.to_int8, TABLE)
     np.testing.assert_array_equal(got.values, [[1, -127, 63, 0], [0] * 4, [127, -64, 32, 95], [-127, 42, 85, 0]])
     np.testing.assert_allclose(got.scale, [1, 1, 0.02 / 127, 3e3 / 127], rtol=1e-6)
     assert got.values.dtype == jnp.int8
 
 
-def test_int8_rounds_to_nearest_with_one_scale_a_group():
-    row = np.array([[127, -1.4, 0, 3e3, -3e3, 12.0, 0, 0, 0]], np.float32)
-    got = quantised(serve.Int8, partial(serve.to_grouped_int8, size=4), row)  # the largest groups that divide 9: 3
-    np.testing.assert_array_equal(got.values, [[127, -1, 0, 127, -127, 1, 0, 0, 0]])
-    np.testing.assert_allclose(got.scale, [[1, 3e3 / 127, 1]], rtol=1e-6)
-    np.testing.assert_allclose(got.dense(), [[127, -1, 0, 3e3, -3e3, 3e3 / 127, 0, 0, 0]], rtol=1e-6)
+def test_activations_are_two_bytes_that_make_one_number():
+    x = np.array([[127 * 256, 128, 127, -128, -129, 0.4, -127 * 256], [0] * 7], np.float32)
+    high, low, scale = serve.to_two_bytes(x)
+    assert high.dtype == low.dtype == jnp.int8
+    np.testing.assert_array_equal(high, [[127, 1, 0, 0, -1, 0, -127], [0] * 7])
+    np.testing.assert_array_equal(low, [[0, -128, 127, -128, 127, 0, 0], [0] * 7])
+    np.testing.assert_array_equal(scale, [1, 1])
+    x = normal(5, 300) * np.exp(normal(5, 1, seed=1))
+    high, low, scale = (np.asarray(y, np.float64) for y in serve.to_two_bytes(x))
+    assert (np.abs((256 * high + low) * scale[:, None] - x) <= np.abs(x).max(1, keepdims=True) / 65_000).all()
 
 
 def test_int4_packs_both_halves_of_a_row_in_one_byte_each():
@@ -66,13 +70,10 @@ def test_int4_packs_both_halves_of_a_row_in_one_byte_each():
 
 def test_error_bounds():
     matrix = normal(6, 256)
-    matrix[:, 3] *= 30  # spoils the scale of all of its row in w8a8, of one group in int8 and int4
+    matrix[:, 3] *= 30  # spoils the scale of all of its row in int8, of one group in int4
     largest = np.abs(matrix).max(1, keepdims=True)
-    error = np.abs(quantised(serve.W8A8, serve.to_w8a8, matrix).dense() - matrix)
+    error = np.abs(quantised(serve.Int8, serve.to_int8, matrix).dense() - matrix)
     assert (error <= largest / 254 * (1 + 1e-4)).all() and error.max() > largest.max() / 300
-    error = np.abs(quantised(serve.Int8, serve.to_grouped_int8, matrix).dense() - matrix)
-    groups = np.abs(matrix).reshape(6, 8, 32).max(-1).repeat(32, axis=-1)
-    assert (error <= groups / 254 * (1 + 1e-4)).all() and error.max() > groups.max() / 300
     error = np.abs(quantised(serve.Int4, serve.to_int4, matrix).dense() - matrix)
     groups = np.abs(matrix).reshape(6, 4, 64).max(-1).repeat(64, axis=-1)
     assert (error <= groups / 14 * (1 + 1e-4)).all() and error.max() > groups.max() / 20
@@ -91,7 +92,7 @@ def test_groups_divide_the_halves_of_a_row():
 
 @pytest.mark.parametrize("shape", [(1, 1, 64), (3, 64), (2, 5, 64)])
 @pytest.mark.parametrize("rows", [10, 2 * serve.CHUNK_ROWS + 1])
-def test_products_are_those_of_the_dense_matrix(rows, shape):
+def test_products_are_those_of_the_dense_matrix(rows, shape, monkeypatch):
     matrix = normal(rows, 64) * np.exp(normal(rows, 1, seed=1))  # channels of different size
     x = normal(*shape, seed=2) * np.exp(normal(*shape[:-1], 1, seed=3))
     multiply = jax.jit(lambda matrix, x: matrix(x))
@@ -99,19 +100,17 @@ def test_products_are_those_of_the_dense_matrix(rows, shape):
     int4 = quantised(serve.Int4, partial(serve.to_int4, size=16), matrix)
     np.testing.assert_allclose(multiply(int4, x), x @ unpack(int4, 64).T, rtol=1e-4, atol=1e-4)
 
-    int8 = quantised(serve.Int8, serve.to_grouped_int8, matrix)
-    dense = np.asarray(int8.values, float) * np.asarray(int8.scale).repeat(32, axis=-1)
-    np.testing.assert_allclose(multiply(int8, x), x @ dense.T, rtol=1e-4, atol=1e-4)
-
-    scale = np.abs(x).max(-1, keepdims=True) / 127
-    rounded = np.round(x / scale) * scale  # activations as w8a8 sees them
-    w8a8 = quantised(serve.W8A8, serve.to_w8a8, matrix)
-    dense = np.asarray(w8a8.values, float) * np.asarray(w8a8.scale)[:, None]
-    np.testing.assert_allclose(multiply(w8a8, x), rounded @ dense.T, rtol=1e-4, atol=1e-3)
+    scale = np.abs(x).max(-1, keepdims=True) / (127 * 256)
+    rounded = np.round(x / scale) * scale  # activations as int8 sees them
+    int8 = quantised(serve.Int8, serve.to_int8, matrix)
+    dense = np.asarray(int8.values, float) * np.asarray(int8.scale)[:, None]
+    np.testing.assert_allclose(multiply(int8, x), rounded @ dense.T, rtol=1e-4, atol=1e-4)
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")  # where activations stay floats
+    np.testing.assert_allclose(jax.jit(lambda matrix, x: matrix(x))(int8, x), x @ dense.T, rtol=1e-4, atol=1e-4)
 
 
-def test_w8a8_of_tokens_of_zeros_is_zero():
-    assert not np.asarray(quantised(serve.W8A8, serve.to_w8a8, normal(5, 8))(jnp.zeros((3, 8)))).any()
+def test_int8_of_tokens_of_zeros_is_zero():
+    assert not np.asarray(quantised(serve.Int8, serve.to_int8, normal(5, 8))(jnp.zeros((3, 8)))).any()
 
 
 # the two forms of the integer product: which one is taken follows the CPU, and is set here
@@ -126,20 +125,20 @@ def vnni(request, monkeypatch):
 @pytest.mark.parametrize("shape", [(2, 3072), (1, 5, 768), (3, 4, 33)])
 def test_integer_products_are_exact(vnni, shape):
     rng = np.random.default_rng(0)
-    x = rng.integers(-127, 128, shape).astype(np.int8)
-    x[0], weights = 127, rng.integers(-127, 128, (70, shape[-1])).astype(np.int8)
+    x = rng.integers(-128, 128, shape).astype(np.int8)
+    x[0], weights = -128, rng.integers(-127, 128, (70, shape[-1])).astype(np.int8)
     weights[:2] = [[127], [-127]]  # with the line above the largest sums there are
-    w8a8 = serve.W8A8(jnp.asarray(weights), jnp.ones(70), jnp.asarray(weights.sum(1, dtype=np.int32)))
-    got = jax.jit(lambda matrix, x: matrix.integers(x))(w8a8, x)
+    int8 = serve.Int8(jnp.asarray(weights), jnp.ones(70), jnp.asarray(weights.sum(1, dtype=np.int32)))
+    got = jax.jit(lambda matrix, x: matrix.integers(x))(int8, x)
     np.testing.assert_array_equal(got, x.astype(int) @ weights.T.astype(int))
 
 
 def test_operands_of_the_integer_product_stay_bytes(vnni):
     """JAX would make both int32, four times the bytes and no kernel for them, if the precision were not given."""
-    matrix = quantised(serve.W8A8, serve.to_w8a8, normal(5, 8))
+    matrix = quantised(serve.Int8, serve.to_int8, normal(5, 8))
     text = jax.jit(lambda matrix, x: matrix(x)).lower(matrix, jnp.ones((3, 8))).as_text()
     product = next(line for line in text.splitlines() if "dot_general" in line)
-    assert f"tensor<3x8x{'ui8' if vnni else 'i8'}>, tensor<5x8xi8>) -> tensor<3x5xi32>" in product
+    assert f"tensor<2x3x8x{'ui8' if vnni else 'i8'}>, tensor<5x8xi8>) -> tensor<2x3x5xi32>" in product
 
 
 def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
@@ -154,11 +153,11 @@ def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
     assert not has_vnni()
 
 
-@pytest.mark.parametrize("kind, integers", [(serve.Int8, serve.to_grouped_int8), (serve.Int4, serve.to_int4)])
+@pytest.mark.parametrize("kind, integers", [(serve.Int8, serve.to_int8), (serve.Int4, serve.to_int4)])
 def test_rows_are_those_of_the_dense_table(kind, integers):
     table = quantised(kind, integers, normal(9, 12))
     index = np.array([[3, 0, 8], [3, 1, 2]])
-    np.testing.assert_array_equal(table.rows(index), np.asarray(table.dense())[index])
+    np.testing.assert_array_equal(table.look_up(index), np.asarray(table.dense())[index])
 
 
 # models ---------------------------------------------------------------------------------------------------------------
@@ -186,10 +185,11 @@ logits = jax.jit(lambda model, tokens: model.logits(model(tokens)))
 @pytest.mark.parametrize("how", ["int8", "int4"])
 def test_forward_pass_is_that_of_the_dense_model(model, how):
     small = serve.quantize(model, how)
-    np.testing.assert_allclose(logits(small, TOKENS), logits(dense_model(small), TOKENS), rtol=1e-3, atol=1e-4)
+    want = logits(dense_model(small), TOKENS)  # its activations are floats, those of int8, also int4's head, two bytes
+    np.testing.assert_allclose(logits(small, TOKENS), want, rtol=1e-3, atol=2e-3)
 
 
-@pytest.mark.parametrize("how, off", [("int8", 0.03), ("w8a8", 0.05), ("int4", 0.5)])
+@pytest.mark.parametrize("how, off", [("int8", 0.03), ("int4", 0.5)])
 def test_logits_stay_near(model, how, off):
     want, got = logits(model, TOKENS), logits(serve.quantize(model, how), TOKENS)
     assert got.dtype == jnp.float32
@@ -198,7 +198,7 @@ def test_logits_stay_near(model, how, off):
 
 @pytest.mark.parametrize("rows", [1, 3])
 def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeypatch, rows):
-    small, prompts = serve.quantize(tiny_model, "w8a8"), np.random.default_rng(1).integers(4, 32, (rows, 5))
+    small, prompts = serve.quantize(tiny_model, "int8"), np.random.default_rng(1).integers(4, 32, (rows, 5))
     outs = []
     for vnni in (True, False):
         monkeypatch.setattr(serve, "has_vnni", lambda vnni=vnni: vnni)
@@ -207,7 +207,7 @@ def test_both_forms_of_the_integer_product_generate_the_same(tiny_model, monkeyp
     jax.tree.map(np.testing.assert_array_equal, *outs)
 
 
-@pytest.mark.parametrize("how, rows", [("int8", 3), ("int4", 3), ("w8a8", 3), ("w8a8", 1)])
+@pytest.mark.parametrize("how, rows", [("int8", 1), ("int8", 3), ("int4", 3)])
 def test_generate_samples_the_quantised_model(tiny_model, how, rows):
     """Its log-probs are those of a forward pass of the same weights (unstacked there, scanned here)."""
     small = serve.quantize(tiny_model, how)
@@ -215,8 +215,8 @@ def test_generate_samples_the_quantised_model(tiny_model, how, rows):
     out = gpt.generate(small, prompts, np.ones_like(prompts), jax.random.key(0), 6, ends=())
     tokens = np.concatenate([prompts, out.tokens], 1)
     want = jax.jit(gpt.token_logprobs)(small, tokens)[:, 4:]
-    # keys and values that differ in the last bit may round to another int8: w8a8 is near, not equal
-    np.testing.assert_allclose(out.logprobs, want, atol=0.05 if how == "w8a8" else 1e-4)
+    # keys and values that differ in the last bit may round to other bytes
+    np.testing.assert_allclose(out.logprobs, want, atol=5e-4 if how == "int8" else 1e-4)
 
 
 def test_norms_biases_positions_and_precision_stay(golden):
@@ -232,11 +232,11 @@ def test_norms_biases_positions_and_precision_stay(golden):
 
 
 def test_unknown_kind(tiny_model):
-    with pytest.raises(ValueError, match="int8, int4 or w8a8"):
+    with pytest.raises(ValueError, match="int8 or int4"):
         serve.quantize(tiny_model, "int3")
 
 
-@pytest.mark.parametrize("how, most", [("int8", 0.55), ("w8a8", 0.55), ("int4", 0.36)])
+@pytest.mark.parametrize("how, most", [("int8", 0.55), ("int4", 0.36)])
 def test_bytes_of_gpt2(how, most):
     config = gpt.make_config(50257, 1024, 12, 12, 768, "gpt2")
     model = jax.eval_shape(lambda key: gpt.cast(gpt.init(config, key), jnp.bfloat16), jax.random.key(0))
