@@ -2600,6 +2600,14 @@ class Guard:
 # ------------------------------------------------------------------------------------------------------ another engine
 
 
+@lru_cache
+def read_learner(folder: str) -> "Learner":
+    """A folder whose weights are not loaded."""
+    hf = json.loads(Path(folder, "config.json").read_text())
+    parameters = sum(tensor.size for tensor in gpt.read_tensors(Path(folder)).values())
+    return Learner(folder, parameters, gpt.config_from_hf(hf, folder).context, gpt.need_tokenizer(folder))
+
+
 class Relay(Server):
     """The server with --upstream: page, votes and their database are here, the answers come from another engine with
     OpenAI's API. Requests go there as they are, but for `store` and `metadata`, which are about votes. What such an
@@ -2695,12 +2703,8 @@ class Relay(Server):
 
     def learner(self, name: str | None) -> "Learner | None":
         """As the server's, of the folder that --model names, or of the model's name where that is a folder here."""
-        for folder in map(Path, (*self.config.named_folders, name or "")):
-            if (folder / "config.json").is_file():
-                hf = json.loads((folder / "config.json").read_text())
-                parameters = sum(tensor.size for tensor in gpt.read_tensors(folder).values())
-                context = gpt.config_from_hf(hf, folder).context
-                return Learner(str(folder), parameters, context, gpt.need_tokenizer(folder))
+        folders = (*self.config.named_folders, name or "")
+        return next((read_learner(folder) for folder in folders if Path(folder, "config.json").is_file()), None)
 
     async def complete(self, request: Request, kind):
         data = await read_bytes(request)

@@ -1288,7 +1288,8 @@ def test_votes_on_another_engines_answers_are_rows_here(relay, http, votes, stre
             relay, metadata={"session_id": "s"}, stream_options={"include_usage": True} if stream else None, **asked
         )
         choices = [c for f in frames(response.text) for c in f["choices"]] if stream else response.json()["choices"]
-        names[model] = [c["generation_id"] for c in choices if c.get("finish_reason")]
+        ends = sorted((c["index"], c["generation_id"]) for c in choices if c.get("finish_reason"))
+        names[model] = [name for _, name in ends]
         assert len(names[model]) == 2
     assert select(votes, "SELECT * FROM generation") == []  # the other server stores nothing
     vote(relay, "pair", "a", *names["two"])
@@ -1336,6 +1337,20 @@ def engine_that(script: dict):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     return server
+
+
+def test_each_side_has_a_key_of_its_own(tmp_path, monkeypatch):
+    config = serve.Config(upstream="http://localhost:1/v1", upstream_key="there", feedback=tmp_path / "f.db")
+    server = serve.make_server(config)
+    server.store.close()
+    assert server.client.headers["authorization"] == "Bearer there" and server.url == "http://localhost:1"
+    monkeypatch.setenv("UPSTREAM_KEY", "there")
+    monkeypatch.setenv("API_KEY", "here")
+    keys = lambda config: (config.api_key, config.upstream_key)
+    monkeypatch.setattr(serve, "check_config", lambda config: (_ for _ in ()).throw(InterruptedError(*keys(config))))
+    with pytest.raises(InterruptedError) as found:
+        serve.main(serve.Config())
+    assert found.value.args == ("here", "there")
 
 
 def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
