@@ -1375,6 +1375,7 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         relay.delete("/v1/sessions/s")
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
+            (200, "<html>", 502, "no answer that can be read"), (302, "", 502, "302"),
             (400, '{"error": {"message": "exceeds the context size", "code": 400}}', 400, "context size"),
         ):  # fmt: skip
             script[chat] = (status, body)
