@@ -2571,7 +2571,7 @@ class Guard:
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            level = logging.DEBUG if path in self.OPEN else logging.INFO
+            level = logging.DEBUG if path in self.OPEN or path == "/markdown" else logging.INFO
             took = 1e3 * (time.monotonic() - start)
             LOG.log(level, "%s %s %d %.0f ms %s", scope["method"], path, status, took, request_id)
 
