@@ -4,6 +4,7 @@
     python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl   # the fastest weights that are near enough
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
+    python serve.py --upstream http://localhost:8001 --model out/dpo  # vLLM, say, answers; page and votes are here
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
 
 One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
@@ -15,7 +16,7 @@ function of (seed, choice, token), so the same seed gives the same text whatever
 only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
-send; what they get; votes; the server; the process.
+send; what they get; votes; the server; another engine in its place; the process.
 """
 
 import asyncio
@@ -2461,7 +2462,9 @@ def training_commands(counts: dict, about: dict, model: Learner, config: Config)
         length = min(-(-(tokens + 8) // 16) * 16, model.context)
     small = model.parameters < SMALL
     quote = lambda value: shlex.quote(str(value))
-    name, data = f"votes-{rows}", f"data/votes-{rows}"
+    names = itertools.chain([f"votes-{rows}"], (f"votes-{rows}-{k}" for k in itertools.count(2)))
+    name = next(name for name in names if not Path("out", name).exists())  # no run is overwritten
+    data = f"data/votes-{rows}"
     script = (
         f"dpo.py --data {data}/pairs.jsonl" if rows == pairs else f"ipo_kto.py --loss kto --data {data}/thumbs.jsonl"
     )
@@ -2569,7 +2572,7 @@ class Guard:
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            level = logging.DEBUG if path in self.OPEN else logging.INFO
+            level = logging.DEBUG if path in self.OPEN or path == "/markdown" else logging.INFO
             took = 1e3 * (time.monotonic() - start)
             LOG.log(level, "%s %s %d %.0f ms %s", scope["method"], path, status, took, request_id)
 
@@ -2597,6 +2600,14 @@ class Guard:
 
 
 # ------------------------------------------------------------------------------------------------------ another engine
+
+
+@lru_cache
+def read_learner(folder: str) -> "Learner":
+    """A folder whose weights are not loaded."""
+    hf = json.loads(Path(folder, "config.json").read_text())
+    parameters = sum(tensor.size for tensor in gpt.read_tensors(Path(folder)).values())
+    return Learner(folder, parameters, gpt.config_from_hf(hf, folder).context, gpt.need_tokenizer(folder))
 
 
 class Relay(Server):
@@ -2627,7 +2638,7 @@ class Relay(Server):
         try:
             request = self.client.build_request(method, path, **options)
             response = await self.client.send(request, stream=True)
-            if response.status_code < 400:
+            if response.is_success:
                 return response
             await response.aread()
         except httpx2.HTTPError as error:
@@ -2642,8 +2653,17 @@ class Relay(Server):
             if re.search("context (length|size)", message):  # as the page knows it
                 code = "context_length_exceeded"
             raise ApiError(response.status_code, message, error.get("param"), code, **wait)
-        said = response.text[:300].strip()
-        raise ApiError(response.status_code, f"the engine at {self.url} answered {response.status_code}: {said}")
+        status, said = response.status_code, response.text[:300].strip()
+        raise ApiError(status if status >= 400 else 502, f"the engine at {self.url} answered {status}: {said}")
+
+    async def read(self, response: httpx2.Response, name: str):
+        """What stands under this name in the engine's answer of JSON; also the whole answer."""
+        try:
+            whole = json.loads(await response.aread())
+            return whole[name], whole
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            said = f"the engine at {self.url} gave no answer that can be read ({type(error).__name__})"
+            raise ApiError(502, said, code="upstream_dead") from None
 
     async def forward(self, request: Request):
         """The engine's own answer to a request that is not about votes."""
@@ -2673,7 +2693,7 @@ class Relay(Server):
 
     async def served(self) -> dict[str, dict]:
         """The engine's models by name."""
-        found = json.loads(await (await self.ask("GET", "/v1/models")).aread())["data"]
+        found, _ = await self.read(await self.ask("GET", "/v1/models"), "data")
         common = {"object": "model", "owned_by": "upstream", "examples": self.examples}
         models = {}
         for model in found:
@@ -2694,12 +2714,8 @@ class Relay(Server):
 
     def learner(self, name: str | None) -> "Learner | None":
         """As the server's, of the folder that --model names, or of the model's name where that is a folder here."""
-        for folder in map(Path, (*self.config.named_folders, name or "")):
-            if (folder / "config.json").is_file():
-                hf = json.loads((folder / "config.json").read_text())
-                parameters = sum(tensor.size for tensor in gpt.read_tensors(folder).values())
-                context = gpt.config_from_hf(hf, folder).context
-                return Learner(str(folder), parameters, context, gpt.need_tokenizer(folder))
+        folders = (*self.config.named_folders, name or "")
+        return next((read_learner(folder) for folder in folders if Path(folder, "config.json").is_file()), None)
 
     async def complete(self, request: Request, kind):
         data = await read_bytes(request)
@@ -2716,29 +2732,24 @@ class Relay(Server):
         row = partial(relayed_row, body, about, request_id=request.state.request_id)
         if body.stream:
             return StreamingResponse(self.stream(response, row, body.store), 200, STREAM_HEADERS, "text/event-stream")
-        answer = json.loads(await unless_gone(request, response.aread()))
-        for choice in answer["choices"] if body.store else ():
+        choices, answer = await unless_gone(request, self.read(response, "choices"))
+        for choice in choices if body.store else ():
             text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
-            choice["generation_id"] = await self.store_row(row(choice, text, answer.get("usage")), body.store)
+            await self.keep(stored := row(choice, text, answer.get("usage")), body.store)
+            choice["generation_id"] = stored["id"]
         return reply(answer)
-
-    async def store_row(self, row: dict, store) -> str:
-        await self.keep(row, store)
-        return row["id"]
 
     async def stream(self, response: httpx2.Response, row, store):
         """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored."""
         texts, ends, usage = collections.defaultdict(str), [], None
 
         async def finish():
-            while ends:
-                chunk = ends.pop(0)
-                for choice in chunk["choices"]:
-                    if choice.get("finish_reason"):
-                        choice["generation_id"] = await self.store_row(
-                            row(choice, texts[choice["index"]], usage), store
-                        )
-                yield frame(chunk)
+            for choice in (choice for chunk in ends for choice in chunk["choices"] if choice.get("finish_reason")):
+                await self.keep(stored := row(choice, texts[choice["index"]], usage), store)
+                choice["generation_id"] = stored["id"]
+            out = b"".join(map(frame, ends))
+            ends.clear()
+            return out
 
         try:
             async for line in response.aiter_lines():
@@ -2750,21 +2761,17 @@ class Relay(Server):
                 chunk = json.loads(data)
                 usage, choices = chunk.get("usage") or usage, chunk.get("choices") or []
                 for choice in choices:
-                    texts[choice["index"]] += (choice.get("delta", {}).get("content") or "") + (
-                        choice.get("text") or ""
-                    )
+                    piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+                    texts[choice["index"]] += piece or ""
                 if store and any(choice.get("finish_reason") for choice in choices):
                     ends.append(chunk)
-                    continue
-                if not choices:
-                    async for end in finish():
-                        yield end
-                yield frame(chunk)
-            async for end in finish():
-                yield end
-        except (httpx2.HTTPError, ValueError, LookupError, TypeError, AttributeError) as error:
-            LOG.warning("the engine's stream broke: %r", error)
-            message = f"the engine at {self.url} broke this answer off ({type(error).__name__})"
+                else:
+                    yield (b"" if choices else await finish()) + frame(chunk)
+            yield await finish()
+        except Exception as error:
+            LOG.warning("an answer broke off: %r", error)
+            who = "this server" if isinstance(error, sqlite3.Error) else f"the engine at {self.url}"
+            message = f"{who} broke this answer off ({type(error).__name__})"
             yield frame(ApiError(502, message, code="upstream_dead").body)
         finally:
             await response.aclose()

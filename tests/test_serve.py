@@ -1213,7 +1213,8 @@ def test_an_answer_is_held_for_a_vote_and_stored_with_it(votes, http, live, monk
     vote(http, "thumb", "up", names[1])
 
 
-def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
+def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "command" not in http.get("/v1/feedback/counts").json()
     longest = 0
     for i in range(6):
@@ -1230,6 +1231,9 @@ def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
     assert args.data == ("data/votes-6/pairs.jsonl",) and str(args.out) == "out/votes-6"
     assert prepared[prepared.index("--heldout") + 1] == "0" and prepared[prepared.index("--out") + 1] == "data/votes-6"
     assert found["serve"].split()[:5] == ["python", "serve.py", "--model", config.path, "out/votes-6"]
+    (tmp_path / "out/votes-6").mkdir(parents=True)  # it may be what is served by now
+    found = http.get("/v1/feedback/counts").json()
+    assert "--out out/votes-6-2 " in found["command"] and "out/votes-6-2" in found["serve"].split()
 
 
 def dpo_config(command):
@@ -1284,7 +1288,8 @@ def test_votes_on_another_engines_answers_are_rows_here(relay, http, votes, stre
             relay, metadata={"session_id": "s"}, stream_options={"include_usage": True} if stream else None, **asked
         )
         choices = [c for f in frames(response.text) for c in f["choices"]] if stream else response.json()["choices"]
-        names[model] = [c["generation_id"] for c in choices if c.get("finish_reason")]
+        ends = sorted((c["index"], c["generation_id"]) for c in choices if c.get("finish_reason"))
+        names[model] = [name for _, name in ends]
         assert len(names[model]) == 2
     assert select(votes, "SELECT * FROM generation") == []  # the other server stores nothing
     vote(relay, "pair", "a", *names["two"])
@@ -1334,6 +1339,20 @@ def engine_that(script: dict):
     return server
 
 
+def test_each_side_has_a_key_of_its_own(tmp_path, monkeypatch):
+    config = serve.Config(upstream="http://localhost:1/v1", upstream_key="there", feedback=tmp_path / "f.db")
+    server = serve.make_server(config)
+    server.store.close()
+    assert server.client.headers["authorization"] == "Bearer there" and server.url == "http://localhost:1"
+    monkeypatch.setenv("UPSTREAM_KEY", "there")
+    monkeypatch.setenv("API_KEY", "here")
+    keys = lambda config: (config.api_key, config.upstream_key)
+    monkeypatch.setattr(serve, "check_config", lambda config: (_ for _ in ()).throw(InterruptedError(*keys(config))))
+    with pytest.raises(InterruptedError) as found:
+        serve.main(serve.Config())
+    assert found.value.args == ("here", "there")
+
+
 def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
     models = (200, json.dumps({"object": "list", "data": [{"id": "m"}]}))
     piece = 'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n'
@@ -1356,6 +1375,7 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         relay.delete("/v1/sessions/s")
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
+            (200, "<html>", 502, "no answer that can be read"), (302, "", 502, "302"),
             (400, '{"error": {"message": "exceeds the context size", "code": 400}}', 400, "context size"),
         ):  # fmt: skip
             script[chat] = (status, body)
