@@ -34,6 +34,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
     python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
         --out out/reward-small
     python reward.py --report out/probe                          # no training: the report of what probe.py made
+    python reward.py --report out/hh-probe --init models/smollm2 --data data/hh/pairs.jsonl --length 384 --gold None
 
 Without training, a linear head on a frozen model's features: probe.py.
 """
@@ -82,7 +83,7 @@ class Config:
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:score"  # module:function that knows the truth, for the report
-    report: str | None = None  # no training: report on this folder's reward model, beside log p of --init where "" ends
+    report: str | None = None  # no training: this folder gets its report; with --init, that model's log p stand beside
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
@@ -615,9 +616,9 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
         print("no held-out pairs (--heldout): no report")
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
-    own = None
-    if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
-        own = pair_logprobs(config, heldout, tokenizer)
+    # a suffix would stand where the answer's end is read
+    beside = config.report and config.init != Config.init and not members[0].suffix
+    own = pair_logprobs(config, heldout, tokenizer) if beside else None
     result = report(members, pairs, tokenizer, config, teachers, own)
     if jax.process_index() == 0:
         gpt.write_json(out / "report.json", result)
