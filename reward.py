@@ -34,6 +34,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
     python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
         --out out/reward-small
     python reward.py --report out/probe                          # no training: the report of what probe.py made
+    python reward.py --report out/hh-probe --init models/smollm2 --data data/hh/pairs.jsonl --length 384 --gold None
 
 Without training, a linear head on a frozen model's features: probe.py.
 """
@@ -83,7 +84,7 @@ class Config:
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:parts"  # module:function that knows the truth, for the report
-    report: str | None = None  # no training: report on this folder's reward model, beside log p of --init where "" ends
+    report: str | None = None  # no training: report on the reward model, or ensemble, in this folder
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
