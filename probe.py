@@ -16,7 +16,7 @@ Details that matter:
 
     python probe.py                                              # out/base + data/toy/pairs.jsonl -> out/probe
     python probe.py --init models/smollm2 --data data/hh/pairs.jsonl --out out/hh-probe --length 384 --suffix ""
-    python reward.py --init out/base --report out/probe          # how far to trust it: the report, on held-out pairs
+    python reward.py --report out/probe                          # how far to trust it: the report, on held-out pairs
 """
 
 import json

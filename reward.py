@@ -34,7 +34,7 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
     python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
         --out out/reward-small
     python reward.py --report out/probe                          # no training: the report of what probe.py made
-    python reward.py --report out/hh-probe --init models/smollm2 --data data/hh/pairs.jsonl --length 384 --gold None
+    python reward.py --report out/hh-probe --data data/hh/pairs.jsonl --length 384 --gold None
 
 Without training, a linear head on a frozen model's features: probe.py.
 """
