@@ -1733,7 +1733,8 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
     return ChatRequest(messages=messages, max_completion_tokens=request.max_output_tokens, **same)
 
 
-STATUSES = {"stop": "completed", "length": "incomplete", "abort": "cancelled", None: "in_progress"}
+STATUSES = {"stop": "completed", "length": "incomplete", "abort": "incomplete", None: "in_progress"}
+REASONS = {"length": "max_output_tokens", "abort": "deadline"}  # of an incomplete response
 
 
 def response_message(job: Job, text: str, finish: str | None) -> dict:
@@ -1753,7 +1754,7 @@ def response_body(job: Job, text: str = "", finish: str | None = None) -> dict:
     return dict(
         id="resp_" + job.id, object="response", created_at=job.created, model=job.model.name, status=status,
         output=[response_message(job, text, finish)] if finish else [], usage=counted if finish else None, error=None,
-        incomplete_details={"reason": "max_output_tokens"} if finish == "length" else None,
+        incomplete_details={"reason": REASONS[finish]} if finish in REASONS else None,
         instructions=None, metadata=request.metadata or {}, temperature=job.choices[0].temperature,
         top_p=job.choices[0].top_p, max_output_tokens=request.max_completion_tokens, parallel_tool_calls=False,
         tool_choice="none", tools=[], text={"format": {"type": "text"}}, truncation="disabled",
@@ -1770,11 +1771,10 @@ async def stream_response(job: Job, server: "Server"):
         return f"event: {kind}\n".encode() + frame({"type": kind, "sequence_number": next(numbers)} | more)
 
     try:
-        begun = response_body(job)
-        item, (part,) = (message := response_message(job, "", None)) | {"content": []}, message["content"]
-        yield event("response.created", response=begun) + event("response.in_progress", response=begun)
-        yield event("response.output_item.added", output_index=0, item=item)
-        yield event("response.content_part.added", **at, part=part)
+        body, message = response_body(job), response_message(job, "", None)
+        yield event("response.created", response=body) + event("response.in_progress", response=body)
+        yield event("response.output_item.added", output_index=0, item=message | {"content": []})
+        yield event("response.content_part.added", **at, part=message["content"][0])
         delta = None
         while delta is None or not delta.finish:
             try:
@@ -1788,10 +1788,10 @@ async def stream_response(job: Job, server: "Server"):
                 yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
         await server.log_generation(job, choice)
         body = response_body(job, choice.text, choice.finish)
-        (item,) = body["output"]
+        message = body["output"][0]
         yield event("response.output_text.done", **at, text=choice.text, logprobs=[])
-        yield event("response.content_part.done", **at, part=item["content"][0])
-        yield event("response.output_item.done", output_index=0, item=item)
+        yield event("response.content_part.done", **at, part=message["content"][0])
+        yield event("response.output_item.done", output_index=0, item=message)
         yield event(f"response.{body['status']}", response=body)
     except Exception:
         LOG.exception("request %s failed", job.request_id)

@@ -1,4 +1,5 @@
 """Pictures of the chat page for docs/, taken in a real browser: python tests/screenshots.py models/smollm2
+(or the address of a server that runs: python tests/screenshots.py http://localhost:8000)
 
 What it shares with test_page.py: a server of its own for some model folders, and Chromium."""
 
@@ -128,7 +129,8 @@ def main(folders, out=ROOT / "docs", seed=3):
     options = ["--context", "1024", "--slots", "2"]
     with contextlib.ExitStack() as stack:
         browser, tmp = stack.enter_context(browsing()), stack.enter_context(tempfile.TemporaryDirectory())
-        url = stack.enter_context(serving(folders, Path(tmp, "feedback.db"), *options))
+        runs = folders[0].startswith("http")
+        url = folders[0] if runs else stack.enter_context(serving(folders, Path(tmp, "feedback.db"), *options))
         for scheme in ("light", "dark"):
             chat(browser, url, out / f"chat-{scheme}.png", questions, seed, viewport=wide, color_scheme=scheme)
         compare(
