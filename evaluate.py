@@ -46,7 +46,7 @@ class Config:
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
     baseline: str | None = None  # model folder that the win rates are against (default: --ref)
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
-    judge: str | None = "toy:parts"  # module:function (prompts, responses, rows) -> floats or dicts, None: no verdict
+    judge: str | None = "toy:parts"  # gives "gold": module:function -> floats or dicts, or a reward-model folder
     reward: str | None = None  # rates answers beside the judge: reward-model folder (or ensemble), or module:function
     pairwise: str | None = None  # module:function (prompts, a, b, rows) -> P(a is better), asked in both orders
     out: Path = Path("out/report")  # folder of the report
@@ -102,7 +102,7 @@ class Exam(NamedTuple):
     tokenizer: gpt.Tokenizer
     ref: gpt.GPT
     prompts: list[Prompts]
-    judge: Callable  # (prompts, responses, rows) -> dicts of named numbers
+    judge: Callable  # (Prompts, Generation, responses) -> dicts of named numbers
     reward: Callable | None = None  # (Prompts, Generation, responses) -> scores (B,)
     pairwise: Callable | None = None  # (prompts, a, b, rows) -> P(a is better)
     harmful: list[Prompts] = ()
@@ -128,12 +128,12 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
     share one, candidates of a prompt and the two sides of a win rate do not."""
     key = jax.random.key(exam.config.seed)
     key = jax.random.fold_in(key, stream) if stream else key
-    batches = []
-    for i, prompts in enumerate(exam.prompts):
+    batches, bar = [], gpt.progress(iterable=exam.prompts, desc="answers", unit="batches", leave=False)
+    for i, prompts in enumerate(bar):
         size = len(prompts.texts)
         out = gpt.generate(
             model, prompts.tokens, prompts.mask, key, exam.config.response_length, ends=exam.tokenizer.end_ids,
-            pad=exam.tokenizer.pad_id, temperature=temperature, rows=jnp.arange(size) + i * size,
+            pad=exam.tokenizer.pad_id, temperature=temperature, row_numbers=jnp.arange(size) + i * size,
         )  # fmt: skip
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
         distance = sequence_kl(model, exam.ref, *sequence, temperature) if kl else None
@@ -159,18 +159,22 @@ def measure(exam: Exam, prompts: Prompts, out: gpt.Generation, kl) -> Answers:
         numbers["kl"] = gpt.to_numpy(kl)
     if exam.reward:
         numbers["reward"] = exam.reward(prompts, out, responses)
-    judged = exam.judge(prompts.texts, responses, prompts.rows)
+    judged = exam.judge(prompts, out, responses)
     numbers |= {name: [verdict[name] for verdict in judged] for name in judged[0]}
     numbers = {name: np.asarray(values, float)[: prompts.count] for name, values in numbers.items()}
     return Answers(numbers, *(x[: prompts.count] for x in (prompts.texts, responses, prompts.rows, bare)))
 
 
-def load_judge(name: str | None) -> Callable:
-    """(prompts, responses, rows) -> dicts of named numbers with "gold"; empty ones without a judge."""
+def load_judge(name: str | None, tokenizer, config: Config) -> Callable:
+    """(Prompts, Generation, responses) -> dicts of named numbers with "gold"; empty ones without a judge. A function is
+    called with (prompts, responses, rows) and returns floats or dicts; a reward model's scores are "gold"."""
     if name is None:
-        return lambda prompts, responses, rows: [{} for _ in responses]
-    function = gpt.load_function(name)
-    return lambda prompts, responses, rows: gpt.judgements(function(prompts, responses, rows))
+        return lambda prompts, out, responses: [{} for _ in responses]
+    if ":" in name:
+        function = gpt.load_function(name)
+        return lambda prompts, out, responses: gpt.judgements(function(prompts.texts, responses, prompts.rows))
+    rate = load_reward(name, tokenizer, config)
+    return lambda prompts, out, responses: gpt.judgements(rate(prompts, out, responses))
 
 
 reward_scores = jax.jit(gpt.score, static_argnames="ends")
@@ -219,9 +223,9 @@ def read_prompts(path: str, tokenizer, config: Config) -> list[Prompts]:
     file = gpt.Batches(path, "prompts", tokenizer, size, config.prompt_length, config.seed)
     for batch, new in itertools.islice(file.once(), math.ceil(config.samples / size)):
         placed, rows = gpt.put_batch(batch), file.rows(batch)
-        texts = gpt.plain_prompts(tokenizer.decode_rows(batch["tokens"], batch["segments"]), rows)
+        texts = gpt.plain_prompts(tokenizer.decode_rows(batch["tokens"], batch["mask"]), rows)
         count = min(new, config.samples - size * len(batches))
-        batches.append(Prompts(placed["tokens"], placed["segments"], texts, rows, count))
+        batches.append(Prompts(placed["tokens"], placed["mask"], texts, rows, count))
     return batches
 
 
@@ -708,7 +712,7 @@ def conduct(exam: Exam, model) -> dict:
     Declining and evading are different things: the constitutional models of Bai et al. 2022 (section 4.4) are to say no
     and why, and not to dodge.
     """
-    exam = exam._replace(judge=load_judge(exam.config.conduct), reward=None)
+    exam = exam._replace(judge=load_judge(exam.config.conduct, exam.tokenizer, exam.config), reward=None)
     asked = (exam.harmful, exam.harmless)
     bad, good = (answer(exam._replace(prompts=p), model, exam.config.temperature) for p in asked)
     harm, no_harm = bad.numbers, good.numbers
@@ -970,7 +974,8 @@ def fingerprint(exam: Exam, *what) -> str:
     files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
     files += filter(None, [config.data, config.harmful, config.harmless, *config.perplexity, *config.questions])
     folders = [config.ref, config.baseline or config.ref, *(x for x in what[1:] if isinstance(x, str))]
-    folders += gpt.ensemble_folders(config.reward) if config.reward and config.reward not in judges else []
+    scorers = [name for name in (config.judge, config.reward) if name and ":" not in name]
+    folders += itertools.chain(*map(gpt.ensemble_folders, scorers))
     hashes = [gpt.file_hash(file) for file in files]
     hashes += [gpt.weights_hash(gpt.find_folder(folder)) for folder in folders]
     everything = [settings, CODE, hashes, what, exam.tokenizer.fingerprint, jax.default_backend()]
@@ -1005,7 +1010,7 @@ def set_exam(config: Config) -> Exam:
     read = lambda path: read_prompts(path, tokenizer, config) if path else []
     rows = lambda file, kind: gpt.Batches(file, kind, tokenizer, config.batch_size, row_length(ref, config), 0)
     return Exam(
-        config, tokenizer, ref, read(config.data), load_judge(config.judge),
+        config, tokenizer, ref, read(config.data), load_judge(config.judge, tokenizer, config),
         reward=load_reward(config.reward, tokenizer, config),
         pairwise=gpt.load_function(config.pairwise) if config.pairwise else None,
         harmful=read(config.harmful), harmless=read(config.harmless),

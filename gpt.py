@@ -1,6 +1,6 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 600 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 620 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
     III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
@@ -11,11 +11,11 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
     out = gpt.generate(model, prompts, prompt_mask, key, 64, ends=tokenizer.end_ids)
     gpt.save("out/mine", model, tokenizer)                      # transformers, vLLM and llama.cpp read it
 
-One alphabet of dimensions, everywhere:
-    B rows of a batch   T tokens of a row   D width       H heads     K key-value heads   E width of a head
-    F width of the MLP  V vocabulary        L layers      S slots of a key-value cache
-    of a rollout: Q prompt tokens, T response tokens      of a linear layer: I inputs, O outputs, r rank of its adapter
-    of rows that share a prompt: P tokens of the prompt, n rows that continue it
+One alphabet of dimensions in this file, a meaning to a letter:
+    B rows of a batch   T tokens of a row   D width     H heads   K key-value heads   E width of a head
+    F width of the MLP  V vocabulary        L layers    S slots of a key-value cache
+    N prompts, each continued by B / N rows: there Q are the tokens of a prompt, and T those of what continues it
+    I inputs, O outputs of a linear layer; r rank of its adapter
 """
 
 import ctypes
@@ -29,6 +29,7 @@ import math
 import os
 import re
 import secrets
+import select
 import shlex
 import shutil
 import signal
@@ -52,9 +53,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jax.sharding import AxisType, NamedSharding
-from jax.sharding import PartitionSpec as P
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
 
 # =====================================================================================================================
@@ -127,8 +128,12 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
 #   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
 #   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
-#   shard_batch(x)             x, with its rows spread over the devices (not so weights: `shard` splits each of them)
+#   shard_batch(x)             x, with its rows spread over the devices
 #   merge(model)               the model; corrections by LoRA are added into its weights
+#
+# Nothing else in Part I knows of devices. Every weight and its optimiser state are split over all devices along one
+# axis (`shard`, chapter 11), and the rows of a batch are shared out; `jax.jit` then gathers a layer's weights where it
+# is computed, and sums the gradients. On one device all of this is nothing.
 
 
 MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
@@ -195,6 +200,9 @@ def rotate(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
+keep = partial(checkpoint_name, name="kept")  # what `GPT.scan_blocks` keeps of a layer for the backward pass
+
+
 class Block(eqx.Module):
     norm1: Norm
     q: Linear
@@ -214,7 +222,7 @@ class Block(eqx.Module):
         written into it at place `slot` (or at each row's own, (B,)), and its first visible.shape[-1] places are
         attended to."""
         h = self.norm1(x)
-        q, k, v = (self._heads(linear(h)) for linear in (self.q, self.k, self.v))
+        q, k, v = (self._heads(keep(linear(h))) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
@@ -223,9 +231,10 @@ class Block(eqx.Module):
             k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
             k, v = k[:, :, : visible.shape[-1]], v[:, :, : visible.shape[-1]]
         a = attention(q, k, v, visible, causal=cache is None)
-        x = x + self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        x = x + keep(self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         h = self.norm2(x)
-        h = jax.nn.gelu(self.up(h)) if self.gate is None else jax.nn.silu(self.gate(h)) * self.up(h)
+        up, gate = keep(self.up(h)), self.gate and keep(self.gate(h))
+        h = jax.nn.gelu(up) if gate is None else jax.nn.silu(gate) * up
         return x + self.down(h), cache or (k, v)
 
     def _heads(self, x):  # (B, T, H*E) -> (B, H, T, E)
@@ -257,16 +266,19 @@ class GPT(eqx.Module):
         """x -> layer(x, block) for one block after the other. `remat`: a layer's activations are not kept for the
         backward pass but computed there once more, which saves memory."""
         step = lambda x, block: (layer(x, block), None)
-        step = jax.checkpoint(step) if remat else step
         # A short stack is unrolled, for speed; not with `remat`, since XLA:CPU would then find that both computations
         # of a layer are the same one, and keep its activations after all.
-        return lax.scan(step, x, self.blocks, unroll=not remat and self.config.layers <= 12)[0]
+        unroll = not remat and self.config.layers <= 12
+        if not unroll:  # a loop writes what it keeps into large arrays, on one thread: only what products made, then
+            kept = None if remat else jax.checkpoint_policies.save_only_these_names("kept")
+            step = jax.checkpoint(step, policy=kept, prevent_cse=False)
+        return lax.scan(step, x, self.blocks, unroll=unroll)[0]
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
         if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
             raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
-        x = self.wte.rows(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
+        x = self.wte.look_up(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
@@ -380,9 +392,7 @@ def init_score_model(body: GPT, key, pool="last", suffix=(), zero=False) -> Scor
 # 3. Log-probabilities
 
 
-def token_logprobs(
-    model: GPT, tokens: Int[Array, "B T"], segments=None, temperature: float = 1.0, remat: bool = False
-) -> Float[Array, "B T-1"]:
+def token_logprobs(model: GPT, tokens: Int[Array, "B T"], segments=None, temperature=1.0) -> Float[Array, "B T-1"]:
     """log p(tokens[:, t+1] | tokens[:, :t+1]) at every t.
 
     The shift by one, which every script makes alike, drawn here once on a row of three:
@@ -391,8 +401,7 @@ def token_logprobs(
         targets    b    c
         result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
     """
-    hidden = model(tokens, segments, remat)
-    return head_logprobs(model, hidden[:, :-1], tokens[:, 1:], temperature)[0]
+    return head_logprobs(model, model(tokens, segments)[:, :-1], tokens[:, 1:], temperature)[0]
 
 
 def completion_logprobs(model: GPT, batch, remat: bool = False):
@@ -436,15 +445,17 @@ def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Fl
 
 def compare_heads(model: GPT, hidden, other: GPT, other_hidden, targets, temperature=1.0):
     """What `head_logprobs` of both models and `head_kl` say, from one product with each head: log p(targets) and
-    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. For measuring: its
-    gradient is not written out."""
+    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. Only log p(targets)
+    has a gradient: the rest is for measuring."""
 
     def piece(hidden, other_hidden, targets):
         logits, other_logits = model.logits(hidden) / temperature, other.logits(other_hidden) / temperature
-        (logprobs, entropy), (other_logprobs, _) = (logprobs_of_logits(x, targets) for x in (logits, other_logits))
+        logprobs, entropy = logprobs_of_logits(logits, targets)
+        logits, old, other_logits = lax.stop_gradient((logits, logprobs, other_logits))
+        other_logprobs, _ = logprobs_of_logits(other_logits, targets)
         lse = lambda x, logprobs: jnp.take_along_axis(x, targets[..., None], -1) - logprobs[..., None]
-        log_p, log_q = logits - lse(logits, logprobs), other_logits - lse(other_logits, other_logprobs)
-        return logprobs, other_logprobs, entropy, (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
+        log_p, log_q = logits - lse(logits, old), other_logits - lse(other_logits, other_logprobs)
+        return logprobs, other_logprobs, lax.stop_gradient(entropy), (jnp.exp(log_p) * (log_p - log_q)).sum(-1)
 
     return map_columns(piece, model.config.vocab_size, hidden, other_hidden, targets)
 
@@ -484,7 +495,7 @@ class SamplerState(NamedTuple):
 @partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "P Q"],
+    prompts: Int[Array, "N Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -493,20 +504,20 @@ def generate(
     pad: int = 0,
     temperature: float = 1.0,
     copies: int = 1,
-    rows=None,
+    row_numbers=None,
 ) -> Generation:
-    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
+    """Sample B = N * `copies` responses to N left-padded prompts (mask 1 on their real tokens), those to one prompt
     together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
-    softmax (serve.py has both). `rows` (B,) are the rows' global numbers. The noise is a function of (key, row, token),
-    so that a row's text does not depend on how rows are batched or on how many devices there are.
+    softmax (serve.py has both). The noise is a function of (key, number of the row, token), so that a row's text does
+    not depend on how rows are batched or on how many devices there are; `row_numbers` (B,) default to 0, 1, ...
     """
-    (P, Q), T = prompts.shape, max_new_tokens
-    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
+    (N, Q), T = prompts.shape, max_new_tokens
+    B, each = N * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
-    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if rows is None else rows)
+    row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if row_numbers is None else row_numbers)
     lengths = each(prompt_mask.sum(1))
     # Adapters are merged in fp32. In bf16 merging would round their small changes away, and the policy that samples
     # would not be the one that is scored.
@@ -600,19 +611,21 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, ends: tuple[int,
     """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
     1 on their real tokens.
 
-    The score is read at the last of them: the token of `ends` that finishes a response, or the `suffix`, which takes
-    its place and follows an unfinished response. `encode_row` does the same to the rows that reward models are trained
-    on.
+    The score is read at the last of them. Of a prompt p, a response x y, its end token E and a suffix s:
+                            no suffix    suffix
+        ended, x y E        p x y E      p x y s        the suffix takes the end's place
+        cut off, x y        p x y        p x y s
+    `encode_row` does the same to the rows that reward models are trained on.
     """
-    S, start = len(suffix), prompts.shape[1]
-    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), S), prompts.dtype)], 1)
+    room, start = len(suffix), prompts.shape[1]
+    tokens = jnp.concatenate([prompts, responses, jnp.zeros((len(prompts), room), prompts.dtype)], 1)
     end = start + mask.sum(1)
     if suffix:
         end = end - has_ended(responses, mask, ends)
     index = jnp.arange(tokens.shape[1])
     for i, token in enumerate(suffix):
         tokens = jnp.where(index == end[:, None] + i, token, tokens)
-    response_part = (index >= start) & (index < end[:, None] + S)
+    response_part = (index >= start) & (index < end[:, None] + room)
     return tokens, jnp.pad(prompt_mask > 0, ((0, 0), (0, tokens.shape[1] - start))) | response_part
 
 
@@ -634,7 +647,7 @@ def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
 
     With micro-batches the batch is computed in parts, to save memory, and the result is the same. The loss is a mean
     over `count(batch)` items (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean
-    of means would be wrong as soon as the counts differ.
+    of means would be wrong as soon as the counts differ. A batch in one part needs no `count`.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:
@@ -661,6 +674,22 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
     (_, metrics), grads = gradients(loss_fn, model, batch, micro_batches, count)
     updates, opt_state = optimizer.update(grads, opt_state, model)
     return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
+
+
+# What sft.py, reward.py, ppo.py and dpo.py call beyond Part I, in the order of a run:
+#   start(seed)               meets the other processes, sets the devices; -> the run's random key
+#   load_policy(folder)       (model, tokenizer); load_frozen: a model that does not learn; load_reward: what scores
+#   Batches(data, kind, ...)  batches(step) -> arrays of rows (table in chapter 10); plan: how many steps a run takes;
+#                             stream: the next ones made ahead, on a thread; once: every row once
+#   trainable(model, rank)    (what learns, the frozen base below it): the model and None, or an adapter and the model
+#   attach(model, base)       the two as one model again
+#   cast(model, dtype)        the model in the precision of the forward pass
+#   shard(weights)            weights on the devices; put_batch: rows; to_numpy: both back on the host
+#   adamw(schedule(...))      the optimiser, an optax one
+#   own_rows, own_texts       the rows whose texts this process shows to a reward function; gather_rows: everyone's
+#   Run(...)                  the run folder: restore, steps, log, checkpoint, finish
+#   Watch                     warns of what usually goes wrong in reinforcement learning
+#   cli(main, Config)         the command line of a dataclass, and exit codes
 
 
 # =====================================================================================================================
@@ -761,10 +790,8 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
-        return self._decode([i for i in map(int, ids) if i not in self.special_ids])
-
-    def _decode(self, ids) -> str:
-        return self._library.decode(ids, skip_special_tokens=False)
+        shown = [i for i in map(int, ids) if i not in self.special_ids]
+        return self._library.decode(shown, skip_special_tokens=False)
 
     def decode_rows(self, tokens, mask) -> list[str]:
         """The text of each row of ids (B, T), without the ids whose mask is 0."""
@@ -1011,15 +1038,15 @@ def need_tokenizer(path) -> Tokenizer:
 
 def check_same_tokenizer(ours: Tokenizer, theirs: Tokenizer | None, our_name, their_name):
     if theirs is None or ours.fingerprint != theirs.fingerprint:
-        raise ValueError(f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same")
+        raise ValueError(
+            f"{their_name} has another tokenizer than {our_name}: their token ids do not mean the same. Give a model "
+            f"that has the tokenizer of {our_name}"
+        )
 
 
-def check_reference(tokenizer: Tokenizer, init, ref):
-    """ValueError unless --ref has the tokenizer of --init."""
-    try:
-        check_same_tokenizer(tokenizer, need_tokenizer(find_folder(ref)), init, ref)
-    except ValueError as error:
-        raise ValueError(f"{error}. Give --ref a model with the tokenizer of --init, or leave it out") from None
+def check_tokenizer_of(folder, tokenizer: Tokenizer, ours):
+    """ValueError unless a model's folder (or Hub name) has the tokenizer of `ours`, which is given."""
+    check_same_tokenizer(tokenizer, need_tokenizer(find_folder(folder)), ours, folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1180,7 +1207,7 @@ def _refuse_unknown(path, settings: dict):
             raise ValueError(f"{path}: {name} = {settings[name]!r:.60} is not supported (only {only})")
 
 
-def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
+def load(path) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     """A model folder (or the name of one on the Hub) as (model, tokenizer). A folder saved as a sequence classifier
     comes back as a ScoreModel. Every tensor's name and shape is checked; what is missing or left over is named."""
     path = find_folder(path)
@@ -1189,7 +1216,7 @@ def load(path, dtype=np.float32) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
     if scores:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
-    model = _fill(config, read_tensors(path), path, dtype, hf.get("score", {}) if scores else None)
+    model = _fill(config, read_tensors(path), path, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
 
@@ -1278,14 +1305,14 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
     return tensors
 
 
-def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT | ScoreModel:
+def _fill(config: Config, tensors: dict, path, score: dict | None) -> GPT | ScoreModel:
     """The model with the file's tensors as its arrays. `score`: settings of the scalar head, if it has one."""
     tensors = _canonical_names(config, tensors)
     shapes = jax.eval_shape(partial(init, config), jax.random.key(0))
     filled = {}
     for ours, theirs, transposed in layout(config):
         shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
-        filled[ours] = _aligned(shape, dtype)
+        filled[ours] = _aligned(shape)
         names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
         for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
             place = place.T if transposed else place
@@ -1304,12 +1331,12 @@ def _fill(config: Config, tensors: dict, path, dtype, score: dict | None) -> GPT
     return model
 
 
-def _aligned(shape, dtype) -> np.ndarray:
-    """An empty array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a copy."""
-    size = math.prod(shape) * np.dtype(dtype).itemsize
-    memory = np.empty(size + 63, np.uint8)
-    start = -memory.ctypes.data % 64
-    return memory[start : start + size].view(dtype).reshape(shape)
+def _aligned(shape) -> np.ndarray:
+    """An empty fp32 array that begins at a multiple of 64 bytes: on a CPU, JAX then takes it as it is, without a
+    copy."""
+    memory = np.empty(math.prod(shape) + 15, np.float32)
+    start = -memory.ctypes.data % 64 // 4
+    return memory[start : start + math.prod(shape)].reshape(shape)
 
 
 def _fill_score(body: GPT, tensors: dict, path, score: dict) -> ScoreModel:
@@ -1496,24 +1523,14 @@ def remove(path: Path):
 # 8. Rows: one JSON object a line, in the formats that TRL documents
 
 
-KINDS = {
-    "text": "{text}",
-    "demos": "{prompt, completion} or {messages}",
-    "pairs": "{prompt, chosen, rejected}",
-    "thumbs": "{prompt, completion, label}, or pairs, which are split in two",
-    "prompts": "{prompt}",
-}
-
-TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
-NEEDED = {  # the texts of a row that training reads; demonstrations may be {messages} instead
+KINDS = {  # kind: the texts of a row that training reads. Demonstrations may be {messages}, and thumbs pairs
     "text": ["text"],
     "demos": ["prompt", "completion"],
     "pairs": ["prompt", "chosen", "rejected"],
     "thumbs": ["prompt", "completion"],
     "prompts": ["prompt"],
 }
-
-
+TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
 # Keys of rows and messages that change what they mean and that training does not read.
 MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
 
@@ -1586,7 +1603,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
     row = {name: value for name, value in row.items() if value is not None or name not in TEXTS}
     if kind == "thumbs" and "chosen" in row:
         return split_pair(*check_row(row, "pairs"))
-    for name in ["messages"] if kind == "demos" and "messages" in row else NEEDED[kind]:
+    for name in ["messages"] if kind == "demos" and "messages" in row else KINDS[kind]:
         _check_text(row, name)
     if kind in ("demos", "pairs", "thumbs"):
         refuse_meaning(row)
@@ -1663,8 +1680,13 @@ def find_kind(data, kinds, skip_bad: bool = False) -> str:
         reason = reason or f"{path}:{number}: {min(reasons, key=lambda text: text.startswith('no `'))}"
         if not skip_bad:
             break
-    known = "; ".join(f"{kind}: {KINDS[kind]}" for kind in kinds)
-    raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {known}")
+    raise BadRow(f"{reason or f'{path} holds no rows'}. This script reads {'; '.join(map(format_of, kinds))}")
+
+
+def format_of(kind: str) -> str:
+    """A kind of rows and its keys, in words."""
+    more = {"demos": " or {messages}", "thumbs": " with a label, or pairs, which are split in two"}.get(kind, "")
+    return f"{kind}: {{{', '.join(KINDS[kind])}}}{more}"
 
 
 def heldout_file(data) -> str | None:
@@ -1770,7 +1792,7 @@ def encode_row(
     `suffix` replaces the end of whole completions (where a reward model reads its score). `note` is told what should be
     known of the row. Unfit where no room is left; BadRow where the chat template refuses the row.
     """
-    if any(tokenizer.has_special(row[name]) for name in (*NEEDED[kind], "messages") if name in row):
+    if any(tokenizer.has_special(row[name]) for name in (*KINDS[kind], "messages") if name in row):
         note(SPECIAL_NOTE)
     if kind == "text":
         ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
@@ -1905,7 +1927,7 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     messages = [f"{count:,} rows left out: {reason}" for reason, count in dropped.items()]
     messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
     messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
-    fault = None if row_starts else f"no usable row of kind {kind} ({KINDS[kind]})"
+    fault = None if row_starts else f"no usable row ({format_of(kind)})"
     if len(long) > len(row_starts):
         needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
         fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
@@ -1915,7 +1937,18 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 10. Batches
+# 10. Batches: rows of a file as arrays
+#
+#   key                   shape    what it is
+#   tokens                (B, T)   ids, and PAD where a row has no more of them; of pairs (B, 2, T), chosen first
+#   mask                  (B, T)   1 on scored tokens: an answer's and its end, or all of a text but its first. Prompts
+#                                  alone have none: there it is 1 on all tokens
+#   segments              (B, T)   1, 2, ...: which text of its row a token is of; 0 on PAD. Not of prompts alone
+#   prefix, prefix_mask   (B, Q)   the prompt that both answers of a pair continue, where it is split off
+#   weight, label_p       (B,)     of pairs and thumbs: how much one counts in the loss; P(chosen is the better one)
+#   margin                (B,)     of pairs: by how much chosen was rated higher (for reward.py)
+#   label                 (B,)     of thumbs: 1 for a good answer, 0 for a bad one
+#   index                 (B, 2)   which file and which row of it; stays on the host. Text has none
 
 
 class Batches:
@@ -1975,9 +2008,8 @@ class Batches:
         return self.steps_per_epoch if steps is None else steps
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        """tokens, mask (1 on scored tokens) and segments, each (B, T), or (B, 2, T) for pairs (chosen, rejected); the
-        rows' extras, (B,) each; `index` (B, 2), which source and row. Every process makes the whole batch: what is
-        decided on the host is decided alike, and `put_batch` gives each device its rows."""
+        """The batch of a step, with the keys in the table above. Every process makes the whole batch: what is decided
+        on the host is decided alike, and `put_batch` gives each device its rows."""
         epoch, at = divmod(step, self.steps_per_epoch)
         return self._assemble(self._epochs(epoch)[at])
 
@@ -2042,6 +2074,7 @@ class Batches:
             batch = self._split_prompts(rows)
         elif self.kind == "prompts":
             batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
+            batch["mask"] = batch.pop("segments")  # nothing of a prompt is scored: its mask tells tokens from padding
         else:
             batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
         if sides > 1:
@@ -2051,7 +2084,7 @@ class Batches:
 
     def _split_prompts(self, rows) -> dict:
         """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
-        `prefix` and `prefix_mask` (B, P). Its last token stays in both rows, (2 B, T), since there the first token of
+        `prefix` and `prefix_mask` (N, Q). Its last token stays in both rows, (2 N, T), since there the first token of
         the answer is predicted.
 
             prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
@@ -2221,7 +2254,7 @@ def shard_batch(x, *axes):
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or mesh.size == 1 or x.shape[0] % mesh.shape["data"]:
         return x
-    return lax.with_sharding_constraint(x, P("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
+    return lax.with_sharding_constraint(x, PartitionSpec("data", *axes, *[None] * (x.ndim - 1 - len(axes))))
 
 
 # The axis of a weight that is split over "tensor" (Megatron, arXiv:1909.08053). Layers come in pairs, q k v and o, gate
@@ -2238,7 +2271,7 @@ def sharding(path, leaf, mesh) -> NamedSharding:
     larger than 1, `TENSOR_SPLITS` come first."""
     name, spec = _path(path), [None] * leaf.ndim
     if mesh.size == 1 or leaf.size < 2**14:
-        return NamedSharding(mesh, P())
+        return NamedSharding(mesh, PartitionSpec())
     tensor = next((axis for end, axis in TENSOR_SPLITS.items() if name.endswith(end) and leaf.ndim > 1), None)
     if tensor is not None and mesh.shape["tensor"] > 1 and leaf.shape[tensor] % mesh.shape["tensor"] == 0:
         spec[tensor] = "tensor"
@@ -2247,7 +2280,7 @@ def sharding(path, leaf, mesh) -> NamedSharding:
     fits = [a for a in range("blocks" in name, leaf.ndim) if spec[a] is None and leaf.shape[a] % n == 0]
     if fits and rest:
         spec[max(fits, key=lambda a: leaf.shape[a])] = rest if len(rest) > 1 else rest[0]
-    return NamedSharding(mesh, P(*spec) if any(spec) else P())
+    return NamedSharding(mesh, PartitionSpec(*spec) if any(spec) else PartitionSpec())
 
 
 def shard(tree):
@@ -2272,8 +2305,8 @@ def put_batch(batch: dict) -> dict:
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
-    rows = lambda x: NamedSharding(mesh, P() if len(x) % mesh.shape["data"] else P("data"))
-    return jax.tree.map(lambda x: place(x, rows(x)), batch)
+    spread = lambda x: PartitionSpec() if len(x) % mesh.shape["data"] else PartitionSpec("data")
+    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, spread(x))), batch)
 
 
 def to_numpy(tree):
@@ -2328,7 +2361,7 @@ def any_process(flag: bool):
     """Whether the flag is set in any process, as a device array, so that the call waits for nobody."""
     mesh = jax.sharding.get_mesh()
     own = np.full(jax.local_device_count(), flag)
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, P(mesh.axis_names)), own).any()
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(mesh.axis_names)), own).any()
 
 
 def data_devices() -> int:
@@ -2382,31 +2415,31 @@ def dot(a, b, axes, dtype=None, precision=None):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def matmul(x, weight, dtype=None, rows=False):
-    """x (..., I) times weight (I, O), or with `rows` weight (O, I): -> (..., O) in `dtype`, or x's.
+def matmul(x, weight, dtype=None, transposed=False):
+    """x (..., I) times weight (I, O), or with a `transposed` weight (O, I): -> (..., O) in `dtype`, or x's.
 
     The backward pass is written out for two reasons. XLA:CPU would fuse what made x and the output's gradient (GELU,
     softmax, norm) into slow strided copies that take half of a training step: a barrier prevents it. And the gradient
     of logits in fp32 is rounded to the precision of a bf16 weight, or the backward pass would multiply in fp32.
     """
-    return dot(x, weight, (-1, 1 if rows else 0), dtype)
+    return dot(x, weight, (-1, 1 if transposed else 0), dtype)
 
 
-def _matmul_forward(x, weight, dtype, rows):
+def _matmul_forward(x, weight, dtype, transposed):
     # the input is kept only where the weight's gradient is asked for, which a frozen weight's is not
     saved = x.value if weight.perturbed else None, weight.value
-    return matmul(x.value, weight.value, dtype, rows), saved
+    return matmul(x.value, weight.value, dtype, transposed), saved
 
 
-def _matmul_backward(dtype, rows, saved, g):
+def _matmul_backward(dtype, transposed, saved, g):
     x, weight = saved
     g, weight_grad = g.astype(weight.dtype), None
     if x is not None:
         if jax.default_backend() == "cpu":
             x, g = lax.optimization_barrier((x, g))
         flat_x, flat_g = x.reshape(-1, x.shape[-1]), g.reshape(-1, g.shape[-1])
-        weight_grad = dot_tokens(flat_g, flat_x) if rows else dot_tokens(flat_x, flat_g)
-    return dot(g, weight, (-1, 0 if rows else 1)), weight_grad
+        weight_grad = dot_tokens(flat_g, flat_x) if transposed else dot_tokens(flat_x, flat_g)
+    return dot(g, weight, (-1, 0 if transposed else 1)), weight_grad
 
 
 def dot_tokens(a, b):
@@ -2446,7 +2479,7 @@ def unembed(x, table, dtype):
     V = len(table)
     if jax.default_backend() == "gpu" and x.size // x.shape[-1] >= 512:
         table = jnp.pad(table, ((0, -V % 128), (0, 0)))
-    return matmul(x, table, dtype, rows=True)[..., :V]
+    return matmul(x, table, dtype, transposed=True)[..., :V]
 
 
 @jax.custom_vjp
@@ -2524,10 +2557,10 @@ def has_flash_attention(q, k) -> bool:
 
 
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
-    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (B / n, P) both.
+    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (N, Q) both.
 
-    Rows i n to i n + n - 1 continue prefix i, which is computed once for all of them. They do not see each other. A row
-    is one document: its `segments` are 1, and 0 on padding.
+    The first B / N rows continue the first prefix, and so on. A prefix is computed once for its rows, which do not see
+    each other. A row is one document: its `segments` are 1, and 0 on padding.
     """
     layer, start = after_prefix(model, tokens, segments, prefix, prefix_mask)
     return model.norm(model.scan_blocks(layer, start, remat)[0])
@@ -2535,7 +2568,7 @@ def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bo
 
 def after_prefix(model: GPT, tokens, segments, prefix, prefix_mask):
     """(layer, start) of `continue_prefix`: layer(carry, block) -> carry is one block, and a carry is (the rows' states
-    (B, T, D), the prefixes' (B / n, P, D))."""
+    (B, T, D), the prefixes' (N, Q, D))."""
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
     room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
     prefix_visible = causal_mask(prefix_mask)
@@ -2598,16 +2631,11 @@ def map_chunks(f, batch, chunks: int = 1):
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then `kind`: constant, or cosine or linear decay, so that a step after the last one would
-    have final * lr."""
+    """Linear warm-up to lr, then cosine or linear decay, so that a step after the last one would have final * lr."""
     rest = max(steps - warmup, 1)
     tails = dict(
-        cosine=optax.cosine_decay_schedule(lr, rest, alpha=final),
-        linear=optax.linear_schedule(lr, final * lr, rest),
-        constant=optax.constant_schedule(lr),
+        cosine=optax.cosine_decay_schedule(lr, rest, alpha=final), linear=optax.linear_schedule(lr, final * lr, rest)
     )
-    if kind not in tails:
-        raise ValueError(f"unknown schedule {kind!r}: {', '.join(tails)}")
     return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
 
 
@@ -2648,19 +2676,19 @@ class LoraLinear(eqx.Module):
 
 
 class LoraTable(eqx.Module):
-    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. As an embedding its `rows` are
-    read, as a head it is multiplied with hidden states."""
+    """The same for an embedding or head (V, D): base + alpha / r A B, A zero at first. As an embedding its rows are
+    looked up, as a head it is multiplied with hidden states."""
 
     base: Array | None
     a: Array  # (V, r)
     b: Array  # (r, D)
     scale: float = eqx.field(static=True)
 
-    def rows(self, index):
+    def look_up(self, index):
         return self.base[index] + self.scale * matmul(self.a[index], self.b)
 
     def __call__(self, x, dtype):
-        change = unembed(matmul(x, self.b, rows=True), self.a, dtype)
+        change = unembed(matmul(x, self.b, transposed=True), self.a, dtype)
         return unembed(x, self.base, dtype) + self.scale * change
 
 
@@ -2677,17 +2705,15 @@ LINEARS, TABLES = ("q", "k", "v", "o", "gate", "up", "down"), ("wte", "head")
 TARGETS = (*LINEARS, *TABLES)  # layers of a `Block`, and tables of a `GPT`, that may have an adapter
 
 
-def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
-    """A fresh adapter on the layers named in `targets`. Of its two factors, the one that reads an input of width I is
-    uniform in +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
-    unknown = set(targets) - set(TARGETS)
-    if unknown or rank < 1:
-        raise ValueError(f"no adapter of rank {rank} on {', '.join(sorted(unknown)) or 'these layers'}: the rank is 1 "
-                         f"or more, layers are {', '.join(TARGETS)}")  # fmt: skip
+def init_adapter(base: GPT, rank: int, key) -> Adapter:
+    """A fresh adapter on all `TARGETS`. Of its two factors, the one that reads an input of width I is uniform in
+    +- 1/sqrt(I) and the other is zero, so that nothing changes at first. Alpha is twice the rank."""
+    if rank < 1:
+        raise ValueError(f"--lora-rank {rank}: an adapter has rank 1 or more, and 0 means none")
     adapter, scale = Adapter({}, {}), 2.0
     for i, name in enumerate(TARGETS):
         layer = getattr(base.blocks if name in LINEARS else base, name)
-        if name not in targets or layer is None:  # GPT-2 has no gate, a tied model no head
+        if layer is None:  # GPT-2 has no gate, a tied model no head
             continue
         uniform = partial(jax.random.uniform, jax.random.fold_in(key, i), minval=-1, maxval=1)
         if name in TABLES:
@@ -2697,9 +2723,6 @@ def init_adapter(base: GPT, rank: int, key, targets=TARGETS) -> Adapter:
             L, I, O = layer.weight.shape
             a, b = uniform((L, I, rank)) / np.sqrt(I), jnp.zeros((L, rank, O))
             adapter.blocks[name] = LoraLinear(None, a, b, scale)
-    if not jax.tree.leaves(adapter):
-        raise ValueError(f"no adapter on {', '.join(targets) or 'nothing'}: this model has no such layer of its own; "
-                         f"name some of {', '.join(TARGETS)} (a tied head moves with wte)")  # fmt: skip
     return adapter
 
 
@@ -2839,7 +2862,7 @@ def mean_judgements(values, prefix: str) -> dict[str, float]:
 def own_texts(tokenizer: Tokenizer, prompts: dict, generation: Generation, rows) -> tuple[list[str], list[str]]:
     """(prompts, responses) of this process's `own_rows` as text, for functions; `prompts` is the batch on the host,
     `rows` are the process's own, as they were written."""
-    ids = (prompts["tokens"], prompts["segments"]), to_numpy((generation.tokens, generation.mask))
+    ids = (prompts["tokens"], prompts["mask"]), to_numpy((generation.tokens, generation.mask))
     asked, said = (tokenizer.decode_rows(*map(own_rows, pair)) for pair in ids)
     return plain_prompts(asked, rows), said
 
@@ -2890,20 +2913,30 @@ class Watch:
 
 
 SHOWN = {
-    "loss", "lr", "val/loss", "accuracy", "margin", "objective/scores", "objective/kl", "objective/entropy",
+    "loss", "lr", "val/loss", "accuracy", "gap", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
 }  # fmt: skip
 
 
-PATIENCE = 30  # seconds after which a log file is told how far a run is
+PATIENCE = 30  # seconds after which a log file is told how far a run is; steps that last longer are saved, each
+GRACE = 60  # seconds that the step under way is given to end in, after a signal
 
 
-def progress(total=None, **options):
-    """A progress bar on a terminal and silence in a log file."""
+def progress(total=None, lines=True, **options):
+    """A progress bar on a terminal; in a log file a line every PATIENCE seconds, with lines=False none."""
     from tqdm import tqdm
 
+    class Lines:
+        write = lambda self, text: sys.stderr.write(f"{x}\n" if (x := text.strip("\r\n ")) else "")
+        flush = lambda self: sys.stderr.flush()
+
+    if lines and not sys.stderr.isatty():
+        form = "{desc}: {n_fmt}/{total_fmt} {unit}, {elapsed}"
+        options |= dict(file=Lines(), mininterval=PATIENCE, delay=PATIENCE, bar_format=form)
+    elif not lines:
+        options |= dict(disable=None)
     silent = jax.distributed.is_initialized() and jax.process_index() > 0  # without it, no backend is started for a bar
-    return tqdm(total=total, disable=silent or None, dynamic_ncols=True, **options)
+    return tqdm(total=total, dynamic_ncols=True, **options | (dict(disable=True) if silent else {}))
 
 
 def cli(main, config_class, description: str):
@@ -2920,6 +2953,12 @@ def cli(main, config_class, description: str):
         if os.environ.get("DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+    except jax.errors.JaxRuntimeError as error:
+        if os.environ.get("DEBUG") or "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        hint = "raise --micro-batches, give --remat, or lower --batch-size or the lengths"
+        print(f"error: the memory is full: {hint} ({error})", file=sys.stderr)
         raise SystemExit(1) from None
 
 
@@ -2956,7 +2995,8 @@ class Run:
 
     All settings of a script are given, for the record: `hashes` are those of its data files, `notes` what else is worth
     keeping. The folder holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl,
-    checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop.
+    checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop. A step that does
+    not end within a minute is given up: long steps are saved one by one, so it alone is lost.
     """
 
     def __init__(
@@ -2969,6 +3009,7 @@ class Run:
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
         self._saved, self._agreed, self._before = 0, False, None
+        self._seconds, self._asked, self._ending = 0.0, float("inf"), False  # of the last step; when a signal came
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
         self.out.mkdir(parents=True, exist_ok=True)
@@ -3044,12 +3085,16 @@ class Run:
 
     def checkpoint(self, step: int, state):
         """Save when it is time, or when a signal asks to stop; then the process ends here."""
-        done = step + 1
-        if not (self.must_stop or done % self.save_every == 0 or done == self.total):
+        done, alone = step + 1, jax.process_count() == 1
+        if step == self._first or alone and self._seconds > PATIENCE:
+            self.flush()  # how long did it take?
+        long = alone and self._seconds > PATIENCE and not self.manager.is_saving_in_progress()
+        if not (self.must_stop or done % self.save_every == 0 or done == self.total or long):
             return
         import orbax.checkpoint as ocp
 
         self.flush()  # a NaN is found before it is saved
+        self._ending = self.must_stop
         if done == self.total and self._learns and self._before is not None:
             self._check_learned(state[0])
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
@@ -3088,30 +3133,74 @@ class Run:
         """first..total-1 with a progress bar; meanwhile signals ask for a save instead of killing."""
         self._log = open(self.out / "metrics.jsonl", "a") if self.main else None
         self._bar = progress(
-            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step"
-        )
-        main_thread = threading.current_thread() is threading.main_thread()
-        signals = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
-        before = {number: signal.signal(number, self._ask_to_stop) for number in signals}
+            total=self.total, initial=first, desc=f"{self.out.name} (compiling the first step)", unit="step",
+            lines=False,
+        )  # fmt: skip
         self._clock = self._said = time.perf_counter()
-        self._first = first
+        self._first = self._next = first
+        with self._signals():
+            try:
+                for step in range(first, self.total):
+                    yield step
+                    self._bar.update()
+                self.flush()
+            finally:
+                self.close()
+
+    @contextmanager
+    def _signals(self):
+        """Python calls its handlers between two of its own instructions, so not while it waits for the device. The
+        number of a signal goes at once to a thread that reads it from a pipe (findings/jax_ctrl_c.sh)."""
+        main_thread = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if main_thread else ()
+        before = {number: signal.signal(number, self._note_signal) for number in numbers}
+        heard, told = os.pipe()
+        os.set_blocking(told, False)
+        thread = threading.Thread(target=self._listen, args=(heard,), daemon=True)
+        thread.start()
+        other = signal.set_wakeup_fd(told, warn_on_full_buffer=False) if main_thread else None
         try:
-            for step in range(first, self.total):
-                yield step
-                self._bar.update()
-            self.flush()
+            yield
         finally:
+            if main_thread:
+                signal.set_wakeup_fd(other)
             for number, handler in before.items():
                 signal.signal(number, handler or signal.SIG_DFL)  # None: one that Python did not set
-            self.close()
+            os.write(told, b"\0")
+            thread.join()
+            os.close(told), os.close(heard)
 
-    def _ask_to_stop(self, number, frame):
-        # not `print`: the signal may have come while stderr is written to
-        if self.stopping:
-            os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
-            os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
-        self.stopping = signal.Signals(number).name
+    def _note_signal(self, number, frame=None):
+        self.stopping = self.stopping or signal.Signals(number).name
+
+    def _listen(self, pipe: int):
+        """On a thread: hear signals, give up a step that does not end, and tell a log file of a long one."""
+        asked, said = False, 0.0
+        while True:
+            for number in os.read(pipe, 64) if select.select([pipe], [], [], min(1, PATIENCE / 8))[0] else b"":
+                if number == 0:
+                    return
+                if number in (signal.SIGINT, signal.SIGTERM):
+                    self._ask_to_stop(number, again=asked)
+                    asked = True
+            now = time.perf_counter()
+            if now - self._asked > GRACE and not self._ending and jax.process_count() == 1:
+                self._stop_at_once()  # of several processes, those that go on would wait for this one
+            if self._bar.disable and self.main and now - max(self._clock, said) > PATIENCE:
+                print(f"step {self._next:5d}/{self.total}  {now - self._clock:.0f} s so far", flush=True)
+                said = now
+
+    def _ask_to_stop(self, number: int, again: bool):
+        if again:
+            self._stop_at_once()
+        self._note_signal(number)
+        self._asked = time.perf_counter()
+        # not `print`: the main thread may hold stderr
         os.write(2, f"\n{self.stopping}: this step is ended and saved; a second one stops at once\n".encode())
+
+    def _stop_at_once(self):
+        os.write(2, f"\nstopped at once. {self._last_good()}\n".encode())
+        os._exit(1)  # Python's own end would wait for what XLA still computes, or abort in it
 
     def log(self, step: int, metrics: dict):
         """Keep this step's metrics (device arrays are fine) and write the previous step's."""
@@ -3125,12 +3214,12 @@ class Run:
         if self._pending is None:
             return
         (step, metrics, stop, ready), self._pending = self._pending, None
-        done = self._wait(step, ready)
+        done = ready.result()
         self._agreed |= bool(stop)
-        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": done - self._clock}
-        self._clock = done
+        self._clock, self._seconds, self._next = done, done - self._clock, step + 1
+        metrics = {name: float(value) for name, value in to_numpy(metrics).items()} | {"seconds": self._seconds}
         if step == self._first + 1:
-            self._estimate(metrics["seconds"])
+            self._estimate(self._seconds)
         if self._log:
             print(json.dumps({"step": step} | metrics), file=self._log, flush=True)
         bad = [name for name in ("loss", "grad_norm") if not np.isfinite(metrics.get(name, 0.0))]
@@ -3148,16 +3237,8 @@ class Run:
             self._said = done
 
     def _last_good(self) -> str:
-        return f"The last good state is in {self.out}/checkpoint." if self._saved else "Nothing was saved yet."
-
-    def _wait(self, step: int, ready: Future) -> float:
-        """When the step was computed. Signals are heard meanwhile, and a log file is told that a long step goes on."""
-        while True:
-            try:
-                return ready.result(PATIENCE)
-            except TimeoutError:
-                if self._bar.disable and self.main:
-                    print(f"step {step:5d}/{self.total}  {time.perf_counter() - self._clock:.0f} s so far", flush=True)
+        where = f"The last good state is in {self.out}/checkpoint, after step {self._saved:,}."
+        return where if self._saved else "Nothing was saved yet."
 
     def _estimate(self, seconds: float):
         """Say what the run will take: the first step compiles, the second is like the others."""
@@ -3203,7 +3284,7 @@ class Run:
 
 
 def when_ready(tree) -> Future:
-    """The time at which the arrays of a tree are computed. A thread waits: Python hears no signal while XLA does."""
+    """The time at which the arrays of a tree are computed. A thread waits, so that the main one may go on."""
     found = Future()
 
     def wait():

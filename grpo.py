@@ -106,11 +106,13 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (P, Q)
     responses: jax.Array  # (P, K, T)
     mask: jax.Array  # (P, K, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (P, K, T) "old": of the policy that sampled, by `compare_heads`
+    sampled_logprobs: jax.Array  # (P, K, T) of the sampler
+    scores: jax.Array  # (P, K)
+    logprobs: jax.Array | None = None  # (P, K, T) "old": of the policy before the update, by `compare`
     ref_logprobs: jax.Array | None = None  # (P, K, T)
     advantages: jax.Array | None = None  # (P, K, T)
     weights: jax.Array | None = None  # (P, K, T) by `importance_weights`
-    ref_hidden: jax.Array | None = None  # (P, K, T, D) the teacher's, where its whole distribution is learned
+    ref_hidden: jax.Array | None = None  # (P, K, T, D) the reference's states, where `update` asks its head
 
 
 # ------------------------------------------------------------------------------------- 1 sample and score
@@ -130,7 +132,7 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
     elif reward.models:
-        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "segments")]
+        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "mask")]
         inputs = *prompts, generation.tokens, generation.mask, ends, chunks(config)
         scores = jnp.stack([gpt.score(model, *inputs) for model in reward.models]).mean(0)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
@@ -228,27 +230,49 @@ def distillation_advantages(logprobs, teacher_logprobs, mask):
 
 @partial(jax.jit, static_argnames="config")
 def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Steps 2 and 3: (the whole Rollout, metrics)."""
-    policy = gpt.attach(policy, base)
-    grouped = lambda x: x.reshape(*scores.shape, -1)
-    sampled_logprobs = grouped(generation.logprobs)
-    rollout = Rollout(batch["tokens"], batch["segments"], grouped(generation.tokens), grouped(generation.mask))
+    """Steps 2 and 3: (the whole Rollout, metrics). Where there is one optimiser step on it, `update` does what concerns
+    the policy, whose states it computes in any case, and here is only the reference asked."""
+    grouped = lambda x: x.reshape(*scores.shape, *x.shape[1:])
+    tokens, mask, sampled_logprobs = (grouped(x) for x in generation)
+    rollout = Rollout(batch["tokens"], batch["mask"], tokens, mask, sampled_logprobs, scores)
+    if learned_once(config):
+        _, ref_hidden = response_states(ref, rollout, config)
+        return rollout._replace(ref_hidden=grouped(ref_hidden)), {}
 
     def ask_models(rollout):
-        both = *response_states(policy, rollout, config), *response_states(ref, rollout, config)
-        said = gpt.compare_heads(*both, rollout.responses.reshape(len(both[1]), -1), config.temperature)
-        return jax.tree.map(lambda x: x.reshape(*rollout.mask.shape, *x.shape[2:]), (*said, both[3]))
+        policy_says = response_states(gpt.attach(policy, base), rollout, config)
+        ref_says = response_states(ref, rollout, config)
+        return compare(*policy_says, *ref_says, rollout, config), ref_says[1].reshape(*rollout.mask.shape, -1)
 
-    logprobs, ref_logprobs, entropy, kl, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
+    said, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
+    rollout = rollout._replace(ref_hidden=ref_hidden if config.teacher and config.kl == "loss" else None)
+    return weigh(rollout, said, config)
+
+
+def learned_once(config: Config) -> bool:
+    """Whether a rollout has one optimiser step, before which the policy is the one that sampled it."""
+    return config.epochs == 1 and config.batch_size == config.minibatch_size and config.micro_batches == 1
+
+
+def compare(policy: gpt.GPT, hidden, ref: gpt.GPT, ref_hidden, rollout: Rollout, config: Config):
+    """`gpt.compare_heads` of the response tokens, (P, K, T) each, from both models' `response_states`."""
+    responses = rollout.responses.reshape(len(hidden), -1)
+    said = gpt.compare_heads(policy, hidden, ref, ref_hidden, responses, config.temperature)
+    return tuple(x.reshape(rollout.mask.shape) for x in said)
+
+
+def weigh(rollout: Rollout, said, config: Config):
+    """Step 3: (the rollout with advantages and importance weights, metrics), of what `compare` says of it."""
+    logprobs, ref_logprobs, entropy, kl = said
+    scores, mask = rollout.scores, rollout.mask
     if config.teacher:
-        by_token = distillation_advantages(logprobs, ref_logprobs, rollout.mask)
+        by_token = distillation_advantages(logprobs, ref_logprobs, mask)
     else:
         beta = config.beta if config.kl == "reward" else 0.0
-        by_token = advantages(scores, logprobs, ref_logprobs, rollout.mask, config.advantage, beta)
-    weights = importance_weights(logprobs, sampled_logprobs, rollout.mask)
-    kept = ref_hidden if config.teacher and config.kl == "loss" else None
-    rollout = Rollout(*rollout[:4], logprobs, ref_logprobs, by_token, weights, kept)
-    metrics = rollout_metrics(rollout, sampled_logprobs, entropy, kl, scores, config.beta)
+        by_token = advantages(scores, logprobs, ref_logprobs, mask, config.advantage, beta)
+    weights = importance_weights(logprobs, rollout.sampled_logprobs, mask)
+    rollout = rollout._replace(logprobs=logprobs, ref_logprobs=ref_logprobs, advantages=by_token, weights=weights)
+    metrics = rollout_metrics(rollout, entropy, kl, config.beta)
     spread = jnp.ptp(scores, axis=1) > 0
     metrics["frac_reward_zero_std"] = 1 - spread.mean()
     if config.filter_groups:  # a group without spread has nothing to say, and takes no part in any mean
@@ -259,12 +283,12 @@ def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, score
     return rollout, metrics
 
 
-def rollout_metrics(rollout: Rollout, sampled_logprobs, entropy, exact_kl, scores, beta):
-    """KL to the reference, entropy, and how far sampler and policy are apart: (P, K, T) x 3, (P, K)."""
-    mask = rollout.mask
+def rollout_metrics(rollout: Rollout, entropy, exact_kl, beta):
+    """KL to the reference, entropy, and how far sampler and policy are apart: (P, K, T) x 2."""
+    mask, scores = rollout.mask, rollout.scores
     per_sequence = lambda x: jnp.where(mask > 0, x, 0.0).sum(-1).mean()
     log_ratio = rollout.logprobs - rollout.ref_logprobs
-    drift = jnp.where(mask > 0, rollout.logprobs - sampled_logprobs, 0.0)
+    drift = jnp.where(mask > 0, rollout.logprobs - rollout.sampled_logprobs, 0.0)
     kl = per_sequence(log_ratio)
     return {
         "objective/kl": kl,
@@ -369,25 +393,34 @@ def kl_corrected(logprobs, old_logprobs, ref_logprobs, mask):
     return ratio * kl_k3(logprobs, ref_logprobs, mask)
 
 
+def rollout_loss(policy: gpt.GPT, hidden, logprobs, batch: Rollout, ref, config: Config):
+    """(loss, metrics) of a weighed rollout, from the policy's states and log-probs: surrogate and KL."""
+    mask, weights, kl = batch.mask, batch.weights, None
+    loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights, config.clip, config.loss)
+    if config.teacher and config.kl == "loss":  # the teacher's whole distribution instead
+        theirs = batch.ref_hidden.reshape(hidden.shape)
+        kl = gpt.head_kl(policy, hidden, ref, theirs, config.temperature).reshape(mask.shape)
+        loss = aggregate(weights * kl, mask, config.loss)
+        return loss, metrics | {"loss/policy_avg": loss}
+    if config.kl == "loss":
+        kl = kl_corrected(logprobs, batch.logprobs, batch.ref_logprobs, mask)
+    if config.kl == "loss-uncorrected":
+        kl = kl_k3(logprobs, batch.ref_logprobs, mask)
+    return loss + (0.0 if kl is None else config.beta * aggregate(weights * kl, mask, config.loss)), metrics
+
+
 @partial(jax.jit, static_argnames=("optimizer", "config"), donate_argnums=0)
 def update(state: State, base, ref, rollout: Rollout, rows, optimizer, config: Config):
     """One optimiser step on the groups `rows` of the rollout: (state, metrics)."""
 
     def loss_fn(policy, batch: Rollout):
         policy, hidden = response_states(gpt.attach(policy, base), batch, config)
-        logprobs = policy_logprobs(policy, hidden, batch, config)
-        mask, weights, kl = batch.mask, batch.weights, None
-        loss, metrics = policy_loss(logprobs, batch.logprobs, batch.advantages, mask, weights, config.clip, config.loss)
-        if config.teacher and config.kl == "loss":  # the teacher's whole distribution instead
-            theirs = batch.ref_hidden.reshape(hidden.shape)
-            kl = gpt.head_kl(policy, hidden, ref, theirs, config.temperature).reshape(mask.shape)
-            loss = aggregate(weights * kl, mask, config.loss)
-            return loss, metrics | {"loss/policy_avg": loss}
-        if config.kl == "loss":
-            kl = kl_corrected(logprobs, batch.logprobs, batch.ref_logprobs, mask)
-        if config.kl == "loss-uncorrected":
-            kl = kl_k3(logprobs, batch.ref_logprobs, mask)
-        return loss + (0.0 if kl is None else config.beta * aggregate(weights * kl, mask, config.loss)), metrics
+        if batch.logprobs is not None:
+            return rollout_loss(policy, hidden, policy_logprobs(policy, hidden, batch, config), batch, ref, config)
+        said = compare(policy, hidden, ref, batch.ref_hidden.reshape(hidden.shape), batch, config)
+        batch, metrics = weigh(batch, lax.stop_gradient(said), config)
+        loss, more = rollout_loss(policy, hidden, said[0], batch, ref, config)
+        return loss, metrics | more
 
     batch = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
     count = lambda batch: counted(batch.mask, config.loss)
@@ -484,7 +517,7 @@ def main(config: Config):
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
             copies=K,
         )  # fmt: skip

@@ -337,7 +337,7 @@ def main(config: Config):
     config = resolve(config)
     kto = config.loss == "kto"
     policy, tokenizer = gpt.load_policy(config.init)
-    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
+    gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,

@@ -142,14 +142,14 @@ def train_step(state: State, base, ref, batch, optimizer, config: Config):
 
 def sample(policy, tokenizer, prompts: gpt.Batches, batch, key, config: Config) -> Rollout:
     """--candidates answers to each prompt, to as many prompts at a time as a minibatch has."""
-    queries, query_mask = (np.repeat(batch[name], config.candidates, axis=0) for name in ("tokens", "segments"))
+    queries, query_mask = (np.repeat(batch[name], config.candidates, axis=0) for name in ("tokens", "mask"))
     policy = gpt.cast(policy, gpt.compute_dtype(config.dtype))
     answers = []
     for items in np.arange(len(queries)).reshape(-1, config.minibatch_size * config.candidates):
         x = gpt.put_batch({"queries": queries[items], "mask": query_mask[items]})
         out = gpt.generate(
             policy, x["queries"], x["mask"], key, config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id,
-            rows=items,
+            row_numbers=items,
         )  # fmt: skip
         answers.append(gpt.to_numpy((out.tokens, out.mask)))
     responses, mask = map(np.concatenate, zip(*answers))
@@ -272,7 +272,7 @@ def main(config: Config):
     key = gpt.start(config.seed)
     config = resolve(config)
     policy, tokenizer = gpt.load_policy(config.init)
-    gpt.check_reference(tokenizer, config.init, config.ref or config.init)
+    gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     reward, judge = load_reward(config, tokenizer), gpt.load_function(config.judge) if config.judge else None
     monitor = gpt.load_function(config.monitor) if config.monitor else None
     prompts = gpt.Batches(

@@ -133,7 +133,7 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
     else:
-        inputs = batch["tokens"], batch["segments"], generation.tokens, generation.mask, ends, chunks(config)
+        inputs = batch["tokens"], batch["mask"], generation.tokens, generation.mask, ends, chunks(config)
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
@@ -254,7 +254,7 @@ def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation,
         said = gpt.compare_heads(*both, rollout.responses, config.temperature)
         return *said, critic_forward(critic, rollout, config)
 
-    rollout = Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask)
+    rollout = Rollout(batch["tokens"], batch["mask"], generation.tokens, generation.mask)
     logprobs, ref_logprobs, entropy, exact_kl, values = gpt.map_chunks(ask_models, rollout, chunks(config))
     rewards = token_rewards(scores, logprobs, ref_logprobs, rollout.mask, config.beta)
     advantages, returns = gae(rewards, values, rollout.mask, lam=config.lam)
@@ -465,7 +465,7 @@ def main(config: Config):
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, base, config), batch["tokens"], batch["segments"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, step),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
         rows = gpt.own_rows(prompts.rows(queries))

@@ -4,7 +4,7 @@
 
 Bradley and Terry 1952; for language models Stiennon et al. 2020 (arXiv:2009.01325, section 3.4). `min_gap` is 0, unless
 rows have a "margin" (by how much the chosen answer was rated higher): then it is --margin-scale times that. The metric
-`margin`, so called as in TRL, is the gap that the model has reached, the mean of r(x, y_chosen) - r(x, y_rejected).
+`gap` (TRL: margin) is what the model has reached, the mean of r(x, y_chosen) - r(x, y_rejected).
 
 The model is a pretrained or an SFT model with a scalar head, read at the last real token (--pool last), or at the last
 token of a --suffix put in EOS's place, or pooled over all tokens (mean, attention). The defaults are the toy's: its
@@ -29,12 +29,14 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 
     python reward.py                                             # out/base + data/toy/pairs.jsonl -> out/reward
     python reward.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-reward --lr 1e-5 --suffix "" --gold None
-    python reward.py --pool probe --init models/smollm2 --data data/hh/pairs.jsonl --length 384 --suffix "" \\
-        --gold None --normalize-with None --out out/hh-probe     # no training: a head on frozen features
     python reward.py --members 4 --out out/reward-ensemble       # an ensemble: ppo.py takes the folder
     python reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora        # for ppo.py --lora-rank
     python reward.py --init out/small --teacher out/reward --normalize-with out/sft --lr 2e-4 --head-lr 2e-3 \\
         --out out/reward-small
+    python reward.py --report out/probe                          # no training: the report of what probe.py made
+    python reward.py --report out/hh-probe --data data/hh/pairs.jsonl --length 384 --gold None
+
+Without training, a linear head on a frozen model's features: probe.py.
 """
 
 import json
@@ -63,12 +65,12 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 5e-5  # of the body; 0 trains the head alone (a linear probe)
+    lr: float = 5e-5  # of the body; 0 trains the head alone (in closed form: probe.py)
     head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
-    pool: Literal["last", "mean", "attention", "answer", "probe"] = "last"  # what the head reads; probe: no training
+    pool: Literal["last", "mean", "attention"] = "last"  # what the head reads: the last token, or all of them
     suffix: str = "\n\nJudge:"  # text put in EOS's place, where the score is read; "" reads at EOS
     margin_scale: float = 1.0  # demanded gap of scores per unit of a row's margin; 0 ignores margins
     label_smoothing: float = 0.0  # share of labels taken to be wrong
@@ -81,7 +83,8 @@ class Config:
     normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
-    gold: str | None = "toy:score"  # module:function that knows the truth, for the report
+    gold: str | None = "toy:parts"  # module:function that knows the truth, for the report
+    report: str | None = None  # no training: report on the reward model, or ensemble, in this folder
 
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False  # recompute activations in the backward pass
@@ -132,7 +135,7 @@ def score_metrics(chosen, rejected) -> dict:
     both = jnp.concatenate([chosen, rejected])
     return {
         "accuracy": jnp.mean(chosen > rejected),  # a tie is an error
-        "margin": jnp.mean(chosen - rejected),
+        "gap": jnp.mean(chosen - rejected),
         "mean_reward": both.mean(),
         "min_reward": both.min(),
         "max_reward": both.max(),
@@ -193,149 +196,6 @@ def make_optimizer(config: Config, steps: int):
     return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
 
 
-# ---------------------------------------------------------------------------------------------------- probe
-# --pool probe: the body stays as it is. One forward pass a pair; then layer, pooling and ridge are chosen by how well a
-# linear head predicts pairs that it was not fitted on, and the head is fitted in closed form (least squares on labels
-# of +-1, whose direction is that of Fisher's discriminant).
-
-PROBE_POOLS = ("last", "answer")
-RIDGES = 10.0 ** np.arange(-2, 2.5, 0.5)  # times the number of pairs
-
-
-@partial(jax.jit, static_argnames="dtype")
-def layer_features(body: gpt.GPT, batch, dtype):
-    """(B, L, 2, D): what a head could read of each of B pairs after each of L layers and the last norm, at the last
-    token and on average over the answer's tokens; the chosen answer's minus the rejected one's. A prompt is computed
-    once for both answers, as in `gpt.continue_prefix`."""
-    body = gpt.cast(body, dtype)
-    tokens, real, mask = flatten(batch)
-    next_layer, start = gpt.after_prefix(body, tokens, real, batch["prefix"], batch["prefix_mask"])
-
-    def layer(carry, block):
-        x, _ = carry = next_layer(carry, block)
-        hidden = body.norm(x).astype(jnp.float32)
-        mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
-        both = jnp.stack([hidden[jnp.arange(len(x)), real.sum(1) - 1], mean], 1)
-        return carry, both[0::2] - both[1::2]
-
-    return jnp.moveaxis(jax.lax.scan(layer, start, body.blocks)[1], 0, 1)
-
-
-def dialogues(prompts: list[tuple]) -> np.ndarray:
-    """(N,) the number of the dialogue that each prompt, a tuple of ids, belongs to: prompts that are equal, or that go
-    on from one of the others, are of one dialogue."""
-    found, head, number = np.zeros(len(prompts), int), None, -1
-    for i in sorted(range(len(prompts)), key=prompts.__getitem__):  # what goes on from a prompt follows it
-        if head is None or prompts[i][: len(head)] != head:
-            head, number = prompts[i], number + 1
-        found[i] = number
-    return found
-
-
-def leave_out(x, y, weight, groups, ridges):
-    """(len(ridges), N): what a ridge regression that was fitted without a pair's group says of it: x (N, D), y, weight,
-    groups (N,).
-
-        min over w of  sum_i weight_i (y_i - w x_i)^2 + ridge |w|^2,    H = X (X'X + ridge)^-1 X'
-
-    with rows times sqrt(weight). Without group G its residuals are (I - H_GG)^-1 (y - H y)_G: exact, with no fit a
-    group (for groups of one: Hastie, Tibshirani and Friedman, The Elements of Statistical Learning, eq. 7.64).
-    """
-    root = np.sqrt(weight)
-    x, y = x * root[:, None], y * root
-    squares, axes = np.linalg.eigh(x.T @ x)
-    kept = squares > 1e-9 * squares[-1]
-    u, squares = x @ axes[:, kept] / np.sqrt(squares[kept]), squares[kept]
-    order = np.argsort(groups, kind="stable")
-    members = np.split(order, np.flatnonzero(np.diff(groups[order])) + 1)
-    several = [rows for rows in members if len(rows) > 1]
-    said = []
-    for ridge in ridges:
-        shrink = squares / (squares + ridge)
-        residuals = y - u @ (shrink * (u.T @ y))
-        without = residuals / (1 - (u * u) @ shrink)
-        for rows in several:
-            without[rows] = np.linalg.solve(np.eye(len(rows)) - (u[rows] * shrink) @ u[rows].T, residuals[rows])
-        said.append((y - without) / root)
-    return np.array(said)
-
-
-def fit_probe(features, y, weight, groups) -> tuple[np.ndarray, dict]:
-    """(head (D,), what was chosen): features (N, L, 2, D) of pairs, y (N,) 1 where the first answer is the better one
-    and -1 where it is not, weight and groups (N,) as for `leave_out`.
-
-    Each feature is divided by its root mean square over the pairs, which is the same whichever answer is the better
-    one. Layer, pooling and ridge have the least negative log-likelihood of pairs that were left out, at the
-    temperature that suits these best.
-    """
-    N, L, pools, _ = features.shape
-    rows = []
-    for layer, pool in np.ndindex(L, pools):
-        x, _ = scaled(features[:, layer, pool])
-        for ridge, said in zip(RIDGES, leave_out(x, y, weight, groups, RIDGES * N)):
-            gaps = said * np.sign(y)
-            nll = float(np.mean(np.logaddexp(0, -gaps / fit_temperature(gaps))))
-            rows.append(dict(layer=layer + 1, pool=PROBE_POOLS[pool], ridge=ridge, nll=nll, accuracy=np.mean(gaps > 0)))
-    best = min(rows, key=lambda row: row["nll"])
-    x, scale = scaled(features[:, best["layer"] - 1, PROBE_POOLS.index(best["pool"])])
-    w = np.linalg.solve((x.T * weight) @ x + best["ridge"] * N * np.eye(x.shape[1]), (x.T * weight) @ y)
-    by_layer = [min((r for r in rows if r["layer"] == n + 1), key=lambda row: row["nll"]) for n in range(L)]
-    return w / scale, best | {"layers": by_layer}
-
-
-def scaled(x) -> tuple[np.ndarray, np.ndarray]:
-    """Features (N, D) divided by their root mean squares (D,), and these."""
-    x = x.astype(np.float64)
-    scale = np.sqrt((x * x).mean(0)) + 1e-6
-    return x / scale, scale
-
-
-def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: Config) -> np.ndarray:
-    """`layer_features` of all batches of the run, kept in features/ of the run folder: a run that was stopped, or a
-    later one on the same pairs and weights, does not compute them again."""
-    folder, size = run.out / "features", batches.batch_size
-    key = [batches.hashes, gpt.weights_hash(gpt.find_folder(config.init)), batches.length, config.suffix, config.seed]
-    key += [size, run.total, config.dtype]
-    shape = (run.total * size, body.config.layers, len(PROBE_POOLS), body.config.dim)
-    state = json.loads((folder / "state.json").read_text()) if (folder / "state.json").is_file() else {}
-    done = state["done"] if state.get("key") == key else 0
-    folder.mkdir(exist_ok=True)
-    features = np.lib.format.open_memmap(folder / "pairs.npy", "r+" if done else "w+", np.float16, shape)
-    stream = batches.stream(done, run.total)
-    for step in run.steps(done):
-        names = ("tokens", "segments", "mask", "prefix", "prefix_mask")
-        batch = {name: x for name, x in next(stream).items() if name in names}
-        found = layer_features(body, gpt.put_batch(batch), gpt.compute_dtype(config.dtype))
-        features[step * size : (step + 1) * size] = gpt.to_numpy(found)
-        run.log(step, {"pairs": (step + 1) * size})
-        features.flush()
-        gpt.write_json(folder / "state.json", {"key": key, "done": step + 1})
-        if run.must_stop:
-            raise KeyboardInterrupt  # the same command with --overwrite goes on from here
-    return features
-
-
-def train_probe(config: Config, steps: int):
-    """A reward model of a frozen body's first layers and a head that was fitted in closed form, written to --out."""
-    body, tokenizer = gpt.load_policy(config.init)
-    batches = load_pairs(config, tokenizer, split_prompts=True)
-    run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
-    features = gather_features(run, gpt.shard(body), batches, config)
-    rows = [batches(step) for step in range(steps)]
-    column = lambda name: np.concatenate([row[name] for row in rows])
-    prompts = [tuple(ids[m > 0].tolist()) for row in rows for ids, m in zip(row["prefix"], row["prefix_mask"])]
-    head, chosen = fit_probe(features, 2 * column("label_p") - 1, column("weight"), dialogues(prompts))
-    layers = chosen["layer"]
-    print(f"of {len(features):,} pairs, those left out: accuracy {chosen['accuracy']:.3f} with the head on layer "
-          f"{layers} of {body.config.layers}, pool {chosen['pool']}, ridge {chosen['ridge']:g}")  # fmt: skip
-    gpt.write_json(config.out / "probe.json", chosen)
-    body = replace(body, blocks=jax.tree.map(lambda x: x[:layers], body.blocks),
-                   config=replace(body.config, layers=layers))  # fmt: skip
-    model = gpt.ScoreModel(body, jnp.asarray(head, jnp.float32), None, jnp.zeros(()), chosen["pool"],
-                           suffix_ids(config, tokenizer))  # fmt: skip
-    return finish(run, gpt.shard(model), tokenizer, config, jax.random.fold_in(jax.random.key(config.seed), 1))
-
-
 # ---------------------------------------------------------------------------------------------------- normalisation
 
 
@@ -348,10 +208,10 @@ def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) 
     for i in range(-(-config.normalize_samples // size)):
         batch = gpt.put_batch(prompts(i))
         out = gpt.generate(
-            policy, batch["tokens"], batch["segments"], jax.random.fold_in(key, i), config.response_length,
+            policy, batch["tokens"], batch["mask"], jax.random.fold_in(key, i), config.response_length,
             ends=tokenizer.end_ids, pad=tokenizer.pad_id,
         )  # fmt: skip
-        scores.append(gpt.score(scorer, batch["tokens"], batch["segments"], out.tokens, out.mask, tokenizer.end_ids))
+        scores.append(gpt.score(scorer, batch["tokens"], batch["mask"], out.tokens, out.mask, tokenizer.end_ids))
     scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
     mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
     print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
@@ -438,8 +298,9 @@ def correlation(a, b) -> float:
 # ---------------------------------------------------------------------------------------------------- report
 
 
-def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=()) -> dict:
-    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members)."""
+def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=(), own=None) -> dict:
+    """What held-out pairs say about the reward model (of an ensemble: about the mean of its members). `own` is what
+    `pair_logprobs` gives."""
     scores, taught, lengths, texts = score_pairs(members, teachers, batches, tokenizer)
     gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
     n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
@@ -453,7 +314,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "longer_wins_pairs": int(unequal.sum()),
         "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
         "beside_length": compare_with_length(gaps, longer_by),
-        "margin": float(gaps.mean()),
+        "gap": float(gaps.mean()),
         "temperature": temperature,
         "before": calibration(judged, 1.0),
         "after": calibration(judged, temperature),
@@ -466,6 +327,8 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         result["best_of"] = choices
     if teachers:
         result["teacher"] = compare_with_teacher(scores, taught)
+    if own:
+        result["beside_likelihood"] = compare_with_likelihood(gaps, *own, longer_by)
     if config.gold and jax.process_index() == 0:  # the process that writes the report
         result["gold"] = compare_with_gold(scores, texts, gpt.load_function(config.gold))
     return result
@@ -474,30 +337,33 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
 def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
     """Of all N pairs, chosen first: the members' mean scores (N, 2), the teachers' (N, 2) or None, the answers' tokens
     (N, 2), and 2 N texts (prompt, response)."""
-    score = jax.jit(lambda model, batch: model(batch["tokens"], batch["segments"], answer=batch["mask"]))
+    score = jax.jit(pair_scores)
     mean_score = lambda models, batch: np.mean([gpt.to_numpy(score(model, batch)) for model in models], 0)
     scores, taught, lengths, texts = [], [], [], []
     # the last batch is filled up with rows seen before: the first `real_rows` are new
-    for batch, real_rows in batches.once():
-        flat = {name: batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")}
-        on_device = gpt.put_batch(flat)
-        scores.append(mean_score(members, on_device)[: 2 * real_rows])
+    for batch, real_rows in shown(batches, "scores of held-out pairs"):
+        on_device = gpt.put_batch({name: batch[name] for name in ("tokens", "segments", "mask")})
+        scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
-            taught.append(mean_score(teachers, on_device)[: 2 * real_rows])
-        lengths.append(flat["mask"].sum(1)[: 2 * real_rows])
-        texts += split_texts(flat, tokenizer, members[0].suffix)[: 2 * real_rows]
-    join = lambda parts: np.concatenate(parts).reshape(-1, 2) if parts else None
+            taught.append(mean_score(teachers, on_device)[:real_rows])
+        lengths.append(batch["mask"].sum(-1)[:real_rows])
+        texts += [split_text(*row, tokenizer, members[0].suffix) for row in zip(*flatten(batch))][: 2 * real_rows]
+    join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
 
 
-def split_texts(flat, tokenizer, suffix):
-    """(prompt, response) texts of rows, without suffix and special tokens."""
-    texts = []
-    for tokens, mask, segments in zip(flat["tokens"], flat["mask"], flat["segments"]):
-        ids = tokens[(segments > 0) & (mask > 0)]
-        ids = ids[: len(ids) - len(suffix)]
-        texts.append((tokenizer.decode(tokens[(segments > 0) & (mask == 0)]), tokenizer.decode(ids)))
-    return texts
+def shown(batches: gpt.Batches, what: str):
+    """`batches.once()` with a progress bar."""
+    return gpt.progress(
+        -(-sum(batches.sizes) // batches.batch_size), iterable=batches.once(), desc=what, unit="batches"
+    )
+
+
+def split_text(tokens, segments, mask, tokenizer, suffix) -> tuple[str, str]:
+    """(prompt, response) of a row as text, without suffix and special tokens."""
+    response = tokens[mask > 0]
+    prompt, response = tokens[(segments > 0) & (mask == 0)], response[: len(response) - len(suffix)]
+    return tokenizer.decode(prompt), tokenizer.decode(response)
 
 
 def accuracy_by_length(gaps, longer_by, edges=(-np.inf, -8, -3, 0, 1, 4, 9, np.inf)) -> list[dict]:
@@ -524,15 +390,52 @@ def compare_with_length(gaps, longer_by) -> dict | None:
     longer, shorter = longer_by > 0, longer_by < 0
     if not (longer.any() and shorter.any()):
         return None
-    model, rule = int((right & shorter).sum()), int((~right & longer).sum())  # only this one is right
+    model, rule, p = mcnemar(right[unequal], longer[unequal])
     return {
         "accuracy": float(right[unequal].mean()),
         "longer_wins": float(longer[unequal].mean()),
         "only_model_right": model,
         "only_longer_right": rule,
-        "p": float(binomtest(model, model + rule).pvalue) if model + rule else 1.0,
-        "balanced": float((right[longer].mean() + right[shorter].mean()) / 2),
+        "p": p,
+        "balanced": balanced_accuracy(right, longer_by),
     }
+
+
+def mcnemar(right, other) -> tuple[int, int, float]:
+    """In how many pairs only the first is right, only the other one, and how likely a fair coin decides these pairs so
+    unevenly or more: McNemar's exact test, two-sided. Both (N,), whether a rule is right."""
+    first, second = int((right & ~other).sum()), int((~right & other).sum())
+    return first, second, float(binomtest(first, first + second).pvalue) if first + second else 1.0
+
+
+def balanced_accuracy(right, longer_by) -> float:
+    """The mean of two accuracies: of pairs whose chosen answer is the longer one, and whose chosen one is shorter."""
+    return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
+
+
+def pair_logprobs(policy: str, config: Config, heldout: str, tokenizer):
+    """What the model in the folder `policy` itself says of held-out pairs, in the order of the scores: log p of both
+    answers and the numbers of their tokens, end included, (N, 2) each."""
+    gpt.check_tokenizer_of(policy, tokenizer, config.report)
+    policy, logprobs = gpt.load_frozen(policy, config.dtype), jax.jit(gpt.completion_logprobs)
+    batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, split_prompts=True), []
+    for batch, real_rows in shown(batches, "log p of held-out pairs"):
+        batch = {name: batch[name] for name in ("tokens", "segments", "mask", "prefix", "prefix_mask")}
+        found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, gpt.put_batch(batch)))])
+    return [np.concatenate(parts) for parts in zip(*found)]
+
+
+def compare_with_likelihood(gaps, logprobs, tokens, longer_by) -> dict:
+    """Scores against two rules that ask the model itself and no label: the answer with the higher log p is the better
+    one, or the one with the higher log p a token. logprobs, tokens (N, 2), chosen first; see `compare_with_length`."""
+    rules = {"sum": logprobs, "mean": logprobs / tokens}
+    found, both = {}, (longer_by > 0).any() and (longer_by < 0).any()
+    for name, said in rules.items():
+        right = said[:, 0] > said[:, 1]
+        model, rule, p = mcnemar(gaps > 0, right)
+        found[name] = {"accuracy": float(right.mean()), "only_model_right": model, "only_rule_right": rule, "p": p}
+        found[name]["balanced"] = balanced_accuracy(right, longer_by) if both else None
+    return found
 
 
 def best_of(gaps, chosen) -> dict | None:
@@ -595,6 +498,10 @@ def print_report(result: dict):
             f"  beside that rule: {beside['accuracy']:.3f} (p {beside['p']:.2g}), and {beside['balanced']:.3f} on "
             "average over pairs whose longer and whose shorter side is chosen"
         )
+    for name, rule in result.get("beside_likelihood", {}).items():
+        print(
+            f"  beside the frozen model's own log p of the answers, {name}: {rule['accuracy']:.3f} (p {rule['p']:.2g})"
+        )
     if choices := result.get("best_of"):
         share = "{:.3f} [{:.3f}, {:.3f}]".format(choices["accuracy"], *choices["accuracy_interval"])
         print(
@@ -643,61 +550,18 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
         state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
-    return finish(run, state.model, tokenizer, config, jax.random.fold_in(key, 1), base)
-
-
-def finish(run: gpt.Run, model, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
-    """The trained model, normalised and written with its card."""
+    model = state.model
     if config.normalize_with:
-        model = normalize(model, tokenizer, config, key, base)
+        model = normalize(model, tokenizer, config, jax.random.fold_in(key, 1), base)
     run.finish(model, tokenizer, config.init)
-    if run.main:
-        (run.out / "README.md").write_text(card(model, tokenizer, run.out))
     return gpt.attach(model, base)
 
 
-CARD = """# A reward model
-
-`--reward {folder}` of the scripts here reads it. Its score for a response is a number without a unit: {where}.
-
-## The same score in transformers
-
-{others}
-"""
-
-
-OTHERS = """`AutoModelForSequenceClassification` reads body and head, and knows neither what ends a row nor the bias:
-
-```python
-model = AutoModelForSequenceClassification.from_pretrained("{folder}", num_labels=1)
-ids = prompt_ids + response_ids + {end}  # response_ids without its end token
-score = model(torch.tensor([ids])).logits[0, 0].item() + {bias!r}
-```
-
-It reads the score at the last token that is not {pad}, its `pad_token_id`: give it one row at a time, or pad with that.
-Prompt and response are tokenised apart.
-"""
-
-
-def card(model: gpt.ScoreModel, tokenizer, folder) -> str:
-    """README.md of a reward model's folder: what other tools need beside the weights to get its score."""
-    if model.pool != "last":
-        where = "the mean of the answer's tokens" if model.pool == "answer" else f"the {model.pool} of all tokens"
-        where += " goes through the head"
-        return CARD.format(folder=folder, where=where, others="There is none: transformers has no such pooling.")
-    where = f"read at the end token, {tokenizer.eos_id}"
-    if model.suffix:
-        where = f"read at the last token of {tokenizer.decode(model.suffix)!r}, which stands in the end token's place"
-    end, bias = list(model.suffix) or [tokenizer.eos_id], float(model.bias)
-    others = OTHERS.format(folder=folder, end=end, bias=bias, pad=tokenizer.pad_id)
-    return CARD.format(folder=folder, where=where, others=others.rstrip())
-
-
-def load_pairs(config: Config, tokenizer, member: int = 0, split_prompts: bool = False) -> gpt.Batches:
+def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
     """Batches of pairs; each member of an ensemble has its own order."""
     return gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
-        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows, split_prompts=split_prompts,
+        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows,
     )  # fmt: skip
 
 
@@ -708,27 +572,19 @@ def suffix_ids(config: Config, tokenizer) -> tuple:
 def empty_out(config: Config):
     """Refuse a folder in use, or with --overwrite empty it of a single model and of members alike: readers of the
     folder prefer the members that they find, so those of an earlier ensemble must not outlive it."""
-    gpt.empty_out(
-        config.out, config.resume, config.overwrite, vars(config), "member-*", "README.md", "report.*", "reward.png"
-    )
+    gpt.empty_out(config.out, config.resume, config.overwrite, vars(config), "member-*", "report.*", "reward.png")
 
 
-def check_inputs(config: Config, tokenizer, heldout: str | None):
+def check_inputs(config: Config, tokenizer):
     """What is needed after training is there before it."""
+    heldout = config.heldout or gpt.heldout_file(config.data)
     if config.normalize_with:
-        theirs = gpt.need_tokenizer(gpt.find_folder(config.normalize_with))
-        gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.normalize_with)
+        gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
         load_prompts(config, tokenizer, 1)
     if heldout:
         gpt.open_text(heldout).close()
     if heldout and config.gold:
         gpt.load_function(config.gold)
-
-
-def check(config: Config):
-    gpt.check_batch_size(config.batch_size)
-    if config.pool == "probe" and (config.members > 1 or config.teacher or config.lora_rank or jax.process_count() > 1):
-        raise ValueError("--pool probe fits one head to labels, in one process: no --members, --teacher, --lora-rank")
 
 
 def complete(config: Config) -> Config:
@@ -740,34 +596,57 @@ def complete(config: Config) -> Config:
     return replace(config, normalize_data=config.normalize_data or str(first.with_name("prompts.jsonl")))
 
 
+def load_members(config: Config) -> tuple[list[gpt.ScoreModel], gpt.Tokenizer]:
+    """The reward model of --report, or the members of an ensemble, and their tokenizer."""
+    folders = gpt.ensemble_folders(config.report)
+    tokenizer = gpt.need_tokenizer(folders[0])
+    return [gpt.load_reward_model(folder, tokenizer, folders[0], config.dtype) for folder in folders], tokenizer
+
+
+def start_of(folder) -> str | None:
+    """The model that a reward model was made from, as its run wrote down; None where it is not here any more."""
+    about = json.loads((Path(folder) / "config.json").read_text()).get("run", {"config": {}})
+    start = about["config"].get("init")
+    return start if start and Path(start).is_dir() else None
+
+
+def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
+    """The report on held-out pairs, printed, and as report.json in the folder `out`."""
+    heldout = config.heldout or gpt.heldout_file(config.data)
+    if heldout is None:
+        print("no held-out pairs (--heldout): no report")
+        return
+    pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
+    own = None
+    if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
+        policy = start_of(gpt.ensemble_folders(config.report)[0])
+        own = pair_logprobs(policy, config, heldout, tokenizer) if policy else None
+        if own is None:
+            print("the model that it was made from is not here: no comparison with that model's own log p")
+    result = report(members, pairs, tokenizer, config, teachers, own)
+    if jax.process_index() == 0:
+        gpt.write_json(out / "report.json", result)
+        print_report(result)
+        print(f"wrote {out}/report.json; picture: python tools/plot.py reward {out}")
+
+
 def main(config: Config):
     gpt.start(config.seed)
-    check(config)
+    if config.report:
+        return write_report(*load_members(config), Path(config.report), config)
+    gpt.check_batch_size(config.batch_size)
     config = complete(config)
-    heldout = config.heldout or gpt.heldout_file(config.data)
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
-    check_inputs(config, tokenizer, heldout)
+    check_inputs(config, tokenizer)
     pairs = load_pairs(config, tokenizer)
     steps = pairs.plan(config.steps, config.micro_batches)
     config = replace(config, batch_size=pairs.batch_size)
     empty_out(config)
     optimizer = make_optimizer(config, steps)
     outs = [config.out / f"member-{i}" for i in range(config.members)] if config.members > 1 else [config.out]
-    if config.pool == "probe":
-        members = [train_probe(config, steps)]
-    else:
-        members = [train_member(i, out, config, optimizer, steps, teachers) for i, out in enumerate(outs)]
-    if heldout is None:
-        print("no held-out pairs (--heldout): no report")
-        return
-    pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
-    result = report(members, pairs, tokenizer, config, teachers)
-    if jax.process_index() > 0:
-        return
-    gpt.write_json(config.out / "report.json", result)
-    print_report(result)
-    print(f"wrote {config.out}/report.json; picture: python tools/plot.py reward {config.out}")
+    members = [train_member(i, out, config, optimizer, steps, teachers) for i, out in enumerate(outs)]
+    write_report(members, tokenizer, config.out, config, teachers)
 
 
 if __name__ == "__main__":

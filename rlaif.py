@@ -722,8 +722,8 @@ def load_prompts(config: Config, tokenizer, data=None) -> gpt.Batches:
 
 def sample(policy, tokenizer, host, copies: int, key, config: Config):
     """`copies` answers to each prompt of a batch, one after the other: (texts, whether each came to its end)."""
-    batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "segments")})
-    prompts, ends, pad = (batch["tokens"], batch["segments"]), tokenizer.end_ids, tokenizer.pad_id
+    batch = gpt.put_batch({name: np.repeat(host[name], copies, axis=0) for name in ("tokens", "mask")})
+    prompts, ends, pad = (batch["tokens"], batch["mask"]), tokenizer.end_ids, tokenizer.pad_id
     out = gpt.generate(policy, *prompts, key, config.response_length, ends=ends, pad=pad)
     return decoded(out, tokenizer)
 

@@ -4,6 +4,7 @@
     python serve.py --quantize auto --quality data/toy/demos-heldout.jsonl   # the fastest weights that are near enough
     curl localhost:8000/v1/chat/completions -H 'content-type: application/json' \\
         -d '{"model": "ppo", "messages": [{"role": "user", "content": "what is the opposite of down ?"}]}'
+    python serve.py --upstream http://localhost:8001 --model out/dpo  # vLLM, say, answers; page and votes are here
     python prepare.py --data feedback.db --out data/votes            # what was voted, as rows for dpo.py and reward.py
 
 One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
@@ -15,7 +16,7 @@ function of (seed, choice, token), so the same seed gives the same text whatever
 only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
-send; what they get; votes; the server; the process.
+send; what they get; votes; the server; another engine in its place; the process.
 """
 
 import asyncio
@@ -51,6 +52,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 from urllib.parse import urlsplit
 
 import equinox as eqx
+import httpx2
 import jax
 import jax.numpy as jnp
 import msgspec
@@ -59,6 +61,7 @@ import tyro
 import uvicorn
 from jax import lax
 from jaxtyping import Array, Float, Int
+from markdown_it import MarkdownIt
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -102,9 +105,17 @@ class Config:
     ui: bool = True  # serve the chat page at /
     examples: str | None = None  # rows of prompts; the page offers the first few to a newcomer
 
+    upstream: str | None = None  # address of another engine with OpenAI's API: it answers, page and votes are here
+    upstream_key: str | None = None  # what that engine asks for (default: the UPSTREAM_KEY variable)
+
+    @property
+    def named_folders(self) -> list[str]:
+        return [folder for group in self.model for folder in group]
+
     @property
     def folders(self) -> list[str]:
-        return [folder for group in self.model for folder in group] or ["out/ppo"]
+        """Of the models that are loaded here."""
+        return [] if self.upstream else self.named_folders or ["out/ppo"]
 
 
 # -------------------------------------------------------------------------------------------------- quantised weights
@@ -136,7 +147,7 @@ class Quantised(eqx.Module):
         """x times the transposed matrix."""
         raise NotImplementedError
 
-    def rows(self, index) -> Float[Array, "*N I"]:
+    def look_up(self, index) -> Float[Array, "*N I"]:
         """Rows of the table, as floats."""
         return jax.tree.map(lambda x: x[index], self).dense()
 
@@ -1194,6 +1205,7 @@ BODY_SECONDS = 20.0  # seconds that a client may take to send a body
 Id = Annotated[str, Meta(min_length=1, max_length=128)]
 TokenId = Annotated[int, Meta(ge=0)]
 Stop = Annotated[str, Meta(min_length=1, max_length=64)]
+Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
 
 
 # options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
@@ -1243,7 +1255,7 @@ class Sampling(Unsupported, kw_only=True):
     ignore_eos: bool | None = None
     return_token_ids: bool | None = None
     store: bool | Literal["on_vote"] | None = None  # keep the answers, so that they can be voted on: `log_generation`
-    metadata: Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)] | None = None
+    metadata: Metadata | None = None
     best_of: Any = None
 
 
@@ -1269,6 +1281,40 @@ class ChatRequest(Sampling, kw_only=True):
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
 
 
+class ResponsePart(Struct):
+    type: Literal["input_text", "output_text", "text"]
+    text: str
+
+
+class ResponseItem(Struct):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[ResponsePart]
+    type: Literal["message"] = "message"
+
+
+# of the Responses API, which keeps no conversations here: the messages of one are sent again each time
+NEUTRAL_RESPONSES = {
+    "previous_response_id": (), "conversation": (), "prompt": (), "include": (), "tools": (), "max_tool_calls": (),
+    "background": (False,), "truncation": ("disabled",), "top_logprobs": (0,), "tool_choice": ("auto", "none"),
+    "reasoning": ({"effort": "none"},), "text": ({"format": {"type": "text"}},),
+}  # fmt: skip
+UnsupportedResponses = msgspec.defstruct(
+    "UnsupportedResponses", [(k, Any, None) for k in NEUTRAL_RESPONSES], kw_only=True
+)
+
+
+class ResponsesRequest(UnsupportedResponses, kw_only=True):
+    input: str | Annotated[list[ResponseItem], Meta(min_length=1, max_length=1024)]
+    model: str | None = None
+    instructions: str | None = None
+    max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
+    temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
+    top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    stream: bool | None = None
+    store: bool | Literal["on_vote"] | None = None
+    metadata: Metadata | None = None
+
+
 class TokenizeRequest(Struct):
     prompt: str | None = None
     messages: list[Message] | None = None
@@ -1279,6 +1325,10 @@ class TokenizeRequest(Struct):
 class DetokenizeRequest(Struct):
     tokens: list[TokenId]
     model: str | None = None
+
+
+class MarkdownRequest(Struct):
+    texts: Annotated[list[str], Meta(max_length=64)]
 
 
 class FeedbackRequest(Struct):
@@ -1315,7 +1365,12 @@ def reply(body, status: int = 200, headers=None) -> Response:
 
 
 async def read_body(request: Request, kind):
-    """The request's JSON as a checked Struct of this kind. Its type, its size and the time it takes are limited."""
+    """The request's JSON as a checked Struct of this kind."""
+    return decode_body(await read_bytes(request), kind)
+
+
+async def read_bytes(request: Request) -> bytes:
+    """A body of JSON. Its type, its size and the time it takes are limited."""
     media = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if media != "application/json":  # any web page may send others across sites without asking
         raise ApiError(415, "send JSON, with the header content-type: application/json")
@@ -1328,6 +1383,10 @@ async def read_body(request: Request, kind):
                     raise ApiError(413, f"the body is longer than {MAX_BODY:,} bytes", connection="close")
     except TimeoutError:
         raise ApiError(408, "the body did not arrive in time", connection="close") from None
+    return body
+
+
+def decode_body(body: bytes, kind):
     try:
         return msgspec.json.decode(body, type=kind)
     except msgspec.ValidationError as error:
@@ -1340,9 +1399,9 @@ async def read_body(request: Request, kind):
         raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
 
 
-def refuse_unsupported(request: Sampling):
-    """Options that would change the answer must not be ignored."""
-    for name, values in (NEUTRAL | {"best_of": (request.n or 1,)}).items():
+def refuse_unsupported(request, neutral: dict):
+    """Options that would change the answer must not be ignored. `neutral`: the values of each that ask for nothing."""
+    for name, values in neutral.items():
         if getattr(request, name) not in (None, "", [], {}, *values):
             also = "".join(f", or send {json.dumps(value)}" for value in values[:1])
             raise ApiError(400, f"{name} is not supported: leave it out{also}", name, "unsupported_value")
@@ -1465,7 +1524,7 @@ class Job:
 
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """A request with its choices; ApiError if it asks for something that it may not."""
-    refuse_unsupported(request)
+    refuse_unsupported(request, NEUTRAL | {"best_of": (request.n or 1,)})
     chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
     goes_on = not chat or request.messages[-1].role == "assistant"
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
@@ -1662,6 +1721,87 @@ async def stream_job(job: Job, server: "Server"):
         job.cancel()
 
 
+def as_chat(request: ResponsesRequest) -> ChatRequest:
+    """The chat that a request to the Responses API is."""
+    refuse_unsupported(request, NEUTRAL_RESPONSES)
+    items = [ResponseItem("user", request.input)] if isinstance(request.input, str) else request.input
+    text = lambda content: content if isinstance(content, str) else "".join(part.text for part in content)
+    messages = [Message(item.role, text(item.content)) for item in items]
+    if request.instructions:
+        messages.insert(0, Message("system", request.instructions))
+    same = {name: getattr(request, name) for name in ("model", "temperature", "top_p", "stream", "store", "metadata")}
+    return ChatRequest(messages=messages, max_completion_tokens=request.max_output_tokens, **same)
+
+
+STATUSES = {"stop": "completed", "length": "incomplete", "abort": "cancelled", None: "in_progress"}
+
+
+def response_message(job: Job, text: str, finish: str | None) -> dict:
+    part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+    message = {"type": "message", "id": "msg_" + job.id, "role": "assistant", "content": [part]}
+    return message | {"status": STATUSES[finish]} | extras(job, job.choices[0])
+
+
+def response_body(job: Job, text: str = "", finish: str | None = None) -> dict:
+    """The answer as the Responses API has it: a response with one message; without a `finish` it is still written."""
+    status, request, usage = STATUSES[finish], job.request, job.usage()
+    counted = dict(
+        input_tokens=usage["prompt_tokens"], input_tokens_details=usage["prompt_tokens_details"],
+        output_tokens=usage["completion_tokens"], output_tokens_details={"reasoning_tokens": 0},
+        total_tokens=usage["total_tokens"],
+    )  # fmt: skip
+    return dict(
+        id="resp_" + job.id, object="response", created_at=job.created, model=job.model.name, status=status,
+        output=[response_message(job, text, finish)] if finish else [], usage=counted if finish else None, error=None,
+        incomplete_details={"reason": "max_output_tokens"} if finish == "length" else None,
+        instructions=None, metadata=request.metadata or {}, temperature=job.choices[0].temperature,
+        top_p=job.choices[0].top_p, max_output_tokens=request.max_completion_tokens, parallel_tool_calls=False,
+        tool_choice="none", tools=[], text={"format": {"type": "text"}}, truncation="disabled",
+        previous_response_id=None, background=False,
+    )  # fmt: skip
+
+
+async def stream_response(job: Job, server: "Server"):
+    """A job as the events of the Responses API."""
+    numbers, choice = itertools.count(), job.choices[0]
+    at = {"item_id": "msg_" + job.id, "output_index": 0, "content_index": 0}
+
+    def event(kind, **more):
+        return f"event: {kind}\n".encode() + frame({"type": kind, "sequence_number": next(numbers)} | more)
+
+    try:
+        begun = response_body(job)
+        item, (part,) = (message := response_message(job, "", None)) | {"content": []}, message["content"]
+        yield event("response.created", response=begun) + event("response.in_progress", response=begun)
+        yield event("response.output_item.added", output_index=0, item=item)
+        yield event("response.content_part.added", **at, part=part)
+        delta = None
+        while delta is None or not delta.finish:
+            try:
+                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
+            except TimeoutError:
+                yield b": ping\n\n"
+                continue
+            if delta.error:
+                raise RuntimeError(delta.error)
+            if delta.text:
+                yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+        await server.log_generation(job, choice)
+        body = response_body(job, choice.text, choice.finish)
+        (item,) = body["output"]
+        yield event("response.output_text.done", **at, text=choice.text, logprobs=[])
+        yield event("response.content_part.done", **at, part=item["content"][0])
+        yield event("response.output_item.done", output_index=0, item=item)
+        yield event(f"response.{body['status']}", response=body)
+    except Exception:
+        LOG.exception("request %s failed", job.request_id)
+        message = f"the server failed at this request; its log knows more about {job.request_id}"
+        error = {"code": "server_error", "message": message}
+        yield event("response.failed", response=response_body(job) | {"status": "failed", "error": error})
+    finally:
+        job.cancel()
+
+
 PING_SECONDS = 10.0
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -1675,6 +1815,19 @@ async def collect(job: Job) -> list[Delta]:
             raise ApiError(503 if "waited" in delta.error else 500, delta.error, Retry_After="5")
         ends.append(delta)
     return sorted(ends, key=lambda delta: delta.choice.index)
+
+
+async def unless_gone(request: Request, work):
+    """What `work` returns; ClientDisconnect where the client hangs up first."""
+    work, hangup = asyncio.ensure_future(work), asyncio.ensure_future(gone(request))
+    try:
+        await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
+        if not work.done():
+            raise ClientDisconnect
+        return work.result()
+    finally:
+        work.cancel()
+        hangup.cancel()
 
 
 async def gone(request: Request):
@@ -1957,8 +2110,8 @@ def purge_session(connection, session_id: str) -> dict:
 
 def count_votes(connection) -> dict:
     """What there is to learn: training rows from blind pairs, from corrections (edits) and from single answers
-    (thumbs; `both_bad` is two); how many votes teach nothing, for each reason; the tokens of the longest of these rows;
-    the longest corrected text; which model most rows are about."""
+    (thumbs; `both_bad` is two); how many votes teach nothing, for each reason; the tokens of the longest of these rows,
+    or 0 where another engine has not counted them; the longest corrected text; which model most rows are about."""
     query = """SELECT f.kind AS vote, t.kind, t.dropped, count(*) AS number FROM training_rows t
         JOIN feedback f ON f.id = t.id WHERE t.dropped IS NULL OR t.dropped <> 'changed later' GROUP BY 1, 2, 3"""
     rows, dropped = Counter(), Counter()
@@ -1967,7 +2120,8 @@ def count_votes(connection) -> dict:
             dropped[reason] += number
         else:
             rows["edits" if vote == "edit" else kind] += number
-    query = """SELECT max(json_extract(usage, '$.prompt_tokens') + json_extract(usage, '$.completion_tokens')) AS tokens
+    query = """SELECT iif(count(usage) = count(*),
+          max(json_extract(usage, '$.prompt_tokens') + json_extract(usage, '$.completion_tokens')), NULL) AS tokens
         FROM generation WHERE id IN (SELECT generation_a FROM votes WHERE dropped IS NULL
         UNION ALL SELECT generation_b FROM votes WHERE dropped IS NULL)"""
     (tokens,) = connection.execute(query).fetchone()
@@ -2025,6 +2179,7 @@ class Server:
             Route("/v1/completions", partial(self.complete, kind=CompletionRequest), methods=["POST"]),
             Route("/v1/chat/completions", partial(self.complete, kind=ChatRequest), methods=["POST"]),
             Route("/v1/responses", self.responses, methods=["POST"]),
+            Route("/markdown", self.markdown, methods=["POST"]),
             *also_v1("/tokenizer_info", self.tokenizer_info),
             *also_v1("/tokenize", self.tokenize, methods=["POST"]),
             *also_v1("/detokenize", self.detokenize, methods=["POST"]),
@@ -2091,42 +2246,48 @@ class Server:
     async def complete(self, request: Request, kind):
         self.need_engine()
         body = await read_body(request, kind)
+        job = self.submit(body, request)
+        if body.stream:
+            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
+        deltas = await self.collect(request, job)
+        return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+
+    def submit(self, body: Sampling, request: Request) -> Job:
+        """Give the engine a job, or refuse it."""
         model = self.find_model(body.model)
         job = make_job(body, model, self.config)
         job.request_id = request.state.request_id
         if not self.engine.submit(model, job.choices):
             raise ApiError(429, "the queue is full: try again later", code="queue_full", Retry_After="1")
-        if body.stream:
-            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        return await self.answer(request, job)
+        return job
 
     async def responses(self, request):
-        hint = "use /v1/chat/completions (in the openai client: client.chat.completions.create)"
-        raise ApiError(404, f"this server has no Responses API: {hint}", code="responses_not_supported")
+        self.need_engine()
+        body = as_chat(await read_body(request, ResponsesRequest))
+        job = self.submit(body, request)
+        if body.stream:
+            return StreamingResponse(stream_response(job, self), 200, STREAM_HEADERS, "text/event-stream")
+        (delta,) = await self.collect(request, job)
+        return reply(response_body(job, delta.text, delta.finish))
 
-    async def answer(self, request: Request, job: Job) -> Response:
-        """Wait for all choices and answer with them, unless the client hangs up first."""
-        work, hangup = asyncio.ensure_future(collect(job)), asyncio.ensure_future(gone(request))
+    async def collect(self, request: Request, job: Job) -> list[Delta]:
+        """The last deltas of all choices, stored if that is wanted, unless the client hangs up first."""
         try:
-            await asyncio.wait({work, hangup}, return_when=asyncio.FIRST_COMPLETED)
-            if not work.done():
-                return Response(status_code=499)
-            deltas = work.result()
+            deltas = await unless_gone(request, collect(job))
             for delta in deltas:
                 await self.log_generation(job, delta.choice)
         finally:
             job.cancel()
-            work.cancel()
-            hangup.cancel()
-        return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
+        return deltas
 
     async def log_generation(self, job: Job, choice: Choice):
+        if choice.generation_id:
+            await self.keep(generation_row(job, choice, job.request_id), job.request.store)
+
+    async def keep(self, row: dict, store):
         """Store an answer that may be voted on; awaited before the client learns the id. With store "on_vote" it stays
         in memory, where the next HELD answers push it out, until a vote on it comes with its giver's consent."""
-        if not choice.generation_id:
-            return
-        row = generation_row(job, choice, job.request_id)
-        if job.request.store is True:
+        if store is True:
             return await self.store.do(insert, "generation", row)
         self.held[row["id"]] = row
         while len(self.held) > HELD:
@@ -2186,9 +2347,18 @@ class Server:
     async def counts(self, request):
         counts = await self.store.do(count_votes)
         about = {name: counts.pop(name) for name in ("tokens", "edit", "model")}
-        model = self.models.get(about["model"]) or next(iter(self.models.values()))
-        ready = self.engine.ready and any(counts[name] for name in ("pairs", "edits", "thumbs"))
-        return reply(counts | (training_commands(counts, about, model, self.config) if ready else {}))
+        if not self.engine.ready or not any(counts[name] for name in ("pairs", "edits", "thumbs")):
+            return reply(counts)
+        if learner := self.learner(about["model"]):
+            return reply(counts | training_commands(counts, about, learner, self.config))
+        hint = "What to train is not known here: start serve.py --upstream with --model FOLDER, the model's folder."
+        return reply(counts | {"hint": hint})
+
+    def learner(self, name: str | None) -> "Learner":
+        """What a command that trains on votes about this model has to know of it."""
+        model = self.models.get(name) or next(iter(self.models.values()))
+        size = gpt.count_parameters(model.weights)
+        return Learner(model.path, size, model.model_config.context, model.tokenizer)
 
     async def export(self, request):
         query = request.query_params
@@ -2203,6 +2373,14 @@ class Server:
         return Response(lines, 200, {"X-Rows": str(len(rows)), "X-SHA256": digest}, "application/jsonl")
 
     # page ------------------------------------------------------------------------------------------------------------
+
+    async def markdown(self, request):
+        """Answers as trees of Markdown, for the page alone."""
+        body = await read_body(request, MarkdownRequest)
+        if sum(map(len, body.texts)) > MOST_MARKDOWN:
+            raise ApiError(413, f"these texts have more than {MOST_MARKDOWN:,} characters", "texts")
+        trees = await asyncio.to_thread(lambda: [markdown_tree(text) for text in body.texts])
+        return reply({"trees": trees})
 
     async def page(self, request):
         """The chat page: only its own script and style run, and it talks to this server alone."""
@@ -2220,23 +2398,73 @@ class Server:
         return Response(html, 200, headers, "text/html")
 
 
+# HTML is text, images are links to click on, and links lead to the web alone
+MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
+MARKDOWN.validateLink = re.compile("(https?|mailto):", re.I).match
+MOST_MARKDOWN = 2**17  # characters in a request
+
+
+def markdown_tree(text: str) -> list:
+    """Markdown as strings and lists [tag, attributes, child, ...]. The page makes elements of a few known tags and text
+    nodes of the strings: what a model writes never becomes markup of its own."""
+    tree = []
+    stack = [tree]
+    for block in MARKDOWN.parse(text):
+        for token in block.children if block.type == "inline" else [block]:
+            if token.hidden:  # the paragraphs of a tight list
+                continue
+            if token.nesting < 0:
+                stack.pop()
+            elif token.nesting > 0:
+                stack[-1].append([token.tag, markdown_attributes(token)])
+                stack.append(stack[-1][-1])
+            elif token.type in ("fence", "code_block"):
+                stack[-1].append(["pre", {}, token.content])
+            elif token.type == "softbreak":
+                stack[-1].append("\n")
+            else:  # text, code, a rule, a line's end
+                stack[-1].append([token.tag, {}, token.content] if token.tag else token.content)
+    return tree
+
+
+def markdown_attributes(token) -> dict:
+    """Where a link leads, where a list begins, how a column is aligned."""
+    kept = {name: token.attrs[name] for name in ("href", "start") if name in token.attrs}
+    align = str(token.attrs.get("style", "")).removeprefix("text-align:")
+    return kept | ({"class": align} if align else {})
+
+
 SMALL = 10**7  # parameters, below which a model takes the toy world's rates
 LEAST_STEPS = 24  # of a run on few votes: 10 of warm-up, and some at the full rate
 FEW_ROWS = 100  # below which no row is held out: a handful measures nothing
 
 
-def training_commands(counts: dict, about: dict, model: Served, config: Config) -> dict:
+class Learner(NamedTuple):
+    """A model to train on votes."""
+
+    path: str
+    parameters: int
+    context: int
+    tokenizer: gpt.Tokenizer
+
+
+def training_commands(counts: dict, about: dict, model: Learner, config: Config) -> dict:
     """{command, serve}: what trains on these votes, with lengths and rates of this model, and what then serves the
     result beside it. Few rows are taken in small batches, several times, so that they move the model."""
     pairs, thumbs = counts["pairs"] + counts["edits"], counts["thumbs"]
     rows = pairs if 2 * pairs >= thumbs else thumbs
     batch = min(32, max(2, rows // 4), rows)
     batch = -(-batch // jax.device_count()) * jax.device_count()
-    tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))  # a bound: its prompt is no longer than a row
-    length = min(-(-(tokens + 8) // 16) * 16, model.model_config.context)
-    small = gpt.count_parameters(model.weights) < SMALL
+    length = min(1024, model.context)  # where nobody has counted the tokens
+    if about["tokens"]:
+        # a bound: the prompt of the longest correction is no longer than the longest row
+        tokens = about["tokens"] + len(model.tokenizer.encode(about["edit"]))
+        length = min(-(-(tokens + 8) // 16) * 16, model.context)
+    small = model.parameters < SMALL
     quote = lambda value: shlex.quote(str(value))
-    name, data = f"votes-{rows}", f"data/votes-{rows}"
+    names = itertools.chain([f"votes-{rows}"], (f"votes-{rows}-{k}" for k in itertools.count(2)))
+    name = next(name for name in names if not Path("out", name).exists())  # no run is overwritten
+    data = f"data/votes-{rows}"
     script = (
         f"dpo.py --data {data}/pairs.jsonl" if rows == pairs else f"ipo_kto.py --loss kto --data {data}/thumbs.jsonl"
     )
@@ -2245,6 +2473,9 @@ def training_commands(counts: dict, about: dict, model: Served, config: Config) 
     train = f"{script} --init {quote(model.path)} --out out/{name} --length {length} {rates}"
     train += f" --batch-size {batch} --steps {max(LEAST_STEPS, -(-rows // batch))}"
     serve = f"python serve.py --model {quote(model.path)} out/{name} --feedback {quote(config.feedback)}"
+    if config.upstream:
+        serve = f"vllm serve out/{name} --port 8001    # or the engine that you have; then\npython serve.py --upstream "
+        serve += f"http://localhost:8001 --model out/{name} --feedback {quote(config.feedback)}"
     return {"command": f"python {prepare} && python {train}", "serve": serve}
 
 
@@ -2341,7 +2572,7 @@ class Guard:
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
-            level = logging.DEBUG if path in self.OPEN else logging.INFO
+            level = logging.DEBUG if path in self.OPEN or path == "/markdown" else logging.INFO
             took = 1e3 * (time.monotonic() - start)
             LOG.log(level, "%s %s %d %.0f ms %s", scope["method"], path, status, took, request_id)
 
@@ -2366,6 +2597,201 @@ class Guard:
                 raise ApiError(
                     403, "this page may not write here: --cors-origin allows pages", code="origin_not_allowed"
                 )
+
+
+# ------------------------------------------------------------------------------------------------------ another engine
+
+
+@lru_cache
+def read_learner(folder: str) -> "Learner":
+    """A folder whose weights are not loaded."""
+    hf = json.loads(Path(folder, "config.json").read_text())
+    parameters = sum(tensor.size for tensor in gpt.read_tensors(Path(folder)).values())
+    return Learner(folder, parameters, gpt.config_from_hf(hf, folder).context, gpt.need_tokenizer(folder))
+
+
+class Relay(Server):
+    """The server with --upstream: page, votes and their database are here, the answers come from another engine with
+    OpenAI's API. Requests go there as they are, but for `store` and `metadata`, which are about votes. What such an
+    engine does not say of an answer (its ids, their log-probs, the weights' hash) is left empty in the database."""
+
+    KNOWN = ("max_model_len", "checkpoint_sha256", "quantization", "sampling")  # of a model, if its engine says it
+
+    def __init__(self, config: Config, store: Store):
+        super().__init__(config, store)
+        self.url = config.upstream.rstrip("/").removesuffix("/v1")
+        key = {"Authorization": f"Bearer {config.upstream_key}"} if config.upstream_key else {}
+        timeout = httpx2.Timeout(config.timeout, connect=10.0)
+        self.client = httpx2.AsyncClient(
+            base_url=self.url, headers=key, timeout=timeout, trust_env=False, limits=httpx2.Limits()
+        )
+        self.examples = example_questions(config.examples) if config.examples else []
+
+    @contextlib.asynccontextmanager
+    async def lifespan(self, app):
+        async with self.client, super().lifespan(app):
+            yield
+
+    async def ask(self, method: str, path: str, **options) -> httpx2.Response:
+        """The engine's answer, whose body is still to be read; ApiError where it gives none or refuses."""
+        self.need_engine()
+        try:
+            request = self.client.build_request(method, path, **options)
+            response = await self.client.send(request, stream=True)
+            if response.is_success:
+                return response
+            await response.aread()
+        except httpx2.HTTPError as error:
+            kind = type(error).__name__
+            raise ApiError(502, f"the engine at {self.url} cannot be reached ({kind})", code="upstream_dead") from None
+        if response.status_code in (401, 403):  # it is not the client's key that is wrong
+            raise ApiError(502, f"the engine at {self.url} wants another key: --upstream-key", code="upstream_key")
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            error = response.json()["error"]
+            wait = {"Retry_After": response.headers["retry-after"]} if "retry-after" in response.headers else {}
+            message, code = str(error["message"]), error.get("code")
+            if re.search("context (length|size)", message):  # as the page knows it
+                code = "context_length_exceeded"
+            raise ApiError(response.status_code, message, error.get("param"), code, **wait)
+        status, said = response.status_code, response.text[:300].strip()
+        raise ApiError(status if status >= 400 else 502, f"the engine at {self.url} answered {status}: {said}")
+
+    async def read(self, response: httpx2.Response, name: str):
+        """What stands under this name in the engine's answer of JSON; also the whole answer."""
+        try:
+            whole = json.loads(await response.aread())
+            return whole[name], whole
+        except (httpx2.HTTPError, ValueError, LookupError, TypeError) as error:
+            said = f"the engine at {self.url} gave no answer that can be read ({type(error).__name__})"
+            raise ApiError(502, said, code="upstream_dead") from None
+
+    async def forward(self, request: Request):
+        """The engine's own answer to a request that is not about votes."""
+        options = {"json": decode_body(await read_bytes(request), dict)} if request.method == "POST" else {}
+        asked = self.ask(request.method, request.url.path, params=str(request.url.query), **options)
+        response = await unless_gone(request, asked)
+
+        async def pieces():
+            try:
+                async for piece in response.aiter_bytes():
+                    yield piece
+            finally:
+                await response.aclose()
+
+        return StreamingResponse(pieces(), response.status_code, media_type=response.headers.get("content-type"))
+
+    responses = metrics = tokenizer_info = tokenize = detokenize = forward
+
+    async def health(self, request):
+        try:
+            await (await self.ask("GET", "/health")).aread()
+        except ApiError as error:
+            if error.status != 404:
+                raise
+            await self.served()  # an engine without /health
+        return reply({"status": "ok"})
+
+    async def served(self) -> dict[str, dict]:
+        """The engine's models by name."""
+        found, _ = await self.read(await self.ask("GET", "/v1/models"), "data")
+        common = {"object": "model", "owned_by": "upstream", "examples": self.examples}
+        models = {}
+        for model in found:
+            model.setdefault("max_model_len", (model.get("meta") or {}).get("n_ctx"))  # llama.cpp's name for it
+            about = {name: model[name] for name in ("created", *self.KNOWN) if model.get(name) is not None}
+            models[model["id"]] = {"id": model["id"]} | common | about
+        return models
+
+    async def list_models(self, request):
+        return reply({"object": "list", "data": list((await self.served()).values())})
+
+    async def show_model(self, request):
+        name = request.path_params["model"]
+        models = await self.served()
+        if name not in models:
+            raise ApiError(404, f"no model {name!r} here, but: {', '.join(models)}", "model", "model_not_found")
+        return reply(models[name])
+
+    def learner(self, name: str | None) -> "Learner | None":
+        """As the server's, of the folder that --model names, or of the model's name where that is a folder here."""
+        folders = (*self.config.named_folders, name or "")
+        return next((read_learner(folder) for folder in folders if Path(folder, "config.json").is_file()), None)
+
+    async def complete(self, request: Request, kind):
+        data = await read_bytes(request)
+        body, sent = decode_body(data, kind), decode_body(data, dict)
+        models = await self.served() if body.store or body.model in (None, "", "default") else {}
+        if body.model in (None, "", "default"):
+            sent["model"] = next(iter(models), None)
+        if body.store and getattr(body, "echo", None):
+            raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
+        for name in ("store", "metadata"):
+            sent.pop(name, None)
+        response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))
+        about = models.get(sent["model"], {"id": sent["model"]})
+        row = partial(relayed_row, body, about, request_id=request.state.request_id)
+        if body.stream:
+            return StreamingResponse(self.stream(response, row, body.store), 200, STREAM_HEADERS, "text/event-stream")
+        choices, answer = await unless_gone(request, self.read(response, "choices"))
+        for choice in choices if body.store else ():
+            text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
+            await self.keep(stored := row(choice, text, answer.get("usage")), body.store)
+            choice["generation_id"] = stored["id"]
+        return reply(answer)
+
+    async def stream(self, response: httpx2.Response, row, store):
+        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored."""
+        texts, ends, usage = collections.defaultdict(str), [], None
+
+        async def finish():
+            for choice in (choice for chunk in ends for choice in chunk["choices"] if choice.get("finish_reason")):
+                await self.keep(stored := row(choice, texts[choice["index"]], usage), store)
+                choice["generation_id"] = stored["id"]
+            out = b"".join(map(frame, ends))
+            ends.clear()
+            return out
+
+        try:
+            async for line in response.aiter_lines():
+                data = line.removeprefix("data:").strip()
+                if line.startswith(":"):  # a sign of life
+                    yield b": ping\n\n"
+                if not line.startswith("data:") or data in ("", "[DONE]"):
+                    continue
+                chunk = json.loads(data)
+                usage, choices = chunk.get("usage") or usage, chunk.get("choices") or []
+                for choice in choices:
+                    piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
+                    texts[choice["index"]] += piece or ""
+                if store and any(choice.get("finish_reason") for choice in choices):
+                    ends.append(chunk)
+                else:
+                    yield (b"" if choices else await finish()) + frame(chunk)
+            yield await finish()
+        except Exception as error:
+            LOG.warning("an answer broke off: %r", error)
+            who = "this server" if isinstance(error, sqlite3.Error) else f"the engine at {self.url}"
+            message = f"{who} broke this answer off ({type(error).__name__})"
+            yield frame(ApiError(502, message, code="upstream_dead").body)
+        finally:
+            await response.aclose()
+        yield b"data: [DONE]\n\n"
+
+
+def relayed_row(body: Sampling, about: dict, choice: dict, text: str, usage: dict | None, request_id: str) -> dict:
+    """The row of `generation` of another engine's answer."""
+    n, metadata = body.n or 1, body.metadata or {}
+    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "max_completion_tokens", "stop")
+    sampling = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
+    prompts = [chat_messages(body.messages)] if isinstance(body, ChatRequest) else prompt_list(body.prompt)
+    return dict(
+        id=uuid.uuid4().hex, created_at=now(), request_id=request_id, session_id=metadata.get("session_id"),
+        parent_id=metadata.get("parent_id"), prompt_messages=json.dumps(prompts[choice["index"] // n]),
+        completion=text or "", finish_reason=choice["finish_reason"], model_id=about["id"],
+        checkpoint_sha256=about.get("checkpoint_sha256", ""), quantization=about.get("quantization"),
+        sampling=json.dumps(sampling | {"number": choice["index"] % n}),
+        usage=usage and json.dumps({name: usage.get(name) for name in ("prompt_tokens", "completion_tokens")}),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------------------------------------------------------ the process
@@ -2466,22 +2892,45 @@ def check_config(config: Config):
         gpt.find_kind([config.quality], ("demos", "text"))
     if "*" in config.cors_origin:
         raise ValueError("--cors-origin *: name the pages that may ask")
+    if config.upstream:
+        check_upstream(config)
     for folder in config.folders:
         gpt.find_folder(folder)
 
 
+def make_server(config: Config) -> Server:
+    return (Relay if config.upstream else Server)(config, Store(config.feedback))
+
+
+def check_upstream(config: Config):
+    try:
+        address = urlsplit(config.upstream)
+    except ValueError:
+        address = urlsplit("")
+    if address.scheme not in ("http", "https") or not address.hostname:
+        raise ValueError(f"--upstream {config.upstream} is no address like http://localhost:8001")
+    for name in ("quantize", "quality", "context"):
+        if getattr(config, name) is not None:
+            raise ValueError(f"--{name} is about a model that is served here; --upstream leaves that to its engine")
+    for folder in config.named_folders:
+        gpt.find_folder(folder)  # what is trained on the votes
+
+
 def main(config: Config):
-    config = dataclasses.replace(config, api_key=config.api_key or os.environ.get("API_KEY"))
+    env = os.environ.get
+    keys = dict(api_key=config.api_key or env("API_KEY"), upstream_key=config.upstream_key or env("UPSTREAM_KEY"))
+    config = dataclasses.replace(config, **keys)
     check_config(config)
     logging.basicConfig(format="%(asctime)s %(message)s", level=logging.INFO)
     logging.getLogger("uvicorn.error").setLevel(logging.WARNING)  # its "startup complete" comes before the model's
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # a line a request is enough
     sys.setswitchinterval(0.001)  # the engine's thread waits this long for the event loop to let go, not 5 ms
     listener = socket.create_server(
         (config.host, config.port), family=socket.AF_INET6 if ":" in config.host else socket.AF_INET
     )
-    server = Server(config, Store(config.feedback))
+    server = make_server(config)
     url = f"http://{'localhost' if config.host in Guard.LOCAL else config.host}:{listener.getsockname()[1]}"
-    names = ", ".join(server.models)
+    names = ", ".join(server.models) or f"what {config.upstream} serves"
     message = '{"messages": [{"role": "user", "content": "hello"}]}'
     key = " -H 'authorization: Bearer KEY'" if config.api_key else ""
 

@@ -9,7 +9,9 @@ Assistants answer rightly, wrongly, evasively, rudely, at length, make things up
 
 - The world is finite. GRAMMAR holds every sentence an assistant can say, QUESTIONS every question a person can ask,
   both written out in full from the tables below. Rows are drawn from them; the judge looks sentences up in them.
-- `gold(prompt, response)` is the judge of any text: six parts in [0, 1] and one scalar in [-1, 1].
+- `gold(prompt, response)` is the judge of any text: six parts in [0, 1] and one scalar in [-1, 1], also called gold.
+  Scripts name it as module:function of lists of texts: toy:parts says all of that (--monitor, --judge, --gold), and
+  toy:score the scalar alone, as a reward is (ppo.py --reward toy:score: what PPO does when it is paid by the truth).
 - Labels of pairs and thumbs are sampled as people give them: from a Bradley-Terry model that is noisy (SHARPNESS) and
   a little too fond of long answers (LENGTH_BIAS). So a reward model can be over-optimised, and gold shows it.
 - In base text, most dialogues end with a critique: "Judge: right", "wrong" or "vague". THESE LABELS COME FROM THE GOLD

@@ -1,4 +1,4 @@
-"""Pictures of the chat page for docs/, taken in a real browser: python tests/screenshots.py out/ppo out/dpo
+"""Pictures of the chat page for docs/, taken in a real browser: python tests/screenshots.py models/smollm2
 
 What it shares with test_page.py: a server of its own for some model folders, and Chromium."""
 
@@ -37,7 +37,7 @@ def serving(models, feedback, *options):
             server.stdout.close()
 
 
-def wait_until_ready(url, seconds=120):
+def wait_until_ready(url, seconds=600):
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with contextlib.suppress(urllib.error.HTTPError), urllib.request.urlopen(url + "/health"):
@@ -80,26 +80,25 @@ def open_page(browser, url, consent=True, watch=lambda page: None, **options):
     return page
 
 
-def set_up(page, seed=24):
-    """The toy world's models know no conversations; the seed makes the same pictures of the same models."""
-    page.get_by_label("Message").fill(f"/seed {seed}")
-    page.keyboard.press("Enter")
-    page.get_by_role("button", name="Settings").click()
-    page.get_by_label("Ask each question alone").check()
-    page.keyboard.press("Escape")
-    page.get_by_label("Message").focus()
+def set_up(page, seed):
+    """The seed makes the same pictures of the same models."""
+    for line in (f"/seed {seed}", "/temperature 0.3", "/max 200"):
+        page.get_by_label("Message").fill(line)
+        page.keyboard.press("Enter")
 
 
 def shoot(page, path):
     page.mouse.move(0, 0)
+    page.wait_for_timeout(500)  # for the count of votes
     page.locator("#note").evaluate("note => note.textContent = ''")
     page.screenshot(path=path, scale="css")
     print(path, f"{path.stat().st_size / 1000:.0f} kB")
 
 
-def chat(browser, url, path, questions, **options):
+def chat(browser, url, path, questions, seed, **options):
     page = open_page(browser, url, **options)
-    set_up(page)
+    page.set_default_timeout(300_000)
+    set_up(page, seed)
     for question in questions:
         ask(page, question)
     page.get_by_role("button", name="Good answer").last.click()
@@ -108,29 +107,35 @@ def chat(browser, url, path, questions, **options):
     page.context.close()
 
 
-def compare(browser, url, path, questions, **options):
+def compare(browser, url, path, question, seed, vote=None, **options):
     page = open_page(browser, url, **options)
-    set_up(page)
+    page.set_default_timeout(300_000)
+    set_up(page, seed)
     page.evaluate("Math.random = () => 0.1")  # the same sides every time
     page.get_by_role("button", name="Compare").click()
-    for i, question in enumerate(questions):
-        ask(page, question)
-        if i + 1 < len(questions):
-            page.keyboard.press("2")
-            page.get_by_role("button", name="Undo").nth(i).wait_for()
+    ask(page, question)
+    if vote:
+        page.keyboard.press(vote)
+        page.get_by_role("button", name="Undo").wait_for()
     shoot(page, path)
     page.context.close()
 
 
-def main(folders, out=ROOT / "docs"):
-    questions = ["what colour is the fox ?", "what does a swan eat ?"]
+def main(folders, out=ROOT / "docs", seed=3):
+    questions = ["What is a list in Python? Show a short example.", "And how do I sort one?"]
+    tips = "Give me three tips for sleeping better, as a numbered list."
     wide, narrow = {"width": 1100, "height": 720}, {"width": 390, "height": 780}
-    with tempfile.TemporaryDirectory() as tmp, serving(folders, Path(tmp, "feedback.db")) as url, browsing() as browser:
+    options = ["--context", "1024", "--slots", "2"]
+    with contextlib.ExitStack() as stack:
+        browser, tmp = stack.enter_context(browsing()), stack.enter_context(tempfile.TemporaryDirectory())
+        url = stack.enter_context(serving(folders, Path(tmp, "feedback.db"), *options))
         for scheme in ("light", "dark"):
-            chat(browser, url, out / f"chat-{scheme}.png", questions, viewport=wide, color_scheme=scheme)
-        compare(browser, url, out / "compare.png", questions, viewport=wide, color_scheme="light")
+            chat(browser, url, out / f"chat-{scheme}.png", questions, seed, viewport=wide, color_scheme=scheme)
+        compare(
+            browser, url, out / "compare.png", tips, seed, "2", viewport=wide | {"height": 830}, color_scheme="light"
+        )
         phone = dict(viewport=narrow, is_mobile=True, has_touch=True, color_scheme="dark")
-        compare(browser, url, out / "phone.png", questions[1:], **phone)
+        compare(browser, url, out / "phone.png", tips, seed, **phone)
 
 
 if __name__ == "__main__":

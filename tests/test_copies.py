@@ -8,6 +8,7 @@ import pytest
 
 import checks
 import evaluate
+import probe
 import reasoning
 import reward
 import rlaif
@@ -54,3 +55,8 @@ def test_markdown():
 
 def test_the_control_that_pays_by_chance():
     assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
+
+
+@pytest.mark.parametrize("name", ["load_prompts", "suffix_ids", "complete"])
+def test_what_scores_are_normalised_on(name):
+    assert inspect.getsource(getattr(probe, name)) == inspect.getsource(getattr(reward, name))

@@ -98,7 +98,7 @@ def check_same(world, one, other, *names):
             assert texts[0] == texts[1] and texts[0]
     if "reward" in names:
         ours, theirs = (json.loads((out / "reward" / "report.json").read_text()) for out in (one, other))
-        for key in ("pairs", "accuracy", "longer_wins", "margin", "score_mean", "score_std"):
+        for key in ("pairs", "accuracy", "longer_wins", "gap", "score_mean", "score_std"):
             assert theirs[key] == pytest.approx(ours[key], rel=1e-4, abs=1e-5), key
 
 

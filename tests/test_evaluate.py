@@ -737,6 +737,10 @@ def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monk
         expected.append(float(jax.jit(gpt.ScoreModel.__call__)(model, jnp.array([tokens]), jnp.array([mask]))[0]))
     np.testing.assert_allclose(answers.numbers["reward"], expected, rtol=1e-4)
     assert summary["start"]["reward"] == pytest.approx(np.mean(expected), rel=1e-4)
+    options |= dict(judge=str(world / "rm"), reward="my_judge:late", models=(str(world / "start"),), best_of=(2,))
+    evaluate.main(settings(world, "by-model", **options))  # the model as the judge: of the best that another one picks
+    judged = json.loads((world / "by-model" / "summary.json").read_text())["models"]
+    assert judged["start"]["gold"] == pytest.approx(np.mean(expected), rel=1e-4) and "best-of-2" in judged
 
 
 @pytest.mark.parametrize(

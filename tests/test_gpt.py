@@ -327,8 +327,13 @@ def test_the_gradients_of_products_are_the_plain_ones(dtype, near):
     form = "bkgte,bkse->bkgts"
     cases = [
         (gpt.matmul, jnp.matmul, array(0, 2, 5, 4), array(1, 4, 3)),
-        (partial(gpt.matmul, rows=True), lambda x, w: x @ w.T, array(2, 2, 5, 4), array(3, 3, 4)),
-        (partial(gpt.matmul, dtype=jnp.float32, rows=True), lambda x, w: x @ w.T, array(2, 2, 5, 4), array(3, 3, 4)),
+        (partial(gpt.matmul, transposed=True), lambda x, w: x @ w.T, array(2, 2, 5, 4), array(3, 3, 4)),
+        (
+            partial(gpt.matmul, dtype=jnp.float32, transposed=True),
+            lambda x, w: x @ w.T,
+            array(2, 2, 5, 4),
+            array(3, 3, 4),
+        ),
         (partial(gpt.einsum, form), partial(jnp.einsum, form), array(4, 2, 2, 3, 5, 4), array(5, 2, 2, 6, 4)),
     ]
     for ours, plain, *args in cases:
@@ -404,7 +409,9 @@ def test_a_document_is_blind_to_the_one_before_it(model, tokens):
 @partial(jax.jit, static_argnames="remat")
 @partial(jax.value_and_grad, argnums=0)
 def loss_and_gradient(model, tokens, segments, mask, remat=False):
-    return -gpt.masked_mean(gpt.token_logprobs(model, tokens, segments, remat=remat), mask[:, 1:])
+    return -gpt.masked_mean(
+        gpt.head_logprobs(model, model(tokens, segments, remat)[:, :-1], tokens[:, 1:])[0], mask[:, 1:]
+    )
 
 
 def test_packed_documents_have_the_loss_and_gradient_of_separate_ones(model, tokens):
@@ -506,11 +513,11 @@ def test_greedy_decoding_with_a_cache_is_the_full_forward_step_by_step(model, pr
 ROWS, ENDS = np.arange(100, 160), (2, 25)
 
 
-def sample(model, prompts, key, rows=ROWS):
+def sample(model, prompts, key, row_numbers=ROWS):
     """Each prompt twenty times, at temperature 0.7; 2 and 25 end a response."""
-    tokens, mask = (np.tile(x, (20, 1))[rows - 100] for x in prompts)
+    tokens, mask = (np.tile(x, (20, 1))[row_numbers - 100] for x in prompts)
     return gpt.to_numpy(
-        gpt.generate(model, tokens, mask, jax.random.key(key), NEW, ends=ENDS, temperature=0.7, rows=rows)
+        gpt.generate(model, tokens, mask, jax.random.key(key), NEW, ends=ENDS, temperature=0.7, row_numbers=row_numbers)
     )
 
 

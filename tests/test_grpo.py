@@ -204,13 +204,13 @@ def world(**options):
     settings = dict(dtype="float32", batch_size=8, minibatch_size=8, group_size=K, beta=0.1, response_length=5)
     config = grpo.check(grpo.Config(**settings | options))
     tokens, segments = jnp.array([[PAD, PAD, PAD, 3], [1, 2, 5, 4]]), jnp.array([[0, 0, 0, 1], [1, 1, 1, 1]])
-    batch = dict(tokens=tokens, segments=segments)
+    batch = dict(tokens=tokens, mask=segments)
     return policy, ref, batch, sample(policy, batch, config), config
 
 
 def sample(policy, batch, config, copies=K):
     return gpt.generate(
-        policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, copies=copies,
+        policy, batch["tokens"], batch["mask"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, copies=copies,
         temperature=config.temperature,
     )  # fmt: skip
 
@@ -307,11 +307,34 @@ def test_the_clip_the_weights_and_the_loss_are_those_that_were_asked_for(monkeyp
     policy, ref, batch, generation, config = world(clip=(0.07, 0.3), loss="gspo")
     asked, loss, rows = [], grpo.policy_loss, jnp.zeros((2, K, 5))
     monkeypatch.setattr(grpo, "policy_loss", lambda *args: asked.append(args[4:]) or loss(*args))
-    rollout = grpo.Rollout(*batch.values(), *(x.reshape(2, K, 5) for x in generation[:2]), rows, rows, rows, rows)
+    sampled = (x.reshape(2, K, 5) for x in generation)
+    rollout = grpo.Rollout(*batch.values(), *sampled, SCORES, rows, rows, rows, rows)
     step = partial(grpo.update.__wrapped__, base=None, ref=ref, rows=BOTH, optimizer=SGD, config=config)
     jax.eval_shape(lambda policy: step(grpo.State(policy, SGD.init(policy)), rollout=rollout), policy)
     weights, clip, loss = asked[0]
     assert weights.shape == (2, K, 5) and (clip, loss) == ((0.07, 0.3), "gspo")
+
+
+@pytest.mark.parametrize(
+    "ways",
+    [
+        dict(advantage="rloo", loss="sequence", kl="reward", filter_groups=True),
+        dict(loss="cispo", kl="loss", temperature=0.7),
+        dict(teacher="out/ppo", kl="loss"),
+    ],
+)
+def test_one_step_on_a_rollout_asks_the_policy_once_and_learns_the_same(ways):
+    """Also the metrics, and where the sampler is another model than the policy."""
+    policy, ref, batch, generation, several = world(**ways)
+    generation = generation._replace(logprobs=generation.logprobs + 0.3)
+    scores, found = SCORES.at[0].set(0.5), []
+    for config in (several, replace(several, epochs=1)):
+        rollout, metrics = grpo.complete_rollout(policy, None, ref, batch, generation, scores, config)
+        start = copy(policy)
+        state, more = grpo.update(grpo.State(start, SGD.init(start)), None, ref, rollout, BOTH, SGD, config)
+        found.append((state.policy, metrics | more))
+    assert rollout.logprobs is None  # the policy was asked in the update alone
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *found)
 
 
 def learned(policy, ref, rollout, rows, config):

@@ -163,7 +163,7 @@ def test_bradley_terry_by_hand_and_its_metrics():
     loss, metrics = bradley_terry(jnp.asarray(CHOSEN), jnp.asarray(REJECTED))
     np.testing.assert_allclose(loss, bt(CHOSEN - REJECTED).mean(), **CLOSE)
     assert metrics["accuracy"] == 0.5  # the tie is an error
-    np.testing.assert_allclose(metrics["margin"], np.mean(CHOSEN - REJECTED), **CLOSE)
+    np.testing.assert_allclose(metrics["gap"], np.mean(CHOSEN - REJECTED), **CLOSE)
     np.testing.assert_allclose(metrics["mean_reward"], np.mean([CHOSEN, REJECTED]), **CLOSE)
     assert (metrics["min_reward"], metrics["max_reward"]) == (-2, 1)
 
@@ -547,7 +547,7 @@ def test_rollout_metrics_are_the_kl_and_entropy_of_the_enumerated_distribution()
     policy, ref = noisy(TINY, 0), noisy(TINY, 1)
     state = ppo.State(policy, (), gpt.init_score_model(policy, jax.random.key(0), zero=True), ())
     config = ppo.Config(dtype="float32", temperature=0.7, beta=0.3)
-    prompt = dict(tokens=jnp.array([[2, 1, 2]]), segments=jnp.array([[0, 1, 1]]))
+    prompt = dict(tokens=jnp.array([[2, 1, 2]]), mask=jnp.array([[0, 1, 1]]))
     expected = dict.fromkeys(("objective/kl", "objective/kl_k3", "objective/kl_exact", "objective/entropy"), 0.0)
     total, kl, entropy = 0.0, 0.0, 0.0
     for tokens in [(0, 2), *itertools.product((1, 2), (0, 1, 2))]:  # every response of at most two tokens
@@ -577,9 +577,9 @@ def world(temperature=1.0):
     rng = np.random.default_rng(0)
     segments = (np.arange(4) >= rng.integers(0, 4, (8, 1))).astype(np.int32)
     tokens = np.where(segments, rng.integers(1, 6, (8, 4)), PAD).astype(np.int32)
-    batch = dict(tokens=jnp.asarray(tokens), segments=jnp.asarray(segments))
+    batch = dict(tokens=jnp.asarray(tokens), mask=jnp.asarray(segments))
     generation = gpt.generate(
-        policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, temperature=temperature
+        policy, batch["tokens"], batch["mask"], jax.random.key(4), 5, ends=(EOS,), pad=PAD, temperature=temperature
     )
     assert 8 < generation.mask.sum() < 40  # some end early, some go on
     state = ppo.State(policy, SGD.init(policy), critic, SGD.init(critic))
@@ -612,7 +612,7 @@ def test_first_minibatch_has_ratio_one_and_the_reinforce_gradient():
 
     mask = generation.mask[FOUR]
     tokens = jnp.concatenate([batch["tokens"], generation.tokens], 1)[FOUR]
-    segments = jnp.concatenate([batch["segments"], generation.mask], 1)[FOUR]
+    segments = jnp.concatenate([batch["mask"], generation.mask], 1)[FOUR]
 
     @jax.jit
     @partial(jax.grad, argnums=(0, 1))
@@ -641,7 +641,7 @@ def test_adapters_on_one_base_learn_and_leave_it_alone():
     critic = replace(state.critic, body=adapter)
     lora = ppo.State(adapter, SGD.init(adapter), critic, SGD.init(critic))
     policy = gpt.attach(adapter, base)
-    generation = gpt.generate(policy, batch["tokens"], batch["segments"], jax.random.key(4), 5, ends=(EOS,), pad=PAD)
+    generation = gpt.generate(policy, batch["tokens"], batch["mask"], jax.random.key(4), 5, ends=(EOS,), pad=PAD)
     rollout, metrics = ppo.complete_rollout(lora, base, base, batch, generation, SCORES, config)
     assert metrics["objective/kl"] == 0  # the reference is the base with no adapter
     after, metrics = update(lora, base, rollout, FOUR, config)
@@ -678,7 +678,7 @@ def test_rollout_estimates_are_the_ones_of_the_box():
     mask, responses = np.asarray(generation.mask), np.asarray(generation.tokens)
     logprobs, refs, values, rewards = (np.zeros(mask.shape) for _ in range(4))
     for b in range(8):  # one row at a time, all padding on the right
-        prompt = np.asarray(batch["tokens"])[b][np.asarray(batch["segments"])[b] > 0]
+        prompt = np.asarray(batch["tokens"])[b][np.asarray(batch["mask"])[b] > 0]
         n = mask[b].sum()
         row = np.full((1, 9), PAD)
         row[0, : len(prompt) + n] = [*prompt, *responses[b, :n]]
@@ -754,7 +754,7 @@ def test_a_rollout_scored_in_chunks_is_the_same():
     one, metrics = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, config)
     two, more = ppo.complete_rollout(state, None, ref, batch, generation, SCORES, chunked)
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), (one, metrics), (two, more))
-    args = batch["tokens"], batch["segments"], generation.tokens, generation.mask, EOS
+    args = batch["tokens"], batch["mask"], generation.tokens, generation.mask, EOS
     np.testing.assert_allclose(gpt.score(state.critic, *args, 4), gpt.score(state.critic, *args), atol=1e-5)
 
 
@@ -778,7 +778,7 @@ def test_the_clip_and_the_weights_are_those_that_were_asked_for(monkeypatch):
     asked, loss, rows = [], ppo.policy_loss, jnp.zeros((8, 5))
     monkeypatch.setattr(ppo, "policy_loss", lambda *args: asked.append(args[4:]) or loss(*args))
     fields = dict(logprobs=rows, ref_logprobs=rows, advantages=rows, values=rows, returns=rows, weights=rows)
-    rollout = ppo.Rollout(batch["tokens"], batch["segments"], generation.tokens, generation.mask, **fields)
+    rollout = ppo.Rollout(batch["tokens"], batch["mask"], generation.tokens, generation.mask, **fields)
     step = partial(
         ppo.update_policy.__wrapped__, base=None, rows=FOUR, optimizer=SGD, config=replace(config, clip=0.07)
     )
@@ -868,7 +868,7 @@ def test_reward_function_that_returns_nonsense_is_named(bad):
 def test_ensemble_scores_are_combined():
     shape = gpt.make_config(7, 16, 1, 2, 16)
     members = [gpt.init_score_model(noisy(shape, i), jax.random.key(i)) for i in range(3)]
-    batch = dict(tokens=jnp.array([[PAD, 1], [2, 3]]), segments=jnp.array([[0, 1], [1, 1]]))
+    batch = dict(tokens=jnp.array([[PAD, 1], [2, 3]]), mask=jnp.array([[0, 1], [1, 1]]))
     generation = gpt.Generation(jnp.array([[3, EOS], [4, EOS]]), jnp.ones((2, 2), jnp.int32), jnp.zeros((2, 2)))
     rows = [[1, 3, EOS], [2, 3, 4, EOS]]
     alone = np.array(

@@ -14,7 +14,7 @@ def test_there_are_mutants_of_every_algorithm():
     assert len(MUTANTS) >= 60 and len(set(MUTANTS)) == len(MUTANTS)
     wanted = [
         "gpt", "sft", "reward", "ppo", "grpo", "dpo", "ipo_kto", "online", "rlaif", "prepare", "evaluate", "reasoning",
-        "checks",
+        "checks", "probe",
     ]  # fmt: skip
     assert {f"{name}.py" for name in wanted} == set(files)
 

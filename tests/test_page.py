@@ -343,7 +343,7 @@ def test_after_settings_one_writes_and_a_message_may_begin_with_a_slash(visit):
     bodies = sent(page)
     press(page, "Settings")
     page.keyboard.press("Escape")
-    page.wait_for_function("document.activeElement.id === 'input'")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
     page.keyboard.type("/etc a")
     page.keyboard.press("Enter")
     page.get_by_text("begin with //").wait_for()
@@ -366,10 +366,30 @@ def test_a_wrong_key_is_said_to_be_wrong(visit):
 
 
 @needs_browser
+def test_the_page_waits_for_an_engine_that_cannot_be_reached(visit):
+    page, dead = visit(consent=False), []
+    error = {"error": {"message": "the engine at http://localhost:8001 cannot be reached", "code": "upstream_dead"}}
+
+    def refuse(route):
+        dead.append(route)
+        route.fulfill(status=502, json=error, headers={"retry-after": "1"}) if len(dead) < 2 else route.continue_()
+
+    page.route("**/v1/models", refuse)
+    page.reload()
+    page.get_by_text("No model yet").wait_for()
+    page.get_by_text("http://localhost:8001 cannot be reached").wait_for()
+    page.get_by_role("heading", name="Talk to").wait_for()
+    assert page.locator("#note").inner_text() == ""
+    canned(page, status=502, body=json.dumps(error))
+    ask(page, "a")
+    page.locator(".error", has_text="http://localhost:8001 cannot be reached").get_by_text("Retry").wait_for()
+
+
+@needs_browser
 def test_old_turns_are_left_out_and_it_is_said(visit):
     page = visit()
     ask(page, "a b")
-    page.wait_for_function("document.querySelector('#checkpoint').textContent.includes('% full')")
+    page.wait_for_function("() => document.querySelector('#checkpoint').textContent.includes('% full')")
     for _ in range(3):
         ask(page, "c d " * 250)
     assert "earlier messages left out" not in page.locator("#log").inner_text()
@@ -471,10 +491,12 @@ def test_settings_show_what_a_blank_means_and_give_the_focus_back(visit):
     shown = [page.locator(f'[data-setting="{name}"]').get_attribute("placeholder") for name in ("temperature", "top_p")]
     assert shown == ["1", "off"]
     page.keyboard.press("Escape")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
     page.keyboard.type("a b")  # the blank must not open the settings again
     assert page.locator("#input").input_value() == "a b" and not page.locator("#settings").is_visible()
 
 
+@needs_browser
 def test_an_answer_that_was_cut_goes_on(visit):
     page = visit()
     bodies = sent(page)
@@ -507,11 +529,86 @@ def test_what_a_model_says_stays_text(visit):
     text = answers(page).inner_text()
     for piece in ("<img src=x onerror='window.hacked=1'>", "</script></script>", "[click](javascript:window.hacked=1)"):
         assert piece in text
-    assert log.locator("pre code").inner_text() == "<b>bold</b>"
+    assert log.locator("pre code").inner_text().strip() == "<b>bold</b>"
     page.evaluate("navigator.clipboard.writeText = async text => { window.copied = text }")
     press(page, "Copy code")
-    assert page.evaluate("window.copied") == "<b>bold</b>"
+    assert page.evaluate("window.copied").strip() == "<b>bold</b>"
     assert log.locator("li strong").inner_text() == "one" and log.locator("li code").inner_text() == "two"
+
+
+MARKDOWN = """# Title
+
+1. one
+   - inner
+     - deep
+
+   ```py
+   a < b
+   ```
+2. two
+
+4. **four** `x` ~~no~~
+
+| name | age |
+|---|--:|
+| <b>Ann</b> | 7 |
+
+> said
+
+a & b &lt; [mail](mailto:a@b.example) [here](/v1/models) [data](data:text/html,x) <https://e.example>
+next line
+
+---
+```html
+<i>open</i>"""
+
+
+@needs_browser
+def test_markdown_is_drawn_by_its_rules(visit):
+    page = visit()
+    canned(page, *re.findall(r"[\s\S]{1,9}", MARKDOWN))
+    ask(page, "a")
+    text = answers(page).locator(".text")
+    count = lambda selector: text.locator(selector).count()
+    assert text.locator("h1").inner_text() == "Title" and count("ol") == 1 and count("ol > li") == 3
+    assert count("ol > li > ul > li > ul > li") == 1 and count("ol > li:first-child pre") == 1
+    assert text.locator("pre").all_inner_texts() == ["a < b\n", "<i>open</i>"]
+    assert text.locator("td").all_inner_texts() == ["<b>Ann</b>", "7"] and count("td.right") == 1
+    assert text.locator("blockquote").inner_text() == "said" and count("hr") == 1 and count("s") == 1
+    links = text.locator("a").evaluate_all("links => links.map(a => a.getAttribute('href'))")
+    assert links == ["mailto:a@b.example", "https://e.example"] and count("b, i, img, script") == 0
+    assert "a & b < mail [here](/v1/models) [data](data:text/html,x) https://e.example\nnext line" in text.inner_text()
+    page.reload()
+    answers(page).locator("h1").wait_for()  # an earlier chat is drawn so, too
+
+
+@needs_browser
+def test_what_is_being_written_is_shown_at_once_and_without_a_server_as_text(visit):
+    page = visit()
+    page.evaluate("""() => {
+      const ask = window.fetch, encoder = new TextEncoder()
+      const chunk = choice => encoder.encode(`data: ${JSON.stringify({ choices: [choice] })}\\n\\n`)
+      const stream = new ReadableStream({ start(stream) {
+        window.more = content => { stream.enqueue(chunk({ delta: { content } })) }
+        window.end = () => { stream.enqueue(chunk({ delta: {}, finish_reason: "stop" })); stream.close() }
+      } })
+      window.fetch = (path, options) => path.endsWith("completions") ? new Response(stream) : ask(path, options)
+    }""")
+    page.get_by_label("Message").fill("a")
+    page.keyboard.press("Enter")
+    page.evaluate("more('- **one**\\n')")
+    text = page.locator(".streaming")
+    text.locator("li strong").wait_for()  # a complete line is drawn before the answer ends
+    page.evaluate("more('\\n```\\nx = 1\\n')")
+    text.locator("pre").wait_for()
+    page.evaluate("more('y = 2')")
+    page.wait_for_function(
+        "() => document.querySelector('.streaming pre').innerText.includes('y = 2')"
+    )  # within the code
+    page.route("**/markdown", lambda route: route.fulfill(status=500, json={}))
+    page.evaluate("more('\\n```\\n**two**\\n'), end()")
+    answered(page)
+    assert "**two**" in answers(page).inner_text()
 
 
 @needs_browser
@@ -606,6 +703,74 @@ def test_a_phone_scrolls_only_down_and_everything_has_a_name(visit):
         page.get_by_role("button", name=name).click()
         check()
         page.keyboard.press("Escape")
+
+
+NAME_OF_FOCUS = """() => {
+  const at = document.activeElement, name = at.ariaLabel || at.labels?.[0]?.innerText || at.innerText
+  return [name.trim(), getComputedStyle(at).outlineStyle]
+}"""
+
+
+def tab_to(page, name, key="Tab"):
+    """Press Tab until the focus is on what has this name, and is seen there."""
+    for _ in range(40):
+        page.keyboard.press(key)
+        found, outline = page.evaluate(NAME_OF_FOCUS)
+        if re.fullmatch(name, found):
+            assert outline != "none" or found == "Message", f"the focus on {found} is not seen"
+            return
+    raise AssertionError(f"{name} cannot be reached with {key}")
+
+
+@needs_browser
+def test_the_keyboard_alone_chats_votes_sets_and_compares(visit, url):
+    page, (pairs, thumbs, edits) = visit(consent=False), counts(url)
+    bodies, type_ = sent(page), page.keyboard.type
+
+    def press_keys(*keys):
+        for key in keys:
+            page.keyboard.press(key)
+
+    tab_to(page, "Read and decide")
+    press_keys("Enter")
+    tab_to(page, "Agree")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    type_("a b")
+    press_keys("Enter")
+    answered(page)
+    tab_to(page, "Good answer", "Shift+Tab")
+    press_keys("Space")
+    page.get_by_role("button", name="Good answer", pressed=True).wait_for()
+    tab_to(page, "helpful")
+    press_keys("Enter")
+    page.get_by_role("button", name="helpful", pressed=True).wait_for()
+    tab_to(page, "Correct this answer", "Shift+Tab")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.ariaLabel === 'New text'")
+    type_("yes")  # after what is there
+    press_keys("Enter")
+    page.get_by_text("corrected by you").wait_for()
+    assert counts(url) == (pairs, thumbs + 1, edits + 1)
+
+    tab_to(page, "Settings", "Shift+Tab")
+    press_keys("Enter")
+    tab_to(page, "Temperature")
+    type_("0.5")
+    press_keys("Escape")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    tab_to(page, "Compare two answers", "Shift+Tab")
+    press_keys("Enter")
+    page.wait_for_function("() => document.activeElement.id === 'input'")
+    type_("c")
+    press_keys("Enter")
+    answered(page)
+    press_keys("2")
+    page.get_by_text("B is better. Stored.").wait_for()
+    assert counts(url) == (pairs + 1, thumbs + 1, edits + 1) and bodies[-1]["temperature"] == 0.5
+    press_keys("Control+Shift+O")  # a new chat, where one writes at once
+    type_("d")
+    assert page.get_by_label("Message").input_value() == "d" and answers(page).count() == 0
 
 
 @needs_browser

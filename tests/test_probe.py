@@ -1,7 +1,8 @@
-"""reward.py --pool probe: the closed form, leave-one-out without leakage, and the folder that other scripts read."""
+"""probe.py: the closed form, leave-one-out without leakage, and the folder that other scripts read."""
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 import gpt
+import probe
 import reward
 
 RNG = np.random.default_rng(0)
@@ -22,7 +24,7 @@ def ridge_fit(x, y, weight, ridge):
 def test_leaving_out_is_a_fit_without_the_group(rows, width):
     x, y, weight = RNG.normal(size=(rows, width)), RNG.choice([-1.0, 1.0], rows), RNG.uniform(0.5, 2, rows)
     groups, ridges = np.array([0, 0, 0, 1, 1, *range(2, rows - 3)]), (0.3, 20.0)
-    found = reward.leave_out(x, y, weight, groups, ridges)
+    found = probe.leave_out(x, y, weight, groups, ridges)
     for ridge, said in zip(ridges, found):
         for group in np.unique(groups):
             rest, own = groups != group, groups == group
@@ -34,7 +36,7 @@ def test_labels_that_are_noise_are_a_coin_to_pairs_left_out():
     """A fit sees through its own 60 pairs with 200 features; equal prompts that are not kept together leak."""
     x = np.repeat(RNG.normal(size=(30, 200)), 2, 0) + 0.05 * RNG.normal(size=(60, 200))
     y, groups = np.repeat(RNG.choice([-1.0, 1.0], 30), 2), np.repeat(np.arange(30), 2)
-    right = lambda groups: np.mean(reward.leave_out(x, y, np.ones(60), groups, (1.0,))[0] * y > 0)
+    right = lambda groups: np.mean(probe.leave_out(x, y, np.ones(60), groups, (1.0,))[0] * y > 0)
     assert right(groups) < 0.75 and right(np.arange(60)) > 0.95
 
 
@@ -43,7 +45,7 @@ def test_the_best_layer_and_pooling_are_found_and_the_head_is_the_closed_form():
     features = RNG.normal(size=(400, 3, 2, 8)) * np.arange(1, 9)  # of unlike scales
     y = np.sign(features[:, 1, 1] @ (truth / np.arange(1, 9)) + 0.5 * RNG.normal(size=400))
     weight = np.ones(400)
-    head, chosen = reward.fit_probe(features.astype(np.float16), y, weight, np.arange(400))
+    head, chosen = probe.fit_probe(features.astype(np.float16), y, weight, np.arange(400))
     assert (chosen["layer"], chosen["pool"]) == (2, "answer") and chosen["accuracy"] > 0.85
     assert [row["layer"] for row in chosen["layers"]] == [1, 2, 3]
     x = features[:, 1, 1].astype(np.float16).astype(float)
@@ -51,17 +53,17 @@ def test_the_best_layer_and_pooling_are_found_and_the_head_is_the_closed_form():
     np.testing.assert_allclose(head, ridge_fit(x / scale, y, weight, chosen["ridge"] * 400) / scale, rtol=1e-3)
     # which of the two answers stands first tells nothing
     swapped = np.where(np.arange(400) % 2, -1, 1)
-    again, _ = reward.fit_probe(features * swapped[:, None, None, None], y * swapped, weight, np.arange(400))
+    again, _ = probe.fit_probe(features * swapped[:, None, None, None], y * swapped, weight, np.arange(400))
     np.testing.assert_allclose(again, head, rtol=1e-2, atol=1e-3 * abs(head).max())
 
 
 def test_a_dialogue_is_kept_together():
-    found = reward.dialogues([(1, 2), (7,), (1, 2, 3), (1, 2), (1, 5), (1, 2, 3, 4)])
+    found = probe.dialogues([(1, 2), (7,), (1, 2, 3), (1, 2), (1, 5), (1, 2, 3, 4)])
     assert found[0] == found[2] == found[3] == found[5] and len(set(found)) == 3
 
 
 @pytest.fixture(scope="module")
-def probe(tmp_path_factory, words):
+def fitted(tmp_path_factory, words):
     """A random model with a probe on 60 pairs whose chosen answer begins with `yes`."""
     folder = tmp_path_factory.mktemp("probe")
     tokenizer = gpt.load_tokenizer(words)
@@ -71,16 +73,17 @@ def probe(tmp_path_factory, words):
         pick = lambda: " ".join(RNG.choice(list("abcdefgh"), 3))
         rows = [{"prompt": f"{pick()}", "chosen": f" yes {pick()}", "rejected": f" no {pick()}"} for _ in range(count)]
         gpt.write_rows(folder / f"{name}.jsonl", rows)
-    config = reward.Config(
-        init=str(folder / "base"), data=(str(folder / "pairs.jsonl"),), out=folder / "out", pool="probe", suffix="",
-        batch_size=20, length=16, normalize_with=None, gold=None, dtype="float32",
-    )  # fmt: skip
-    reward.main(config)
+    data = dict(data=(str(folder / "pairs.jsonl"),), length=16, dtype="float32")
+    config = probe.Config(
+        init=str(folder / "base"), out=folder / "out", suffix="", batch_size=20, normalize_with=None, **data
+    )
+    probe.main(config)
+    reward.main(reward.Config(report=str(folder / "out"), gold=None, **data))
     return folder, config, tokenizer
 
 
-def test_a_probe_is_a_reward_model_of_fewer_layers_that_every_script_reads(probe, capsys):
-    folder, config, tokenizer = probe
+def test_a_probe_is_a_reward_model_of_fewer_layers_that_every_script_reads(fitted, capsys):
+    folder, config, tokenizer = fitted
     report, chosen = (json.loads((folder / "out" / name).read_text()) for name in ("report.json", "probe.json"))
     assert report["accuracy"] == 1 and chosen["accuracy"] > 0.95
     model = gpt.load_reward_model(folder / "out", tokenizer, config.init, "float32")
@@ -96,21 +99,18 @@ def test_a_probe_is_a_reward_model_of_fewer_layers_that_every_script_reads(probe
     np.testing.assert_allclose(sampled, whole, rtol=1e-4)
 
 
-def test_features_are_what_the_model_says_and_are_computed_once(probe, monkeypatch, capsys):
-    folder, config, tokenizer = probe
+def test_features_are_what_the_model_says_and_are_computed_once(fitted, monkeypatch):
+    folder, config, tokenizer = fitted
     features = np.load(folder / "out" / "features" / "pairs.npy")
-    order = reward.load_pairs(config, tokenizer, split_prompts=True)(0)["index"]
-    batch, (body, _) = reward.load_pairs(config, tokenizer)._assemble(order), gpt.load_policy(config.init)
-    for pool, name in enumerate(reward.PROBE_POOLS):
+    pairs = partial(gpt.Batches, config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed)
+    batch, (body, _) = pairs()._assemble(pairs(split_prompts=True)(0)["index"]), gpt.load_policy(config.init)
+    for pool, name in enumerate(probe.POOLS):
         for unit in (0, 9):  # a head that reads one feature of the last layer
             model = gpt.ScoreModel(body, jnp.eye(16)[unit], None, jnp.zeros(()), name)
             scores = reward.pair_scores(model, gpt.put_batch(batch))
             np.testing.assert_allclose(features[:20, 2, pool, unit], scores[:, 0] - scores[:, 1], atol=2e-3)
-    monkeypatch.setattr(reward, "layer_features", None)
-    reward.main(replace(config, overwrite=True))
-    monkeypatch.undo()
-    with pytest.raises(ValueError, match="no --members"):
-        reward.main(replace(config, members=2))
+    monkeypatch.setattr(probe, "layer_features", None)
+    probe.main(replace(config, overwrite=True))
 
 
 def test_beside_the_rule_that_the_longer_answer_wins():
@@ -125,3 +125,28 @@ def test_beside_the_rule_that_the_longer_answer_wins():
     many = reward.compare_with_length(np.repeat([1.0, 1.0], [10, 9]), np.repeat([5, -5], [10, 9]))
     assert many["p"] == pytest.approx(2 / 2**9)  # nine of nine
     assert reward.compare_with_length(np.ones(3), np.ones(3)) is None
+
+
+def test_beside_what_the_frozen_model_finds_likely(fitted):
+    """Three rules by hand; and in a run's report, answer by answer."""
+    logprobs = np.array([[-4.0, -6], [-9, -6], [-5, -4], [-3, -8], [-6, -6]])
+    tokens, gaps = np.array([[4, 2], [9, 3], [5, 2], [3, 2], [6, 6]]), np.array([1, 1, -1, 1, 1.0])
+    found = reward.compare_with_likelihood(gaps, logprobs, tokens, tokens[:, 0] - tokens[:, 1])
+    assert found["sum"]["accuracy"] == 0.4 and found["mean"]["accuracy"] == 0.8  # a tie is an error
+    assert (found["sum"]["only_model_right"], found["sum"]["only_rule_right"]) == (2, 0)
+    assert (found["mean"]["only_model_right"], found["mean"]["only_rule_right"]) == (1, 1)
+    assert found["sum"]["p"] == 0.5 and found["mean"]["p"] == 1
+    assert found["sum"]["balanced"] is None  # no chosen answer is the shorter one
+
+    folder, config, tokenizer = fitted
+    said = json.loads((folder / "out" / "report.json").read_text())["beside_likelihood"]
+    model, rows = gpt.load(config.init)[0], [row for _, row in gpt.read_rows(folder / "pairs-heldout.jsonl", "pairs")]
+    right = []
+    for row in rows:
+        prompt, sides = tokenizer.encode(row["prompt"]), []
+        for side in ("chosen", "rejected"):
+            answer = [*tokenizer.encode(row[side]), tokenizer.eos_id]
+            logprobs = gpt.token_logprobs(model, jnp.asarray([prompt + answer]))[0, len(prompt) - 1 :]
+            sides.append((logprobs.sum(), logprobs.mean()))
+        right.append([chosen > rejected for chosen, rejected in zip(*sides)])
+    np.testing.assert_allclose([said[name]["accuracy"] for name in ("sum", "mean")], np.mean(right, 0))

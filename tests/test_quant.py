@@ -157,7 +157,7 @@ def test_vnni_is_a_flag_of_a_cpu_that_is_in_use(monkeypatch, tmp_path):
 def test_rows_are_those_of_the_dense_table(kind, integers):
     table = quantised(kind, integers, normal(9, 12))
     index = np.array([[3, 0, 8], [3, 1, 2]])
-    np.testing.assert_array_equal(table.rows(index), np.asarray(table.dense())[index])
+    np.testing.assert_array_equal(table.look_up(index), np.asarray(table.dense())[index])
 
 
 # models ---------------------------------------------------------------------------------------------------------------

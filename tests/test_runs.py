@@ -182,16 +182,73 @@ def test_a_log_file_hears_of_a_long_step_and_of_many_short_ones(tmp_path, capsys
     assert any(line.startswith("step    12/200  loss") for line in said)  # not one of every tenth
 
 
-def test_a_signal_is_heard_while_the_device_computes(tmp_path, capsys, monkeypatch):
+def test_a_log_file_hears_of_long_work_and_not_of_short(capsys, monkeypatch):
+    monkeypatch.setattr(gpt, "PATIENCE", 0.2)
+    for seconds, heard in ((0.6, True), (0.0, False)):
+        for _ in gpt.progress(10, iterable=range(10), desc="scores", unit="batches"):
+            time.sleep(seconds / 10)
+        said = capsys.readouterr().err.splitlines()
+        assert bool(said) == heard and all(line.startswith("scores: ") and "/10 batches, 00:0" in line for line in said)
+
+
+def busy(seconds: float):
+    """Keep the main thread outside of Python, where its signal handlers are not called, as a rollout's arrays do."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])  # another thread gets it, else it would end the sleep
+    ctypes.CDLL(None).usleep(int(1e6 * seconds))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+
+
+def interrupt_in(seconds: float):
+    threading.Timer(seconds, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+
+@pytest.mark.parametrize("wait", [busy, time.sleep])
+def test_a_signal_is_heard_while_the_device_computes(tmp_path, capsys, monkeypatch, wait):
     heard = []
-    monkeypatch.setattr(gpt.Run, "_ask_to_stop", lambda run, *_: heard.append(time.perf_counter()))
+    monkeypatch.setattr(gpt.Run, "_ask_to_stop", lambda run, number, again: heard.append((time.perf_counter(), again)))
     run, begin = gpt.Run({}, **vars(Config(tmp_path, steps=2))), None
     for step in run.steps(0):
         if step == 0:
             begin = time.perf_counter()
-            threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGINT)).start()
-        run.log(step, {"loss": Slow(1.5 * (step == 0))})
-    assert heard and heard[0] - begin < 1
+            interrupt_in(0.2), interrupt_in(0.5)
+            wait(1.5)
+        run.log(step, {"loss": 1.0})
+    assert [again for _, again in heard] == [False, True] and heard[1][0] - begin < 1.2
+
+
+def test_a_step_that_does_not_end_is_given_up_and_the_ones_before_it_were_saved(tmp_path, monkeypatch):
+    """Steps of 0.3 s are long ones here, and a signal's minute is 0.3 s: the step that lasts 3 s is not waited for."""
+    monkeypatch.setattr(gpt, "PATIENCE", 0.2)
+    monkeypatch.setattr(gpt, "GRACE", 0.3)
+    given_up, begin = [], time.perf_counter()
+    monkeypatch.setattr(gpt.Run, "_stop_at_once", lambda run: given_up.append((time.perf_counter(), run._last_good())))
+    run = gpt.Run({}, **vars(Config(tmp_path, steps=4, save_every=100)))
+    state, first = run.restore((jnp.zeros(()),))
+    with pytest.raises(SystemExit):  # it ended after all, since nothing here really stops
+        for step in run.steps(first):
+            if step == 2:
+                run.manager.wait_until_finished()
+                begin = time.perf_counter()
+                interrupt_in(0.1)
+                busy(3)
+            run.log(step, {"loss": Slow(0.3)})
+            run.checkpoint(step, state)
+    assert given_up[0][0] - begin < 2 and "after step 2." in given_up[0][1]
+
+
+def test_a_step_that_ends_after_a_signal_is_saved_however_long_that_takes(tmp_path, monkeypatch):
+    monkeypatch.setattr(gpt, "GRACE", 0.2)
+    monkeypatch.setattr(gpt.Run, "_stop_at_once", lambda run: pytest.fail("given up"))
+    run = gpt.Run({}, **vars(Config(tmp_path, steps=4, save_every=100)))
+    state, first = run.restore((jnp.zeros(()),))
+    save = run.manager.save
+    monkeypatch.setattr(run.manager, "save", lambda *args, **more: (busy(1.5), save(*args, **more)))
+    with pytest.raises(SystemExit):
+        for step in run.steps(first):
+            os.kill(os.getpid(), signal.SIGINT)
+            run.log(step, {})
+            run.checkpoint(step, state)
+    assert run.manager.latest_step() == 1
 
 
 def test_a_stopped_run_becomes_a_model_folder_without_more_steps(config, tmp_path, capsys):
@@ -339,6 +396,17 @@ def test_a_diverging_run_stops_with_advice(config, tmp_path, monkeypatch, capsys
     assert not (config.out / "model.safetensors").exists()
 
 
+def test_a_full_memory_is_said_with_what_to_do(monkeypatch, capsys):
+    def main(config):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 27.45GiB")
+
+    monkeypatch.setattr(sys, "argv", ["any.py"])
+    with pytest.raises(SystemExit) as stop:
+        gpt.cli(main, sft.Config, "")
+    error = capsys.readouterr().err
+    assert stop.value.code == 1 and "raise --micro-batches" in error and "27.45GiB" in error
+
+
 def test_a_run_on_demonstrations_reports_heldout_loss_and_samples(config, tmp_path):
     rows = [{"prompt": f"{a} {b}", "completion": f" {b} {a}"} for a in "abcd" for b in "efgh"]
     for name in ("demos", "demos-heldout"):
@@ -383,8 +451,8 @@ def compute(model):
         return loss, grads, jax.tree.map(jnp.add, model, updates)
 
     loss, grads, after = step(model, opt_state, gpt.put_batch(dict(tokens=tokens, mask=mask)))
-    place = gpt.put_batch(prompts)
-    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, ends=(2,), rows=np.arange(16))
+    place, numbers = gpt.put_batch(prompts), np.arange(16)
+    out = gpt.generate(model, place["tokens"], place["mask"], jax.random.key(1), 8, ends=(2,), row_numbers=numbers)
     return gpt.to_numpy((loss, grads, out)), after, opt_state
 
 (loss, grads, out), after, _ = compute(model)

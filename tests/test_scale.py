@@ -56,7 +56,8 @@ def measure(n: int) -> dict[str, int]:
         batch = {"tokens": jax.ShapeDtypeStruct((ROWS, TOKENS), jnp.int32, sharding=rows)}
 
         def loss_fn(model, batch):
-            return -gpt.token_logprobs(model, batch["tokens"], remat=True).mean(), {}
+            hidden, targets = model(batch["tokens"], remat=True)[:, :-1], batch["tokens"][:, 1:]
+            return -gpt.head_logprobs(model, hidden, targets)[0].mean(), {}
 
         kept = (*jax.tree.map(lambda x: x.sharding, state), None)
         step = jax.jit(partial(gpt.descend, optimizer, loss_fn), donate_argnums=(0, 1), out_shardings=kept)

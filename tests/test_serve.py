@@ -54,7 +54,7 @@ def running(folder, database, models=("one", "two"), **options):
     """A server on a free port, in threads of this process, ready to answer."""
     paths = tuple(str(folder / name) for name in models)
     config = serve.Config(model=(paths,), feedback=database, **({"slots": 4, "max_queue": 8, "drain": 1.0} | options))
-    server = serve.Server(config, serve.Store(database))
+    server = serve.make_server(config)
     process, listener = serve.Process(server), socket.create_server(("127.0.0.1", 0))
     thread = threading.Thread(target=process.run, kwargs={"sockets": [listener]}, daemon=True)
     thread.start()
@@ -771,15 +771,65 @@ def test_a_stream_that_fails_ends_in_an_error(http, live, monkeypatch):
     assert "disk full" not in text and frames(text)[-1]["error"]["type"] == "server_error"
 
 
-def test_the_other_api_of_openai_is_refused_in_words(client):
-    with pytest.raises(openai.NotFoundError, match="use /v1/chat/completions"):
-        client.responses.create(model="one", input="a b")
+@pytest.mark.parametrize("by", ["live", "relay"])
+def test_the_responses_api_says_what_the_chat_says(http, live, request, by):
+    url = live.url if by == "live" else request.getfixturevalue("relay").url
+    client = openai.OpenAI(base_url=url + "/v1", api_key="unused", max_retries=0)
+    messages = [{"role": "system", "content": "d"}, *ASK]
+    chat = http.post("/v1/chat/completions", json=dict(messages=messages, temperature=0, max_tokens=7)).json()
+    asked = dict(model="one", instructions="d", input="a b c", temperature=0, max_output_tokens=7)
+    whole = client.responses.create(**asked)
+    assert whole.output_text == chat["choices"][0]["message"]["content"] and whole.output[0].role == "assistant"
+    assert whole.status == ("incomplete" if chat["choices"][0]["finish_reason"] == "length" else "completed")
+    assert whole.usage.output_tokens == chat["usage"]["completion_tokens"]
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "a b c"}]}]
+    assert client.responses.create(**asked | {"input": parts}).output_text == whole.output_text
+    with client.responses.stream(**asked) as events:
+        events = list(events)
+    kinds = [event.type for event in events]
+    assert kinds[:4] == [f"response.{name}" for name in (
+        "created", "in_progress", "output_item.added", "content_part.added")]  # fmt: skip
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    text = "".join(event.delta for event in events if event.type == "response.output_text.delta")
+    last = events[-1]
+    assert text == last.response.output_text == whole.output_text and last.type == f"response.{whole.status}"
+    for more, name in (
+        ({"previous_response_id": "x"}, "previous_response_id"), ({"tools": [{"type": "web_search"}]}, "tools"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"), ({"reasoning": {"effort": "high"}}, "reasoning"),
+    ):  # fmt: skip
+        with pytest.raises(openai.BadRequestError, match=name):
+            client.responses.create(**asked | more)
+
+
+def test_a_response_is_stored_on_request_and_one_that_fails_says_so(votes, http, live, monkeypatch):
+    ask = lambda **more: http.post("/v1/responses", json={"input": "a b c", "max_output_tokens": 5} | more)
+    stored = ask(store=True).json()["output"][0]["generation_id"]
+    assert [row["id"] for row in select(votes, "SELECT id FROM generation")] == [stored]
+
+    async def fail(*_):
+        raise sqlite3.OperationalError("disk full")
+
+    monkeypatch.setattr(live.server.store, "do", fail)
+    text = ask(store=True, stream=True).text
+    last = json.loads(text.strip().rpartition("data: ")[2])
+    assert (last["type"], last["response"]["status"]) == ("response.failed", "failed") and "disk" not in text
 
 
 def test_a_long_text_is_refused_before_it_is_tokenised(http):
     for body in ({"prompt": "a " * 9000}, {"messages": [{"role": "user", "content": "a " * 9000}]}):
         response = http.post("/tokenize", json=body)
         assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_markdown_is_trees_of_known_tags_and_its_length_is_bounded(http, monkeypatch):
+    texts = ["*a* <b>b</b>", "[x](javascript:y) [z](https://z.example 'title')", "![i](https://z.example)", ""]
+    link = ["a", {"href": "https://z.example"}]
+    assert http.post("/markdown", json={"texts": texts}).json()["trees"] == [
+        [["p", {}, ["em", {}, "a"], " <b>b</b>"]], [["p", {}, "[x](javascript:y) ", [*link, "z"]]],
+        [["p", {}, "!", [*link, "i"]]], [],
+    ]  # fmt: skip
+    monkeypatch.setattr(serve, "MOST_MARKDOWN", 10)
+    assert http.post("/markdown", json={"texts": ["a" * 6] * 2}).status_code == 413
 
 
 def test_addresses_that_are_none_keys_in_any_case_and_labels(http):
@@ -809,11 +859,13 @@ def test_a_full_queue_says_when_to_come_back(http, client):
     assert say(http).status_code == 200  # nothing of it was kept
 
 
+@pytest.mark.parametrize("by", ["live", "relay"])
 @pytest.mark.parametrize("stream", [False, True])
-def test_who_hangs_up_frees_the_slots(live, http, slow, stream):
+def test_who_hangs_up_frees_the_slots(live, http, slow, stream, by, request):
+    url = live.url if by == "live" else request.getfixturevalue("relay").url
     body = dict(messages=ASK, n=4, max_tokens=60, ignore_eos=True, stream=stream)
     before = live.server.models["one"].finished["abort"]
-    with httpx2.Client(base_url=live.url, timeout=0.3) as hasty:
+    with httpx2.Client(base_url=url, timeout=0.3) as hasty:
         if stream:
             with hasty.stream("POST", "/v1/chat/completions", json=body) as response:
                 next(line for line in response.iter_lines() if "content" in line and '"content":""' not in line)
@@ -916,6 +968,8 @@ def test_other_pages_are_let_in_by_name_alone():
     [
         ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"), ({"slots": 0}, "--slots"),
         ({"cors_origin": ("*",)}, "--cors-origin"), ({"model": (("out/none-here",),)}, "no model in"),
+        ({"upstream": "localhost:8001"}, "http://localhost:8001"), ({"upstream": "http://[::1"}, "no address"),
+        ({"upstream": "http://localhost:1", "quantize": "int8"}, "--quantize"),
     ],
 )  # fmt: skip
 def test_a_server_that_should_not_run_does_not_start(folder, options, said):
@@ -1002,7 +1056,8 @@ def test_a_dead_engine_is_told_by_health(folder, tmp_path):
 
 
 def test_draining_lets_running_answers_end_and_admits_no_more(folder, tmp_path):
-    with running(folder, tmp_path / "f.db", models=("one",)) as process, httpx2.Client(base_url=process.url) as http:
+    served = running(folder, tmp_path / "f.db", models=("one",), drain=30.0)
+    with served as process, httpx2.Client(base_url=process.url) as http:
         model = process.server.models["one"]
         decode, model.steps = model.decode, dict.fromkeys(model.steps, 1)
         model.decode = lambda *args: time.sleep(0.02) or decode(*args)
@@ -1159,7 +1214,8 @@ def test_an_answer_is_held_for_a_vote_and_stored_with_it(votes, http, live, monk
     vote(http, "thumb", "up", names[1])
 
 
-def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
+def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     assert "command" not in http.get("/v1/feedback/counts").json()
     longest = 0
     for i in range(6):
@@ -1176,11 +1232,168 @@ def test_the_command_for_a_few_votes_fits_them_and_the_model(votes, http, live):
     assert args.data == ("data/votes-6/pairs.jsonl",) and str(args.out) == "out/votes-6"
     assert prepared[prepared.index("--heldout") + 1] == "0" and prepared[prepared.index("--out") + 1] == "data/votes-6"
     assert found["serve"].split()[:5] == ["python", "serve.py", "--model", config.path, "out/votes-6"]
+    (tmp_path / "out/votes-6").mkdir(parents=True)  # it may be what is served by now
+    found = http.get("/v1/feedback/counts").json()
+    assert "--out out/votes-6-2 " in found["command"] and "out/votes-6-2" in found["serve"].split()
 
 
 def dpo_config(command):
     assert command[:2] == ["python", "dpo.py"]
     return tyro.cli(dpo.Config, args=command[2:])
+
+
+# ---- another engine behind the page and the votes
+
+
+@pytest.fixture(scope="module")
+def relay(live, folder, tmp_path_factory):
+    """A server whose answers come from the other one."""
+    database = tmp_path_factory.mktemp("relay") / "feedback.db"
+    started = running(folder, database, ["one"], upstream=live.url + "/v1/")
+    with started as process, httpx2.Client(base_url=process.url, timeout=60) as http:
+        http.url, http.database, http.server = process.url, database, process.server
+        yield http
+
+
+def test_what_another_engine_says_is_passed_on(relay, http):
+    options = dict(model="two", seed=3, temperature=0.7, max_tokens=9, ignore_eos=True)
+    assert text_of(say(relay, **options)) == text_of(say(http, **options))
+    streamed = frames(say(relay, stream=True, stream_options={"include_usage": True}, n=2, **options).text)
+    texts = ["", ""]
+    for choice in (choice for chunk in streamed for choice in chunk["choices"]):
+        texts[choice["index"]] += choice["delta"].get("content", "")
+        assert "generation_id" not in choice
+    assert texts == [c["message"]["content"] for c in say(http, n=2, **options).json()["choices"]]
+    assert streamed[-1]["usage"]["completion_tokens"] == 18
+    begun = [*ASK, {"role": "assistant", "content": "d e"}]
+    asked = dict(messages=begun, **options)
+    goes_on = [c.post("/v1/chat/completions", json=asked).json()["choices"][0]["message"] for c in (relay, http)]
+    assert goes_on[0] == goes_on[1]
+    assert relay.get("/v1/models").json()["data"][1]["max_model_len"] == 64
+    assert relay.get("/v1/models/two").json()["sampling"] == serve.SAMPLING
+    assert relay.get("/health").json() == {"status": "ok"} and relay.get("/v1/models/three").status_code == 404
+    assert (
+        relay.post("/tokenize", json={"messages": ASK}).json() == http.post("/tokenize", json={"messages": ASK}).json()
+    )
+    assert "vllm:num_requests_running" in relay.get("/metrics").text
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_votes_on_another_engines_answers_are_rows_here(relay, http, votes, stream):
+    names = {}
+    for model, store in (("one", True), ("two", "on_vote")):
+        asked = dict(
+            model=model, store=store, n=2, stream=stream, max_tokens=5, temperature=1.5, seed=1, ignore_eos=True
+        )
+        response = say(
+            relay, metadata={"session_id": "s"}, stream_options={"include_usage": True} if stream else None, **asked
+        )
+        choices = [c for f in frames(response.text) for c in f["choices"]] if stream else response.json()["choices"]
+        ends = sorted((c["index"], c["generation_id"]) for c in choices if c.get("finish_reason"))
+        names[model] = [name for _, name in ends]
+        assert len(names[model]) == 2
+    assert select(votes, "SELECT * FROM generation") == []  # the other server stores nothing
+    vote(relay, "pair", "a", *names["two"])
+    rows = {row["id"]: row for row in select(relay.database, "SELECT * FROM generation")}
+    assert set(names["one"] + names["two"]) <= set(rows)
+    row = rows[names["two"][0]]
+    expected = say(http, **asked | dict(stream=False, store=None, n=2)).json()["choices"][0]
+    assert (row["completion"], row["model_id"]) == (expected["message"]["content"], "two")
+    assert row["checkpoint_sha256"] == http.get("/v1/models/two").json()["checkpoint_sha256"]
+    assert json.loads(row["prompt_messages"]) == ASK and row["session_id"] == "s"
+    assert row["completion_token_ids"] is None and row["logprob_sum"] is None  # nobody has said them
+    assert json.loads(row["usage"])["completion_tokens"] == 10  # of both
+    found = relay.get("/v1/feedback/counts").json()
+    args = dpo_config(found["command"].split(" && ")[1].split())
+    assert args.init.endswith("one") and "--upstream" in found["serve"]  # the folder that --model named
+    relay.delete("/v1/sessions/s")
+
+
+def test_refusals_of_another_engine_keep_their_words(relay, http):
+    for body in ({"n": 9}, {"model": "three"}, {"frequency_penalty": 1}, {"content": "a " * 70}):
+        answers = [say(c, **body) for c in (relay, http)]
+        assert answers[0].status_code == answers[1].status_code in (400, 404)
+        assert answers[0].json() == answers[1].json()
+    echo = relay.post("/v1/completions", json={"prompt": "a", "echo": True, "store": True})
+    assert echo.status_code == 400 and echo.json()["error"]["param"] == "store"
+
+
+def engine_that(script: dict):
+    """An engine that answers each path with (status, body) of `script`, on a free port."""
+    from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.rfile.read(int(self.headers.get("content-length", 0)))
+            status, body = script.get(self.path, (404, "not here"))
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body.encode())
+
+        do_POST = do_GET
+
+        def log_message(self, *_):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    return server
+
+
+def test_each_side_has_a_key_of_its_own(tmp_path, monkeypatch):
+    config = serve.Config(upstream="http://localhost:1/v1", upstream_key="there", feedback=tmp_path / "f.db")
+    server = serve.make_server(config)
+    server.store.close()
+    assert server.client.headers["authorization"] == "Bearer there" and server.url == "http://localhost:1"
+    monkeypatch.setenv("UPSTREAM_KEY", "there")
+    monkeypatch.setenv("API_KEY", "here")
+    keys = lambda config: (config.api_key, config.upstream_key)
+    monkeypatch.setattr(serve, "check_config", lambda config: (_ for _ in ()).throw(InterruptedError(*keys(config))))
+    with pytest.raises(InterruptedError) as found:
+        serve.main(serve.Config())
+    assert found.value.args == ("here", "there")
+
+
+def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
+    models = (200, json.dumps({"object": "list", "data": [{"id": "m"}]}))
+    piece = 'data: {"choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n'
+    end = 'data: {"choices": [{"index": 0, "delta": {}, "finish_reason": "stop"}]}\n\n'
+    chat, script = "/v1/chat/completions", {"/v1/models": models}
+    engine = engine_that(script)
+    point = lambda port: setattr(relay.server.client, "base_url", f"http://127.0.0.1:{port}")
+    before = relay.server.client.base_url
+    point(engine.server_port)
+    try:
+        assert set(relay.get("/v1/models").json()["data"][0]) == {"id", "object", "owned_by", "examples"}
+        assert relay.get("/health").status_code == 200  # it has none, but lists its models
+        script[chat] = (200, piece + end)  # without usage, and without [DONE]
+        asked = dict(stream=True, store=True, metadata={"session_id": "s"})
+        assert frames(say(relay, **asked).text)[-1]["choices"][0]["generation_id"]
+        (row,) = select(relay.database, "SELECT * FROM generation WHERE session_id = 's'")
+        assert (row["completion"], row["usage"], row["checkpoint_sha256"]) == ("a", None, "")
+        vote(relay, "thumb", "up", row["id"])
+        assert " --length 64 " in relay.get("/v1/feedback/counts").json()["command"]  # of the context: nobody counted
+        relay.delete("/v1/sessions/s")
+        for status, body, code, word in (
+            (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
+            (200, "<html>", 502, "no answer that can be read"), (302, "", 502, "302"),
+            (400, '{"error": {"message": "exceeds the context size", "code": 400}}', 400, "context size"),
+        ):  # fmt: skip
+            script[chat] = (status, body)
+            error = say(relay)
+            assert error.status_code == code and word in error.json()["error"]["message"], error.text
+        assert error.json()["error"]["code"] == "context_length_exceeded"
+        script[chat] = (200, piece + "data: {broken\n\n")
+        last = frames(say(relay, **asked).text)[-1]
+        assert last["error"]["code"] == "upstream_dead" and select(relay.database, "SELECT * FROM generation") == []
+        engine.shutdown()
+        engine.server_close()
+        for response in (say(relay), relay.get("/v1/models"), relay.get("/health")):
+            error = response.json()["error"]
+            assert response.status_code == 502 and error["code"] == "upstream_dead"
+            assert "cannot be reached" in error["message"]
+    finally:
+        relay.server.client.base_url = before
 
 
 def test_a_second_thought_replaces_the_first_and_undo_takes_both_back(votes, http):

@@ -13,6 +13,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 import gpt
 import ppo
+import probe
 import reward
 import sft
 import toy
@@ -212,7 +213,7 @@ def test_normalised_scores_of_the_reference_have_mean_0_and_std_1(world):
     scores = []
     for i in range(4):
         batch = prompts(i)
-        tokens, mask = batch["tokens"], batch["segments"]
+        tokens, mask = batch["tokens"], batch["mask"]
         out = gpt.generate(
             policy, tokens, mask, jax.random.key(100 + i), 8, ends=tokenizer.end_ids, pad=tokenizer.pad_id
         )
@@ -454,9 +455,9 @@ def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
         if words[:1] == ["python"] and "data/mine" in " ".join(words)
     }
     option = lambda script, name: mine[script][mine[script].index(name) + 1]
-    assert option("reward.py", "--response-length") == option("ppo.py", "--response-length")
-    assert reward.Config().normalize_with == "auto"  # by samples of --init
-    assert option("reward.py", "--init") == option("ppo.py", "--init")
+    assert option("probe.py", "--response-length") == option("ppo.py", "--response-length")
+    assert probe.Config().normalize_with == "auto"  # by samples of --init
+    assert option("probe.py", "--init") == option("ppo.py", "--init")
     assert reward.Config().response_length == ppo.Config().response_length
 
 

@@ -16,6 +16,7 @@ import grpo
 import ipo_kto
 import online
 import ppo
+import probe
 import reward
 import rlaif
 import sft
@@ -268,7 +269,7 @@ def test_online_dpo_has_new_noise_and_prompts_each_iteration_and_a_rate_that_fal
     online.main(config)
     assert len(sampled) == len(steps) == 6  # two minibatches in each of three iterations
     check_noise(sampled, 3)
-    assert [call["rows"].tolist() for call in sampled] == [list(range(32)), list(range(32, 64))] * 3
+    assert [call["row_numbers"].tolist() for call in sampled] == [list(range(32)), list(range(32, 64))] * 3
     assert all_differ(call["tokens"] for call in sampled)
     models, refs = [model for _, model, _ in steps], {ref for _, _, ref in steps}
     assert models == sorted(set(models)) and refs == {models[0]}
@@ -371,14 +372,18 @@ def test_a_validation_loss_counts_each_row_once(world, monkeypatch):
     assert float(found) == pytest.approx(float(wanted), rel=1e-6)
 
 
-def test_rewards_are_normalised_on_new_samples_of_new_prompts(world, sampled, monkeypatch):
+@pytest.mark.parametrize("script", [reward, probe])
+def test_rewards_are_normalised_on_new_samples_of_new_prompts(script, world, sampled, monkeypatch):
     monkeypatch.setattr(gpt, "score", lambda model, prompts, *_: jnp.arange(float(len(prompts))))
-    config = reward.Config(
+    config = script.Config(
         normalize_with=world.sft, normalize_data=world.prompts, normalize_samples=192, length=12, response_length=5,
         dtype="float32",
     )  # fmt: skip
     model = gpt.init_score_model(world.model, jax.random.key(0))
-    reward.normalize(model, gpt.load_tokenizer(world.words), config, jax.random.key(1))
+    found = script.normalize(model, gpt.load_tokenizer(world.words), config, jax.random.key(1))
+    scores = np.tile(np.arange(64), 3)
+    np.testing.assert_allclose(found.head, model.head / scores.std(), rtol=1e-6)
+    np.testing.assert_allclose(found.bias, -scores.mean() / scores.std(), rtol=1e-6)
     assert [len(call["tokens"]) for call in sampled] == [64] * 3 and {call["new"] for call in sampled} == {5}
     assert all_differ(call["key"] for call in sampled) and all_differ(call["tokens"] for call in sampled)
 

@@ -246,14 +246,33 @@ def machine_info() -> dict:
 # ---------------------------------------------------------------------------------------------------- shapes and counts
 
 
+SMOL = "SmolLM2-135M"
+
+
 def shapes(quick: bool) -> dict[str, gpt.Config]:
-    """Model configurations: two small ones of the toy's size, and the smallest and largest GPT-2."""
+    """Model configurations: two small ones of the toy's size, SmolLM2, and the smallest and largest GPT-2."""
     if quick:
         llama, gpt2 = (gpt.make_config(64, 32, 1, 2, 16, family) for family in ("llama", "gpt2"))
-        return {"toy Llama": llama, "toy GPT-2": gpt2, "GPT-2 124M": gpt2, "GPT-2 1.5B": gpt2}
+        return {"toy Llama": llama, "toy GPT-2": gpt2, SMOL: llama, "GPT-2 124M": gpt2, "GPT-2 1.5B": gpt2}
     return {
         "toy Llama": gpt.make_config(1024, 64, 4, 2, 128),
         "toy GPT-2": gpt.make_config(1024, 64, 4, 4, 128, "gpt2"),
+        SMOL: gpt.Config(
+            vocab_size=49152,
+            context=8192,
+            layers=30,
+            heads=9,
+            dim=576,
+            ffn=1536,
+            kv_heads=3,
+            head_dim=64,
+            family="llama",
+            norm_eps=1e-5,
+            tied=True,
+            qkv_bias=False,
+            out_bias=False,
+            mlp_bias=False,
+        ),  # fmt: skip
         "GPT-2 124M": gpt.make_config(50257, 1024, 12, 12, 768, "gpt2"),
         "GPT-2 1.5B": gpt.make_config(50257, 1024, 48, 25, 1600, "gpt2"),
     }
@@ -343,9 +362,13 @@ def measure_machine(table: Table, config: Config) -> dict:
 
 def measure_train(table: Table, config: Config, limits: dict):
     dtype = gpt.compute_dtype(config.dtype).__name__
-    sizes = {"GPT-2 124M": (16, 1024, 5), "GPT-2 1.5B": (8, 1024, 5)}  # on a GPU: rows, tokens, calls a timing
+    sizes = {
+        SMOL: (16, 1024, 5),
+        "GPT-2 124M": (16, 1024, 5),
+        "GPT-2 1.5B": (8, 1024, 5),
+    }  # rows, tokens, calls a timing
     if jax.default_backend() == "cpu":
-        sizes = {"GPT-2 124M": (4, 256, 1)}
+        sizes = {SMOL: (4, 256, 1), "GPT-2 124M": (4, 256, 1)}
     for name, shape in wanted_shapes(config).items():
         rows, tokens, calls = (4, 16, 1) if config.quick else sizes.get(name, (16, 48, 10))
         settings = sft.Config(dtype=config.dtype)
@@ -380,7 +403,7 @@ def repeated(train_step, state, batch):
 def measure_generate(table: Table, config: Config, limits: dict):
     prompt, new, key = 16, 8 if config.quick else 64, jax.random.key(config.seed)
     forms = ("", ", int8") if jax.default_backend() == "cpu" else ("",)
-    for name, batches in {"GPT-2 124M": (1, 16, 64), "GPT-2 1.5B": (1,)}.items():
+    for name, batches in {SMOL: (1, 16, 64), "GPT-2 124M": (1, 16, 64), "GPT-2 1.5B": (1,)}.items():
         shape = wanted_shapes(config).get(name)
         if shape is None:
             continue
@@ -503,7 +526,7 @@ def ppo_parts(shape: gpt.Config, settings: ppo.Config):
         return gpt.score(model, prompts, jnp.ones_like(prompts), *answers, -1, ppo.chunks(settings))
 
     def estimate(state, ref, prompts, generation, scores):
-        batch = dict(tokens=prompts, segments=jnp.ones_like(prompts))
+        batch = dict(tokens=prompts, mask=jnp.ones_like(prompts))
         return ppo.complete_rollout(state, base_of(ref), ref, batch, generation, scores, settings)
 
     def critic_step(state, ref, rollout, rows):
@@ -575,13 +598,8 @@ def add_ppo_rows(table: Table, config: Config, who: str, name: str, settings: pp
 
 
 def measure_grpo(table: Table, config: Config, limits: dict):
-    shape = gpt.make_config(64, 64, 1, 2, 16)
+    shape = shapes(config.quick)[SMOL]
     prompts, prompt, new = (2, 4, 4) if config.quick else (8, 40, 48)
-    if not config.quick:  # SmolLM2-135M
-        shape = gpt.Config(
-            vocab_size=49152, context=8192, layers=30, heads=9, dim=576, ffn=1536, kv_heads=3, head_dim=64,
-            family="llama", norm_eps=1e-5, tied=True, qkv_bias=False, out_bias=False, mlp_bias=False,
-        )  # fmt: skip
     for who, rank in ("GRPO", 0), ("GRPO, adapters,", 16):
         settings = grpo.check(grpo.Config(
             batch_size=4 * prompts, minibatch_size=4 * prompts, epochs=1, prompt_length=prompt, response_length=new,
@@ -594,7 +612,7 @@ def measure_grpo(table: Table, config: Config, limits: dict):
             for _ in range(2):
                 iteration()
             ours, theirs = race(iteration, config.repeats, peer)
-            at, dtype = f"SmolLM2-135M, {prompts} x 4 x ({prompt} + {new}) tokens", config.dtype
+            at, dtype = f"{SMOL}, {prompts} x 4 x ({prompt} + {new}) tokens", config.dtype
             for part, seconds in zip(("rollout", "scoring", "update"), np.transpose(ours)):
                 table.add(f"{who} {part}, {at}, {dtype}", seconds, 4 * prompts * new, "response tokens/s")
             title, memory = f"{who} iteration, {at}, {dtype}", gpt.peak_memory() - before
@@ -613,7 +631,7 @@ def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
     optimizer = gpt.adamw(settings.lr, eps=1e-5)
     state = grpo.State(policy, gpt.shard(optimizer.init(policy)))
     tokens = random_tokens(shape, settings.batch_size // K, settings.prompt_length)
-    batch = gpt.put_batch(dict(tokens=tokens, segments=np.ones_like(tokens)))
+    batch = gpt.put_batch(dict(tokens=tokens, mask=np.ones_like(tokens)))
     rng = np.random.default_rng(settings.seed)
     scores = jnp.asarray(rng.normal(size=(len(tokens), K)), jnp.float32)
 
@@ -621,7 +639,7 @@ def grpo_iteration(shape: gpt.Config, settings: grpo.Config):
         nonlocal state
         times = [time.perf_counter()]
         generation = gpt.generate(
-            grpo.sampler(state.policy, base, settings), batch["tokens"], batch["segments"], key,
+            grpo.sampler(state.policy, base, settings), batch["tokens"], batch["mask"], key,
             settings.response_length, ends=(), copies=K,
         )  # fmt: skip
         times.append(finished(generation))
@@ -764,7 +782,8 @@ def measure_data(table: Table, config: Config, limits: dict):
 def padding_waste(batches: gpt.Batches, most: int = 500) -> float:
     """Share of the tokens in an epoch's batches (the first `most`) that are padding."""
     batches_of_an_epoch = map(batches, range(min(batches.steps_per_epoch, most)))
-    real, total = np.sum([((b["segments"] > 0).sum(), b["segments"].size) for b in batches_of_an_epoch], axis=0)
+    real = [batch.get("segments", batch["mask"]) for batch in batches_of_an_epoch]  # of prompts alone, the mask
+    real, total = np.sum([((x > 0).sum(), x.size) for x in real], axis=0)
     return float(1 - real / total)
 
 

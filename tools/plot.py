@@ -407,7 +407,7 @@ def draw_overoptimization(report: dict, runs, path: Path) -> list[str]:
 
 
 CURVES = {  # what is worth a panel, in this order, where a run has it; and its unit
-    "loss": "", "val/loss": "", "accuracy": "share of pairs", "margin": "score",
+    "loss": "", "val/loss": "", "accuracy": "share of pairs", "gap": "score",
     "objective/scores": "score", "eval/gold": "gold", "objective/kl_exact": "nats a response",
     "objective/entropy": "nats a response", "response_length": "tokens", "rewards/accuracies": "share of pairs",
     "rewards/margins": "beta x nats", "logps/chosen": "nats a response", "logps/rejected": "nats a response",
