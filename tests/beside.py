@@ -140,9 +140,11 @@ def compare(config: Config, form: str, file: str, numbers):
             for server in servers:
                 measure(server, config, numbers)  # whatever is done once is done here
             found = [[], []]
-            for _ in range(config.turns):
+            for turn in range(config.turns):
                 for server, figures in zip(servers, found):
                     figures.append(measure(server, config, numbers))
+                    rounded = {name: round(value, 1) for name, value in figures[-1].items()}
+                    print(f"turn {turn + 1} of {config.turns}, {server.name}: {rounded}", flush=True)
             memory = [server.megabytes() for server in servers]
         finally:
             for server in servers:

@@ -1056,7 +1056,8 @@ def test_a_dead_engine_is_told_by_health(folder, tmp_path):
 
 
 def test_draining_lets_running_answers_end_and_admits_no_more(folder, tmp_path):
-    with running(folder, tmp_path / "f.db", models=("one",)) as process, httpx2.Client(base_url=process.url) as http:
+    served = running(folder, tmp_path / "f.db", models=("one",), drain=30.0)
+    with served as process, httpx2.Client(base_url=process.url) as http:
         model = process.server.models["one"]
         decode, model.steps = model.decode, dict.fromkeys(model.steps, 1)
         model.decode = lambda *args: time.sleep(0.02) or decode(*args)
