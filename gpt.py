@@ -2396,7 +2396,10 @@ def cast(tree, dtype):
 
 
 def cast_outside(model: "GPT", dtype):
-    """`cast`, but for the blocks, each of which `GPT.scan_blocks` casts when it comes to it: no copy of all of them."""
+    """`cast`; on a CPU but for the blocks, each of which `GPT.scan_blocks` casts when it comes to it: no copy of all of
+    them. Devices that share the weights would send twice the bytes to each other that way."""
+    if jax.default_backend() != "cpu":
+        return cast(model, dtype)
     return dataclasses.replace(cast(dataclasses.replace(model, blocks=None), dtype), blocks=model.blocks)
 
 
@@ -2469,8 +2472,9 @@ matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
 
 
 def keep(x):
-    """x, marked as what `GPT.scan_blocks` keeps of a layer on a CPU. XLA:CPU slices no bf16 arrays: it would make an
-    fp32 copy of what all layers keep, so that bf16 is kept as integers, of its bits."""
+    """x, marked as what `GPT.scan_blocks` keeps of a layer on a CPU. XLA:CPU up to JAX 0.10 slices no bf16 arrays: it
+    would make an fp32 copy of what all layers keep. So bf16 is kept as the integers of its bits
+    (findings/jax_cpu_bf16_scan.sh)."""
     in_bits = x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
     return keep_bits(x) if in_bits else checkpoint_name(x, "kept")
 
