@@ -232,7 +232,7 @@ class Block(eqx.Module):
         a = attention(q, k, v, visible, causal=cache is None)
         x = x + keep(self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         h = self.norm2(x)
-        up, gate = keep(self.up(h)), self.gate and keep(self.gate(h))
+        gate, up = self.gate and keep(self.gate(h)), keep(self.up(h))
         h = jax.nn.gelu(up) if gate is None else jax.nn.silu(gate) * up
         return x + self.down(h), cache or (k, v)
 
