@@ -125,6 +125,8 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   logprobs_of_logits(z, y)   (log_softmax(z) at y, entropy of softmax(z))
 #   inverse_cdf(p, u)          the first index whose cumsum(p) exceeds u * sum(p)
 #   flash_attention(...)       `attention` by a GPU's kernel, if has_flash_attention(...)
+#   keep(x)                    x, which a loop over layers keeps for the backward pass
+#   cast_layers(block, dtype)  the block, its weights in `dtype`
 #   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
 #   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
 #   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
@@ -200,9 +202,6 @@ def rotate(x, rope):
     return jnp.concatenate([a * cos - b * sin, b * cos + a * sin], -1)
 
 
-keep = partial(checkpoint_name, name="kept")  # what `GPT.scan_blocks` keeps of a layer for the backward pass
-
-
 class Block(eqx.Module):
     norm1: Norm
     q: Linear
@@ -233,7 +232,7 @@ class Block(eqx.Module):
         a = attention(q, k, v, visible, causal=cache is None)
         x = x + keep(self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         h = self.norm2(x)
-        up, gate = keep(self.up(h)), self.gate and keep(self.gate(h))
+        gate, up = self.gate and keep(self.gate(h)), keep(self.up(h))
         h = jax.nn.gelu(up) if gate is None else jax.nn.silu(gate) * up
         return x + self.down(h), cache or (k, v)
 
@@ -265,13 +264,16 @@ class GPT(eqx.Module):
     def scan_blocks(self, layer, x, remat: bool):
         """x -> layer(x, block) for one block after the other. `remat`: a layer's activations are not kept for the
         backward pass but computed there once more, which saves memory."""
-        step = lambda x, block: (layer(x, block), None)
+        dtype = jax.tree.leaves(x)[0].dtype
+        step = lambda x, block: (layer(x, cast_layers(block, dtype)), None)
         # A short stack is unrolled, for speed; not with `remat`, since XLA:CPU would then find that both computations
         # of a layer are the same one, and keep its activations after all.
         unroll = not remat and self.config.layers <= 12
-        if not unroll:  # a loop writes what it keeps into large arrays, on one thread: only what products made, then
-            kept = None if remat else jax.checkpoint_policies.save_only_these_names("kept")
-            step = jax.checkpoint(step, policy=kept, prevent_cse=False)
+        if remat:
+            step = jax.checkpoint(step)
+        elif not unroll and jax.default_backend() == "cpu":
+            # XLA:CPU's loop writes what it keeps into large arrays, on one thread: products alone, a third of the bytes
+            step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names("kept"))
         return lax.scan(step, x, self.blocks, unroll=unroll)[0]
 
     def embed(self, tokens, positions):
@@ -2393,6 +2395,20 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
+def cast_outside(model: "GPT", dtype):
+    """`cast`; on a CPU but for the blocks, each of which `GPT.scan_blocks` casts when it comes to it: no copy of all of
+    them. Devices that share the weights would send twice the bytes to each other that way."""
+    if jax.default_backend() != "cpu":
+        return cast(model, dtype)
+    return dataclasses.replace(cast(dataclasses.replace(model, blocks=None), dtype), blocks=model.blocks)
+
+
+def cast_layers(block: "Block", dtype):
+    """`cast` of a block's layers; not of small integers with scales of their own."""
+    own = lambda x: isinstance(x, (Linear, Norm, LoraLinear))
+    return jax.tree.map(lambda x: cast(x, dtype) if own(x) else x, block, is_leaf=own)
+
+
 def compute_dtype(name: str):
     """ "auto" is bf16 where the hardware multiplies it fast, fp32 on a CPU."""
     if name == "auto":
@@ -2446,11 +2462,32 @@ def dot_tokens(a, b):
     """a (N, I) and b (N, O) -> (I, O), summed over N. XLA:CPU's bf16 kernel needs a transposed in memory; without the
     barrier XLA would simplify the transposition away."""
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
+        if a.shape[1] > b.shape[1]:  # the narrow one is transposed, and the product
+            return lax.optimization_barrier(dot_tokens(b, a)).T
         return dot(lax.optimization_barrier(a.T.reshape(-1)).reshape(a.shape[::-1]), b, (1, 0))
     return dot(a, b, (0, 0))
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward, symbolic_zeros=True)
+
+
+def keep(x):
+    """x, marked as what `GPT.scan_blocks` keeps of a layer on a CPU. XLA:CPU up to JAX 0.10 slices no bf16 arrays: it
+    would make an fp32 copy of what all layers keep. So bf16 is kept as the integers of its bits
+    (findings/jax_cpu_bf16_scan.sh)."""
+    in_bits = x.dtype == jnp.bfloat16 and jax.default_backend() == "cpu"
+    return keep_bits(x) if in_bits else checkpoint_name(x, "kept")
+
+
+@jax.custom_jvp
+def keep_bits(x):
+    return x
+
+
+@keep_bits.defjvp
+def _keep_bits_jvp(primals, tangents):
+    bits = checkpoint_name(lax.bitcast_convert_type(primals[0], jnp.uint16), "kept")
+    return lax.bitcast_convert_type(bits, primals[0].dtype), tangents[0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 3))

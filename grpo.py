@@ -159,7 +159,7 @@ def response_states(model: gpt.GPT, rollout: Rollout, config: Config):
     group's prompt is computed once: its last token predicts the first of each response."""
     P, K, T = rollout.responses.shape
     flat = lambda x: x.reshape(P * K, T)
-    model = gpt.cast(model, gpt.compute_dtype(config.dtype))
+    model = gpt.cast_outside(model, gpt.compute_dtype(config.dtype))
     before = lambda first, then: jnp.concatenate([jnp.repeat(first[:, -1:], K, axis=0), flat(then)[:, :-1]], 1)
     tokens, segments = before(rollout.queries, rollout.responses), before(rollout.query_mask, rollout.mask)
     prefix, prefix_mask = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in rollout[:2])  # never of width 0

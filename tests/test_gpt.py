@@ -433,6 +433,33 @@ def test_no_gradient_flows_into_another_document_or_into_padding(llama):
     assert grad[tokens[0, 5:11]].max(1).min() > 0
 
 
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_loop_over_layers_keeps_what_products_made_and_no_more(dtype):
+    """By the compiler's account of a layer more. Its input is in fp32, whatever the rest is in."""
+
+    def compiled(layers, remat=False):
+        shape = gpt.make_config(32, 128, layers, 2, 32)
+        model = jax.eval_shape(partial(gpt.init, shape), jax.random.key(0))
+        step = lambda model, tokens: jax.value_and_grad(lambda model: objective(model, tokens, remat))(model)
+        return jax.jit(step).lower(model, jax.ShapeDtypeStruct((8, 128), jnp.int32)).compile(), model
+
+    def objective(model, tokens, remat):
+        return gpt.cast_outside(model, dtype)(tokens, remat=remat).astype(jnp.float32).var()
+
+    (few, _), (more, model), (again, _) = compiled(13), compiled(26), compiled(26, True)
+    bytes_kept = (more.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes) / 13
+    size, tokens = jnp.dtype(dtype).itemsize, 8 * 128
+    products = (
+        tokens * size * sum(getattr(model.blocks, x).weight.shape[-1] for x in ("q", "k", "v", "o", "gate", "up"))
+    )
+    inputs = tokens * 32 * 4
+    assert products < bytes_kept < 1.05 * (products + inputs)
+
+    tokens = np.random.default_rng(0).integers(0, 32, (8, 128)).astype(np.int32)
+    model = gpt.init(model.config, jax.random.key(0))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-6), more(model, tokens), again(model, tokens))
+
+
 def test_rematerialisation_changes_nothing(llama, tokens):
     ones = np.ones_like(tokens)
     kept, again = (loss_and_gradient(llama, tokens, ones, ones, **how) for how in ({}, {"remat": True}))

@@ -18,6 +18,9 @@ Every row of the table is the median of --repeats timings, with the smallest and
                largest program of an iteration adds. Nothing is allocated
     dpo        one optimiser step of dpo.py: as TRL does it (two rows a pair, the reference asked in the step), and with
                the prompt computed once for both answers and the reference's log-probs computed in advance
+    against    this checkout beside another one, --against FOLDER, in turns, each in a process of its own: seconds a
+               step, as rows of metrics.jsonl arrive, and peak memory, and both as shares of the other's. From --model,
+               a chat model's folder, and --pairs, whose prompts are plain text. The other is run as 2b243d5 was
     data       rows/s from JSONL (parse, check, tokenise) and from the token cache (finished batches); the share of an
                epoch's tokens that is padding
 
@@ -29,6 +32,7 @@ process has grown by since it loaded its libraries. Compilation is not timed.
 
     python tools/bench.py                                              # the table, and out/bench/bench.json
     python tools/bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
+    python tools/bench.py --only against --against ../old --model models/smollm2 --pairs data/hh/pairs.jsonl
 """
 
 import dataclasses
@@ -64,7 +68,7 @@ import serve
 import sft
 
 PEERS, LOAD = (Path(__file__).resolve().parent.parent / "tests" / name for name in ("peers.py", "load.py"))
-SECTIONS = ("train", "generate", "serve", "ppo", "grpo", "memory", "dpo", "data")
+SECTIONS = ("train", "generate", "serve", "ppo", "grpo", "memory", "dpo", "data", "against")
 
 
 @dataclass(frozen=True)
@@ -76,6 +80,9 @@ class Config:
     peers: Path | None = None  # a Python with torch and transformers, timed beside us
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
     dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside grpo and dpo
+    against: Path | None = None  # folder of another checkout, timed beside this one
+    model: str = "models/smollm2"  # what both start from
+    pairs: str = "data/hh/pairs.jsonl"  # and learn from
     data: tuple[str, ...] = ("data/toy/pairs.jsonl", "data/toy/base.jsonl")  # files of the data section
     tokenizer: str = "data/toy"  # folder whose tokenizer reads them, and is served
     length: int = 48  # tokens a row at most, there
@@ -787,6 +794,104 @@ def padding_waste(batches: gpt.Batches, most: int = 500) -> float:
     return float(1 - real / total)
 
 
+# ---------------------------------------------------------------------------------------------------- another checkout
+
+ADAPTERS = "--lora-rank 8 --dtype bfloat16 --overwrite"
+ROLLOUT = f"""--data prompts.jsonl --reward bench_reward:words {ADAPTERS} --batch-size 48 --minibatch-size 24 --epochs 1
+    --prompt-length 56 --response-length 24 --steps 9"""
+PAIRS = f"--data pairs.jsonl {ADAPTERS} --lr 1e-4 --batch-size 8 --length 256 --steps 12"
+RECIPE = "--data demos.jsonl --length 512 --lora-rank 8 --lr 2e-4 --batch-size 32 --micro-batches 4 --remat --overwrite"
+# work: (our command, the other's, steps of ours and of the other's that make up the work; None: the whole process)
+COMMANDS = {
+    "RLOO iteration, 12 x 4 x (56 + 24) tokens, adapters, bf16": (
+        f"grpo.py {ROLLOUT} --advantage rloo --missing-eos None --monitor None",
+        f"ppo.py {ROLLOUT} --advantage rloo --share lora --missing-eos keep --monitor none",
+        (1, 1),
+    ),
+    "reward model, 1,000 pairs, adapters, bf16": (
+        f"reward.py {PAIRS} --normalize-with None --gold None",
+        f"reward.py {PAIRS} --normalize-with none --gold none",
+        (125, 125),
+    ),
+    "reward model by probe, 1,000 pairs": (
+        "probe.py --data pairs.jsonl --dtype bfloat16 --batch-size 8 --length 256 --suffix '' --overwrite",
+        f"reward.py {PAIRS} --normalize-with none --gold none",
+        (None, 125),
+    ),
+    "SFT step of README's recipe": (f"sft.py {RECIPE} --steps 9", f"sft.py {RECIPE} --steps 9", (1, 1)),
+}
+
+
+def measure_against(table: Table, config: Config, limits: dict):
+    """Seconds and peak bytes of each command, ours and the other's in turns; shares of the other's below 1 are good."""
+    if config.against is None:
+        return
+    here, turns = Path(__file__).resolve().parent.parent, 1 if config.quick else config.repeats
+    with tempfile.TemporaryDirectory() as folder:
+        write_bench_rows(config.pairs, Path(folder))
+        for name, (ours, theirs, steps) in COMMANDS.items():
+            found = []
+            for _ in range(turns):
+                both = zip((here, config.against.resolve()), (ours, theirs), steps)
+                found.append([run_command(*one, Path(folder), config) for one in both])
+            seconds, peaks = np.moveaxis(np.array(found), -1, 0)
+            table.add(
+                f"{name}, against", seconds[:, 0], 1, "times/s", memory=float(np.median(peaks[:, 0])),
+                other_seconds=spread(seconds[:, 1]), other_memory=float(np.median(peaks[:, 1])),
+            )  # fmt: skip
+            time_share, memory_share = (np.median(x[:, 0]) / np.median(x[:, 1]) for x in (seconds, peaks))
+            print(f"  of the other's: time {time_share:.2f}, peak memory {memory_share:.2f}", flush=True)
+
+
+def write_bench_rows(pairs: str, folder: Path):
+    """prompts.jsonl (short ones), demos.jsonl and pairs.jsonl of 1,000 rows, and a reward function, for both."""
+    with gpt.open_text(pairs) as lines:
+        rows = [json.loads(line) for line in itertools.islice(lines, 1000)]
+    if any(isinstance(row["prompt"], list) for row in rows):
+        raise ValueError(f"{pairs}: its prompts are conversations; make plain text of them, prepare.py without --chat")
+    short = [{"prompt": row["prompt"]} for row in rows if len(row["prompt"].split()) <= 35]
+    gpt.write_rows(folder / "pairs.jsonl", rows)
+    gpt.write_rows(folder / "prompts.jsonl", short)
+    gpt.write_rows(folder / "demos.jsonl", [{"prompt": r["prompt"], "completion": r["chosen"]} for r in rows])
+    code = "def words(prompts, responses, *_):\n    return [float(len(set(text.split()))) for text in responses]\n"
+    (folder / "bench_reward.py").write_text(code)
+
+
+def run_command(checkout: Path, command: str, steps: int | None, folder: Path, config: Config) -> tuple[float, int]:
+    """(seconds of so many steps, peak bytes) of a script of that checkout; without `steps`, of the whole process. A
+    step's time is the median interval at which metrics.jsonl grows, but for the first two, after which it is ended."""
+    script, *options = shlex.split(command)
+    options = [str(folder / name) if name.endswith(".jsonl") else name for name in options]
+    out = folder / f"out-{time.monotonic_ns()}"
+    command = [sys.executable, str(checkout / script), "--init", str(Path(config.model).resolve()), *options]
+    environment = os.environ | {"PYTHONPATH": f"{folder}:{checkout}", "JAX_ENABLE_COMPILATION_CACHE": "false"}
+    start, arrivals, peak, metrics = time.perf_counter(), [], 0, out / "metrics.jsonl"
+    with open(folder / "log", "w+") as log:
+        process = subprocess.Popen([*command, "--out", str(out)], cwd=checkout, env=environment, stdout=log, stderr=log)
+        while process.poll() is None and (steps is None or len(arrivals) < 7):
+            time.sleep(0.02)
+            peak = max(peak, resident_peak(process.pid))
+            lines = metrics.read_text().count('"seconds"') if metrics.exists() else 0
+            arrivals += [time.perf_counter()] * (lines - len(arrivals))
+        process.kill()
+        code = process.wait()
+        if code > 0 or (steps and len(arrivals) < 4):
+            log.seek(0)
+            raise ValueError(f"{shlex.join(command)} ended with {code} in {checkout}:\n{log.read()[-2000:]}")
+    if steps is None:
+        return time.perf_counter() - start, peak
+    return steps * float(np.median(np.diff(arrivals)[2:])), peak
+
+
+def resident_peak(pid: int) -> int:
+    """The most bytes that a process has had in memory; 0 where it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return 0
+    return next((1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")), 0)
+
+
 # ---------------------------------------------------------------------------------------------------- main
 
 
@@ -812,7 +917,7 @@ def main(config: Config):
     limits = measure_machine(table, config)
     sections = (
         measure_train, measure_generate, measure_serve, measure_ppo, measure_grpo, measure_memory, measure_dpo,
-        measure_data,
+        measure_data, measure_against,
     )  # fmt: skip
     for name, measure in zip(SECTIONS, sections):
         if name in config.only:
