@@ -63,7 +63,7 @@ real: $M/config.json data/prose/text.jsonl
 	$(PY) checks.py
 	for s in $(REAL_SEEDS); do \
 	  $(PY) grpo.py $(CHECK) --advantage rloo --reward checks:reward --seed $$s --out out/real/rloo-$$s || exit 1; done
-	$(PY) grpo.py $(CHECK) --advantage rloo --reward checks:chance --out out/real/chance
+	$(PY) grpo.py $(CHECK) --advantage rloo --reward checks:chance --missing-eos None --out out/real/chance
 	$(PY) ppo.py $(CHECK) --reward checks:reward --critic-lr 1e-3 --out out/real/ppo
 	$(PY) online.py $(ADAPT) $(ASKED) --reward checks:reward --steps $(REAL_STEPS) --batch-size 12 --candidates 4 \
 	  --lr 5e-4 --warmup 0 --out out/real/online
