@@ -18,8 +18,8 @@ there is something to reinforce and something to learn (docs/real.md has the rat
 - Topics and words of the held-out prompts occur in no training prompt.
 - A check reads the form of an answer, not its sense: "Foxes are foxes." has at most 9 words. That is what a policy
   then learns to exploit; the perplexity on other text and the samples show what it cost.
-- `chance` is a control: it throws a coin for every answer, from which nothing can be learned. Give it --missing-eos None,
-  or answers that end are paid more than others, and learning to end is much of what learning to follow takes.
+- `chance` is a control: it throws a coin for every answer, from which nothing can be learned. Give it
+  --missing-eos None, or answers that end are paid more, and short answers follow more often.
 """
 
 import random

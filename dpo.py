@@ -51,7 +51,7 @@ class Config:
     steps: int | None = None  # optimiser steps (default: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
-    length: int = 48  # tokens of prompt and completion together, at most
+    length: int = 48  # tokens of prompt and completion together: longer completions are cut, and have no EOS then
     lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
 
     kind: Literal["dpo", "robust"] = "dpo"

@@ -133,9 +133,9 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   shard_batch(x)             x, with its rows spread over the devices
 #   merge(model)               the model; corrections by LoRA are added into its weights
 #
-# Nothing else in Part I knows of devices. Every weight and its optimiser state are split over all devices along one
-# axis (`shard`, chapter 11), and the rows of a batch are shared out; `jax.jit` then gathers a layer's weights where it
-# is computed, and sums the gradients. On one device all of this is nothing.
+# Nothing else in Part I knows of devices. Large weights and their optimiser state are split, each along its longest
+# axis that divides (`sharding`, chapter 11), and the rows of a batch are shared out; `jax.jit` then gathers a layer's
+# weights where it is computed, and sums the gradients. On one device all of this is nothing.
 
 
 MASKED = -1e30  # a finite "minus infinity": a row whose keys are all masked stays free of NaN
@@ -401,7 +401,7 @@ def token_logprobs(model: GPT, tokens: Int[Array, "B T"], segments=None, tempera
         tokens     a    b    c
         hidden     h0   h1   (h2)         h0 has seen a, h1 has seen a b
         targets    b    c
-        result     p(b|a)    p(c|a b)     a mask over tokens becomes mask[:, 1:] beside it
+        result  log p(b|a)  log p(c|a b)  a mask over tokens becomes mask[:, 1:] beside it
     """
     return head_logprobs(model, model(tokens, segments)[:, :-1], tokens[:, 1:], temperature)[0]
 
@@ -647,9 +647,10 @@ def score(model: ScoreModel, prompts, prompt_mask, responses, mask, ends, chunks
 def gradients(loss_fn, model, batch, micro_batches: int = 1, count=None):
     """((loss, metrics), gradients) of loss_fn(model, batch) -> (loss, metrics).
 
-    With micro-batches the batch is computed in parts, to save memory, and the result is the same. The loss is a mean
-    over `count(batch)` items (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean
-    of means would be wrong as soon as the counts differ. A batch in one part needs no `count`.
+    With micro-batches the batch is computed in parts, to save memory. The loss is a mean over `count(batch)` items
+    (tokens, pairs), so each part's mean is weighted by its share of the items: the plain mean of means would be wrong
+    as soon as the counts differ. Loss, gradient and metrics that are means over the same items are then those of the
+    whole batch; other metrics (variances, extremes) are means of the parts'. A batch in one part needs no `count`.
     """
     value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
     if micro_batches == 1:

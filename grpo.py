@@ -79,7 +79,7 @@ class Config:
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
     clip: tuple[float, float] = (0.2, 0.2)  # how far below and above 1 a probability ratio counts
-    missing_eos: float | None = 2.0  # price of not ending: such a response scores this below its own and below 0
+    missing_eos: float | None = 2.0  # price of not ending: the score becomes min(score, 0) - this; None: it stays
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
@@ -147,7 +147,7 @@ def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts
 
 
 def chunks(config: Config) -> int:
-    """The number of pieces in which a rollout is scored, so that a piece has as many rows as a micro-batch."""
+    """In how many pieces a rollout is scored: of as many rows as a micro-batch, or in one without micro-batches."""
     return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
 
 

@@ -7,7 +7,7 @@ Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325),
     2  log-probs of policy and reference, and the critic's value V_t, at every token of y
     3  r_t = -beta (log policy(y_t) - log ref(y_t)),  plus the score at the last token
        A_t = sum_l lam^l delta_{t+l},  delta_t = r_t + V_{t+1} - V_t,  returns R_t = A_t + V_t;  whiten A
-    4  a few epochs of minibatches:  max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
+    4  a few epochs of minibatches:  w max(-A rho, -A clip(rho, 1 - eps, 1 + eps)),  rho = policy_new / policy_old
        and for the critic:           1/2 max((V - R)^2, (clip(V, V_old +- eps_v) - R)^2),  eps_v = 0.2
 
 Choices where code bases disagree:
@@ -17,16 +17,18 @@ Choices where code bases disagree:
    are logged, not used.
 2. The score sits on the last real token (EOS, or the last of a cut response), the value of token t is read where t is
    predicted, and a response cut at --response-length is an end: nothing is bootstrapped beyond it.
-3. Old log-probs are not the sampler's own. They are computed after the rollout, by the function that computes the new
-   ones, at the rollout's temperature. So the ratio of the first minibatch is exactly 1.
+3. Old log-probs are not those that sampling gave. They are computed after the rollout, from the same weights, with the
+   arithmetic of the new ones, at the rollout's temperature. So the ratio of the first minibatch is 1, up to rounding.
+   What sampling in another precision changes is weighed: w = min(policy_old / sampled, 2), about 1 in fp32.
 4. Advantages are whitened over the whole rollout. Losses are means over the tokens of a minibatch. Both are taken over
    all devices and micro-batches together; variances divide by n, not by n - 1.
 5. A response that does not end scores min(score, 0) - (--missing-eos). In OpenAI's code (Huang et al. 2024,
    arXiv:2403.17031, "EOS trick") a constant replaces the score: where finished responses score less than that, the
    policy is paid for never ending.
-6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic has the reward
-   model's body, which knows already what is good, a head of zeros, and as its bias the mean score of the first
-   rollout. So every first V_t is that mean, and the distance between it and 0 is not put down to the EOS.
+6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic has the body of
+   the first reward model, which knows already what is good (of the policy, where the reward is a function, or where
+   only one of the two is an adapter), a head of zeros, and as its bias the mean score of the first rollout. With V = 0
+   the whole mean score would look like a surprise at the last token: every EOS would seem to earn it.
 7. With --lora-rank the policy is a low-rank adapter on a frozen base (Hydra-PPO, arXiv:2309.00754), and the base itself
    is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it, and the critic
    starts as that one, with its rank. `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model
@@ -38,7 +40,7 @@ Choices where code bases disagree:
     python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor None
 
 The defaults are the toy world's: README.md has the lengths and rates for a model of your own. Metrics have TRL's names,
-in which `val/` is no held-out data.
+in which `val/` and `eval/` are no held-out data: all of it is of the rollout.
 """
 
 from dataclasses import dataclass, replace
@@ -78,7 +80,7 @@ class Config:
     lam: float = 0.95  # of GAE: 1 sums all rewards to come, 0 looks one token ahead and trusts the critic for the rest
     clip: float = 0.2  # of the probability ratio
     target_kl: float | None = None  # stop an iteration's epochs when KL(old || new) a token passes this
-    missing_eos: float | None = 2.0  # price of not ending: such a response scores this below its own and below 0
+    missing_eos: float | None = 2.0  # price of not ending: the score becomes min(score, 0) - this; None: it stays
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
     monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
@@ -91,7 +93,7 @@ class Config:
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
 
 
-CAP = 2.0  # of importance weights
+CAP = 2.0  # of importance weights, w above
 
 
 class State(NamedTuple):
@@ -110,7 +112,7 @@ class Rollout(NamedTuple):
     query_mask: jax.Array  # (B, Q)
     responses: jax.Array  # (B, T)
     mask: jax.Array  # (B, T) 1 on response tokens including EOS
-    logprobs: jax.Array | None = None  # (B, T) "old": of the policy that sampled, by `compare_heads`
+    logprobs: jax.Array | None = None  # (B, T) "old": of the policy before the updates (choice 3)
     ref_logprobs: jax.Array | None = None  # (B, T)
     values: jax.Array | None = None  # (B, T)
     advantages: jax.Array | None = None  # (B, T)
@@ -155,7 +157,7 @@ def combine_scores(scores, how: str, uwo_coef: float = 0.5):
 
 
 def chunks(config: Config) -> int:
-    """The number of pieces in which a rollout is scored, so that a piece has as many rows as a micro-batch."""
+    """In how many pieces a rollout is scored: of as many rows as a micro-batch, or in one without micro-batches."""
     return config.batch_size * config.micro_batches // config.minibatch_size if config.micro_batches > 1 else 1
 
 
@@ -246,7 +248,7 @@ def explained_variance(values, returns, mask):
 
 @partial(jax.jit, static_argnames="config")
 def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Steps 2 and 3: (the whole Rollout, metrics)."""
+    """Phases 2 and 3: (the whole Rollout, metrics)."""
     policy, critic = gpt.attach(state.policy, base), gpt.attach(state.critic, base)
 
     def ask_models(rollout):
@@ -472,7 +474,7 @@ def main(config: Config):
         texts = gpt.own_texts(tokenizer, queries, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
-        if step == 0:  # a critic far from the scores would give all of the distance to what comes last, EOS
+        if step == 0:  # or every EOS would seem to earn the mean score (choice 6)
             state = state._replace(critic=replace(state.critic, bias=scores.mean()))
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)

@@ -64,7 +64,7 @@ class Config:
     steps: int | None = None  # optimiser steps (default: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
-    length: int = 48  # tokens of prompt and completion together, at most
+    length: int = 48  # tokens of prompt and completion together: longer completions are cut
     lr: float = 5e-5  # of the body; 0 trains the head alone (in closed form: probe.py)
     head_lr: float = 1e-3  # of the head; both rise over the first steps, then fall linearly to 0
 

@@ -40,7 +40,9 @@ class Config:
     steps: int = 80  # optimiser steps
     batch_size: int = 64  # rows a step, over all devices and micro-batches
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
-    length: int = 64  # tokens a row at most
+    length: int = (
+        64  # tokens a row at most: longer completions are cut, and have no EOS then; also a new model's context
+    )
     lr: float = 4e-4  # peak learning rate, falling by a cosine to a tenth
     warmup: int = 10  # steps of linear warm-up
     loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
@@ -128,7 +130,8 @@ def set_scored(batch: dict, kind: str, config: Config) -> dict:
 
 
 def evaluate(model, batches: gpt.Batches, config: Config, most: int = 50) -> dict:
-    """Held-out loss in nats a token over the first `most` batches, and perplexity."""
+    """Held-out loss in nats a token over the first `most` batches, and perplexity: of the data's tokens, also with
+    --teacher, where the training loss is a KL."""
     total = count = 0.0
     # the last batch is filled up with rows seen before: `real_rows` at its start are new, the others count for nothing
     for batch, real_rows in itertools.islice(batches.once(), most):
