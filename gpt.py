@@ -3046,7 +3046,7 @@ class Run:
         self.total, self.out, self.resume, self.save_every = steps, Path(out), resume, save_every
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
-        self._saved, self._agreed, self._before = 0, False, None
+        self._saved, self._saved_before, self._agreed, self._before = 0, 0, False, None
         self._seconds, self._asked, self._ending = 0.0, float("inf"), False  # of the last step; when a signal came
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
@@ -3103,7 +3103,7 @@ class Run:
         except ValueError as error:
             raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {error}") from None
         self._cut_logs(step)
-        self._saved, self._before = step, None
+        self._saved, self._saved_before, self._before = step, step, None
         print(f"continuing {self.out} at step {step:,}")
         if self.main and (changes := self._changes()):
             print(f"warning: this run began with other settings: {'; '.join(changes)}", file=sys.stderr)
@@ -3138,8 +3138,9 @@ class Run:
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
         if done != self._saved:
             self.manager.save(done, args=ocp.args.StandardSave(leaves))
-            self._saved = done
+            self._saved_before, self._saved = self._saved, done
         if self.must_stop:
+            self._ending = True
             self.manager.wait_until_finished()
             self.close()
             why = self.stopping or "another process"
@@ -3183,6 +3184,7 @@ class Run:
                     self._bar.update()
                 self.flush()
             finally:
+                self._ending = True  # a checkpoint that is being written is not given up
                 self.close()
 
     @contextmanager
@@ -3213,7 +3215,7 @@ class Run:
 
     def _listen(self, pipe: int):
         """On a thread: hear signals, give up a step that does not end, and tell a log file of a long one."""
-        asked, said = False, 0.0
+        asked, said, in_a_log = False, 0.0, self._bar.disable and self.main
         while True:
             for number in os.read(pipe, 64) if select.select([pipe], [], [], min(1, PATIENCE / 8))[0] else b"":
                 if number == 0:
@@ -3224,7 +3226,7 @@ class Run:
             now = time.perf_counter()
             if now - self._asked > GRACE and not self._ending and jax.process_count() == 1:
                 self._stop_at_once()  # of several processes, those that go on would wait for this one
-            if self._bar.disable and self.main and now - max(self._clock, said) > PATIENCE:
+            if in_a_log and self._next < self.total and now - max(self._clock, said) > PATIENCE:
                 print(f"step {self._next:5d}/{self.total}  {now - self._clock:.0f} s so far", flush=True)
                 said = now
 
@@ -3275,8 +3277,10 @@ class Run:
             self._said = done
 
     def _last_good(self) -> str:
-        where = f"The last good state is in {self.out}/checkpoint, after step {self._saved:,}."
-        return where if self._saved else "Nothing was saved yet."
+        saving = self._manager is not None and self._manager.is_saving_in_progress()
+        step = self._saved_before if saving else self._saved
+        where = f"The last good state is in {self.out}/checkpoint, after step {step:,}."
+        return where if step else "Nothing was saved yet."
 
     def _estimate(self, seconds: float):
         """Say what the run will take: the first step compiles, the second is like the others."""

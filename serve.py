@@ -451,10 +451,11 @@ def write_rows(cache, new, slots, starts):
     return gpt.shard_batch(cache)
 
 
-def attend(q, cache, slots, positions):
+def attend(q, cache, slots, positions, reach):
     """Attention of q (R, H, T, E), whose places are `positions` (R, T), to the keys and values (S, K, C, E) that slots
-    hold up to there: -> (R, H, T, E). The cache is read block by block, as far as the longest row needs, with a running
-    maximum and sum of the softmax (arXiv:1805.02867): the room that nobody uses costs nothing."""
+    hold up to there: -> (R, H, T, E). The cache is read block by block, as far as `reach`, the last place that a row
+    needs whose answer counts, with a running maximum and sum of the softmax (arXiv:1805.02867): the room that nobody
+    uses costs nothing."""
     R, H, T, E = q.shape
     K, size = cache[0].shape[1], block_size(cache[0].shape[2])
     q = gpt.shard_batch(q.reshape(R, K, H // K, T, E))
@@ -471,15 +472,17 @@ def attend(q, cache, slots, positions):
         return new_top, total * shrink + weights.sum(-1), out * shrink[..., None] + found
 
     start = jnp.full(q.shape[:-1], gpt.MASKED), jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape)
-    blocks = positions.max() // size + 1 if size < cache[0].shape[2] else 1
+    blocks = reach // size + 1 if size < cache[0].shape[2] else 1
     _, total, out = lax.fori_loop(0, blocks, block, start)
     return (out / total[..., None]).astype(q.dtype).reshape(R, H, T, E)
 
 
-def run_layers(weights: Weights, caches, tokens, slots, starts):
+def run_layers(weights: Weights, caches, tokens, slots, starts, counts=True):
     """The hidden states (R, T, D) of tokens (R, T), which stand in some slots (R,), or in all (None), from place
-    `starts` (R,) on, and the caches with their keys and values. As `gpt.Block` computes it, but for `attend`."""
+    `starts` (R,) on, and the caches with their keys and values. `counts` (R,): rows whose states are wanted. As
+    `gpt.Block` computes it, but for `attend`."""
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
+    reach = jnp.where(counts, positions[:, -1], 0).max()
     x, rope = weights.outer.embed(tokens, positions)
     heads = lambda x, block: x.reshape(*x.shape[:2], -1, block.head_dim).swapaxes(1, 2)
     new_caches = []
@@ -491,7 +494,7 @@ def run_layers(weights: Weights, caches, tokens, slots, starts):
         if rope is not None:
             q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)
         cache = tuple(write_rows(old, new.astype(old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
-        x = x + block.o(attend(q, cache, slots, positions).swapaxes(1, 2).reshape(*x.shape[:2], -1))
+        x = x + block.o(attend(q, cache, slots, positions, reach).swapaxes(1, 2).reshape(*x.shape[:2], -1))
         h = block.norm2(x)
         h = jax.nn.gelu(block.up(h)) if block.gate is None else jax.nn.silu(block.gate(h)) * block.up(h)
         x = x + block.down(h)
@@ -559,7 +562,7 @@ def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int,
     def step(carry):
         t, slots, caches, tokens, logprobs = carry
         busy = slots.remaining > 0
-        hidden, caches = run_layers(weights, caches, slots.token[:, None], rows, slots.position)
+        hidden, caches = run_layers(weights, caches, slots.token[:, None], rows, slots.position, busy)
         logits = outer.logits(hidden[:, 0])
         u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
         token = draw(logits, u, slots)
@@ -1740,7 +1743,8 @@ REASONS = {"length": "max_output_tokens", "abort": "deadline"}  # of an incomple
 def response_message(job: Job, text: str, finish: str | None) -> dict:
     part = {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
     message = {"type": "message", "id": "msg_" + job.id, "role": "assistant", "content": [part]}
-    return message | {"status": STATUSES[finish]} | extras(job, job.choices[0])
+    known = extras(job, job.choices[0]) if finish else {}  # a client learns its id when it can be voted on
+    return message | {"status": STATUSES[finish]} | known
 
 
 def response_body(job: Job, text: str = "", finish: str | None = None) -> dict:
@@ -2402,6 +2406,7 @@ class Server:
 MARKDOWN = MarkdownIt("commonmark", {"html": False}).enable(["table", "strikethrough"]).disable("image")
 MARKDOWN.validateLink = re.compile("(https?|mailto):", re.I).match
 MOST_MARKDOWN = 2**17  # characters in a request
+MOST_NESTED = 40  # elements, each within the one before
 
 
 def markdown_tree(text: str) -> list:
@@ -2415,9 +2420,11 @@ def markdown_tree(text: str) -> list:
                 continue
             if token.nesting < 0:
                 stack.pop()
-            elif token.nesting > 0:
+            elif token.nesting > 0 and len(stack) < MOST_NESTED:
                 stack[-1].append([token.tag, markdown_attributes(token)])
                 stack.append(stack[-1][-1])
+            elif token.nesting > 0:  # no deeper: what is inside belongs to what is around it
+                stack.append(stack[-1])
             elif token.type in ("fence", "code_block"):
                 stack[-1].append(["pre", {}, token.content])
             elif token.type == "softbreak":
@@ -2909,6 +2916,8 @@ def check_upstream(config: Config):
         address = urlsplit("")
     if address.scheme not in ("http", "https") or not address.hostname:
         raise ValueError(f"--upstream {config.upstream} is no address like http://localhost:8001")
+    if "@" in address.netloc:
+        raise ValueError("--upstream names an address, which clients may see: what it asks for goes to --upstream-key")
     for name in ("quantize", "quality", "context"):
         if getattr(config, name) is not None:
             raise ValueError(f"--{name} is about a model that is served here; --upstream leaves that to its engine")

@@ -180,11 +180,14 @@ def test_attention_block_by_block_is_attention_to_what_a_slot_holds(monkeypatch,
     visible = np.arange(12) <= positions[..., None]
     expected = gpt.attention(q, *(x[rows] for x in cache), visible)
     attend = jax.jit(serve.attend)
-    args = slots if slots is None else jnp.array(slots), positions
+    args = slots if slots is None else jnp.array(slots), positions, positions.max()
     np.testing.assert_allclose(attend(q, cache, *args), expected, atol=1e-6)
     unseen = tuple(jnp.where((np.arange(12) > 11)[:, None], jnp.nan, x) for x in cache)  # the block that nobody needs
     found = attend(q, unseen, *args) if queries == 1 else expected
     np.testing.assert_allclose(found, expected, atol=1e-6)
+    unread = tuple(jnp.where((np.arange(12) > 7)[:, None], jnp.nan, x) for x in cache)
+    found = attend(q, unread, *args[:-1], positions[1].max())  # the last row is idle: its long past is not read
+    np.testing.assert_allclose(found[:2], expected[:2], atol=1e-6)
 
 
 @pytest.mark.parametrize("seed", range(2))
@@ -830,6 +833,10 @@ def test_markdown_is_trees_of_known_tags_and_its_length_is_bounded(http, monkeyp
     ]  # fmt: skip
     monkeypatch.setattr(serve, "MOST_MARKDOWN", 10)
     assert http.post("/markdown", json={"texts": ["a" * 6] * 2}).status_code == 413
+    (tree,), depth = serve.markdown_tree("*a " * 90 + "b" + "*" * 90), 0
+    while not isinstance(tree, str):
+        tree, depth = tree[-1], depth + 1
+    assert depth < 60 and "b" in tree
 
 
 def test_addresses_that_are_none_keys_in_any_case_and_labels(http):
@@ -969,6 +976,7 @@ def test_other_pages_are_let_in_by_name_alone():
         ({"host": "0.0.0.0"}, "--api-key"), ({"host": "::"}, "--api-key"), ({"slots": 0}, "--slots"),
         ({"cors_origin": ("*",)}, "--cors-origin"), ({"model": (("out/none-here",),)}, "no model in"),
         ({"upstream": "localhost:8001"}, "http://localhost:8001"), ({"upstream": "http://[::1"}, "no address"),
+        ({"upstream": "http://me:mine@localhost:1"}, "--upstream-key"),
         ({"upstream": "http://localhost:1", "quantize": "int8"}, "--quantize"),
     ],
 )  # fmt: skip
