@@ -2674,7 +2674,10 @@ class Relay(Server):
 
     async def forward(self, request: Request):
         """The engine's own answer to a request that is not about votes."""
-        options = {"json": decode_body(await read_bytes(request), dict)} if request.method == "POST" else {}
+        sent = decode_body(await read_bytes(request), dict) if request.method == "POST" else {}
+        if sent.pop("store", None):
+            raise ApiError(400, "only chats and completions are stored behind --upstream: leave store out", "store")
+        options = {"json": sent} if request.method == "POST" else {}
         asked = self.ask(request.method, request.url.path, params=str(request.url.query), **options)
         response = await unless_gone(request, asked)
 
@@ -2726,23 +2729,25 @@ class Relay(Server):
 
     async def complete(self, request: Request, kind):
         data = await read_bytes(request)
-        body, sent = decode_body(data, kind), decode_body(data, dict)
-        models = await self.served() if body.store or body.model in (None, "", "default") else {}
-        if body.model in (None, "", "default"):
+        sent = decode_body(data, dict)
+        store, named = sent.get("store"), sent.get("model")
+        body = decode_body(data, kind) if store else None  # what is stored is understood; the rest is the engine's
+        models = await self.served() if store or named in (None, "", "default") else {}
+        if named in (None, "", "default"):
             sent["model"] = next(iter(models), None)
-        if body.store and getattr(body, "echo", None):
+        if store and getattr(body, "echo", None):
             raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
         for name in ("store", "metadata"):
             sent.pop(name, None)
         response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))
         about = models.get(sent["model"], {"id": sent["model"]})
         row = partial(relayed_row, body, about, request_id=request.state.request_id)
-        if body.stream:
-            return StreamingResponse(self.stream(response, row, body.store), 200, STREAM_HEADERS, "text/event-stream")
+        if sent.get("stream"):
+            return StreamingResponse(self.stream(response, row, store), 200, STREAM_HEADERS, "text/event-stream")
         choices, answer = await unless_gone(request, self.read(response, "choices"))
-        for choice in choices if body.store else ():
+        for choice in choices if store else ():
             text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
-            await self.keep(stored := row(choice, text, answer.get("usage")), body.store)
+            await self.keep(stored := row(choice, text, answer.get("usage")), store)
             choice["generation_id"] = stored["id"]
         return reply(answer)
 

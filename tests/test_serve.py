@@ -1284,6 +1284,8 @@ def test_what_another_engine_says_is_passed_on(relay, http):
         relay.post("/tokenize", json={"messages": ASK}).json() == http.post("/tokenize", json={"messages": ASK}).json()
     )
     assert "vllm:num_requests_running" in relay.get("/metrics").text
+    stored = relay.post("/v1/responses", json={"input": "a b", "store": True})
+    assert stored.status_code == 400 and "only chats and completions are stored" in stored.text
 
 
 @pytest.mark.parametrize("stream", [True, False])
