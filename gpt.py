@@ -793,8 +793,11 @@ class Tokenizer:
 
     def decode(self, ids) -> str:
         """Text of the ids; special tokens are left out."""
-        shown = [i for i in map(int, ids) if i not in self.special_ids]
-        return self._library.decode(shown, skip_special_tokens=False)
+        return self._decode([i for i in map(int, ids) if i not in self.special_ids])
+
+    def _decode(self, ids) -> str:
+        """Text of all ids, special tokens too: to look at."""
+        return self._library.decode(ids, skip_special_tokens=False)
 
     def decode_rows(self, tokens, mask) -> list[str]:
         """The text of each row of ids (B, T), without the ids whose mask is 0."""
