@@ -373,6 +373,11 @@ def parts(prompts: list[str], responses: list[str], rows: list[dict] | None = No
     return [gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
+def fluent(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[float]:
+    """A control for reinforcement learning: 1 for an answer in the toy's grammar, whatever it says."""
+    return [gold(prompt, response)["fluent"] for prompt, response in zip(prompts, responses, strict=True)]
+
+
 def conduct(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[dict[str, float]]:
     """`parts` and two numbers more, 0 or 1: whether the assistant declined, and whether it evaded, whatever was asked.
     "i do not know ." evades where there is an answer, and where harm is asked for."""
