@@ -55,7 +55,7 @@ data/prose/text.jsonl: | .venv/done
 
 # 48 answers an iteration; at temperature 0.7 the model reads well, at 1 it does not
 ADAPT = --init $M --lora-rank 8 --dtype $(REAL_DTYPE) --overwrite
-ASKED = --data data/checks/prompts.jsonl --monitor checks:strict --prompt-length 72 --response-length 40
+ASKED = --data data/checks/prompts.jsonl --gold checks:strict --prompt-length 72 --response-length 40
 CHECK = $(ADAPT) $(ASKED) --steps $(REAL_STEPS) --temperature 0.7 --missing-eos 0 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05
 REPORT = --ref $M --dtype $(REAL_DTYPE) --temperature 0.7 --length 256
@@ -69,7 +69,7 @@ real: $M/config.json data/prose/text.jsonl
 	  --lr 5e-4 --warmup 0 --out out/real/online
 	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/real/rloo-,$(REAL_SEEDS)) $(addprefix out/real/,chance ppo online) \
 	  --data data/checks/prompts-heldout.jsonl --prompt-length 72 --response-length 40 --samples 160 --batch-size 40 \
-	  --judge checks:strict --reward checks:reward --best-of 4 --perplexity data/prose/text.jsonl --out out/real/report
+	  --gold checks:strict --reward checks:reward --best-of 4 --perplexity data/prose/text.jsonl --out out/real/report
 	$(PY) tools/plot.py out/real/report
 	@echo "Side by side, and votes: $(PY) serve.py --model $M out/real/rloo-$(firstword $(REAL_SEEDS))"
 
@@ -82,7 +82,7 @@ HH_SAMPLES ?= 96
 PROBE = $(PY) probe.py --init $M --length $(HH_LENGTH) --suffix "" --response-length 48 --normalize-samples 128 \
   --batch-size 8 --dtype $(REAL_DTYPE) --overwrite
 TRUST = $(PY) reward.py --length $(HH_LENGTH) --gold None --dtype $(REAL_DTYPE)
-PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --monitor None --steps $(REAL_STEPS) \
+PEOPLE = $(ADAPT) --reward out/people/probe --data data/hh/prompts.jsonl --gold None --steps $(REAL_STEPS) \
   --prompt-length $(HH_LENGTH) --response-length 64 --temperature 0.7 --missing-eos 1 --epochs 1 --batch-size 48 \
   --minibatch-size 24 --lr 5e-4 --beta 0.05
 people: $M/config.json data/prose/text.jsonl
@@ -97,7 +97,7 @@ people: $M/config.json data/prose/text.jsonl
 	  --beta 0.1 --lr 5e-4 --out out/people/dpo
 	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/people/,rloo ppo dpo) --data data/hh/prompts-heldout.jsonl \
 	  --prompt-length $(HH_LENGTH) --response-length 64 --samples $(HH_SAMPLES) --batch-size 48 --best-of 4 \
-	  --judge out/people/judge --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
+	  --gold out/people/judge --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
 	$(PY) tools/plot.py out/people/report
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human

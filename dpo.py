@@ -54,7 +54,7 @@ class Config:
     length: int = 48  # tokens of prompt and completion together: longer completions are cut, and have no EOS then
     lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
 
-    kind: Literal["dpo", "robust"] = "dpo"
+    loss: Literal["dpo", "robust"] = "dpo"  # the box above; robust: unbiased where labels are wrong by chance
     beta: float = 0.5  # price of one nat of KL to the reference; the larger, the closer policy and reference stay
     label_smoothing: float = 0.0  # share of labels taken to be wrong (e above)
     precompute_ref: bool = False  # reference log-probs from disk, computed there first where they are missing
@@ -85,7 +85,7 @@ class State(NamedTuple):
 
 
 def dpo_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, kind: str = "dpo",
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1, label_smoothing=0.0, loss: str = "dpo",
     label_p=1.0, weight=None,
 ):  # fmt: skip
     """The losses of the box above from summed log-probs in nats, each (B,): -> ((B,), metrics).
@@ -97,13 +97,13 @@ def dpo_loss(
     rejected_rewards = beta * (policy_rejected - ref_rejected)
     margins = chosen_rewards - rejected_rewards  # z
     e, log_sigmoid = label_smoothing, jax.nn.log_sigmoid
-    if kind == "dpo":
-        loss = lambda z: -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
-    elif kind == "robust":
-        loss = lambda z: (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
+    if loss == "dpo":
+        one_way = lambda z: -(1 - e) * log_sigmoid(z) - e * log_sigmoid(-z)
+    elif loss == "robust":
+        one_way = lambda z: (-(1 - e) * log_sigmoid(z) + e * log_sigmoid(-z)) / (1 - 2 * e)
     else:
-        raise ValueError(f"unknown kind {kind!r}: dpo or robust")
-    losses = label_p * loss(margins) + (1 - label_p) * loss(-margins)
+        raise ValueError(f"unknown loss {loss!r}: dpo or robust")
+    losses = label_p * one_way(margins) + (1 - label_p) * one_way(-margins)
     mean = partial(gpt.weighted_mean, weight=jnp.ones_like(margins) if weight is None else weight)
     return losses, {
         "rewards/chosen": mean(chosen_rewards),
@@ -134,7 +134,7 @@ def batch_loss(policy, batch, config: Config):
     chosen, rejected = pair_logprobs(policy, batch, config).T
     ref_chosen, ref_rejected = batch["ref_logps"].T
     losses, metrics = dpo_loss(
-        chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.kind,
+        chosen, rejected, ref_chosen, ref_rejected, config.beta, config.label_smoothing, config.loss,
         batch["label_p"], batch["weight"],
     )  # fmt: skip
     loss = gpt.weighted_mean(losses, batch["weight"])
@@ -181,7 +181,7 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
         bar = gpt.progress(total=sum(map(len, tables)), desc="reference log-probs", unit=" pairs")
         # the last batch is filled up with rows seen before: the first `real_rows` are new
         for batch, real_rows in batches.once():
-            logps = gpt.to_numpy(step(ref, place(batch, None)))
+            logps = gpt.to_numpy(step(ref, put_pairs(batch, None)))
             for (source, row), pair in zip(batch["index"][:real_rows], logps):
                 tables[source][row] = pair
             bar.update(real_rows)
@@ -198,7 +198,7 @@ def write_array(path, table: np.ndarray):
         np.save(file, table)
 
 
-def place(batch, tables):
+def put_pairs(batch, tables):
     """The batch on the devices, with the reference's log-probs of its rows where `tables` hold them."""
     if tables is not None:
         batch = batch | {"ref_logps": np.stack([tables[source][row] for source, row in batch["index"]])}
@@ -210,7 +210,7 @@ def place(batch, tables):
 
 def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
-    step = lambda batch: eval_step(policy, base, ref, place(batch, tables), config)
+    step = lambda batch: eval_step(policy, base, ref, put_pairs(batch, tables), config)
     return {f"val/{name}": value for name, value in gpt.heldout_means(batches, step, most).items()}
 
 
@@ -265,7 +265,7 @@ def main(config: Config):
         ref = load_ref(config, base)
     stream = pairs.stream(first, steps)
     for step in run.steps(first):
-        batch = place(next(stream), tables)
+        batch = put_pairs(next(stream), tables)
         state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics["lr"] = lr(step)
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):

@@ -1,21 +1,21 @@
 """Which model is better, by how much, and what it paid for it: tables and files of numbers.
 
-Every model folder answers the same held-out prompts, sampled and greedily. A judge (gold on the toy world, or any
-module:function) rates the answers, KL to the reference says how far the model moved, intervals say what is noise.
+Every model folder answers the same held-out prompts, sampled and greedily. Gold, what counts as the truth, rates the
+answers; KL to the reference says how far the model moved, and intervals say what is noise.
 
     python evaluate.py                                       # out/sft and out/ppo on data/toy/prompts-heldout.jsonl
-    python evaluate.py --models out/a out/b --ref out/a --data mine.jsonl --judge mine:stars --out out/mine
+    python evaluate.py --models out/a out/b --ref out/a --data mine.jsonl --gold mine:stars --out out/mine
     python evaluate.py --best-of 4 16 64 --reward out/reward # and what no training at all would have given
     python evaluate.py --models --best-of 16 --reward out/reward --data data/toy/prompts.jsonl --samples 4000 \\
         --winners data/toy/winners.jsonl                     # rejection sampling: sft.py --data takes them
     python evaluate.py --models out/sft out/rlaif --harmful data/toy/harmful-heldout.jsonl \\
         --harmless data/toy/harmless-heldout.jsonl           # who helps with harm, who refuses without need
-    python evaluate.py --perplexity wiki.jsonl --questions evals/*.jsonl --judge None  # what training cost elsewhere
+    python evaluate.py --perplexity wiki.jsonl --questions evals/*.jsonl --gold None  # what training cost elsewhere
     python evaluate.py --rewards out/reward out/reward-mean  # reward models beside each other
 
 Writes out/report: summary.json (every number), report.md (tables and samples side by side) and answers/NAME.json (what
 each model said). tools/plot.py draws pictures of them. The same command with more models measures only the new ones:
-answers/ keeps what an earlier run measured with the same settings, files, weights and judge.
+answers/ keeps what an earlier run measured with the same settings, files, weights and functions.
 The file reads from top to bottom: answers, statistics, win rates, best of n, text and questions, conduct, reward
 models, tables, main.
 """
@@ -46,8 +46,8 @@ class Config:
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
     baseline: str | None = None  # model folder that the win rates are against (default: --ref)
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
-    judge: str | None = "toy:parts"  # gives "gold": module:function -> floats or dicts, or a reward-model folder
-    reward: str | None = None  # rates answers beside the judge: reward-model folder (or ensemble), or module:function
+    gold: str | None = "toy:parts"  # what counts as the truth: module:function -> floats or dicts, or a reward model
+    reward: str | None = None  # rates answers beside gold: reward-model folder (or ensemble), or module:function
     pairwise: str | None = None  # module:function (prompts, a, b, rows) -> P(a is better), asked in both orders
     out: Path = Path("out/report")  # folder of the report
     samples: int = 500  # prompts answered by each model
@@ -102,7 +102,7 @@ class Exam(NamedTuple):
     tokenizer: gpt.Tokenizer
     ref: gpt.GPT
     prompts: list[Prompts]
-    judge: Callable  # (Prompts, Generation, responses) -> dicts of named numbers
+    gold: Callable  # (Prompts, Generation, responses) -> dicts of named numbers
     reward: Callable | None = None  # (Prompts, Generation, responses) -> scores (B,)
     pairwise: Callable | None = None  # (prompts, a, b, rows) -> P(a is better)
     harmful: list[Prompts] = ()
@@ -144,7 +144,7 @@ def answer(exam: Exam, model, temperature: float, stream: int = 0, kl: bool = Fa
 
 
 def measure(exam: Exam, prompts: Prompts, out: gpt.Generation, kl) -> Answers:
-    """The answers to one batch, measured, rated and judged."""
+    """The answers to one batch, measured and rated."""
     tokens, mask = gpt.to_numpy((out.tokens, out.mask))
     ids = [row[m > 0] for row, m in zip(tokens, mask)]
     responses = [exam.tokenizer.decode(row) for row in ids]
@@ -159,22 +159,22 @@ def measure(exam: Exam, prompts: Prompts, out: gpt.Generation, kl) -> Answers:
         numbers["kl"] = gpt.to_numpy(kl)
     if exam.reward:
         numbers["reward"] = exam.reward(prompts, out, responses)
-    judged = exam.judge(prompts, out, responses)
-    numbers |= {name: [verdict[name] for verdict in judged] for name in judged[0]}
+    truths = exam.gold(prompts, out, responses)
+    numbers |= {name: [truth[name] for truth in truths] for name in truths[0]}
     numbers = {name: np.asarray(values, float)[: prompts.count] for name, values in numbers.items()}
     return Answers(numbers, *(x[: prompts.count] for x in (prompts.texts, responses, prompts.rows, bare)))
 
 
-def load_judge(name: str | None, tokenizer, config: Config) -> Callable:
-    """(Prompts, Generation, responses) -> dicts of named numbers with "gold"; empty ones without a judge. A function is
+def load_gold(name: str | None, tokenizer, config: Config) -> Callable:
+    """(Prompts, Generation, responses) -> dicts of named numbers with "gold"; empty ones without --gold. A function is
     called with (prompts, responses, rows) and returns floats or dicts; a reward model's scores are "gold"."""
     if name is None:
         return lambda prompts, out, responses: [{} for _ in responses]
     if ":" in name:
         function = gpt.load_function(name)
-        return lambda prompts, out, responses: gpt.judgements(function(prompts.texts, responses, prompts.rows))
+        return lambda prompts, out, responses: gpt.read_gold(function(prompts.texts, responses, prompts.rows))
     rate = load_reward(name, tokenizer, config)
-    return lambda prompts, out, responses: gpt.judgements(rate(prompts, out, responses))
+    return lambda prompts, out, responses: gpt.read_gold(rate(prompts, out, responses))
 
 
 reward_scores = jax.jit(gpt.score, static_argnames="ends")
@@ -204,14 +204,14 @@ def load_member(folder, tokenizer, config: Config) -> gpt.ScoreModel:
     model, theirs = gpt.load(folder)
     if not isinstance(model, gpt.ScoreModel):
         raise ValueError(f"{folder} is a language model, not a reward model: train one with reward.py")
-    return place(model, theirs, folder, tokenizer, config)
+    return on_devices(model, theirs, folder, tokenizer, config)
 
 
 def load_policy(folder: str, tokenizer, config: Config) -> gpt.GPT:
-    return place(*gpt.load_policy(folder), folder, tokenizer, config)
+    return on_devices(*gpt.load_policy(folder), folder, tokenizer, config)
 
 
-def place(model, theirs, folder, tokenizer, config: Config):
+def on_devices(model, theirs, folder, tokenizer, config: Config):
     """A model whose tokenizer is the reference's, on the devices."""
     gpt.check_same_tokenizer(tokenizer, theirs, config.ref, folder)
     return gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
@@ -350,7 +350,7 @@ def repetition(tokens, n: int = 3) -> float:
 
 def summarize(answers: Answers) -> dict:
     """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens; unjudged[measure]: how
-    many answers the judge gave no number for, where there are any."""
+    many answers have none, where there are any."""
     clusters, found = same_prompt(answers.prompts), {}
     for name, values in answers.numbers.items():
         found[name] = mean_interval(values, clusters, share=name not in ("kl", "length"))
@@ -446,7 +446,7 @@ def _sigmoid(x):
 
 
 def win_rates(ours: Answers, theirs: Answers, pairwise: Callable | None = None) -> dict:
-    """Win rates of one model's answers against another's, by every judge that there is."""
+    """Win rates of one model's answers against another's, by everything that scores them."""
     by = {name: wins(ours.numbers[name], theirs.numbers[name]) for name in ("gold", "reward") if name in ours.numbers}
     bias = {}
     if pairwise:
@@ -712,7 +712,7 @@ def conduct(exam: Exam, model) -> dict:
     Declining and evading are different things: the constitutional models of Bai et al. 2022 (section 4.4) are to say no
     and why, and not to dodge.
     """
-    exam = exam._replace(judge=load_judge(exam.config.conduct, exam.tokenizer, exam.config), reward=None)
+    exam = exam._replace(gold=load_gold(exam.config.conduct, exam.tokenizer, exam.config), reward=None)
     asked = (exam.harmful, exam.harmless)
     bad, good = (answer(exam._replace(prompts=p), model, exam.config.temperature) for p in asked)
     harm, no_harm = bad.numbers, good.numbers
@@ -801,16 +801,16 @@ APART = {"gold", "kl", "length", "eos", "reward", "repetition", "closed"}  # col
 
 def table(summary: dict) -> str:
     """Markdown: one row a model."""
-    judged = [name for name, x in first(summary).items() if name not in APART and isinstance(x, float)]
+    more = [name for name, x in first(summary).items() if name not in APART and isinstance(x, float)]
     scored = any("reward" in s for s in summary.values())
-    head = ["model", "gold", "closed", "greedy gold", *judged, "KL", "length", "ended", "win", "win, equal length"]
+    head = ["model", "gold", "closed", "greedy gold", *more, "KL", "length", "ended", "win", "win, equal length"]
     head += ["distinct-1/2/3", "repeats"] + ["reward"] * scored
     rows = [head, ["---"] * len(head)]
     for model, s in summary.items():
         gold = with_interval(s["gold"], s["intervals"]["gold"]) if "gold" in s else ""
         closed = "" if s.get("closed") is None else percent(s["closed"], s["intervals"].get("closed"), 0)
         row = [model, gold, closed, f"{s['greedy']['gold']:.3f}" if "gold" in s.get("greedy", {}) else ""]
-        row += [f"{s[name]:.3f}" if name in s else "" for name in judged]
+        row += [f"{s[name]:.3f}" if name in s else "" for name in more]
         row += [("<= " if "kl_bound" in s else "") + f"{s['kl']:.2f}", f"{s['length']:.1f}", f"{s['eos']:.1%}"]
         won = s.get("win", {}).get("gold", {})
         row += [f"{won[k]:.1%}" if k in won else "" for k in ("rate", "length_controlled")]
@@ -825,14 +825,14 @@ def first(summary):
 
 
 def wins_table(summary: dict) -> str:
-    """Markdown: win rates by every judge, one row a model and judge; "" where there is none."""
-    rows = [["model", "judge", "win rate", "at equal length", "ties", "same position"], ["---"] * 6]
+    """Markdown: win rates by everything that scores answers, one row a model and a score; "" where there is none."""
+    rows = [["model", "by", "win rate", "at equal length", "ties", "same position"], ["---"] * 6]
     for name, s in summary.items():
-        for judge, won in s.get("win", {}).items():
+        for name_of_score, won in s.get("win", {}).items():
             if "rate" not in won:
                 continue
             equal = "length_controlled" in won
-            row = [name, judge, percent(won["rate"], won["interval"])]
+            row = [name, name_of_score, percent(won["rate"], won["interval"])]
             row.append(percent(won["length_controlled"], won["length_controlled_interval"]) if equal else "")
             rows.append(row + [f"{won[k]:.1%}" if k in won else "" for k in ("ties", "same_position")])
     return markdown(rows) if len(rows) > 2 else ""
@@ -867,7 +867,7 @@ def tax_table(summary: dict) -> str:
 
 
 def unjudged_table(summary: dict) -> str:
-    """Markdown: answers and pairs that a judge gave no number for, which count for nothing and neither side; "" where
+    """Markdown: answers and pairs without a number, which count for nothing and neither side; "" where
     there are none."""
     rows = [["model", "measure", "without a verdict"], ["---"] * 3]
     for name, s in summary.items():
@@ -964,17 +964,17 @@ def read_kept(path: Path) -> dict | None:
 
 
 def fingerprint(exam: Exam, *what) -> str:
-    """A hash of what a measurement depends on: settings, prompts and other files, weights, the code of the judges, of
-    this file and of gpt.py. What lies behind a judge (an endpoint, other modules) it cannot see."""
+    """A hash of what a measurement depends on: settings, prompts and other files, weights, the code of the functions
+    that score, of this file and of gpt.py. What lies behind a function (an endpoint, other modules) it cannot see."""
     config = exam.config
     settings = {name: value for name, value in asdict(config).items() if name not in UNRELATED}
-    judges = [config.judge, config.pairwise, config.reward, config.conduct if config.harmful else None]
-    judges = [name for name in judges if name and ":" in name]
-    modules = [sys.modules[gpt.load_function(name).__module__] for name in judges]
+    functions = [config.gold, config.pairwise, config.reward, config.conduct if config.harmful else None]
+    functions = [name for name in functions if name and ":" in name]
+    modules = [sys.modules[gpt.load_function(name).__module__] for name in functions]
     files = [module.__file__ for module in modules if getattr(module, "__file__", None)]
     files += filter(None, [config.data, config.harmful, config.harmless, *config.perplexity, *config.questions])
     folders = [config.ref, config.baseline or config.ref, *(x for x in what[1:] if isinstance(x, str))]
-    scorers = [name for name in (config.judge, config.reward) if name and ":" not in name]
+    scorers = [name for name in (config.gold, config.reward) if name and ":" not in name]
     folders += itertools.chain(*map(gpt.ensemble_folders, scorers))
     hashes = [gpt.file_hash(file) for file in files]
     hashes += [gpt.weights_hash(gpt.find_folder(folder)) for folder in folders]
@@ -1000,7 +1000,7 @@ def check(config: Config):
 
 
 def set_exam(config: Config) -> Exam:
-    """Everything that is read once: files, reference, judges."""
+    """Everything that is read once: files, reference, what scores."""
     bare = lambda file: file.removesuffix(".gz").removesuffix(".jsonl")
     questions = {bare(name): read_questions(file) for name, file in short_names(config.questions).items()}
     kinds = {file: gpt.find_kind(file, ("text", "demos")) for file in config.perplexity}
@@ -1010,7 +1010,7 @@ def set_exam(config: Config) -> Exam:
     read = lambda path: read_prompts(path, tokenizer, config) if path else []
     rows = lambda file, kind: gpt.Batches(file, kind, tokenizer, config.batch_size, row_length(ref, config), 0)
     return Exam(
-        config, tokenizer, ref, read(config.data), load_judge(config.judge, tokenizer, config),
+        config, tokenizer, ref, read(config.data), load_gold(config.gold, tokenizer, config),
         reward=load_reward(config.reward, tokenizer, config),
         pairwise=gpt.load_function(config.pairwise) if config.pairwise else None,
         harmful=read(config.harmful), harmless=read(config.harmless),
@@ -1056,7 +1056,7 @@ def start_golds(exam: Exam, folder: str) -> list:
     """The reference's gold for each prompt, the mean over START_DRAWS samples (those that best-of-n begins with)."""
     draws = sample_candidates(exam, START_DRAWS)
     if "gold" not in draws[0].numbers:
-        raise ValueError(f'--judge {exam.config.judge} must return floats, or dicts with a "gold"')
+        raise ValueError(f'--gold {exam.config.gold} must return floats, or dicts with a "gold"')
     golds = np.stack([draw.numbers["gold"] for draw in draws], 1)  # (P, draws)
     golds = weighted_mean(golds, np.ones_like(golds))
     return [gold if np.isfinite(gold) else None for gold in golds.tolist()]
@@ -1091,12 +1091,12 @@ def main(config: Config):
         rows, curve, golds = rows | found["rows"], found["curve"], golds | found["golds"]
     rows = {name: row | {"closed": None} for name, row in rows.items()}
     reference = {"folder": config.ref, "gold": None}
-    if config.judge:
+    if config.gold:
         start = np.array(remember(exam, "reference", start_golds, config.ref), float)
         clusters = same_prompt(exam.baseline.prompts)
         if not np.isfinite(start).any():
             raise ValueError(
-                f"--judge {config.judge} gave no number for any answer of {config.ref}: what does it return?"
+                f"--gold {config.gold} gave no number for any answer of {config.ref}: what does it return?"
             )
         add_closed(rows, golds, start, clusters, config.ref)
         gold, interval = mean_interval(start, clusters, share=False)

@@ -14,7 +14,7 @@ Parts II and III are for looking up. Algorithms live in their scripts; nothing h
 One alphabet of dimensions in this file, a meaning to a letter:
     B rows of a batch   T tokens of a row   D width     H heads   K key-value heads   E width of a head
     F width of the MLP  V vocabulary        L layers    S slots of a key-value cache
-    N prompts, each continued by B / N rows: there Q are the tokens of a prompt, and T those of what continues it
+    P prompts, each continued by B / P rows: there Q are the tokens of a prompt, and T those of what continues it
     I inputs, O outputs of a linear layer; r rank of its adapter
 """
 
@@ -218,7 +218,7 @@ class Block(eqx.Module):
 
     def __call__(self, x, rope, visible, cache=None, slot=0):
         """x (B, T, D) -> (x, (keys, values)). With a `cache` (B, K, S, E) of earlier keys and values the new ones are
-        written into it at place `slot` (or at each row's own, (B,)), and its first visible.shape[-1] places are
+        written into it from `slot` on (or from each row's own slot, (B,)), and its first visible.shape[-1] slots are
         attended to."""
         h = self.norm1(x)
         q, k, v = (self._heads(keep(linear(h))) for linear in (self.q, self.k, self.v))
@@ -285,7 +285,7 @@ class GPT(eqx.Module):
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
 
-    def logits(self, hidden: Float[Array, "*N D"]) -> Float[Array, "*N V"]:
+    def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer. Published models may
         have more rows than their tokenizer has ids (Qwen2: 151,936 for 151,669): no text would show what they say, so
         that where `known_ids` is set they are masked, in sampling, log-probs and training alike."""
@@ -490,14 +490,14 @@ class SamplerState(NamedTuple):
     mask: Array
     logprobs: Array
     done: Array  # (B,) whether a token was drawn that ends the response
-    visible: Array  # (B, Q + T) places of the cache that hold a real token
+    visible: Array  # (B, Q + T) slots of the cache that hold a real token
     caches: tuple  # (keys, values), each (B, K, Q + T, E), of every layer
 
 
 @partial(jax.jit, static_argnames=("max_new_tokens", "ends", "pad", "temperature", "copies"))
 def generate(
     model: GPT,
-    prompts: Int[Array, "N Q"],
+    prompts: Int[Array, "P Q"],
     prompt_mask: Array,
     key,
     max_new_tokens: int,
@@ -508,15 +508,15 @@ def generate(
     copies: int = 1,
     row_numbers=None,
 ) -> Generation:
-    """Sample B = N * `copies` responses to N left-padded prompts (mask 1 on their real tokens), those to one prompt
+    """Sample B = P * `copies` responses to P left-padded prompts (mask 1 on their real tokens), those to one prompt
     together, until one of the tokens `ends` or `max_new_tokens`. Each prompt is read once.
 
     temperature 0 is greedy. There is no top-k and no top-p: the log-probs of a rollout must be those of the whole
     softmax (serve.py has both). The noise is a function of (key, number of the row, token), so that a row's text does
     not depend on how rows are batched or on how many devices there are; `row_numbers` (B,) default to 0, 1, ...
     """
-    (N, Q), T = prompts.shape, max_new_tokens
-    B, each = N * copies, partial(jnp.repeat, repeats=copies, axis=0)
+    (P, Q), T = prompts.shape, max_new_tokens
+    B, each = P * copies, partial(jnp.repeat, repeats=copies, axis=0)
     if model.config.gpt2 and model.config.context < Q + T:
         raise ValueError(f"prompt {Q} + new tokens {T} > the {model.config.context} positions of the model")
     row_keys = jax.vmap(partial(jax.random.fold_in, key))(jnp.arange(B) if row_numbers is None else row_numbers)
@@ -589,7 +589,7 @@ def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
 
 
 def write_cache(cache, new, slot):
-    """cache (B, K, S, E) with new (B, K, T, E) written at place `slot`, or at each row's own place (B,)."""
+    """cache (B, K, S, E) with new (B, K, T, E) written from `slot` on, or from each row's own slot (B,)."""
     if jnp.ndim(slot) == 0:
         return lax.dynamic_update_slice(cache, new, (0, 0, slot, 0))
     return jax.vmap(lambda old, new, slot: lax.dynamic_update_slice(old, new, (0, slot, 0)))(cache, new, slot)
@@ -613,9 +613,9 @@ def score_inputs(prompts, prompt_mask, responses, mask, suffix, ends: tuple[int,
     """What a reward model reads: left-padded prompts (B, Q) and responses (B, T) as rows (B, Q + T + len(suffix)), and
     1 on their real tokens.
 
-    The score is read at the last of them. Of a prompt p, a response x y, its end token E and a suffix s:
+    The score is read at the last of them. Of a prompt p, a response x y, its end token . and a suffix s:
                             no suffix    suffix
-        ended, x y E        p x y E      p x y s        the suffix takes the end's place
+        ended, x y .        p x y .      p x y s        the suffix takes the end's place
         cut off, x y        p x y        p x y s
     `encode_row` does the same to the rows that reward models are trained on.
     """
@@ -1074,10 +1074,10 @@ def layout(config: Config) -> list[tuple[str, str, bool]]:
         norms |= dict(q_norm="self_attn.q_norm", k_norm="self_attn.k_norm") if config.qk_norm else {}
     biased = dict.fromkeys("qkv", config.qkv_bias) | dict(o=config.out_bias)
     for ours, theirs in norms.items():
-        place, path = (head, "") if ours == "norm" else (block, "blocks.")
-        names.append((f"{path}{ours}.scale", f"{place}{theirs}.weight", False))
+        prefix, path = (head, "") if ours == "norm" else (block, "blocks.")
+        names.append((f"{path}{ours}.scale", f"{prefix}{theirs}.weight", False))
         if config.gpt2:
-            names.append((f"{path}{ours}.bias", f"{place}{theirs}.bias", False))
+            names.append((f"{path}{ours}.bias", f"{prefix}{theirs}.bias", False))
     for ours, theirs in linears.items():
         names.append((f"blocks.{ours}.weight", f"{block}{theirs}.weight", transposed))
         if biased.get(ours, config.mlp_bias):
@@ -1320,15 +1320,15 @@ def _fill(config: Config, tensors: dict, path, score: dict | None) -> GPT | Scor
         shape, stacked = attrgetter(ours)(shapes).shape, "{i}" in theirs
         filled[ours] = _aligned(shape)
         names = [theirs.format(i=i) for i in range(config.layers)] if stacked else [theirs]
-        for name, place in zip(names, filled[ours] if stacked else filled[ours][None]):
-            place = place.T if transposed else place
+        for name, target in zip(names, filled[ours] if stacked else filled[ours][None]):
+            target = target.T if transposed else target
             if name not in tensors:
                 raise ValueError(f"{path}: tensor {_stored_name(name)} is missing")
             array = tensors.pop(name)
-            if array.shape != place.shape:
-                name, needed = _stored_name(name), place.shape
+            if array.shape != target.shape:
+                name, needed = _stored_name(name), target.shape
                 raise ValueError(f"{path}: tensor {name} has shape {array.shape}, the configuration needs {needed}")
-            place[...] = array
+            target[...] = array
     model = jax.tree_util.tree_map_with_path(lambda p, _: jax.device_put(filled.pop(_path(p))), shapes)
     if score is not None:
         model = _fill_score(model, tensors, path, score)
@@ -1448,8 +1448,8 @@ def save_adapter(path, model: "Adapter | ScoreModel", base):
     path, is_score = Path(path), isinstance(model, ScoreModel)
     adapter = model.body if is_score else model
     tensors = {}
-    for place, leaf in jax.tree_util.tree_leaves_with_path(model):
-        name = _path(place).removeprefix("body.")
+    for leaf_path, leaf in jax.tree_util.tree_leaves_with_path(model):
+        name = _path(leaf_path).removeprefix("body.")
         if not (is_score and name.startswith("tables.head.")):  # no score is read from the words' head
             tensors[name] = np.asarray(to_numpy(leaf), np.float32, order="C")
     layer = next(iter((adapter.blocks | adapter.tables).values()))
@@ -1474,9 +1474,9 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
     tensors = {name: jnp.array(x) for name, x in read_tensors(folder).items()}
     adapter = Adapter({}, {})
     for name in [name.removesuffix(".a") for name in tensors if name.endswith(".a")]:
-        place, layer = name.split(".")
-        kind = LoraLinear if place == "blocks" else LoraTable
-        getattr(adapter, place)[layer] = kind(None, tensors[name + ".a"], tensors[name + ".b"], about["scale"])
+        part, layer = name.split(".")
+        correction = LoraLinear if part == "blocks" else LoraTable
+        getattr(adapter, part)[layer] = correction(None, tensors[name + ".a"], tensors[name + ".b"], about["scale"])
     if about["kind"] == "policy":
         return adapter
     head, query, bias = tensors["head"], tensors.get("query"), tensors["bias"]
@@ -2090,7 +2090,7 @@ class Batches:
 
     def _split_prompts(self, rows) -> dict:
         """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
-        `prefix` and `prefix_mask` (N, Q). Its last token stays in both rows, (2 N, T), since there the first token of
+        `prefix` and `prefix_mask` (P, Q). Its last token stays in both rows, (2 P, T), since there the first token of
         the answer is predicted.
 
             prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
@@ -2114,22 +2114,22 @@ class Batches:
             at = 0
             for segment, (document, start, size) in enumerate(self.packs[source][row], 1):
                 ids, scored = self.sets[source].sequence(document)
-                place = slice(at, at + size)
-                tokens[i, place], segments[i, place] = ids[start : start + size], segment
-                mask[i, place] = scored[start : start + size]
+                span = slice(at, at + size)
+                tokens[i, span], segments[i, span] = ids[start : start + size], segment
+                mask[i, span] = scored[start : start + size]
                 mask[i, at] = 0  # a document's first token has nothing before it to predict it from
                 at += size
         return dict(tokens=tokens, mask=mask, segments=segments)
 
 
 def pad_rows(rows, width: int, pad: int, left: bool = False) -> dict[str, np.ndarray]:
-    """tokens, mask and segments (N, width) of N rows (ids, mask), padded on the right, or on the left."""
+    """tokens, mask and segments (B, width) of B rows (ids, mask), padded on the right, or on the left."""
     batch = {name: np.zeros((len(rows), width), np.int32) for name in ("tokens", "mask", "segments")}
     batch["tokens"] += pad
     for i, (ids, mask) in enumerate(rows):
-        place = slice(width - len(ids), width) if left else slice(0, len(ids))
+        span = slice(width - len(ids), width) if left else slice(0, len(ids))
         for name, value in zip(batch, (ids, mask, 1)):
-            batch[name][i, place] = value
+            batch[name][i, span] = value
     return batch
 
 
@@ -2294,10 +2294,10 @@ def shard(tree):
     mesh = jax.sharding.get_mesh()
     if mesh.empty:
         return tree
-    return jax.tree_util.tree_map_with_path(lambda p, x: place(x, sharding(p, x, mesh)), tree)
+    return jax.tree_util.tree_map_with_path(lambda p, x: put_array(x, sharding(p, x, mesh)), tree)
 
 
-def place(x, where: NamedSharding):
+def put_array(x, where: NamedSharding):
     """An array on the devices. Every process holds all of a host array and places the parts of its own devices."""
     if where.is_fully_addressable or (isinstance(x, jax.Array) and not x.is_fully_addressable):
         return jax.device_put(x, where)
@@ -2312,7 +2312,7 @@ def put_batch(batch: dict) -> dict:
     if mesh.empty:
         return jax.tree.map(jnp.asarray, batch)
     spread = lambda x: PartitionSpec() if len(x) % mesh.shape["data"] else PartitionSpec("data")
-    return jax.tree.map(lambda x: place(x, NamedSharding(mesh, spread(x))), batch)
+    return jax.tree.map(lambda x: put_array(x, NamedSharding(mesh, spread(x))), batch)
 
 
 def to_numpy(tree):
@@ -2329,8 +2329,8 @@ def to_numpy(tree):
 
 
 def own_rows(rows):
-    """The rows of a batch that this process turns into text and gives to reward functions and judges: with several
-    processes each takes its share, so that a judge reads every answer once."""
+    """The rows of a batch whose texts this process gives to functions (rewards, gold, judges): with several processes
+    each takes its share, so that every answer is read once."""
     share = len(rows) // jax.process_count()
     return rows[jax.process_index() * share :][:share]
 
@@ -2399,14 +2399,6 @@ def cast(tree, dtype):
     return jax.tree.map(lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
 
 
-def cast_outside(model: "GPT", dtype):
-    """`cast`; on a CPU but for the blocks, each of which `GPT.scan_blocks` casts when it comes to it: no copy of all of
-    them. Devices that share the weights would send twice the bytes to each other that way."""
-    if jax.default_backend() != "cpu":
-        return cast(model, dtype)
-    return dataclasses.replace(cast(dataclasses.replace(model, blocks=None), dtype), blocks=model.blocks)
-
-
 def cast_layers(block: "Block", dtype):
     """`cast` of a block's layers; not of small integers with scales of their own."""
     own = lambda x: isinstance(x, (Linear, Norm, LoraLinear))
@@ -2463,8 +2455,8 @@ def _matmul_backward(dtype, transposed, saved, g):
 
 
 def dot_tokens(a, b):
-    """a (N, I) and b (N, O) -> (I, O), summed over N. XLA:CPU's bf16 kernel needs a transposed in memory; without the
-    barrier XLA would simplify the transposition away."""
+    """a (B T, I) and b (B T, O) -> (I, O), summed over all tokens. XLA:CPU's bf16 kernel needs a transposed in memory;
+    without the barrier XLA would simplify the transposition away."""
     if a.dtype == jnp.bfloat16 and jax.default_backend() == "cpu":
         if a.shape[1] > b.shape[1]:  # the narrow one is transposed, and the product
             return lax.optimization_barrier(dot_tokens(b, a)).T
@@ -2524,8 +2516,8 @@ def unembed(x, table, dtype):
 
 
 @jax.custom_vjp
-def logprobs_of_logits(logits: Float[Array, "*N V"], targets: Int[Array, "*N"]):
-    """(log p(targets), entropy), each (*N), of softmax(logits). The backward pass is written out, because JAX's own
+def logprobs_of_logits(logits: Float[Array, "*rows V"], targets: Int[Array, "*rows"]):
+    """(log p(targets), entropy), each (*rows), of softmax(logits). The backward pass is written out, because JAX's own
     would compute the exponentials again and scatter into an array of zeros."""
     return _logprobs_forward(logits, targets)[0]
 
@@ -2575,7 +2567,7 @@ def inverse_cdf(p: Float[Array, "B V"], u: Float[Array, " B"]) -> Int[Array, " B
 
 
 def flash_attention(q, k, v, visible, causal):
-    """`attention` by cuDNN, which never writes the scores (T, S) to memory. It needs even lengths, hence a place that
+    """`attention` by cuDNN, which never writes the scores (T, S) to memory. It needs even lengths, hence a token that
     is added and cut off, and q, k, v and the mask spread alike over the devices."""
     (B, _, T, _), S = q.shape, k.shape[2]
     even = lambda x: jnp.pad(shard_batch(x, "tensor"), ((0, 0), (0, 0), (0, x.shape[2] % 2), (0, 0))).swapaxes(1, 2)
@@ -2598,9 +2590,9 @@ def has_flash_attention(q, k) -> bool:
 
 
 def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bool = False) -> Float[Array, "B T D"]:
-    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (N, Q) both.
+    """Hidden states of rows (B, T) that continue a `prefix`, whose real tokens `prefix_mask` marks, (P, Q) both.
 
-    The first B / N rows continue the first prefix, and so on. A prefix is computed once for its rows, which do not see
+    The first B / P rows continue the first prefix, and so on. A prefix is computed once for its rows, which do not see
     each other. A row is one document: its `segments` are 1, and 0 on padding.
     """
     layer, start = after_prefix(model, tokens, segments, prefix, prefix_mask)
@@ -2609,7 +2601,7 @@ def continue_prefix(model: GPT, tokens, segments, prefix, prefix_mask, remat: bo
 
 def after_prefix(model: GPT, tokens, segments, prefix, prefix_mask):
     """(layer, start) of `continue_prefix`: layer(carry, block) -> carry is one block, and a carry is (the rows' states
-    (B, T, D), the prefixes' (N, Q, D))."""
+    (B, T, D), the prefixes' (P, Q, D))."""
     repeat = lambda x: jnp.repeat(x, len(tokens) // len(prefix), axis=0)
     room = ((0, 0), (0, 0), (0, tokens.shape[1]), (0, 0))
     prefix_visible = causal_mask(prefix_mask)
@@ -2671,13 +2663,13 @@ def map_chunks(f, batch, chunks: int = 1):
 # 13. Optimiser, and means over held-out rows
 
 
-def schedule(lr: float, steps: int, warmup: int = 0, kind: str = "cosine", final: float = 0.0):
+def schedule(lr: float, steps: int, warmup: int = 0, decay: str = "cosine", final: float = 0.0):
     """Linear warm-up to lr, then cosine or linear decay, so that a step after the last one would have final * lr."""
     rest = max(steps - warmup, 1)
     tails = dict(
         cosine=optax.cosine_decay_schedule(lr, rest, alpha=final), linear=optax.linear_schedule(lr, final * lr, rest)
     )
-    return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[kind]], [warmup])
+    return optax.join_schedules([optax.linear_schedule(lr / max(warmup, 1), lr, warmup), tails[decay]], [warmup])
 
 
 def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
@@ -2830,6 +2822,26 @@ def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False)
     return shard(cast(model, compute_dtype(dtype)))
 
 
+def normalize_scores(
+    model: ScoreModel, base, policy: str, prompts: "Batches", tokenizer: Tokenizer, key, samples: int, length: int
+) -> ScoreModel:
+    """The reward model with gain = 1 / std and bias = -gain * mean folded into its head: mean and std are those of its
+    scores of so many `samples`, responses of at most `length` tokens to the prompts, by the model in the folder
+    `policy`. `base` is what the body of `model` is an adapter on, None where it is none."""
+    sampler, scorer, scores = shard(load_policy(policy)[0]), attach(model, base), []
+    for i in range(-(-samples // prompts.batch_size)):
+        batch = put_batch(prompts(i))
+        out = generate(
+            sampler, batch["tokens"], batch["mask"], jax.random.fold_in(key, i), length, ends=tokenizer.end_ids,
+            pad=tokenizer.pad_id,
+        )  # fmt: skip
+        scores.append(score(scorer, batch["tokens"], batch["mask"], out.tokens, out.mask, tokenizer.end_ids))
+    scores = np.concatenate(to_numpy(scores))[:samples]
+    mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
+    print(f"scores of {len(scores)} samples of {policy}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
+    return dataclasses.replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+
+
 class Reward(NamedTuple):
     """What scores responses: one frozen reward model, the members of an ensemble, or a function."""
 
@@ -2870,28 +2882,28 @@ def check_scores(scores, n: int) -> np.ndarray:
 
 
 def to_number(value) -> float:
-    """A judge's verdict; NaN where it is no number: None, words, infinity."""
+    """What a function said of one answer; NaN where it is no number: None, words, infinity."""
     with suppress(TypeError, ValueError):
         number = np.nan if isinstance(value, str | bytes) else float(value)
         return number if np.isfinite(number) else np.nan
     return np.nan
 
 
-def judgements(values) -> list[dict]:
-    """What a judge returned for each response, a float ("gold") or a dict of named floats, as dicts of the same names,
-    NaN where there is no verdict."""
+def read_gold(values) -> list[dict]:
+    """What a gold function returned for each response, a float ("gold") or a dict of named floats, as dicts of the same
+    names, NaN where it said nothing."""
     said = list(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else None
     if said is None or any(np.ndim(value) for value in said):
-        raise ValueError(f"a judge must return a float or a dict of floats a response, not {values!r:.200}")
+        raise ValueError(f"a gold function must return a float or a dict of floats a response, not {values!r:.200}")
     rows = [value if isinstance(value, dict) else {"gold": value} for value in said]
     names = dict.fromkeys(name for row in rows for name in row)
     return [{name: to_number(row.get(name)) for name in names} for row in rows]
 
 
-def mean_judgements(values, prefix: str) -> dict[str, float]:
-    """The mean of each named float that judges returned, over all processes, and how many responses lack one: those
-    count for nothing."""
-    rows, means = judgements(values), {}
+def mean_gold(values, prefix: str) -> dict[str, float]:
+    """The mean of each named float that a gold function returned, over all processes, and how many responses lack one:
+    those count for nothing."""
+    rows, means = read_gold(values), {}
     for name in rows[0]:
         numbers = gather_rows([row[name] for row in rows])
         told = np.isfinite(numbers)

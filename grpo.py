@@ -81,7 +81,7 @@ class Config:
     clip: tuple[float, float] = (0.2, 0.2)  # how far below and above 1 a probability ratio counts
     missing_eos: float | None = 2.0  # price of not ending: the score becomes min(score, 0) - this; None: it stays
 
-    monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
+    gold: str | None = "toy:parts"  # module:function that knows the truth: logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
     remat: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 0
@@ -154,12 +154,20 @@ def chunks(config: Config) -> int:
 # ------------------------------------------------------------------------------------- 2 what policy and reference say
 
 
+def cast_outside(model: gpt.GPT, dtype) -> gpt.GPT:
+    """`gpt.cast`, on a CPU of all but the blocks: `gpt.GPT.scan_blocks` casts each of these in its turn, without a
+    copy of all of them. Devices that share weights would send each other twice the bytes that way."""
+    if jax.default_backend() != "cpu":
+        return gpt.cast(model, dtype)
+    return replace(gpt.cast(replace(model, blocks=None), dtype), blocks=model.blocks)
+
+
 def response_states(model: gpt.GPT, rollout: Rollout, config: Config):
     """(the model in the precision it computes in, its hidden states where response tokens are predicted (P K, T, D)). A
     group's prompt is computed once: its last token predicts the first of each response."""
     P, K, T = rollout.responses.shape
     flat = lambda x: x.reshape(P * K, T)
-    model = gpt.cast_outside(model, gpt.compute_dtype(config.dtype))
+    model = cast_outside(model, gpt.compute_dtype(config.dtype))
     before = lambda first, then: jnp.concatenate([jnp.repeat(first[:, -1:], K, axis=0), flat(then)[:, :-1]], 1)
     tokens, segments = before(rollout.queries, rollout.responses), before(rollout.query_mask, rollout.mask)
     prefix, prefix_mask = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in rollout[:2])  # never of width 0
@@ -230,23 +238,22 @@ def distillation_advantages(logprobs, teacher_logprobs, mask):
 
 @partial(jax.jit, static_argnames="config")
 def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Steps 2 and 3: (the whole Rollout, metrics). Where there is one optimiser step on it, `update` does what concerns
-    the policy, whose states it computes in any case, and here is only the reference asked."""
-    grouped = lambda x: x.reshape(*scores.shape, *x.shape[1:])
-    tokens, mask, sampled_logprobs = (grouped(x) for x in generation)
+    """Phases 2 and 3: (the whole Rollout, metrics). Where one optimiser step learns from it, the policy is not asked
+    here: `update` computes its states in any case, and does what is left of both phases."""
+    tokens, mask, sampled_logprobs = (x.reshape(*scores.shape, -1) for x in generation)
     rollout = Rollout(batch["tokens"], batch["mask"], tokens, mask, sampled_logprobs, scores)
-    if learned_once(config):
-        _, ref_hidden = response_states(ref, rollout, config)
-        return rollout._replace(ref_hidden=grouped(ref_hidden)), {}
+    once = learned_once(config)
 
     def ask_models(rollout):
-        policy_says = response_states(gpt.attach(policy, base), rollout, config)
         ref_says = response_states(ref, rollout, config)
-        return compare(*policy_says, *ref_says, rollout, config), ref_says[1].reshape(*rollout.mask.shape, -1)
+        policy_says = None if once else response_states(gpt.attach(policy, base), rollout, config)
+        said = None if once else compare(*policy_says, *ref_says, rollout, config)
+        return said, ref_says[1].reshape(*rollout.mask.shape, -1)
 
     said, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
-    rollout = rollout._replace(ref_hidden=ref_hidden if config.teacher and config.kl == "loss" else None)
-    return weigh(rollout, said, config)
+    if once or (config.teacher and config.kl == "loss"):
+        rollout = rollout._replace(ref_hidden=ref_hidden)
+    return (rollout, {}) if once else weigh(rollout, said, config)
 
 
 def learned_once(config: Config) -> bool:
@@ -415,11 +422,13 @@ def update(state: State, base, ref, rollout: Rollout, rows, optimizer, config: C
 
     def loss_fn(policy, batch: Rollout):
         policy, hidden = response_states(gpt.attach(policy, base), batch, config)
-        if batch.logprobs is not None:
-            return rollout_loss(policy, hidden, policy_logprobs(policy, hidden, batch, config), batch, ref, config)
-        said = compare(policy, hidden, ref, batch.ref_hidden.reshape(hidden.shape), batch, config)
-        batch, metrics = weigh(batch, lax.stop_gradient(said), config)
-        loss, more = rollout_loss(policy, hidden, said[0], batch, ref, config)
+        if batch.logprobs is None:  # nobody has asked the policy yet: before this step it is the old one too
+            said = compare(policy, hidden, ref, batch.ref_hidden.reshape(hidden.shape), batch, config)
+            batch, metrics = weigh(batch, lax.stop_gradient(said), config)
+            logprobs = said[0]
+        else:
+            logprobs, metrics = policy_logprobs(policy, hidden, batch, config), {}
+        loss, more = rollout_loss(policy, hidden, logprobs, batch, ref, config)
         return loss, metrics | more
 
     batch = jax.tree.map(lambda x: gpt.shard_batch(x[rows]), rollout)
@@ -428,9 +437,9 @@ def update(state: State, base, ref, rollout: Rollout, rows, optimizer, config: C
     return State(*new), metrics
 
 
-def minibatches(step: int, config: Config):
+def minibatches(iteration: int, config: Config):
     """Groups of each optimiser step of an iteration: --epochs shuffled passes over the rollout."""
-    rng = np.random.default_rng((config.seed, step))
+    rng = np.random.default_rng((config.seed, iteration))
     for _ in range(config.epochs):
         groups = rng.permutation(config.batch_size // config.group_size)
         yield from groups.reshape(-1, config.minibatch_size // config.group_size)
@@ -468,7 +477,7 @@ def load_reward(config: Config, tokenizer, base) -> gpt.Reward:
 # ------------------------------------------------------------------------------------- main
 
 
-def check(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The defaults that depend on others, and complaints about what does not go together."""
     K = config.group_size
     if K < 2 or config.minibatch_size % K:
@@ -494,10 +503,10 @@ def check(config: Config) -> Config:
 
 
 def main(config: Config):
-    key, config = gpt.start(config.seed), check(config)
+    key, config = gpt.start(config.seed), resolve(config)
     policy, base, ref, tokenizer = load_models(config, key)
     reward = load_reward(config, tokenizer, base)
-    monitor = gpt.load_function(config.monitor) if config.monitor else None
+    gold = gpt.load_function(config.gold) if config.gold else None
     K = config.group_size
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size // K, config.prompt_length, config.seed
@@ -505,19 +514,19 @@ def main(config: Config):
 
     prompts.plan(config.steps)
     updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
-    lr = gpt.schedule(config.lr, config.steps * updates, kind="linear", final=0.1)
+    lr = gpt.schedule(config.lr, config.steps * updates, decay="linear", final=0.1)
     optimizer = gpt.adamw(lr, eps=1e-5)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(prompts.hashes, save_every=SAVE_EVERY, **vars(config))
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
-    for step in run.steps(first):
-        queries = prompts(step)
+    for iteration in run.steps(first):
+        queries = prompts(iteration)
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, iteration),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
             copies=K,
         )  # fmt: skip
@@ -530,20 +539,20 @@ def main(config: Config):
         rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         history = []
-        for minibatch in minibatches(step, config):
+        for minibatch in minibatches(iteration, config):
             state, losses = update(state, base, ref, rollout, minibatch, optimizer, config)
             history.append(losses)
 
         metrics = gpt.to_numpy(metrics | more | summarize_updates(history))
-        metrics["lr"] = float(lr(step * updates))
-        if monitor:
-            metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
-        if step % 10 == 0 or step == config.steps - 1:
+        metrics["lr"] = float(lr(iteration * updates))
+        if gold:
+            metrics |= gpt.mean_gold(gold(*texts, rows), "eval/")
+        if iteration % 10 == 0 or iteration == config.steps - 1:
             for prompt, response, score in list(zip(*texts, gpt.to_numpy(scores).ravel()))[:2]:
-                run.sample(step, prompt=prompt, response=response, score=float(score))
+                run.sample(iteration, prompt=prompt, response=response, score=float(score))
         watch(metrics)
-        run.log(step, metrics)
-        run.checkpoint(step, state)
+        run.log(iteration, metrics)
+        run.checkpoint(iteration, state)
     run.finish(state.policy, tokenizer, config.init)
 
 

@@ -262,14 +262,14 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 
 def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
-    step = lambda batch: eval_step(policy, ref, place(policy, ref, batch, config), config)
+    step = lambda batch: eval_step(policy, ref, put_rows(policy, ref, batch, config), config)
     metrics = gpt.heldout_means(batches, step, most)
     if config.loss == "kto":
         metrics = class_means(metrics)
     return {f"val/{name}": value for name, value in metrics.items()}
 
 
-def place(policy, ref, batch, config: Config):
+def put_rows(policy, ref, batch, config: Config):
     """The batch on the devices, with KTO's z0."""
     return gpt.put_batch(batch) | {"z0": find_z0(policy, ref, batch, config)}
 
@@ -364,7 +364,7 @@ def main(config: Config):
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        batch = place(gpt.attach(state.policy, base), ref, next(stream), config)
+        batch = put_rows(gpt.attach(state.policy, base), ref, next(stream), config)
         state, metrics = train_step(state, base, ref, batch, optimizer, config)
         metrics = (class_means(metrics) if kto else metrics) | {"lr": lr(step)}
         if heldout and ((step + 1) % config.eval_every == 0 or step + 1 == steps):

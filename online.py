@@ -23,8 +23,8 @@ Details that matter:
 4. Answers are sampled at temperature 1, of the whole softmax: of the distribution that the loss is about.
 
     python online.py                                                 # out/sft + out/reward -> out/online
-    python online.py --reward mine:brevity --monitor None            # def brevity(prompts, responses, rows) -> floats
-    python online.py --judge mine:prefer --monitor None              # def prefer(prompts, a, b, rows) -> P(a is better)
+    python online.py --reward mine:brevity --gold None            # def brevity(prompts, responses, rows) -> floats
+    python online.py --judge mine:prefer --gold None              # def prefer(prompts, a, b, rows) -> P(a is better)
     RLAIF_JUDGE=out/judge python online.py --init out/sl-cai --judge rlaif:preference       # see rlaif.py
     python online.py --init out/dpo --ref out/sft --batch-size 2048 --minibatch-size 32 --candidates 4 --steps 3
 """
@@ -64,7 +64,7 @@ class Config:
     clip_norm: float = 1.0  # of the global gradient
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
-    monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
+    gold: str | None = "toy:parts"  # module:function that knows the truth: logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and sampling
     remat: bool = False  # recompute activations in the backward pass
     seed: int = 0
@@ -274,7 +274,7 @@ def main(config: Config):
     policy, tokenizer = gpt.load_policy(config.init)
     gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     reward, judge = load_reward(config, tokenizer), gpt.load_function(config.judge) if config.judge else None
-    monitor = gpt.load_function(config.monitor) if config.monitor else None
+    gold = gpt.load_function(config.gold) if config.gold else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
         skip_bad=config.skip_bad_rows,
@@ -291,14 +291,14 @@ def main(config: Config):
     run = gpt.Run(prompts.hashes, **vars(config))
     state, first = run.restore(state)
     stream = prompts.stream(first, config.steps)
-    for step in run.steps(first):
+    for iteration in run.steps(first):
         batch = next(stream)
         # 1 answers to each prompt, of the policy as it is now
         sampler = gpt.attach(state.policy, base)
-        rollout = sample(sampler, tokenizer, prompts, batch, jax.random.fold_in(key, step), config)
+        rollout = sample(sampler, tokenizer, prompts, batch, jax.random.fold_in(key, iteration), config)
         # 2 a pair of them, and how likely its first answer is the better one
         pairs, metrics = make_pairs(reward, judge, rollout, tokenizer, config)
-        if step == 0 and not pairs.weight.any():
+        if iteration == 0 and not pairs.weight.any():
             raise ValueError(
                 f"none of {config.batch_size} prompts had two usable answers of different score: raise --candidates or "
                 "--response-length, or --keep-truncated where the model rarely ends (or the judge gave no verdict)"
@@ -312,15 +312,15 @@ def main(config: Config):
 
         metrics |= {name: sum(losses[name] for losses in history) / updates for name in history[0]}
         # of the first minibatch alone, when the policy was still the one that wrote the answers
-        metrics |= {"objective/kl": history[0]["objective/kl"], "lr": lr(step * updates)}
-        if monitor:
+        metrics |= {"objective/kl": history[0]["objective/kl"], "lr": lr(iteration * updates)}
+        if gold:
             own = [gpt.own_rows(x[:: config.candidates]) for x in (rollout.prompts, rollout.answers, rollout.rows)]
-            metrics |= gpt.mean_judgements(monitor(*own), "eval/")
-        if step % config.sample_every == 0 or step == config.steps - 1:
+            metrics |= gpt.mean_gold(gold(*own), "eval/")
+        if iteration % config.sample_every == 0 or iteration == config.steps - 1:
             a, b = (rollout.answers[i] for i in pairs.items[0])
-            run.sample(step, prompt=rollout.prompts[0], a=a, b=b, p=float(pairs.p[0]))
-        run.log(step, metrics)
-        run.checkpoint(step, state)
+            run.sample(iteration, prompt=rollout.prompts[0], a=a, b=b, p=float(pairs.p[0]))
+        run.log(iteration, metrics)
+        run.checkpoint(iteration, state)
     run.finish(state.policy, tokenizer, config.init)
 
 

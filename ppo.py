@@ -37,7 +37,7 @@ Choices where code bases disagree:
     python ppo.py                                                      # out/sft + out/reward -> out/ppo
     python ppo.py --lora-rank 16 --reward out/reward-lora --out out/ppo-lora   # after reward.py --lora-rank (see there)
     python ppo.py --reward mine:brevity --out out/brief                # def brevity(prompts, responses, rows) -> floats
-    python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --monitor None
+    python ppo.py --init out/hh-sft --reward out/hh-reward --data data/hh/prompts.jsonl --out out/hh-ppo --gold None
 
 The defaults are the toy world's: README.md has the lengths and rates for a model of your own. Metrics have TRL's names,
 in which `val/` and `eval/` are no held-out data: all of it is of the rollout.
@@ -83,7 +83,7 @@ class Config:
     missing_eos: float | None = 2.0  # price of not ending: the score becomes min(score, 0) - this; None: it stays
     combine: Literal["mean", "worst", "uwo"] = "mean"  # scores of an ensemble; uwo: mean - variance / 2
 
-    monitor: str | None = "toy:parts"  # module:function logged as eval/gold, never trained on
+    gold: str | None = "toy:parts"  # module:function that knows the truth: logged as eval/gold, never trained on
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of activations, frozen models and rollouts
     remat: bool = False  # recompute activations in the backward pass: less memory, a third more time
     seed: int = 0
@@ -376,18 +376,18 @@ def wait_if_many(results):
     return jax.block_until_ready(results) if jax.process_count() > 1 else results
 
 
-def minibatches(step: int, config: Config):
+def minibatches(iteration: int, config: Config):
     """Rows of each optimiser step of an iteration: --epochs shuffled passes over the rollout."""
-    rng = np.random.default_rng((config.seed, step))
+    rng = np.random.default_rng((config.seed, iteration))
     for _ in range(config.epochs):
         yield from rng.permutation(config.batch_size).reshape(-1, config.minibatch_size)
 
 
-def at_step(opt_state, step: int):
-    """The state of an optimiser with its learning rate at `step` of the schedule, however many steps it has taken: the
-    rest of a rollout's minibatches may be skipped, and the rate still ends where it should."""
+def at_update(opt_state, update: int):
+    """The state of an optimiser with the learning rate of optimiser step number `update`, however many steps it has
+    taken: the rest of a rollout's minibatches may be skipped, and the rate still ends where it should."""
     is_schedule = lambda x: isinstance(x, optax.ScaleByScheduleState)
-    at = lambda count: gpt.place(np.asarray(step, count.dtype), count.sharding)
+    at = lambda count: gpt.put_array(np.asarray(update, count.dtype), count.sharding)
     move = lambda x: x._replace(count=at(x.count)) if is_schedule(x) else x
     return jax.tree.map(move, opt_state, is_leaf=is_schedule)
 
@@ -427,7 +427,7 @@ def make_critic(policy, base, reward_models: list, key):
 # ------------------------------------------------------------------------------------- main
 
 
-def check(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The defaults that depend on others, and complaints about what does not go together."""
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
@@ -439,12 +439,12 @@ def check(config: Config) -> Config:
 
 
 def main(config: Config):
-    key, config = gpt.start(config.seed), check(config)
+    key, config = gpt.start(config.seed), resolve(config)
     policy, base, ref, tokenizer = load_models(config, key)
     reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
     critic, critic_from = make_critic(policy, base, reward.models, key)
     reward = reward._replace(models=[gpt.attach(model, base) for model in reward.models])
-    monitor = gpt.load_function(config.monitor) if config.monitor else None
+    gold = gpt.load_function(config.gold) if config.gold else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
         skip_bad=config.skip_bad_rows,
@@ -453,7 +453,7 @@ def main(config: Config):
     prompts.plan(config.steps)
     updates = config.epochs * (config.batch_size // config.minibatch_size)  # optimiser steps an iteration
     lr, critic_lr = (
-        gpt.schedule(x, config.steps * updates, kind="linear", final=0.1) for x in (config.lr, config.critic_lr)
+        gpt.schedule(x, config.steps * updates, decay="linear", final=0.1) for x in (config.lr, config.critic_lr)
     )
     policy_optimizer, critic_optimizer = (gpt.adamw(x, eps=1e-5) for x in (lr, critic_lr))
     policy_opt, critic_opt = gpt.shard((policy_optimizer.init(policy), critic_optimizer.init(critic)))
@@ -462,27 +462,27 @@ def main(config: Config):
     run = gpt.Run(prompts.hashes, dict(critic=critic_from), **vars(config))
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
-    for step in run.steps(first):
-        queries = prompts(step)
+    for iteration in run.steps(first):
+        queries = prompts(iteration)
         batch = gpt.put_batch(queries)
         # 1 sample and score
         generation = gpt.generate(
-            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, step),
+            sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, iteration),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
         rows = gpt.own_rows(prompts.rows(queries))
         texts = gpt.own_texts(tokenizer, queries, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
-        if step == 0:  # or every EOS would seem to earn the mean score (choice 6)
+        if iteration == 0:  # or every EOS would seem to earn the mean score (choice 6)
             state = state._replace(critic=replace(state.critic, bias=scores.mean()))
         # 2, 3 what the models say of every response token; rewards and advantages
         rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches
         # an iteration has its own learning rates, also after one that --target-kl ended early
-        opts, history = at_step((state.policy_opt, state.critic_opt), step * updates), []
+        opts, history = at_update((state.policy_opt, state.critic_opt), iteration * updates), []
         state = state._replace(policy_opt=opts[0], critic_opt=opts[1])
-        for minibatch in minibatches(step, config):
+        for minibatch in minibatches(iteration, config):
             args = base, rollout, minibatch
             critic, critic_opt, losses = wait_if_many(
                 update_critic(state.critic, state.critic_opt, *args, critic_optimizer, config)
@@ -496,15 +496,15 @@ def main(config: Config):
                 break
 
         metrics = gpt.to_numpy(metrics | more | summarize_updates(history, config.target_kl))
-        metrics["lr"] = float(lr(step * updates))
-        if monitor:
-            metrics |= gpt.mean_judgements(monitor(*texts, rows), "eval/")
-        if step % 10 == 0 or step == config.steps - 1:
+        metrics["lr"] = float(lr(iteration * updates))
+        if gold:
+            metrics |= gpt.mean_gold(gold(*texts, rows), "eval/")
+        if iteration % 10 == 0 or iteration == config.steps - 1:
             for prompt, response, score in list(zip(*texts, gpt.to_numpy(scores)))[:2]:
-                run.sample(step, prompt=prompt, response=response, score=float(score))
+                run.sample(iteration, prompt=prompt, response=response, score=float(score))
         watch(metrics)
-        run.log(step, metrics)
-        run.checkpoint(step, state)
+        run.log(iteration, metrics)
+        run.checkpoint(iteration, state)
     run.finish(state.policy, tokenizer, config.init)
 
 

@@ -188,35 +188,26 @@ def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: C
     return features
 
 
-def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key) -> gpt.ScoreModel:
-    """As in reward.py: gain and bias with which the scores of the policy's samples have mean 0 and deviation 1."""
-    policy = gpt.shard(gpt.load_policy(config.normalize_with)[0])
-    size = min(config.normalize_samples, 128, sum(load_prompts(config, tokenizer, 1).sizes))
-    prompts, scores = load_prompts(config, tokenizer, size), []
-    for i in range(-(-config.normalize_samples // size)):
-        batch = gpt.put_batch(prompts(i))
-        out = gpt.generate(
-            policy, batch["tokens"], batch["mask"], jax.random.fold_in(key, i), config.response_length,
-            ends=tokenizer.end_ids, pad=tokenizer.pad_id,
-        )  # fmt: skip
-        scores.append(gpt.score(model, batch["tokens"], batch["mask"], out.tokens, out.mask, tokenizer.end_ids))
-    scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
-    mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
-    print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
-    return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
+    """The model, so scaled and shifted that its scores of the samples of --normalize-with have mean 0 and standard
+    deviation 1. `base` is what its body is an adapter on, None where it is none."""
+    prompts, settings = load_prompts(config, tokenizer), (config.normalize_samples, config.response_length)
+    return gpt.normalize_scores(model, base, config.normalize_with, prompts, tokenizer, key, *settings)
 
 
-def load_prompts(config: Config, tokenizer, size: int) -> gpt.Batches:
-    """The prompts of --normalize-data that leave room for a response, in batches of `size`."""
+def load_prompts(config: Config, tokenizer) -> gpt.Batches:
+    """The prompts of --normalize-data that leave room for a response."""
     longest = config.length - config.response_length
-    return gpt.Batches(config.normalize_data, "prompts", tokenizer, size, longest, config.seed)
+    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, 128, longest, config.seed)
+    prompts.batch_size = min(prompts.batch_size, config.normalize_samples, sum(prompts.sizes))
+    return prompts
 
 
 def suffix_ids(config: Config, tokenizer) -> tuple:
     return tuple(tokenizer.encode(config.suffix, after="\n")) if config.suffix else ()
 
 
-def complete(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The settings that follow others: whose samples scores are normalised on, and which prompts these answer. The
     toy's pretrained model continues texts, and cannot answer: there it is the SFT model."""
     if config.normalize_with == "auto":
@@ -230,12 +221,12 @@ def main(config: Config):
     if jax.process_count() > 1:
         raise ValueError("probe.py fits its head in one process: start one alone")
     gpt.check_batch_size(config.batch_size)
-    config = complete(config)
+    config = resolve(config)
     body, tokenizer = gpt.load_policy(config.init)
     suffix = suffix_ids(config, tokenizer)
     if config.normalize_with:  # what is needed after the features is there before them
         gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
-        load_prompts(config, tokenizer, 1)
+        load_prompts(config, tokenizer)
     batches = gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed, suffix=suffix,
         skip_bad=config.skip_bad_rows, split_prompts=True,

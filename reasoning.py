@@ -4,7 +4,7 @@
     python reasoning.py --tasks chain_sum spell_backward         # writes data/reasoning: prompts, and held-out ones
     python grpo.py     --init models/mine --data data/reasoning/prompts.jsonl --reward reasoning:score ...
     python evaluate.py --models models/mine out/grpo --data data/reasoning/prompts-heldout.jsonl \
-        --judge reasoning:judge ...
+        --gold reasoning:gold ...
 
 A row is the puzzle, {"question", "answer", "metadata"}, with a "prompt" that asks for the result inside <answer> tags
 and the task as its "kind". What stands in the last pair of tags is scored by the task's own scorer, in [0, 1]. A
@@ -89,7 +89,7 @@ def score(prompts: list[str], responses: list[str], rows: list[dict]) -> list[fl
     return [score_one(row, answers[-1]) if answers else 0.0 for row, answers in zip(rows, found, strict=True)]
 
 
-def judge(prompts: list[str], responses: list[str], rows: list[dict]) -> list[dict]:
+def gold(prompts: list[str], responses: list[str], rows: list[dict]) -> list[dict]:
     """The same as "gold" and under the task's name, and whether there was one pair of tags: for evaluate.py."""
     scores, forms = score(prompts, responses, rows), form(prompts, responses, rows)
     return [{"gold": s, row["kind"]: s, "form": f} for s, f, row in zip(scores, forms, rows, strict=True)]

@@ -200,28 +200,18 @@ def make_optimizer(config: Config, steps: int):
 
 
 def normalize(model: gpt.ScoreModel, tokenizer, config: Config, key, base=None) -> gpt.ScoreModel:
-    """The model with gain = 1 / std and bias = -gain * mean folded into its head: mean and std are those of its scores
-    of the reference policy's samples. `base` is what its body is an adapter on, None where it is none."""
-    policy = gpt.shard(gpt.load_policy(config.normalize_with)[0])
-    size = min(config.normalize_samples, 128, sum(load_prompts(config, tokenizer, 1).sizes))
-    prompts, scores, scorer = load_prompts(config, tokenizer, size), [], gpt.attach(model, base)
-    for i in range(-(-config.normalize_samples // size)):
-        batch = gpt.put_batch(prompts(i))
-        out = gpt.generate(
-            policy, batch["tokens"], batch["mask"], jax.random.fold_in(key, i), config.response_length,
-            ends=tokenizer.end_ids, pad=tokenizer.pad_id,
-        )  # fmt: skip
-        scores.append(gpt.score(scorer, batch["tokens"], batch["mask"], out.tokens, out.mask, tokenizer.end_ids))
-    scores = np.concatenate(gpt.to_numpy(scores))[: config.normalize_samples]
-    mean, gain = scores.mean(), 1 / max(scores.std(), 1e-6)  # population std
-    print(f"scores of {len(scores)} samples of {config.normalize_with}: mean {mean:.3f}, std {1 / gain:.3f} -> 0, 1")
-    return replace(model, head=model.head * gain, bias=(model.bias - mean) * gain)
+    """The model, so scaled and shifted that its scores of the samples of --normalize-with have mean 0 and standard
+    deviation 1. `base` is what its body is an adapter on, None where it is none."""
+    prompts, settings = load_prompts(config, tokenizer), (config.normalize_samples, config.response_length)
+    return gpt.normalize_scores(model, base, config.normalize_with, prompts, tokenizer, key, *settings)
 
 
-def load_prompts(config: Config, tokenizer, size: int) -> gpt.Batches:
-    """The prompts of --normalize-data that leave room for a response, in batches of `size`."""
+def load_prompts(config: Config, tokenizer) -> gpt.Batches:
+    """The prompts of --normalize-data that leave room for a response."""
     longest = config.length - config.response_length
-    return gpt.Batches(config.normalize_data, "prompts", tokenizer, size, longest, config.seed)
+    prompts = gpt.Batches(config.normalize_data, "prompts", tokenizer, 128, longest, config.seed)
+    prompts.batch_size = min(prompts.batch_size, config.normalize_samples, sum(prompts.sizes))
+    return prompts
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
@@ -300,12 +290,12 @@ def correlation(a, b) -> float:
 
 def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teachers=(), own=None) -> dict:
     """What held-out pairs say about the reward model (of an ensemble: about the mean of its members). `own` is what
-    `pair_logprobs` gives."""
+    `heldout_logprobs` gives."""
     scores, taught, lengths, texts = score_pairs(members, teachers, batches, tokenizer)
     gaps, longer_by = scores[:, 0] - scores[:, 1], lengths[:, 0] - lengths[:, 1]  # of chosen over rejected
     n, correct, unequal = len(gaps), int((gaps > 0).sum()), longer_by != 0
-    order = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and judged on the other
-    temperature, judged = fit_temperature(gaps[order[: max(n // 2, 1)]]), gaps[order[n // 2 :]]
+    order = np.random.default_rng(1).permutation(n)  # the temperature is fitted on one half and tested on the other
+    temperature, rest = fit_temperature(gaps[order[: max(n // 2, 1)]]), gaps[order[n // 2 :]]
     result = {
         "pairs": n,
         "accuracy": correct / n,
@@ -316,9 +306,9 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
         "beside_length": compare_with_length(gaps, longer_by),
         "gap": float(gaps.mean()),
         "temperature": temperature,
-        "before": calibration(judged, 1.0),
-        "after": calibration(judged, temperature),
-        "reliability": {k: reliability(*present(judged / T)) for k, T in (("before", 1.0), ("after", temperature))},
+        "before": calibration(rest, 1.0),
+        "after": calibration(rest, temperature),
+        "reliability": {k: reliability(*present(rest / T)) for k, T in (("before", 1.0), ("after", temperature))},
         "score_mean": float(scores.mean()),
         "score_std": float(scores.std()),
         "correlation_with_length": correlation(scores.ravel(), lengths.ravel()),
@@ -413,7 +403,7 @@ def balanced_accuracy(right, longer_by) -> float:
     return float((right[longer_by > 0].mean() + right[longer_by < 0].mean()) / 2)
 
 
-def pair_logprobs(policy: str, config: Config, heldout: str, tokenizer):
+def heldout_logprobs(policy: str, config: Config, heldout: str, tokenizer):
     """What the model in the folder `policy` itself says of held-out pairs, in the order of the scores: log p of both
     answers and the numbers of their tokens, end included, (N, 2) each."""
     gpt.check_tokenizer_of(policy, tokenizer, config.report)
@@ -467,11 +457,11 @@ def compare_with_teacher(scores, taught) -> dict:
     }
 
 
-def compare_with_gold(scores, texts, judge) -> dict:
-    """Scores (N, 2) and labels against the truth: the gold of 2 N texts by `judge`, a number or a dict with one. Pairs
-    with a text that has no verdict are left out and counted, "unjudged"."""
+def compare_with_gold(scores, texts, function) -> dict:
+    """Scores (N, 2) and labels against the truth: `function` gives the gold of 2 N texts, a number or a dict with one.
+    Pairs with a text of which it says nothing are left out and counted, "unjudged"."""
     prompts, responses = zip(*texts)
-    said = gpt.judgements(judge(prompts, responses, [{}] * len(prompts)))
+    said = gpt.read_gold(function(prompts, responses, [{}] * len(prompts)))
     gold = np.array([x["gold"] for x in said]).reshape(-1, 2)
     told = np.isfinite(gold).all(1)
     if not told.any():
@@ -580,14 +570,14 @@ def check_inputs(config: Config, tokenizer):
     heldout = config.heldout or gpt.heldout_file(config.data)
     if config.normalize_with:
         gpt.check_tokenizer_of(config.normalize_with, tokenizer, config.init)
-        load_prompts(config, tokenizer, 1)
+        load_prompts(config, tokenizer)
     if heldout:
         gpt.open_text(heldout).close()
     if heldout and config.gold:
         gpt.load_function(config.gold)
 
 
-def complete(config: Config) -> Config:
+def resolve(config: Config) -> Config:
     """The settings that follow others: whose samples scores are normalised on, and which prompts these answer. The
     toy's pretrained model continues texts, and cannot answer: there it is the SFT model."""
     if config.normalize_with == "auto":
@@ -620,7 +610,7 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
     own = None
     if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
         policy = start_of(gpt.ensemble_folders(config.report)[0])
-        own = pair_logprobs(policy, config, heldout, tokenizer) if policy else None
+        own = heldout_logprobs(policy, config, heldout, tokenizer) if policy else None
         if own is None:
             print("the model that it was made from is not here: no comparison with that model's own log p")
     result = report(members, pairs, tokenizer, config, teachers, own)
@@ -635,7 +625,7 @@ def main(config: Config):
     if config.report:
         return write_report(*load_members(config), Path(config.report), config)
     gpt.check_batch_size(config.batch_size)
-    config = complete(config)
+    config = resolve(config)
     tokenizer = gpt.load_policy(config.init)[1]
     teachers = load_teachers(config, tokenizer)
     check_inputs(config, tokenizer)

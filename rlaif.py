@@ -22,7 +22,7 @@ They have no command line of their own. Any option below is given to them by an 
 capitals after RLAIF_: RLAIF_JUDGE=out/judge is --judge out/judge, RLAIF_COMPARE=pair is --compare pair.
 
 Choices where code bases disagree:
-1. Both orders of a pair are asked and averaged; the share of pairs where the judge sides with a place is reported.
+1. Both orders of a pair are asked and averaged; the share of pairs where the judge sides with a position is reported.
 2. Soft labels: the loss is cross-entropy to the judge's probability. After a chain of thought, which makes a judge too
    sure, probabilities are clamped to [0.4, 0.6] (Bai et al., section 4.1).
 3. The next revision starts from the last one, not from the first answer, and a principle is drawn anew for each. The
@@ -574,7 +574,7 @@ def reason(judge, texts, stops, seed: int) -> list[str]:
 
 
 def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: int, config: Config):
-    """P(a is better), NaN where the judge gave no verdict, and whether it sided with a place instead: (N,) each."""
+    """P(a is better), NaN where the judge gave no verdict, and whether it sided with a position instead: (N,) each."""
     if config.compare == "each":
         p_a, p_b = (approval(judge, prompts, answers, principles) for answers in (a, b))
         return 0.5 + (p_a - p_b) / 2, np.zeros(len(a), bool)
@@ -589,7 +589,7 @@ def prefer(judge, constitution: Constitution, prompts, a, b, principles, seed: i
 
 
 def both_orders(p_first, p_second, clamp=(0.0, 1.0)):
-    """(P(a is better), sided with a place): from P(the first option) with a shown first, and with b shown first.
+    """(P(a is better), sided with a position): from P(the first option) with a shown first, and with b shown first.
 
     Swapping a and b maps the result p to 1 - p, exactly."""
     p = np.clip((p_first + 1 - p_second) / 2, *clamp)
@@ -842,17 +842,17 @@ def run_label(config: Config):
     for i in parts:
         *columns, left_out = sample_twice(policy, tokenizer, prompts, i, key, config)
         principles = draw(constitution.principles, len(columns[0]), config.seed, i)
-        p, by_place = prefer(judge, constitution, *columns, principles, i, config)
+        p, by_position = prefer(judge, constitution, *columns, principles, i, config)
         rows = [pair_row(*row) for row in zip(*columns, p.tolist(), principles) if math.isfinite(row[3])]
         counts = {"pairs": len(rows), "equal or unfinished answers": left_out}
-        counts |= {"without a verdict": int(np.isnan(p).sum()), "sided with a place": int(by_place.sum())}
+        counts |= {"without a verdict": int(np.isnan(p).sum()), "sided with a position": int(by_position.sum())}
         parts.put(i, pairs=rows, counts=counts)
     done = parts.join()
     print_counts(done["counts"], judge)
     sure = np.mean([row["label_p"] for row in done["pairs"]])
     print(f"{len(done['pairs']):,} pairs in {config.out}/pairs.jsonl, mean P(chosen is better) {sure:.3f}")
     if config.compare == "pair":
-        print(f"sided with a place: {done['counts']['sided with a place'] / max(len(done['pairs']), 1):.1%}")
+        print(f"sided with a position: {done['counts']['sided with a position'] / max(len(done['pairs']), 1):.1%}")
     print_agreement(done["pairs"], config)
     print(f"next: python reward.py --data {config.out}/pairs.jsonl ... --out out/reward-ai, then ppo.py; or dpo.py")
 
@@ -895,7 +895,7 @@ def print_agreement(rows, config: Config):
     if not config.gold or not rows:
         return
     function = gpt.load_function(config.gold)
-    for part, (hits, n) in agreement(rows, lambda *args: gpt.judgements(function(*args))).items():
+    for part, (hits, n) in agreement(rows, lambda *args: gpt.read_gold(function(*args))).items():
         print(f"judge agrees with {config.gold} in {part:9} {share_of(hits, n)}")
 
 
@@ -908,11 +908,14 @@ def run_agree(config: Config):
     side = lambda name: [row[name] if isinstance(row[name], str) else row[name][-1]["content"] for row in rows]
     principles = draw(constitution.principles, len(rows), config.seed)
     prompts = [row["prompt"] for row in rows]
-    p, by_place = prefer(judge, constitution, prompts, side("chosen"), side("rejected"), principles, 0, config)
+    p, by_position = prefer(judge, constitution, prompts, side("chosen"), side("rejected"), principles, 0, config)
     told = np.isfinite(p)
     hits, n = int((p[told] > 0.5).sum()), int(told.sum())
     print(f"{path}: the judge agrees with the labels in {share_of(hits, n)}")
-    print(f"without a verdict {len(rows) - n:,}" + (f"; sided with a place {by_place[told].mean():.1%}" if n else ""))
+    print(
+        f"without a verdict {len(rows) - n:,}"
+        + (f"; sided with a position {by_position[told].mean():.1%}" if n else "")
+    )
     judged = [pair_row(*row) for row in zip(prompts, side("chosen"), side("rejected"), p.tolist(), principles)]
     print_agreement(list(itertools.compress(judged, told)), config)
     if isinstance(judge, EndpointJudge):

@@ -1,4 +1,4 @@
-"""A closed world of short dialogues whose judge is known, so that every claim about a run can be checked.
+"""A closed world of short dialogues whose truth is known, so that every claim about a run can be checked.
 
     python toy.py                       # writes data/toy: the rows of every stage, and the tokenizer
     python toy.py --disfluent 0.1       # a tenth of the pairs have a scrambled or repetitive side
@@ -8,14 +8,14 @@ what nobody can know (the honest answer is "i do not know .") or asks for help w
 Assistants answer rightly, wrongly, evasively, rudely, at length, make things up or comply with harm.
 
 - The world is finite. GRAMMAR holds every sentence an assistant can say, QUESTIONS every question a person can ask,
-  both written out in full from the tables below. Rows are drawn from them; the judge looks sentences up in them.
-- `gold(prompt, response)` is the judge of any text: six parts in [0, 1] and one scalar in [-1, 1], also called gold.
-  Scripts name it as module:function of lists of texts: toy:parts says all of that (--monitor, --judge, --gold), and
-  toy:score the scalar alone, as a reward is (ppo.py --reward toy:score: what PPO does when it is paid by the truth).
+  both written out in full from the tables below. Rows are drawn from them; gold looks sentences up in them.
+- `gold(prompt, response)` knows what any answer is worth: six parts in [0, 1], and one scalar in [-1, 1] that is also
+  called gold. Scripts name it as module:function of lists of texts: toy:parts says all of that (--gold), and toy:score
+  the scalar alone, as a reward is (ppo.py --reward toy:score: what PPO does when it is paid by the truth).
 - Labels of pairs and thumbs are sampled as people give them: from a Bradley-Terry model that is noisy (SHARPNESS) and
   a little too fond of long answers (LENGTH_BIAS). So a reward model can be over-optimised, and gold shows it.
-- In base text, most dialogues end with a critique: "Judge: right", "wrong" or "vague". THESE LABELS COME FROM THE GOLD
-  JUDGE (5% are replaced by another label at random). They are about the content alone: a rude or lengthy answer can be
+- In base text, most dialogues end with a critique: "Judge: right", "wrong" or "vague". THESE LABELS COME FROM GOLD
+  (5% are replaced by another label at random). They are about the content alone: a rude or lengthy answer can be
   right; where harm is asked for, declining is right and complying is wrong. Without critiques a small model learns to
   speak but not to check what is said, and a reward model built on it tells true from false facts no better than chance.
   base-weak.jsonl has hardly any critiques, for a reward model that is weak on purpose.
@@ -282,7 +282,7 @@ for _text, _question in QUESTIONS.items():
     POOL.setdefault((_question.heldout, _question.kind), []).append(_text)
 
 
-# ------------------------------------------------------------------------------------------------------- the judge
+# ------------------------------------------------------------------------------------------------------------ gold
 
 
 def read_question(prompt: str) -> Question:
@@ -363,13 +363,13 @@ def gold(prompt: str, response: str) -> dict[str, float]:
     return {"gold": max(-1.0, round(1 - cost, 6))} | parts
 
 
-def verdict(judged: dict[str, float]) -> str:
-    """What a perfect critic says of an answer that gold has judged, about the content alone: a word of VERDICTS."""
-    return "right" if judged["helpful"] > 0.9 else "vague" if judged["helpful"] > 0 else "wrong"
+def verdict(parts: dict[str, float]) -> str:
+    """What a perfect critic says about the content alone of an answer with these `parts`: a word of VERDICTS."""
+    return "right" if parts["helpful"] > 0.9 else "vague" if parts["helpful"] > 0 else "wrong"
 
 
 def parts(prompts: list[str], responses: list[str], rows: list[dict] | None = None) -> list[dict[str, float]]:
-    """`gold` of every response: what the scripts' judges are called with."""
+    """`gold` of every response: the function that scripts call with --gold."""
     return [gold(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
@@ -741,7 +741,7 @@ def main(config: Config) -> None:
 
 
 def write(path: Path, text: str) -> None:
-    import gpt  # here, so that the judge alone is imported without JAX
+    import gpt  # here, so that gold alone is imported without JAX
 
     gpt.write_atomic(path, lambda temporary: Path(temporary).write_text(text, encoding="utf-8", newline="\n"))
 

@@ -57,6 +57,6 @@ def test_the_control_that_pays_by_chance():
     assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
 
 
-@pytest.mark.parametrize("name", ["load_prompts", "suffix_ids", "complete"])
+@pytest.mark.parametrize("name", ["normalize", "load_prompts", "suffix_ids", "resolve"])
 def test_what_scores_are_normalised_on(name):
     assert inspect.getsource(getattr(probe, name)) == inspect.getsource(getattr(reward, name))

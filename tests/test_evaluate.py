@@ -17,7 +17,7 @@ import gpt
 import reward
 import sft
 
-JUDGE = '''
+SCORES = '''
 asked = []
 
 
@@ -61,7 +61,7 @@ def longer(prompts, a, b, rows):
 def world(words, tmp_path_factory):
     """Two model folders that disagree, and 7 prompts."""
     root = tmp_path_factory.mktemp("world")
-    (root / "my_judge.py").write_text(JUDGE)
+    (root / "my_scores.py").write_text(SCORES)
     tokenizer = gpt.load_tokenizer(words)
     config = gpt.make_config(vocab_size=16, context=32, layers=1, heads=2, dim=16)
     for name, seed in (("start", 0), ("trained", 1)):
@@ -87,7 +87,7 @@ def write_rows(path: Path, rows):
 def settings(world: Path, name: str, **options) -> evaluate.Config:
     plan = dict(
         models=(str(world / "start"), str(world / "trained")), ref=str(world / "start"), samples=7, batch_size=4,
-        data=str(world / "prompts.jsonl"), judge="my_judge:letters", out=world / name, response_length=5,
+        data=str(world / "prompts.jsonl"), gold="my_scores:letters", out=world / name, response_length=5,
     )  # fmt: skip
     return evaluate.Config(**plan | options)
 
@@ -105,8 +105,8 @@ def report(world):
             settings(
                 world,
                 "report",
-                reward="my_judge:late",
-                pairwise="my_judge:longer",
+                reward="my_scores:late",
+                pairwise="my_scores:longer",
                 best_of=(1, 2, 3, 4),
                 winners=world / "winners.jsonl",
                 **files,
@@ -116,12 +116,12 @@ def report(world):
     return json.loads((world / "report" / "summary.json").read_text())["models"]
 
 
-def test_every_prompt_counts_once_and_gold_is_the_mean_of_the_judge(report):
-    import my_judge
+def test_every_prompt_counts_once_and_gold_is_the_mean_of_its_function(report):
+    import my_scores
 
     assert [s["count"] for s in report.values()] == [7] * 6
     batches = iter(
-        my_judge.asked[2:]
+        my_scores.asked[2:]
     )  # after the baseline's: two of 4 for start sampled, greedy, trained sampled, greedy
     for s in (report["start"], report["start"]["greedy"], report["trained"], report["trained"]["greedy"]):
         pairs = (next(batches) + next(batches))[:7]  # the eighth row fills the batch
@@ -170,13 +170,13 @@ def test_the_report_holds_the_table_and_samples_of_both(report, world):
     assert evaluate.table(report) in text and "| prompt | start | trained |" in text
 
 
-def test_a_judge_may_say_nothing_of_an_answer(world, monkeypatch, capsys):
+def test_gold_may_say_nothing_of_an_answer(world, monkeypatch, capsys):
     monkeypatch.syspath_prepend(world)
     trained = (str(world / "trained"),)
-    evaluate.main(settings(world, "shy", judge="my_judge:shy", reward="my_judge:late", models=trained, best_of=(4,)))
-    import my_judge
+    evaluate.main(settings(world, "shy", gold="my_scores:shy", reward="my_scores:late", models=trained, best_of=(4,)))
+    import my_scores
 
-    passes = my_judge.asked[
+    passes = my_scores.asked[
         -2 * (1 + 2 + 4 + evaluate.START_DRAWS) :
     ]  # baseline, sampled, greedy, candidates, reference
     theirs, said = judged_of(passes, 0), judged_of(passes, 1)
@@ -190,14 +190,14 @@ def test_a_judge_may_say_nothing_of_an_answer(world, monkeypatch, capsys):
     assert row["win"]["gold"]["unjudged"] == 7 - len(both)
     assert f"| trained | gold | {7 - len(told)} |" in capsys.readouterr().out
     assert -1 <= summary["models"]["best-of-4"]["gold"] <= 1 and summary["reference"]["gold"] <= 1
-    with pytest.raises(ValueError, match="my_judge:silent gave no number for any answer of"):
-        monkeypatch.setattr(my_judge, "silent", lambda p, r, rows: [None] * len(r), raising=False)
-        evaluate.main(settings(world, "silent", judge="my_judge:silent"))
+    with pytest.raises(ValueError, match="my_scores:silent gave no number for any answer of"):
+        monkeypatch.setattr(my_scores, "silent", lambda p, r, rows: [None] * len(r), raising=False)
+        evaluate.main(settings(world, "silent", gold="my_scores:silent"))
 
 
-def test_a_judge_of_plain_numbers_sees_the_rows(world, monkeypatch):
+def test_gold_of_plain_numbers_sees_the_rows(world, monkeypatch):
     monkeypatch.syspath_prepend(world)
-    evaluate.main(settings(world, "numbers", judge="my_judge:numbers", models=(str(world / "start"),)))
+    evaluate.main(settings(world, "numbers", gold="my_scores:numbers", models=(str(world / "start"),)))
     summary = json.loads((world / "numbers" / "summary.json").read_text())["models"]
     assert summary["start"]["gold"] == pytest.approx((0 + 1 / 8 + 2 / 8 + 3 / 8 + 3 * 0.5) / 7)
 
@@ -318,10 +318,10 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
 
 
 def judged(start: int) -> list[tuple[str, str]]:
-    """The 7 (prompt, response) of the judge's questions from batch `start` on, 2 batches of 4 a pass."""
-    import my_judge
+    """The 7 (prompt, response) of what gold was asked from batch `start` on, 2 batches of 4 a pass."""
+    import my_scores
 
-    return judged_of(my_judge.asked[start:], 0)
+    return judged_of(my_scores.asked[start:], 0)
 
 
 def judged_of(batches, number: int) -> list[tuple[str, str]]:
@@ -445,7 +445,7 @@ def test_the_kl_bound_of_best_of_n_is_exact_where_all_samples_differ():
 
 
 def test_best_of_rows_are_expectations_over_the_candidates(report, world):
-    import my_judge
+    import my_scores
 
     rounds = [judged(CANDIDATES + 2 * i) for i in range(4)]
     assert len(set(map(tuple, rounds))) == 4  # each of other noise
@@ -453,7 +453,7 @@ def test_best_of_rows_are_expectations_over_the_candidates(report, world):
         expected = []
         for answers in zip(*rounds):
             texts = [text for _, text in answers]
-            expected.append(best_of_by_enumeration(my_judge.late(0, texts, 0), list(map(share_of_a, texts)), n))
+            expected.append(best_of_by_enumeration(my_scores.late(0, texts, 0), list(map(share_of_a, texts)), n))
         row = report[f"best-of-{n}"]
         assert row["gold"] == pytest.approx(np.mean(expected))
         assert row["kl"] == evaluate.best_of_n_kl(n) and row["kl_bound"]
@@ -461,7 +461,7 @@ def test_best_of_rows_are_expectations_over_the_candidates(report, world):
 
 
 def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report, world, tmp_path):
-    import my_judge
+    import my_scores
 
     rows = [json.loads(line) for line in (world / "winners.jsonl").read_text().splitlines()]
     tokenizer = gpt.load_tokenizer(world / "start")
@@ -473,7 +473,7 @@ def test_winners_are_the_best_complete_candidates_and_sft_trains_on_them(report,
         if won:
             texts = [text for _, text in answers]
             assert won["completion"] in texts and len(tokenizer.encode(won["completion"])) < 5  # and its EOS
-            worth = dict(zip(texts, my_judge.late(0, texts, 0)))
+            worth = dict(zip(texts, my_scores.late(0, texts, 0)))
             # what is worth more had no EOS within its five tokens
             better = [text for text in texts if worth[text] > worth[won["completion"]]]
             assert all(len(tokenizer.encode(text)) == 5 or not text.strip() for text in better)
@@ -615,20 +615,20 @@ def test_a_row_holds_what_pictures_need(report):
     assert report["start"]["run"] == {}
     lengths = report["trained"]["lengths"]
     assert sum(lengths) == 7 and np.arange(len(lengths)) @ lengths / 7 == pytest.approx(report["trained"]["length"])
-    alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its settings are no part of the judge's
+    alone = evaluate.table({"trained": report["trained"]}).splitlines()  # its settings are no part of what was measured
     assert alone[0] == evaluate.table(report).splitlines()[0]
 
 
 def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, capsys):
     monkeypatch.syspath_prepend(world)
-    import my_judge
+    import my_scores
 
     def asked(**options) -> int:
-        """How often the judge was asked, two batches a pass."""
-        before, mesh = len(my_judge.asked), jax.sharding.get_mesh()
-        evaluate.main(settings(world, "growing", reward="my_judge:late", **options))
+        """How often gold was asked, two batches a pass."""
+        before, mesh = len(my_scores.asked), jax.sharding.get_mesh()
+        evaluate.main(settings(world, "growing", reward="my_scores:late", **options))
         jax.set_mesh(mesh)
-        return (len(my_judge.asked) - before) // 2
+        return (len(my_scores.asked) - before) // 2
 
     read = lambda: json.loads((world / "growing" / "summary.json").read_text())
     start, trained = str(world / "start"), str(world / "trained")
@@ -704,7 +704,7 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     rows = [{"prompt": "Human: a", "chosen": a, "rejected": f"{b} {b}"} for a, b in letters.tolist()[:24]]
     write_rows(world / "pairs.jsonl", rows)
     pairs = gpt.Batches(str(world / "pairs.jsonl"), "pairs", tokenizer, 5, 32, 0, suffix=model.suffix)
-    measured = reward.report([model], pairs, tokenizer, SimpleNamespace(gold="my_judge:letters"))
+    measured = reward.report([model], pairs, tokenizer, SimpleNamespace(gold="my_scores:letters"))
     gpt.write_json(world / "rm" / "report.json", measured)
     evaluate.main(evaluate.Config(rewards=(str(world / "rm"),), out=world / "rewards"))
     found = json.loads((world / "rewards" / "rewards.json").read_text())["rm"]
@@ -721,10 +721,10 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     assert found["gold"]["clear_pairs"] == sum("a" in (row["chosen"], row["rejected"][0]) for row in rows)
 
 
-def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monkeypatch):
+def test_a_reward_model_rates_answers_beside_gold(world, reward_model, monkeypatch):
     monkeypatch.syspath_prepend(world)
     model, tokenizer = reward_model
-    options = dict(models=(str(world / "start"),), samples=4, judge=None, reward=str(world / "rm"))
+    options = dict(models=(str(world / "start"),), samples=4, gold=None, reward=str(world / "rm"))
     evaluate.main(settings(world, "rated", **options))
     summary = json.loads((world / "rated" / "summary.json").read_text())["models"]
     assert "gold" not in summary["start"] and summary["start"]["closed"] is None
@@ -737,8 +737,8 @@ def test_a_reward_model_rates_answers_beside_the_judge(world, reward_model, monk
         expected.append(float(jax.jit(gpt.ScoreModel.__call__)(model, jnp.array([tokens]), jnp.array([mask]))[0]))
     np.testing.assert_allclose(answers.numbers["reward"], expected, rtol=1e-4)
     assert summary["start"]["reward"] == pytest.approx(np.mean(expected), rel=1e-4)
-    options |= dict(judge=str(world / "rm"), reward="my_judge:late", models=(str(world / "start"),), best_of=(2,))
-    evaluate.main(settings(world, "by-model", **options))  # the model as the judge: of the best that another one picks
+    options |= dict(gold=str(world / "rm"), reward="my_scores:late", models=(str(world / "start"),), best_of=(2,))
+    evaluate.main(settings(world, "by-model", **options))  # the model as gold: of the best that another one picks
     judged = json.loads((world / "by-model" / "summary.json").read_text())["models"]
     assert judged["start"]["gold"] == pytest.approx(np.mean(expected), rel=1e-4) and "best-of-2" in judged
 
@@ -763,7 +763,7 @@ def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):
 def test_models_of_the_wrong_kind_are_named(world, reward_model, tmp_path):
     with pytest.raises(ValueError, match="start is a language model, not a reward model: train one with reward.py"):
         evaluate.set_exam(settings(world, "x", reward=str(world / "start")))
-    exam = evaluate.set_exam(settings(world, "x", judge=None))
+    exam = evaluate.set_exam(settings(world, "x", gold=None))
     with pytest.raises(ValueError, match="rm is a reward model, not a language model: give a folder.*--rewards"):
         evaluate.examine(exam, str(world / "rm"))
     spec = json.loads((world / "rm" / "tokenizer.json").read_text())
@@ -789,14 +789,14 @@ def test_every_flag_has_its_help():
 def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkeypatch, capsys):
     """Requests for harm and harmless prompts are answered apart; shares are means over the answers of one file."""
     monkeypatch.syspath_prepend(world)
-    import my_judge
+    import my_scores
 
-    seen, manners = [], my_judge.manners
+    seen, manners = [], my_scores.manners
     keep = lambda prompts, responses, rows: seen.append((prompts, responses)) or manners(prompts, responses, rows)
-    monkeypatch.setattr(my_judge, "manners", keep)
+    monkeypatch.setattr(my_scores, "manners", keep)
     write_rows(world / "bad.jsonl", [{"prompt": f"Human: a {w} Assistant:"} for w in "abcdefgh"])
     write_rows(world / "good.jsonl", [{"prompt": f"Human: h {w} Assistant:"} for w in "abcdefgh"])
-    files = dict(harmful=str(world / "bad.jsonl"), harmless=str(world / "good.jsonl"), conduct="my_judge:manners")
+    files = dict(harmful=str(world / "bad.jsonl"), harmless=str(world / "good.jsonl"), conduct="my_scores:manners")
     before = jax.sharding.get_mesh()
     evaluate.main(settings(world, "conduct", models=(str(world / "trained"),), samples=8, batch_size=8, **files))
     jax.set_mesh(before)
@@ -814,9 +814,9 @@ def test_conduct_counts_each_thing_on_the_prompts_that_it_is_about(world, monkey
     with pytest.raises(ValueError, match="go together"):
         evaluate.check(settings(world, "conduct", harmful="x"))
     with pytest.raises(ValueError, match="says nothing of declined, evaded"):
-        exam = evaluate.set_exam(settings(world, "conduct", samples=8, **files | {"conduct": "my_judge:polite"}))
+        exam = evaluate.set_exam(settings(world, "conduct", samples=8, **files | {"conduct": "my_scores:polite"}))
         monkeypatch.setattr(
-            my_judge, "polite", lambda p, r, rows: [{"harmless": 1.0, "helpful": 1.0}] * len(r), raising=False
+            my_scores, "polite", lambda p, r, rows: [{"harmless": 1.0, "helpful": 1.0}] * len(r), raising=False
         )
         evaluate.conduct(exam, exam.ref)
     jax.set_mesh(before)

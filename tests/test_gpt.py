@@ -17,6 +17,7 @@ from scipy import stats
 from scipy.special import log_softmax
 
 import gpt
+import grpo
 
 CLOSE = dict(rtol=1e-4, atol=1e-4)
 LMS = ["gpt2", "llama", "llama3", "llama_bias", "mistral", "qwen2", "qwen3", "qwen3_bias"]
@@ -444,7 +445,7 @@ def test_a_loop_over_layers_keeps_what_products_made_and_no_more(dtype):
         return jax.jit(step).lower(model, jax.ShapeDtypeStruct((8, 128), jnp.int32)).compile(), model
 
     def objective(model, tokens, remat):
-        return gpt.cast_outside(model, dtype)(tokens, remat=remat).astype(jnp.float32).var()
+        return grpo.cast_outside(model, dtype)(tokens, remat=remat).astype(jnp.float32).var()
 
     (few, _), (more, model), (again, _) = compiled(13), compiled(26), compiled(26, True)
     bytes_kept = (more.memory_analysis().temp_size_in_bytes - few.memory_analysis().temp_size_in_bytes) / 13

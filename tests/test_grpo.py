@@ -202,7 +202,7 @@ def world(**options):
     shape = gpt.make_config(7, 16, 1, 2, 16)
     policy, ref = noisy(shape, 0), noisy(shape, 1)
     settings = dict(dtype="float32", batch_size=8, minibatch_size=8, group_size=K, beta=0.1, response_length=5)
-    config = grpo.check(grpo.Config(**settings | options))
+    config = grpo.resolve(grpo.Config(**settings | options))
     tokens, segments = jnp.array([[PAD, PAD, PAD, 3], [1, 2, 5, 4]]), jnp.array([[0, 0, 0, 1], [1, 1, 1, 1]])
     batch = dict(tokens=tokens, mask=segments)
     return policy, ref, batch, sample(policy, batch, config), config

@@ -463,7 +463,7 @@ def judge(world):
 def ppo_options(world, name, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / "prompts.jsonl"),), out=world / name, steps=5, batch_size=16,
-        minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos=None, monitor=None,
+        minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos=None, gold=None,
         reward=(str(world / "judge"),), lora_rank=2, dtype="float32",
     )  # fmt: skip
     return ppo.Config(**plan | more)

@@ -69,7 +69,7 @@ def world(world_of_pairs):
 def settings(world, name, **options) -> online.Config:
     plan = dict(
         init=world.sft, data=(world.prompts,), out=world.root / name, reward="my_labels:yes", steps=3, batch_size=32,
-        minibatch_size=16, candidates=6, prompt_length=6, response_length=10, beta=0.5, lr=1e-2, warmup=1, monitor=None,
+        minibatch_size=16, candidates=6, prompt_length=6, response_length=10, beta=0.5, lr=1e-2, warmup=1, gold=None,
         dtype="float32", save_every=100,
     )  # fmt: skip
     return online.Config(**plan | options)

@@ -212,7 +212,7 @@ def test_a_report_shows_what_it_has_the_numbers_for():
     assert plot.shown(bare | {"models": {"a": row, "b": entry(0.5, 2.0, 0.6)}}) == ["frontier"]
     assert plot.shown(bare | {"best_of": {"n": [1]}}) == ["overoptimization"]
     unjudged = bare | {"reference": {"folder": "out/start", "gold": None}}
-    with pytest.raises(ValueError, match="it needs trained models and a judge"):
+    with pytest.raises(ValueError, match="it needs trained models and --gold"):
         plot.draw_frontier(unjudged, (), Path("frontier.png"))
 
 
@@ -264,5 +264,5 @@ def test_the_runs_table_finds_the_peak_of_gold(tmp_path):
 def test_a_run_that_nobody_watched_is_named(tmp_path):
     (tmp_path / "blind").mkdir()
     (tmp_path / "blind" / "metrics.jsonl").write_text('{"objective/kl_exact": 0.0, "objective/scores": 1.0}\n')
-    with pytest.raises(ValueError, match=r"blind is not a PPO run that was watched by a judge \(--monitor"):
+    with pytest.raises(ValueError, match=r"blind is not a PPO run that logged gold \(--gold"):
         plot.runs_table([tmp_path / "blind"])

@@ -37,7 +37,7 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-np.asarray(x, float)))
 
 
-dpo_loss = jax.jit(dpo.dpo_loss, static_argnames="kind")
+dpo_loss = jax.jit(dpo.dpo_loss, static_argnames="loss")
 ipo_loss, kto_loss, kto_z0 = jax.jit(ipo_kto.ipo_loss), jax.jit(ipo_kto.kto_loss), jax.jit(ipo_kto.kto_z0)
 
 
@@ -52,8 +52,8 @@ PAIR = [jnp.array([x]) for x in (-1.0, -2.0, -2.0, -1.5)]
     [
         (dict(), 0.386871, -0.160411),  # log(1 + e^-0.75); -0.5 sigmoid(-0.75)
         (dict(label_smoothing=0.1), 0.461871, -0.110411),  # 0.9 0.386871 + 0.1 1.136871; 0.5 (sigmoid(0.75) - 0.9)
-        (dict(label_smoothing=0.1, kind="robust"), 0.293121, -0.222911),  # (0.9 0.386871 - 0.1 1.136871) / 0.8
-        (dict(label_smoothing=0.0, kind="robust"), 0.386871, -0.160411),
+        (dict(label_smoothing=0.1, loss="robust"), 0.293121, -0.222911),  # (0.9 0.386871 - 0.1 1.136871) / 0.8
+        (dict(label_smoothing=0.0, loss="robust"), 0.386871, -0.160411),
     ],
 )
 def test_dpo_by_hand(options, value, slope):
@@ -85,9 +85,9 @@ def test_dpo_metrics_by_hand():
     np.testing.assert_allclose(weighted["rewards/margins"], 1 / 3, **CLOSE)
 
 
-def test_dpo_of_a_policy_that_is_its_reference_is_ln_2_whatever_the_kind():
+def test_dpo_of_a_policy_that_is_its_reference_is_ln_2_whatever_the_loss():
     same_pair = [PAIR[0], PAIR[1], PAIR[0], PAIR[1]]
-    for options in (dict(), dict(label_smoothing=0.3), dict(label_smoothing=0.3, kind="robust")):
+    for options in (dict(), dict(label_smoothing=0.3), dict(label_smoothing=0.3, loss="robust")):
         losses, metrics = dpo_loss(*same_pair, **options)
         np.testing.assert_allclose(losses, np.log(2), rtol=1e-6)
         assert metrics["rewards/accuracies"] == 0
@@ -108,25 +108,25 @@ def test_cdpo_pulls_large_margins_back_and_robust_dpo_has_no_floor(x64):
     """Two losses, not two names of one."""
     e, beta = 0.1, 0.5
     edge = np.log((1 - e) / e) / beta  # beta h = logit(1 - e)
-    slope = lambda h, kind: jax.grad(lambda x: dpo_loss(x, 0.0, 0.0, 0.0, beta, e, kind)[0].sum())(jnp.float64(h))
+    slope = lambda h, loss: jax.grad(lambda x: dpo_loss(x, 0.0, 0.0, 0.0, beta, e, loss)[0].sum())(jnp.float64(h))
     assert slope(edge - 0.1, "dpo") < 0 < slope(edge + 0.1, "dpo")
     np.testing.assert_allclose(slope(edge, "dpo"), 0, atol=1e-12)
     assert slope(edge + 50, "robust") < -0.05  # -beta e / (1 - 2 e), for ever
     # flipping a label with probability e and averaging gives the clean loss: robust is unbiased, cDPO is not
-    loss = lambda h, e, kind: dpo_loss(h, 0.0, 0.0, 0.0, beta, e, kind)[0]
+    value = lambda h, e, loss: dpo_loss(h, 0.0, 0.0, 0.0, beta, e, loss)[0]
     for h in (-3.0, 0.4, 7.0):
-        noisy = {kind: (1 - e) * loss(h, e, kind) + e * loss(-h, e, kind) for kind in ("dpo", "robust")}
-        np.testing.assert_allclose(noisy["robust"], loss(h, 0.0, "dpo"), rtol=1e-9)
-        assert abs(noisy["dpo"] - loss(h, 0.0, "dpo")) > 0.01
+        noisy = {loss: (1 - e) * value(h, e, loss) + e * value(-h, e, loss) for loss in ("dpo", "robust")}
+        np.testing.assert_allclose(noisy["robust"], value(h, 0.0, "dpo"), rtol=1e-9)
+        assert abs(noisy["dpo"] - value(h, 0.0, "dpo")) > 0.01
 
 
-def test_dpo_does_not_overflow_and_names_an_unknown_kind():
+def test_dpo_does_not_overflow_and_names_an_unknown_loss():
     big = jnp.array([1e4, -1e4])
     loss = lambda x: dpo_loss(x, 0 * x, 0 * x, 0 * x, 1.0)[0]
     np.testing.assert_allclose(loss(big), [0, 1e4])
     assert np.isfinite(jax.grad(lambda x: loss(x).sum())(big)).all()
-    with pytest.raises(ValueError, match="unknown kind 'cdpo': dpo or robust"):
-        dpo.dpo_loss(*PAIR, kind="cdpo")
+    with pytest.raises(ValueError, match="unknown loss 'cdpo': dpo or robust"):
+        dpo.dpo_loss(*PAIR, loss="cdpo")
 
 
 def test_ipo_by_hand():
@@ -604,7 +604,7 @@ def test_two_micro_batches_are_one_batch(world, name):
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
 def test_a_soft_label_is_the_pair_both_ways_round(world, name):
     module, config = (
-        (dpo, world.dpo("x", kind="robust", label_smoothing=0.2)) if name == "dpo" else (ipo_kto, world.ipo("x"))
+        (dpo, world.dpo("x", loss="robust", label_smoothing=0.2)) if name == "dpo" else (ipo_kto, world.ipo("x"))
     )
     batch = dict(world.batch("pairs")) | {"ref_logps": jnp.asarray(np.random.default_rng(0).normal(-9, 1, (16, 2)))}
     turned = {name: batch[name][:, ::-1] for name in ("tokens", "segments", "mask", "ref_logps")}
@@ -878,7 +878,7 @@ def strangers(world, tmp_path_factory):
         ("dpo", dict(ref="ref"), "ref has another tokenizer than .*Give a model that has the tokenizer of"),
         ("dpo", dict(ref="ref", precompute_ref=True), "ref has another tokenizer than"),
         ("ipo", dict(ref="ref"), "ref has another tokenizer than .*Give a model that has the tokenizer of"),
-        ("dpo", dict(label_smoothing=0.5, kind="robust"), "--label-smoothing 0.5: the share of wrong labels"),
+        ("dpo", dict(label_smoothing=0.5, loss="robust"), "--label-smoothing 0.5: the share of wrong labels"),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_named_with_what_to_do(world, strangers, name, options, message):

@@ -80,7 +80,7 @@ def test_the_last_tagged_answer_counts_and_what_cannot_be_read_scores_0(tmp_path
     }  # fmt: skip
     rows = [row] * len(texts)
     assert reasoning.score([""] * len(texts), list(texts), rows) == list(texts.values())
-    judged = reasoning.judge([""] * len(texts), list(texts), rows)
+    judged = reasoning.gold([""] * len(texts), list(texts), rows)
     assert [x["gold"] for x in judged] == [x["sums"] for x in judged] == list(texts.values())
     assert [x["form"] for x in judged] == [1, 0, 0, 0, 0, 1, 0, 0]
 

@@ -243,10 +243,10 @@ def test_a_function_judges_and_bad_ones_are_named(config):
 
 def test_each_answer_alone_ties_are_split(config):
     judge = rlaif.open_judge(replace(config, judge="test_rlaif:favour"))
-    p, by_place = rlaif.prefer(judge, None, ["p", "p"], ["c c c", "a"], ["a", "a"], [NICE, DULL], 0, config)
+    p, by_position = rlaif.prefer(judge, None, ["p", "p"], ["c c c", "a"], ["a", "a"], [NICE, DULL], 0, config)
     # P(good) is 0.4 against 0.1; equal answers leave it open
     np.testing.assert_allclose(p, [0.5 + (0.4 - 0.1) / 2, 0.5])
-    assert not by_place.any()
+    assert not by_position.any()
 
 
 def test_both_orders_cancel_the_place_and_swapping_answers_turns_p_around(config, world):
@@ -260,10 +260,10 @@ def test_both_orders_cancel_the_place_and_swapping_answers_turns_p_around(config
     judge = rlaif.open_judge(replace(config, judge="test_rlaif:favour"))
     judge.function = half
     pair, a, b = replace(config, compare="pair"), ["h h h", "a"], ["a", "a"]
-    p, by_place = rlaif.prefer(judge, constitution, ["Human: x Assistant:"] * 2, a, b, [NICE, DULL], 0, pair)
+    p, by_position = rlaif.prefer(judge, constitution, ["Human: x Assistant:"] * 2, a, b, [NICE, DULL], 0, pair)
     sigmoid = lambda x: 1 / (1 + math.exp(-x))
     np.testing.assert_allclose(p, [(sigmoid(3.7) + 1 - sigmoid(-2.3)) / 2, 0.5])
-    assert by_place.tolist() == [False, True]
+    assert by_position.tolist() == [False, True]
     swapped, _ = rlaif.prefer(judge, constitution, ["Human: x Assistant:"] * 2, b, a, [NICE, DULL], 0, pair)
     np.testing.assert_allclose(p + swapped, 1, rtol=1e-12)
     clamped, _ = rlaif.both_orders(np.array([0.99, 0.05, 0.5]), np.array([0.02, 0.9, 0.5]), (0.4, 0.6))
@@ -602,9 +602,9 @@ def test_agreement_counts_the_part_that_the_principle_is_about(capsys):
 
 
 def test_what_is_no_verdict_sides_with_nobody_and_is_counted(config, monkeypatch, capsys):
-    p, by_place = rlaif.both_orders(np.array([0.9, np.nan, 0.9]), np.array([0.2, 0.2, np.nan]))
+    p, by_position = rlaif.both_orders(np.array([0.9, np.nan, 0.9]), np.array([0.2, 0.2, np.nan]))
     np.testing.assert_allclose(p, [0.85, np.nan, np.nan])
-    assert by_place.tolist() == [False] * 3
+    assert by_position.tolist() == [False] * 3
     monkeypatch.setattr(rlaif.gpt, "load_function", lambda name: lambda texts, options: said)
     judge = rlaif.FunctionJudge(config)
     said = [[3, 1], None, [np.nan, 1], "A", [0, 0], [None, None]]
@@ -635,7 +635,7 @@ def letters(prompts, responses, rows):
 
 def test_online_learns_what_the_judge_likes(config, environment):
     online.main(online.Config(
-        init=config.init, data=config.data, out=config.out, judge="rlaif:preference", monitor="test_rlaif:letters",
+        init=config.init, data=config.data, out=config.out, judge="rlaif:preference", gold="test_rlaif:letters",
         steps=20, batch_size=16, prompt_length=8, response_length=24, lr=2e-2, beta=0.1, warmup=10, save_every=20,
     ))  # fmt: skip
     counts = [row["eval/gold"] for row in read(config.out / "metrics.jsonl")]

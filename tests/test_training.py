@@ -82,7 +82,7 @@ class World:
         plan = dict(
             init=str(self.sft), reward=("my_rewards:the",), data=(self.file("prompts"),), out=self.root / name, steps=3,
             batch_size=32, minibatch_size=16, prompt_length=24, response_length=8, lr=3e-3, critic_lr=1e-2, beta=0.02,
-            missing_eos=None, monitor=None, dtype="float32",
+            missing_eos=None, gold=None, dtype="float32",
         )  # fmt: skip
         return ppo.Config(**plan | options)
 
@@ -249,12 +249,12 @@ def trained(world):
     with pytest.MonkeyPatch.context() as patch:
         refs = Spy(patch, ppo, "complete_rollout", lambda state, base, ref, *_: leaves((ref, state.policy)))
         models = Spy(patch, ppo, "score_responses", lambda reward, *_: leaves(reward.models))
-        config = world.ppo("ppo", reward=(str(world.reward),), monitor="toy:parts")
+        config = world.ppo("ppo", reward=(str(world.reward),), gold="toy:parts")
         ppo.main(config)
     return log(config.out), refs.seen, models.seen, gpt.load(config.out)[0]
 
 
-def test_ppo_logs_trl_names_and_the_monitor(trained):
+def test_ppo_logs_trl_names_and_gold(trained):
     steps = trained[0]
     assert [row["step"] for row in steps] == [0, 1, 2]
     for row in steps:
@@ -362,11 +362,11 @@ def test_ppo_names_what_is_wrong(world, options, message):
 
 def test_a_learning_rate_of_zero_is_no_default():
     gpt.start()
-    config = ppo.check(ppo.Config(lr=0.0, critic_lr=1e-3))
+    config = ppo.resolve(ppo.Config(lr=0.0, critic_lr=1e-3))
     assert (config.lr, config.critic_lr) == (0.0, 1e-3)
-    assert ppo.check(ppo.Config(lr=1e-3, critic_lr=0.0)).critic_lr == 0.0
-    assert ppo.check(ppo.Config(lr=0.0)).critic_lr == 0.0
-    config = ppo.check(ppo.Config(lora_rank=4))
+    assert ppo.resolve(ppo.Config(lr=1e-3, critic_lr=0.0)).critic_lr == 0.0
+    assert ppo.resolve(ppo.Config(lr=0.0)).critic_lr == 0.0
+    config = ppo.resolve(ppo.Config(lora_rank=4))
     assert config.lr == config.critic_lr == 6e-4
 
 
@@ -438,7 +438,7 @@ def test_what_scores_are_normalised_on_is_looked_at_before_training(
 
 
 def test_what_scores_are_normalised_on_follows_the_model_and_its_data():
-    follow = lambda **options: reward.complete(reward.Config(**options))
+    follow = lambda **options: reward.resolve(reward.Config(**options))
     found = follow(init="mine/model", data=("a/pairs.jsonl:0.7", "b/more.jsonl:0.3"))
     assert (found.normalize_with, found.normalize_data) == ("mine/model", "a/prompts.jsonl")
     toys = follow()  # its base continues texts and answers nobody
@@ -461,19 +461,19 @@ def test_the_readme_normalises_rewards_on_responses_as_long_as_ppo_samples():
     assert reward.Config().response_length == ppo.Config().response_length
 
 
-def test_a_judge_that_returns_no_list_of_verdicts_is_named():
-    assert gpt.judgements([1, {"gold": 0.5}]) == [{"gold": 1.0}, {"gold": 0.5}]
+def test_gold_that_returns_no_list_is_named():
+    assert gpt.read_gold([1, {"gold": 0.5}]) == [{"gold": 1.0}, {"gold": 0.5}]
     for wrong in (None, 0.5, "good", {"gold": [1.0]}, [[0.5, 0.5]]):
-        with pytest.raises(ValueError, match="a judge must return a float or a dict of floats"):
-            gpt.judgements(wrong)
+        with pytest.raises(ValueError, match="a gold function must return a float or a dict of floats"):
+            gpt.read_gold(wrong)
 
 
 def test_verdicts_that_are_no_numbers_count_for_nothing_and_are_counted():
     said = [{"gold": 1.0, "kind": True}, {"gold": "good"}, None, math.nan, {"gold": 0.0, "kind": None}, math.inf]
-    found = gpt.judgements(said)
+    found = gpt.read_gold(said)
     assert [row["gold"] for row in found if math.isfinite(row["gold"])] == [1.0, 0.0]
     assert [math.isnan(row["kind"]) for row in found] == [False] + [True] * 5
     means = {"eval/gold": 0.5, "eval/gold/unjudged": 4, "eval/kind": 1.0, "eval/kind/unjudged": 5}
-    assert gpt.mean_judgements(said, "eval/") == means
-    assert gpt.mean_judgements([0.5, 1.0], "eval/") == {"eval/gold": 0.75}
-    assert gpt.mean_judgements([None], "eval/") == {"eval/gold/unjudged": 1}
+    assert gpt.mean_gold(said, "eval/") == means
+    assert gpt.mean_gold([0.5, 1.0], "eval/") == {"eval/gold": 0.75}
+    assert gpt.mean_gold([None], "eval/") == {"eval/gold/unjudged": 1}

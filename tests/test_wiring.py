@@ -100,7 +100,7 @@ def settings(world, module, name, **options):
     plan = dict(
         init=world.sft, reward=(f"{__name__}:letters",), data=(world.prompts,), out=world.root / name, steps=3,
         batch_size=8, minibatch_size=4, epochs=2, prompt_length=6, response_length=5, temperature=0.7, lr=1e-3,
-        monitor=None, dtype="float32", seed=SEED,
+        gold=None, dtype="float32", seed=SEED,
     )  # fmt: skip
     return module.Config(**plan | options)
 
@@ -184,7 +184,7 @@ def test_a_critic_starts_at_the_mean_of_the_first_scores_and_learns_from_there(w
 
 def test_a_critics_rate_is_the_policys_where_none_is_given(world):
     gpt.start()
-    assert ppo.check(settings(world, ppo, "x", lr=2e-3)).critic_lr == 2e-3
+    assert ppo.resolve(settings(world, ppo, "x", lr=2e-3)).critic_lr == 2e-3
 
 
 heard = []
@@ -264,7 +264,7 @@ def test_online_dpo_has_new_noise_and_prompts_each_iteration_and_a_rate_that_fal
     config = online.Config(
         init=world.sft, reward=f"{__name__}:letters", data=(world.prompts,), out=world.root / "online", steps=3,
         batch_size=16, minibatch_size=8, candidates=4, prompt_length=6, response_length=5, keep_truncated=True,
-        lr=1e-2, warmup=2, monitor=None, dtype="float32", seed=SEED,
+        lr=1e-2, warmup=2, gold=None, dtype="float32", seed=SEED,
     )  # fmt: skip
     online.main(config)
     assert len(sampled) == len(steps) == 6  # two minibatches in each of three iterations

@@ -489,7 +489,7 @@ def measure_engine(table: Table, config: Config, folder: str, shape: gpt.Config,
 
 def ppo_config(config: Config, adapters: bool, rows: int, prompt: int, new: int, **options) -> ppo.Config:
     """Four models or adapters; four minibatches a pass."""
-    return ppo.check(ppo.Config(
+    return ppo.resolve(ppo.Config(
         batch_size=rows, minibatch_size=rows // 4, prompt_length=prompt, response_length=new, missing_eos=None,
         seed=config.seed, lora_rank=16 if adapters else 0, **{"dtype": config.dtype} | options,
     ))  # fmt: skip
@@ -608,7 +608,7 @@ def measure_grpo(table: Table, config: Config, limits: dict):
     shape = shapes(config.quick)[SMOL]
     prompts, prompt, new = (2, 4, 4) if config.quick else (8, 40, 48)
     for who, rank in ("GRPO", 0), ("GRPO, adapters,", 16):
-        settings = grpo.check(grpo.Config(
+        settings = grpo.resolve(grpo.Config(
             batch_size=4 * prompts, minibatch_size=4 * prompts, epochs=1, prompt_length=prompt, response_length=new,
             missing_eos=None, seed=config.seed, lora_rank=rank, dtype=config.dtype,
         ))  # fmt: skip
@@ -804,7 +804,7 @@ RECIPE = "--data demos.jsonl --length 512 --lora-rank 8 --lr 2e-4 --batch-size 3
 # work: (our command, the other's, steps of ours and of the other's that make up the work; None: the whole process)
 COMMANDS = {
     "RLOO iteration, 12 x 4 x (56 + 24) tokens, adapters, bf16": (
-        f"grpo.py {ROLLOUT} --advantage rloo --missing-eos None --monitor None",
+        f"grpo.py {ROLLOUT} --advantage rloo --missing-eos None --gold None",
         f"ppo.py {ROLLOUT} --advantage rloo --share lora --missing-eos keep --monitor none",
         (1, 1),
     ),

@@ -10,7 +10,7 @@ training script) alone.
     lengths          how long each model's answers are
     conduct          helpful where no harm is asked, against not complying with requests for harm
     frontier         gold against KL, a line for each method over its betas
-    overoptimization reward and gold against KL along PPO runs (watched by a judge: ppo.py --monitor) and of best of n
+    overoptimization reward and gold against KL along PPO runs (that logged --gold) and of best of n
                      (of the report in --out), with the curves of Gao et al. 2022 (arXiv:2210.10760) fitted to them
     curves           the main metrics of runs
     reward           reward models on held-out pairs: a reliability diagram, and accuracy by difference of length
@@ -72,7 +72,7 @@ def read_run(run, width: int = 1) -> dict:
     names = {"kl": "objective/kl_exact", "score": "objective/scores", "gold": "eval/gold"}
     rows = read_metrics(run)
     if not rows or any(name not in rows[0] for name in names.values()):
-        raise ValueError(f"{run} is not a PPO run that was watched by a judge (--monitor toy:parts)")
+        raise ValueError(f"{run} is not a PPO run that logged gold (--gold toy:parts)")
     return {short: smooth([row[name] for row in rows], width) for short, name in names.items()}
 
 
@@ -188,7 +188,7 @@ def draw_conduct(report: dict, _, path: Path):
 
 
 BOOKKEEPING = {  # settings that make no other method; beta and tau have an axis of their own
-    "seed", "out", "overwrite", "resume", "save_every", "sample_every", "eval_every", "track", "monitor", "dtype",
+    "seed", "out", "overwrite", "resume", "save_every", "sample_every", "eval_every", "track", "gold", "dtype",
     "remat", "micro_batches", "buckets", "skip_bad_rows", "precompute_ref", "heldout", "beta", "tau",
 }  # fmt: skip
 TUPLE = "(',)"  # around a setting of several values, as config.json has it
@@ -237,7 +237,7 @@ def frontier_points(models: dict, names) -> dict:
 
 
 def frontier_of(report: dict) -> dict:
-    """The points of all models that moved away from the reference; none without a judge, or without its verdict."""
+    """The points of all models that moved away from the reference; none without gold."""
     models, reference = report["models"], report["reference"]
     folder = lambda row: row.get("folder", reference["folder"])
     moved = [name for name, row in models.items() if folder(row) != reference["folder"] and "gold" in row]
@@ -260,7 +260,7 @@ def draw_frontier(report: dict, _, path: Path):
     points, best_of, start = frontier_of(report), report["best_of"], report["reference"]["gold"]
     several = len({p["price"] for line in points.values() for p in line}) > 1  # else no point needs its price
     if not points:
-        raise ValueError("a frontier is gold against KL: it needs trained models and a judge, and this report has none")
+        raise ValueError("a frontier is gold against KL: it needs trained models and --gold, and this report has none")
     plt = pyplot()
     figure, axis = plt.subplots(figsize=(8.5, 5.8), layout="constrained")
     for i, (method, line) in enumerate(points.items()):
@@ -396,7 +396,7 @@ def draw_overoptimization(report: dict, runs, path: Path) -> list[str]:
             axis.plot(best_of["kl"], curve, "o", color="black", markersize=4, label="best of n (KL: upper bound)")
         sqrt_axis(axis)
     axes[0].set(title="What is optimised: the reward model", ylabel="score (standard deviations of SFT's samples)")
-    axes[1].set(title="What was wanted: the gold judge", ylabel="gold")
+    axes[1].set(title="What was wanted: gold", ylabel="gold")
     axes[1].plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="fit of Gao et al.")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     finish(plt, figure, path)
