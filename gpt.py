@@ -119,19 +119,21 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 # 2. The transformer
 #
 # What Part I calls and Part III defines, because XLA needs care there, is in plain jnp:
-#   matmul(x, weight)          x @ weight
-#   einsum(form, a, b, dtype)  jnp.einsum(form, a, b), in `dtype`
-#   unembed(x, table, dtype)   x @ table.T, in `dtype`: a logit for every word
-#   logprobs_of_logits(z, y)   (log_softmax(z) at y, entropy of softmax(z))
-#   inverse_cdf(p, u)          the first index whose cumsum(p) exceeds u * sum(p)
-#   flash_attention(...)       `attention` by a GPU's kernel, if has_flash_attention(...)
-#   keep(x)                    x, which a loop over layers keeps for the backward pass
-#   cast_layers(block, dtype)  the block, its weights in `dtype`
-#   map_columns(f, width, *xs) f(*xs), a few of the T columns at a time, where width floats for each token are too many
-#   map_chunks(f, xs, chunks)  f(xs), computed on one chunk of the rows after the other
-#   continue_prefix(...)       model(tokens), for rows that continue a shared prompt, which is computed once
-#   shard_batch(x)             x, with its rows spread over the devices
-#   merge(model)               the model; corrections by LoRA are added into its weights
+#
+#   matmul(x, weight)            x @ weight
+#   einsum(form, a, b, dtype)    jnp.einsum(form, a, b), in `dtype`
+#   unembed(x, table, dtype)     x @ table.T, in `dtype`: a logit for every word
+#   logprobs_of_logits(z, y)     (log_softmax(z) at y, entropy of softmax(z))
+#   inverse_cdf(p, u)            the first index whose cumsum(p) exceeds u * sum(p)
+#   has_flash_attention(q, k)    whether a GPU's kernel can compute this `attention`
+#   flash_attention(...)         `attention` by that kernel
+#   keep(x)                      x, which a loop over layers keeps for the backward pass
+#   cast_layers(block, dtype)    the block, its weights in `dtype`
+#   map_columns(f, width, *xs)   f(*xs), on a few of the T columns at a time: f makes `width` floats a token
+#   map_chunks(f, xs, chunks)    f(xs), on one chunk of the rows after the other
+#   continue_prefix(...)         model(tokens), of rows that continue a shared prompt, which is computed once
+#   shard_batch(x)               x, with its rows spread over the devices
+#   merge(model)                 the model, with its adapter added into its weights
 #
 # Nothing else in Part I knows of devices. Large weights and their optimiser state are split, each along its longest
 # axis that divides (`sharding`, chapter 11), and the rows of a batch are shared out; `jax.jit` then gathers a layer's
@@ -679,20 +681,38 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
     return optax.apply_updates(model, updates), opt_state, metrics | {"grad_norm": optax.tree.norm(grads)}
 
 
-# What sft.py, reward.py, ppo.py and dpo.py call beyond Part I, in the order of a run:
-#   start(seed)               meets the other processes, sets the devices; -> the run's random key
-#   load_policy(folder)       (model, tokenizer); load_frozen: a model that does not learn; load_reward: what scores
-#   Batches(data, kind, ...)  batches(step) -> arrays of rows (table in chapter 10); plan: how many steps a run takes;
-#                             stream: the next ones made ahead, on a thread; once: every row once
-#   trainable(model, rank)    (what learns, the frozen base below it): the model and None, or an adapter and the model
-#   attach(model, base)       the two as one model again
-#   cast(model, dtype)        the model in the precision of the forward pass
-#   shard(weights)            weights on the devices; put_batch: rows; to_numpy: both back on the host
-#   adamw(schedule(...))      the optimiser, an optax one
-#   own_rows, own_texts       the rows whose texts this process shows to a reward function; gather_rows: everyone's
-#   Run(...)                  the run folder: restore, steps, log, checkpoint, finish
-#   Watch                     warns of what usually goes wrong in reinforcement learning
-#   cli(main, Config)         the command line of a dataclass, and exit codes
+# What sft.py, reward.py, ppo.py and dpo.py call of Parts II and III, in the order of a run:
+#
+#   start                                 meets the other processes, sets the devices; gives the run's random key
+#   check_batch_size                      whether the devices can share a batch
+#   find_kind, parse_sources              the kind of the data's rows (chapter 8); files and weights of "a:0.7 b:0.3"
+#   heldout_file, open_text               the file of held-out rows beside the data, if there is one; a file, opened
+#   BadRow                                the error of a row that cannot be used
+#   load_policy, load_frozen              a folder as (language model, its tokenizer); a model that does not learn
+#   load_reward_model, ensemble_folders   a folder as a reward model; the folders of an ensemble's members
+#   load_reward, Reward, load_function    what scores responses: reward models, or a function; "module:function"
+#   find_folder, weights_hash             a folder, or a name on the Hub, as a folder; a hash of its weights
+#   Tokenizer, need_tokenizer             text <-> ids; the tokenizer of a folder
+#   check_tokenizer_of, check_context     errors: a model has another tokenizer; rows are longer than its positions
+#   Batches                               batches(step): rows as arrays (table in chapter 10); `plan` says how many
+#                                         steps a run takes, `stream` makes batches ahead, `once` gives every row once
+#   trainable, Adapter, attach            (what learns, its frozen base): the model and None, or an adapter and the
+#                                         model; what an adapter is; adapter and base as one model
+#   compute_dtype, cast                   the precision of the forward pass; a model in that precision
+#   shard, put_batch, put_array           weights, rows, an array, on the devices
+#   shard_batch, map_chunks               inside jit: rows spread over the devices; rows computed a chunk at a time
+#   to_numpy                              arrays from the devices to the host
+#   schedule, adamw                       the learning rate of each step; the optimiser, an optax one
+#   own_rows, own_texts, gather_rows      the rows, and their texts, that this process gives to functions; everyone's
+#   check_scores, read_gold, mean_gold    what a reward function said, checked; what a gold function said, and its mean
+#   special_tokens                        how many of them a response has: text does not show them
+#   heldout_means                         means of metrics over held-out rows
+#   normalize_scores                      a reward model whose scores of samples have mean 0 and standard deviation 1
+#   Run, empty_out                        the run folder: restore, steps, log, checkpoint, finish; a folder made empty
+#   Watch                                 warns of what usually goes wrong in reinforcement learning
+#   count_parameters, progress            the number of weights; a progress bar
+#   write_json, write_atomic, barrier     files that are never half written; a point at which all processes wait
+#   cli                                   the command line of a dataclass, and exit codes
 
 
 # =====================================================================================================================

@@ -461,7 +461,7 @@ def load_models(config: Config, key):
     model, tokenizer = gpt.load_policy(config.init)
     policy, base = gpt.trainable(model, config.lora_rank, config.dtype, key)
     if config.teacher:
-        gpt.check_same_tokenizer(tokenizer, gpt.load_tokenizer(config.teacher), config.init, config.teacher)
+        gpt.check_tokenizer_of(config.teacher, tokenizer, config.init)
         return policy, base, gpt.load_frozen(config.teacher, config.dtype), tokenizer
     return policy, base, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
@@ -497,6 +497,7 @@ def resolve(config: Config) -> Config:
         )
     if config.teacher and config.filter_groups:
         raise ValueError("--teacher gives no scores by which --filter-groups could choose: leave one of them out")
+    # the rate of adapters is that of ppo.py, where it was measured
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     kl = config.kl or ("reward" if config.advantage == "rloo" else "loss")
     return replace(config, lr=lr, kl=kl)

@@ -158,10 +158,8 @@ def make_model(config: Config, key):
 
 
 def load_teacher(config: Config, tokenizer) -> gpt.GPT:
-    """The frozen model of --teacher, in the precision of the forward pass, spread over the devices."""
-    teacher, theirs = gpt.load_policy(config.teacher)
-    gpt.check_same_tokenizer(tokenizer, theirs, config.init, config.teacher)
-    return gpt.shard(gpt.cast(teacher, gpt.compute_dtype(config.dtype)))
+    gpt.check_tokenizer_of(config.teacher, tokenizer, config.init)
+    return gpt.load_frozen(config.teacher, config.dtype)
 
 
 def show_samples(run, step, model, batch, kind: str, tokenizer, key, config: Config):

@@ -12,6 +12,7 @@ between backticks that follows it.
 import ast
 import contextlib
 import dataclasses
+import dis
 import functools
 import importlib
 import io
@@ -22,6 +23,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -36,6 +38,40 @@ YOURS = {"mine.py", "hinge.py"}  # files that the reader writes
 
 
 # ---------------------------------------------------------------------------------------------------- names and links
+
+
+def listed(heading: str) -> set[str]:
+    """The names in the first column of the list that a comment of gpt.py has under this heading."""
+    _, text = (ROOT / "gpt.py").read_text().split(f"# {heading}", 1)
+    rows = re.findall(r"^#   (\w.*?)   ", text.split("\n#\n", 1)[1].split("\n\n", 1)[0], re.M)
+    return {name for row in rows for name in re.findall(r"\w+", re.sub(r"\(.*", "", row))}
+
+
+def part_one() -> tuple[str, set[str]]:
+    """The text of Part I of gpt.py, and the names that Parts II and III define."""
+    text = (ROOT / "gpt.py").read_text()
+    first = text[: text.index("# Part II. ")]
+    return first, defined(text) - defined(first)
+
+
+def defined(text: str) -> set[str]:
+    return {node.name for node in ast.parse(text).body if isinstance(node, ast.FunctionDef | ast.ClassDef)}
+
+
+def global_names(code) -> set[str]:
+    """The globals that a code object reads, and those that the functions inside it read."""
+    inner = [x for x in code.co_consts if isinstance(x, types.CodeType)]
+    names = {x.argval for x in dis.get_instructions(code) if x.opname in ("LOAD_GLOBAL", "LOAD_NAME")}
+    return names.union(*map(global_names, inner))
+
+
+def test_the_lists_of_what_is_called_of_parts_two_and_three_are_whole():
+    first, later = part_one()
+    assert listed("What Part I calls and Part III defines") == global_names(compile(first, "gpt.py", "exec")) & later
+    trees = [ast.walk(ast.parse((ROOT / f"{name}.py").read_text())) for name in ("sft", "reward", "ppo", "dpo")]
+    attributes = [node for tree in trees for node in tree if isinstance(node, ast.Attribute)]
+    called = {node.attr for node in attributes if isinstance(node.value, ast.Name) and node.value.id == "gpt"}
+    assert listed("What sft.py, reward.py, ppo.py and dpo.py call of Parts II and III") == called & later
 
 
 def load(script: Path):
