@@ -177,9 +177,6 @@ def load_gold(name: str | None, tokenizer, config: Config) -> Callable:
     return lambda prompts, out, responses: gpt.read_gold(rate(prompts, out, responses))
 
 
-reward_scores = jax.jit(gpt.score, static_argnames="ends")
-
-
 def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
     """(Prompts, Generation, responses) -> scores (B,) of a reward model (the mean of an ensemble's members) or of a
     module:function, as they are: no rule for answers that did not end, no KL penalty."""
@@ -188,33 +185,20 @@ def load_reward(name: str | None, tokenizer, config: Config) -> Callable | None:
     if ":" in name:
         function = gpt.load_function(name)
         return lambda prompts, out, texts: gpt.check_scores(function(prompts.texts, texts, prompts.rows), len(texts))
-    members = [load_member(folder, tokenizer, config) for folder in gpt.ensemble_folders(name)]
+    folders = gpt.ensemble_folders(name)
+    members = [gpt.load_reward_model(folder, tokenizer, config.ref, config.dtype) for folder in folders]
 
     def rate(prompts, out, texts):
         sequence = prompts.tokens, prompts.mask, out.tokens, out.mask
-        return np.mean(
-            gpt.to_numpy([reward_scores(member, *sequence, ends=tokenizer.end_ids) for member in members]), 0
-        )
+        return np.mean(gpt.to_numpy([gpt.score(member, *sequence, tokenizer.end_ids) for member in members]), 0)
 
     return rate
 
 
-def load_member(folder, tokenizer, config: Config) -> gpt.ScoreModel:
-    """A reward model, or one of an ensemble's."""
-    model, theirs = gpt.load(folder)
-    if not isinstance(model, gpt.ScoreModel):
-        raise ValueError(f"{folder} is a language model, not a reward model: train one with reward.py")
-    return on_devices(model, theirs, folder, tokenizer, config)
-
-
 def load_policy(folder: str, tokenizer, config: Config) -> gpt.GPT:
-    return on_devices(*gpt.load_policy(folder), folder, tokenizer, config)
-
-
-def on_devices(model, theirs, folder, tokenizer, config: Config):
-    """A model whose tokenizer is the reference's, on the devices."""
-    gpt.check_same_tokenizer(tokenizer, theirs, config.ref, folder)
-    return gpt.shard(gpt.cast(model, gpt.compute_dtype(config.dtype)))
+    """A model that the reference is compared with, of the same tokenizer."""
+    gpt.check_tokenizer_of(folder, tokenizer, config.ref)
+    return gpt.load_frozen(folder, config.dtype)
 
 
 def read_prompts(path: str, tokenizer, config: Config) -> list[Prompts]:

@@ -1,6 +1,6 @@
 """What every script shares, in three parts.
 
-    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 620 lines
+    I    the model: configuration, transformer, log-probabilities, sampling, training step. Read this one: 650 lines
     II   files: tokenizers and chat, model folders, rows, tokens on disk, batches
     III  running: devices, fast products, optimiser, adapters, rewards, the run folder
 
@@ -16,6 +16,7 @@ One alphabet of dimensions in this file, a meaning to a letter:
     F width of the MLP  V vocabulary        L layers    S slots of a key-value cache
     P prompts, each continued by B / P rows: there Q are the tokens of a prompt, and T those of what continues it
     I inputs, O outputs of a linear layer; r rank of its adapter
+Scripts keep to these letters; N are items of a list, and in grpo.py and online.py K are the answers to a prompt.
 """
 
 import ctypes
@@ -109,7 +110,7 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
     if family not in FAMILIES:
         raise ValueError(f"unknown model family {family!r}: {', '.join(FAMILIES)}")
     gpt2 = family == "gpt2"
-    ffn = 4 * dim if gpt2 else -(-8 * dim // 3 // 32) * 32  # SwiGLU has three matrices: two thirds of the width
+    ffn = 4 * dim if gpt2 else -(-8 * dim // 3 // 32) * 32  # SwiGLU has three matrices, not two: two thirds
     biases = dict(qkv_bias=family in ("gpt2", "qwen2"), out_bias=gpt2, mlp_bias=gpt2)
     values = dict(ffn=ffn, kv_heads=heads, head_dim=dim // heads, family=family) | biases | other
     return Config(vocab_size=vocab_size, context=context, layers=layers, heads=heads, dim=dim, **values)
@@ -245,7 +246,7 @@ class Block(eqx.Module):
 class GPT(eqx.Module):
     """A decoder-only transformer. Every array is a leaf, everything else is static: plain `jax.jit` takes it."""
 
-    wte: Array  # (V, D); LoRA and small integers may stand in for it and for the head: Part III, Adapters
+    wte: Array  # (V, D); in its place, and the head's, may be a table with an adapter (chapter 14), or one of integers
     wpe: Array | None  # (context, D)
     blocks: Block  # every leaf stacked to (L, ...)
     norm: Norm
@@ -274,7 +275,7 @@ class GPT(eqx.Module):
         if remat:
             step = jax.checkpoint(step)
         elif not unroll and jax.default_backend() == "cpu":
-            # XLA:CPU's loop writes what it keeps into large arrays, on one thread: products alone, a third of the bytes
+            # XLA:CPU's loop writes what it keeps into large arrays, on one thread: keep the products, a third of it
             step = jax.checkpoint(step, policy=jax.checkpoint_policies.save_only_these_names("kept"))
         return lax.scan(step, x, self.blocks, unroll=unroll)[0]
 
@@ -288,9 +289,10 @@ class GPT(eqx.Module):
         return shard_batch(x), rope_angles(self.config, positions)
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
-        """fp32 whatever the model's dtype: softmax over a vocabulary in bf16 loses the answer. Published models may
-        have more rows than their tokenizer has ids (Qwen2: 151,936 for 151,669): no text would show what they say, so
-        that where `known_ids` is set they are masked, in sampling, log-probs and training alike."""
+        """A logit for every word, in fp32 whatever the model's dtype: bf16 is too coarse for a softmax over so many.
+
+        Published models may have more rows than their tokenizer has ids (Qwen2: 151,936 rows for 151,669 ids). No text
+        can hold the rest, so where `known_ids` is set they are masked: in sampling, log-probs and training alike."""
         head = self.wte if self.head is None else self.head
         own = isinstance(head, eqx.Module)
         logits = head(hidden, jnp.float32) if own else unembed(hidden, head, jnp.float32)
@@ -357,7 +359,7 @@ class ScoreModel(eqx.Module):
     head: Array  # (D,)
     query: Array | None  # (D,): what attention pooling looks for
     bias: Array  # ()
-    pool: str = eqx.field(static=True, default="last")  # last real token; mean, attention: over all; answer: its mean
+    pool: str = eqx.field(static=True, default="last")  # the last real token; mean, attention: of all; answer: its mean
     suffix: tuple[int, ...] = eqx.field(static=True, default=())  # tokens put in EOS's place, where the score is read
 
     def values(self, hidden: Float[Array, "B T D"]) -> Float[Array, "B T"]:
@@ -448,9 +450,11 @@ def head_kl(model: GPT, hidden, other: GPT, other_hidden, temperature=1.0) -> Fl
 
 
 def compare_heads(model: GPT, hidden, other: GPT, other_hidden, targets, temperature=1.0):
-    """What `head_logprobs` of both models and `head_kl` say, from one product with each head: log p(targets) and
-    log q(targets), the entropy of p, and KL(p || q), each (B, T), of p by `model` and q by `other`. Only log p(targets)
-    has a gradient: the rest is for measuring."""
+    """(log p(targets), log q(targets), entropy of p, KL(p || q)), each (B, T), where p is by `model` and q by `other`.
+
+    The same as `head_logprobs` of both and `head_kl`, but with one product with each head. Only log p(targets) has a
+    gradient: the rest is for measuring.
+    """
 
     def piece(hidden, other_hidden, targets):
         logits, other_logits = model.logits(hidden) / temperature, other.logits(other_hidden) / temperature
@@ -884,7 +888,7 @@ class Tokenizer:
         return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
 
     def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a text that the template made of messages that `hide` marked. `before`: what it wrote before it."""
+        """Ids of a text that the template made of messages that `hide` marked. `before`: what the template wrote before that."""
         token = re.search(rf"({self._special_texts.pattern})\Z", before)
         after = before and (self._aliased(token[0]) if token else "\n")
         return self.encode(self._aliased(text).replace(mark, ""), after=after)
@@ -1247,8 +1251,8 @@ def load(path) -> tuple[GPT | ScoreModel, Tokenizer | None]:
 
 
 def load_policy(path, tokenizer_path=None) -> tuple[GPT, Tokenizer]:
-    """A language model and the tokenizer of its folder, or of another one: whatever is to write text or to learn it.
-    Ids that the model has and the tokenizer does not get no probability."""
+    """A language model, and the tokenizer of its folder or of another one, for whatever writes text or learns to. Ids
+    that the model has and the tokenizer lacks get no probability."""
     model, tokenizer = load(path)
     if isinstance(model, ScoreModel):
         raise ValueError(
@@ -1881,7 +1885,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     """The file's tokens, from the cache beside it where file, tokenizer, kind and length are the same as before."""
     path = Path(path)
     if not path.is_file():
-        open_text(path)
+        open_text(path)  # says what is missing
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
     key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 9]
@@ -2292,8 +2296,8 @@ TENSOR_SPLITS = {
 
 
 def sharding(path, leaf, mesh) -> NamedSharding:
-    """Where a parameter lies (FSDP in one rule): its longest axis that divides is split over the devices; small ones
-    stay whole. The layer axis of stacked blocks is never split, since the scan walks along it. With a tensor axis
+    """Where a parameter lies (FSDP in one rule): its longest axis that divides is split over the devices; a small
+    parameter stays whole. The layer axis of stacked blocks is never split, since the scan walks along it. With a tensor axis
     larger than 1, `TENSOR_SPLITS` come first."""
     name, spec = _path(path), [None] * leaf.ndim
     if mesh.size == 1 or leaf.size < 2**14:
@@ -2684,7 +2688,7 @@ def map_chunks(f, batch, chunks: int = 1):
 
 
 def schedule(lr: float, steps: int, warmup: int = 0, decay: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then cosine or linear decay, so that a step after the last one would have final * lr."""
+    """Linear warm-up to lr, then a cosine or linear decay, which would reach final * lr one step after the last."""
     rest = max(steps - warmup, 1)
     tails = dict(
         cosine=optax.cosine_decay_schedule(lr, rest, alpha=final), linear=optax.linear_schedule(lr, final * lr, rest)
@@ -3069,7 +3073,7 @@ class Run:
     All settings of a script are given, for the record: `hashes` are those of its data files, `notes` what else is worth
     keeping. The folder holds config.json (the model's, with this run's under "run"), metrics.jsonl, samples.jsonl,
     checkpoint/ and, at the end, the model. Ctrl-C and SIGTERM end the step under way, save and stop. A step that does
-    not end within a minute is given up: long steps are saved one by one, so it alone is lost.
+    not end within a minute of that is given up: long steps are saved one by one, so it alone is lost.
     """
 
     def __init__(

@@ -65,7 +65,7 @@ class Config:
     kl: Literal["reward", "loss", "loss-uncorrected"] | None = None  # where it is paid (default: see above)
     filter_groups: bool = False  # leave out groups whose answers all score alike
     group_size: int = 4  # answers to each prompt
-    steps: int = 90  # iterations of rollout and update
+    steps: int = 90  # iterations: a rollout, and all optimiser steps on it
     batch_size: int = 128  # answers an iteration, to --batch-size / --group-size prompts
     minibatch_size: int = 64  # answers an optimiser step, whole groups
     micro_batches: int = 1  # parts of a minibatch that are computed one after the other, to save memory
@@ -523,15 +523,15 @@ def main(config: Config):
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
     for iteration in run.steps(first):
-        queries = prompts(iteration)
-        batch = gpt.put_batch(queries)
+        host_batch = prompts(iteration)
+        batch = gpt.put_batch(host_batch)
         # 1 sample and score
         generation = gpt.generate(
             sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, iteration),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
             copies=K,
         )  # fmt: skip
-        asked = {name: np.repeat(x, K, axis=0) for name, x in queries.items()}
+        asked = {name: np.repeat(x, K, axis=0) for name, x in host_batch.items()}
         rows = gpt.own_rows(prompts.rows(asked))
         texts = gpt.own_texts(tokenizer, asked, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)

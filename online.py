@@ -49,7 +49,7 @@ class Config:
     judge: str | None = None  # in its place: module:function (prompts, a, b, rows) -> P(a is better), or NaN
     data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
     out: Path = Path("out/online")  # run folder
-    steps: int = 100  # iterations
+    steps: int = 100  # iterations: a rollout, and all optimiser steps on it
     batch_size: int = 128  # prompts an iteration
     minibatch_size: int | None = None  # pairs an optimiser step, and prompts answered at a time (default: --batch-size)
     micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in

@@ -1,7 +1,8 @@
 """PPO from human feedback: sample, score, and take a few clipped steps towards what scored better than expected.
 
 Ziegler et al. 2019 (arXiv:1909.08593), Stiennon et al. 2020 (arXiv:2009.01325), Schulman et al. 2017
-(arXiv:1707.06347). Each iteration, with t over the tokens of a response, EOS included:
+(arXiv:1707.06347). An iteration has four phases. The last one takes several optimiser steps (`updates` in the code);
+--steps counts iterations. With t over the tokens of a response, EOS included:
 
     1  y ~ policy(. | x), at --temperature; score(x, y) from a reward model, an ensemble or a function
     2  log-probs of policy and reference, and the critic's value V_t, at every token of y
@@ -15,20 +16,22 @@ Choices where code bases disagree:
    estimators of a KL, joschu.net/blog/kl-approx.html). k2 or k3 in the reward hardly pull back: near the reference they
    are of second order. k1 as a term of the loss does not pull at all: its gradient is 0 on average. k3 and the exact KL
    are logged, not used.
-2. The score sits on the last real token (EOS, or the last of a cut response), the value of token t is read where t is
-   predicted, and a response cut at --response-length is an end: nothing is bootstrapped beyond it.
+2. The score sits on the last real token: EOS, or the last one of a response that was cut off at --response-length. That
+   is an end, too: nothing is bootstrapped beyond it. The value of token t is read where t is predicted.
 3. Old log-probs are not those that sampling gave. They are computed after the rollout, from the same weights, with the
    arithmetic of the new ones, at the rollout's temperature. So the ratio of the first minibatch is 1, up to rounding.
-   What sampling in another precision changes is weighed: w = min(policy_old / sampled, 2), about 1 in fp32.
+   A sampler in another precision draws some tokens too often: each token's loss has the weight w =
+   min(policy_old / sampler, 2), which is about 1 in fp32.
 4. Advantages are whitened over the whole rollout. Losses are means over the tokens of a minibatch. Both are taken over
    all devices and micro-batches together; variances divide by n, not by n - 1.
 5. A response that does not end scores min(score, 0) - (--missing-eos). In OpenAI's code (Huang et al. 2024,
    arXiv:2403.17031, "EOS trick") a constant replaces the score: where finished responses score less than that, the
    policy is paid for never ending.
-6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic has the body of
-   the first reward model, which knows already what is good (of the policy, where the reward is a function, or where
-   only one of the two is an adapter), a head of zeros, and as its bias the mean score of the first rollout. With V = 0
-   the whole mean score would look like a surprise at the last token: every EOS would seem to earn it.
+6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic starts with the
+   body of the first reward model, which already knows what is good, and with a head of zeros. (Where the reward is a
+   function, or only one of policy and reward model is an adapter, it has the policy's body.) Its bias is the mean score
+   of the first rollout. With V = 0 the whole mean score would look like a surprise at the last token: every EOS would
+   seem to earn it.
 7. With --lora-rank the policy is a low-rank adapter on a frozen base (Hydra-PPO, arXiv:2309.00754), and the base itself
    is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it, and the critic
    starts as that one, with its rank. `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model
@@ -63,7 +66,7 @@ class Config:
     reward: tuple[str, ...] = ("out/reward",)  # reward-model folders (several: an ensemble), or one module:function
     data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
     out: Path = Path("out/ppo")  # run folder
-    steps: int = 90  # iterations of rollout and update
+    steps: int = 90  # iterations: a rollout, and all optimiser steps on it
     batch_size: int = 128  # prompts an iteration
     minibatch_size: int = 64  # prompts an optimiser step
     micro_batches: int = 1  # parts of a minibatch that are computed one after the other, to save memory
@@ -434,7 +437,7 @@ def resolve(config: Config) -> Config:
         raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
-    # Adapters have twice the rate here, not 5 to 10 times as in other scripts: on three seeds such a policy moved as far
+    # Adapters have twice the rate here, not 5 to 10 times as in other scripts: on three seeds their policy moved as far
     # from the reference as one of whole weights, and at 1e-3 further (docs/report.md, Fewer models in PPO).
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     return replace(config, lr=lr, critic_lr=config.critic_lr if config.critic_lr is not None else lr)
@@ -465,15 +468,15 @@ def main(config: Config):
     state, first = run.restore(state)
     watch = gpt.Watch(run.warn)
     for iteration in run.steps(first):
-        queries = prompts(iteration)
-        batch = gpt.put_batch(queries)
+        host_batch = prompts(iteration)
+        batch = gpt.put_batch(host_batch)
         # 1 sample and score
         generation = gpt.generate(
             sampler(state.policy, base, config), batch["tokens"], batch["mask"], jax.random.fold_in(key, iteration),
             config.response_length, ends=tokenizer.end_ids, pad=tokenizer.pad_id, temperature=config.temperature,
         )  # fmt: skip
-        rows = gpt.own_rows(prompts.rows(queries))
-        texts = gpt.own_texts(tokenizer, queries, generation, rows)
+        rows = gpt.own_rows(prompts.rows(host_batch))
+        texts = gpt.own_texts(tokenizer, host_batch, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         if iteration == 0:  # or every EOS would seem to earn the mean score (choice 6)

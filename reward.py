@@ -15,8 +15,8 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
 1. Scores are defined up to a shift, and their scale is what training made it. After training, gain and bias are set so
    that the samples of the reference policy (--normalize-with) have mean 0 and standard deviation 1 (Ziegler et al.,
    arXiv:1909.08593, section 2), and folded into the head: PPO's beta then means the same for each single reward model.
-   Beta is not comparable so for an ensemble (members are normalised one by one; where they disagree their mean has a
-   standard deviation below 1), for a function as reward, and with --normalize-with None.
+   It does not for an ensemble (members are normalised one by one; where they disagree, their mean has a standard
+   deviation below 1), for a function as reward, and with --normalize-with None.
 2. The temperature T of the report is fitted on normalised scores: P(chosen is better) = sigmoid(gap / T). It is only
    reported; scores are not divided by it.
 3. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
@@ -60,7 +60,7 @@ class Config:
     init: str = "out/base"  # model folder to start from: a pretrained or an SFT model
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
     heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
-    out: Path = Path("out/reward")  # run folder; with --members K, member-0 .. member-(K-1) are inside
+    out: Path = Path("out/reward")  # run folder; of an ensemble it holds member-0, member-1 and so on
     steps: int | None = None  # optimiser steps (default: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
@@ -215,7 +215,7 @@ def load_prompts(config: Config, tokenizer) -> gpt.Batches:
 
 
 # ---------------------------------------------------------------------------------------------------- calibration
-# Of pairs that were not trained on. A gap is score of chosen - score of rejected, in normalised scores.
+# Of N pairs that were not trained on. A gap is score of chosen - score of rejected, in normalised scores.
 
 
 MAX_TEMPERATURE = 100.0  # where the fit ends when scores say nothing

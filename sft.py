@@ -8,8 +8,8 @@ Demonstrations: the completion and its EOS are scored (Ouyang et al. 2022, arXiv
 With --teacher the loss is the mean of KL(teacher || student) at the same tokens (Hinton et al. 2015, arXiv:1503.02531).
 
 Where this differs from common practice:
-1. The mean is over all scored tokens of the batch, also across micro-batches and devices: a mean of the parts' means
-   would weigh the tokens of a part with few of them more.
+1. The mean is over all scored tokens of the batch, also across micro-batches and devices. A mean of the parts' means
+   would give more weight to the tokens of a part that has few.
 2. Prompt and completion are tokenised separately, as at generation time.
 3. PAD is never EOS.
 
@@ -40,9 +40,7 @@ class Config:
     steps: int = 80  # optimiser steps
     batch_size: int = 64  # rows a step, over all devices and micro-batches
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
-    length: int = (
-        64  # tokens a row at most: longer completions are cut, and have no EOS then; also a new model's context
-    )
+    length: int = 64  # tokens a row at most: longer completions are cut and lose their EOS; a new model's context
     lr: float = 4e-4  # peak learning rate, falling by a cosine to a tenth
     warmup: int = 10  # steps of linear warm-up
     loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?

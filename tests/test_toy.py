@@ -343,7 +343,7 @@ def test_help_shows_the_docstring_and_failures_exit_as_in_other_scripts(tmp_path
     assert (
         done.returncode == 0
         and "python toy.py --disfluent 0.1" in done.stdout
-        and "whose judge is known" in done.stdout
+        and "whose truth is known" in done.stdout
     )
     assert run("--no-such-option", "1").returncode == 2
     (tmp_path / "file").write_text("")
