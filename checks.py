@@ -118,7 +118,7 @@ def reward(prompts: list[str], responses: list[str], rows: list[dict]) -> list[f
 
 
 def strict(prompts: list[str], responses: list[str], rows: list[dict]) -> list[dict]:
-    """1 for a success, else 0, as "gold" and under the name of the row's kind: a judge for evaluate.py."""
+    """1 for a success, else 0, as "gold" and under the name of the row's kind: for evaluate.py --gold."""
     met = [float(min(parts(row, response)) == 1) for row, response in zip(rows, responses, strict=True)]
     return [{"gold": success, row["kind"]: success} for row, success in zip(rows, met)]
 

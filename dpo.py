@@ -29,6 +29,8 @@ Pairs of the policy's own answers, made as it learns: online.py.
     python dpo.py --init out/hh-sft --data data/hh/pairs.jsonl --out out/hh-dpo --length 512 --lr 1e-6 --beta 0.1
 """
 
+import itertools
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -205,19 +207,42 @@ def put_pairs(batch, tables):
     return gpt.put_batch(batch)
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def heldout_means(batches: gpt.Batches, eval_step, most: int = 20) -> dict[str, float]:
+    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
+    total, count = Counter(), 0.0
+    for batch, real_rows in itertools.islice(batches.once(), most):
+        batch["weight"][real_rows:] = 0  # the last batch is filled up with rows seen before
+        n = float(batch["weight"].sum())
+        total.update({name: n * float(value) for name, value in gpt.to_numpy(eval_step(batch)).items()})
+        count += n
+    return {name: value / count for name, value in total.items()}
 
 
 def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out pairs, over the first `most` batches."""
     step = lambda batch: eval_step(policy, base, ref, put_pairs(batch, tables), config)
-    return {f"val/{name}": value for name, value in gpt.heldout_means(batches, step, most).items()}
+    return {f"val/{name}": value for name, value in heldout_means(batches, step, most).items()}
 
 
 def learnt(found: dict, count: int) -> str:
     """What a run on few pairs did to them, from `evaluate`'s means. At the start the margin is 0."""
     share, margin = (found[f"val/rewards/{name}"] for name in ("accuracies", "margins"))
     return f"of its {count} pairs the policy now sides with {share:.0%}, by a mean margin (z) of {margin:.3g} nats"
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def check_context(model: gpt.GPT, batches: gpt.Batches):
+    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
+    longest = max(int(data.lengths.max()) for data in batches.sets)
+    if model.config.gpt2 and longest > model.config.context:
+        raise ValueError(
+            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
+        )
 
 
 def check(config: Config):
@@ -246,7 +271,7 @@ def main(config: Config):
     pairs, heldout = load_pairs(config.data), config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
     for batches in filter(None, (pairs, heldout)):
-        gpt.check_context(policy, batches)
+        check_context(policy, batches)
 
     steps = pairs.plan(config.steps, config.micro_batches)
     lr = gpt.schedule(config.lr, steps, WARMUP, "linear")

@@ -24,7 +24,6 @@ import dataclasses
 import gzip
 import hashlib
 import importlib
-import itertools
 import json
 import math
 import os
@@ -697,7 +696,7 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   load_reward, Reward, load_function    what scores responses: reward models, or a function; "module:function"
 #   find_folder, weights_hash             a folder, or a name on the Hub, as a folder; a hash of its weights
 #   Tokenizer, need_tokenizer             text <-> ids; the tokenizer of a folder
-#   check_tokenizer_of, check_context     errors: a model has another tokenizer; rows are longer than its positions
+#   check_tokenizer_of                    an error where a model has another tokenizer
 #   Batches                               batches(step): rows as arrays (table in chapter 10); `plan` says how many
 #                                         steps a run takes, `stream` makes batches ahead, `once` gives every row once
 #   trainable, Adapter, attach            (what learns, its frozen base): the model and None, or an adapter and the
@@ -709,11 +708,8 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   schedule, adamw                       the learning rate of each step; the optimiser, an optax one
 #   own_rows, own_texts, gather_rows      the rows, and their texts, that this process gives to functions; everyone's
 #   check_scores, read_gold, mean_gold    what a reward function said, checked; what a gold function said, and its mean
-#   special_tokens                        how many of them a response has: text does not show them
-#   heldout_means                         means of metrics over held-out rows
 #   normalize_scores                      a reward model whose scores of samples have mean 0 and standard deviation 1
 #   Run, empty_out                        the run folder: restore, steps, log, checkpoint, finish; a folder made empty
-#   Watch                                 warns of what usually goes wrong in reinforcement learning
 #   count_parameters, progress            the number of weights; a progress bar
 #   write_json, write_atomic, barrier     files that are never half written; a point at which all processes wait
 #   cli                                   the command line of a dataclass, and exit codes
@@ -888,7 +884,7 @@ class Tokenizer:
         return _map_texts(value, lambda text: self._special_texts.sub("", text)) != value
 
     def reveal(self, text: str, mark: str, before: str = "") -> list[int]:
-        """Ids of a text that the template made of messages that `hide` marked. `before`: what the template wrote before that."""
+        """Ids of a text that the template made of messages that `hide` marked; `before`: what it wrote before that."""
         token = re.search(rf"({self._special_texts.pattern})\Z", before)
         after = before and (self._aliased(token[0]) if token else "\n")
         return self.encode(self._aliased(text).replace(mark, ""), after=after)
@@ -2162,15 +2158,6 @@ def prompt_sizes(data: TokenData) -> np.ndarray:
     return np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
 
 
-def check_context(model: GPT, batches: Batches):
-    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
-    longest = max(int(data.lengths.max()) for data in batches.sets)
-    if model.config.gpt2 and longest > model.config.context:
-        raise ValueError(
-            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
-        )
-
-
 def bucket(longest: int, length: int, multiple: int = 8) -> int:
     """The narrowest of four widths up to `length` that holds `longest`."""
     step = bucket_step(length, multiple)
@@ -2297,8 +2284,8 @@ TENSOR_SPLITS = {
 
 def sharding(path, leaf, mesh) -> NamedSharding:
     """Where a parameter lies (FSDP in one rule): its longest axis that divides is split over the devices; a small
-    parameter stays whole. The layer axis of stacked blocks is never split, since the scan walks along it. With a tensor axis
-    larger than 1, `TENSOR_SPLITS` come first."""
+    parameter stays whole. The layer axis of stacked blocks is never split, since the scan walks along it. With a
+    tensor axis larger than 1, `TENSOR_SPLITS` come first."""
     name, spec = _path(path), [None] * leaf.ndim
     if mesh.size == 1 or leaf.size < 2**14:
         return NamedSharding(mesh, PartitionSpec())
@@ -2704,17 +2691,6 @@ def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
 
 
-def heldout_means(batches: Batches, eval_step, most: int = 20) -> dict[str, float]:
-    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
-    total, count = Counter(), 0.0
-    for batch, new in itertools.islice(batches.once(), most):
-        batch["weight"][new:] = 0  # the last batch is filled with rows seen before
-        n = float(batch["weight"].sum())
-        total.update({name: n * float(value) for name, value in to_numpy(eval_step(batch)).items()})
-        count += n
-    return {name: value / count for name, value in total.items()}
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # 14. Adapters: what learns on a frozen model
 
@@ -2948,41 +2924,6 @@ def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
     """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
     last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
     return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
-
-
-def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
-    """Special tokens a response, its end not counted: text does not show them, so a reward must not pay for them."""
-    tokens, mask = to_numpy((generation.tokens, generation.mask))
-    unseen = sorted(tokenizer.special_ids - set(tokenizer.end_ids))
-    return float((np.isin(tokens, unseen) & (mask > 0)).sum(1).mean())
-
-
-class Watch:
-    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
-
-    def __init__(self, warn):
-        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
-
-    def __call__(self, metrics: dict):
-        length = metrics["response_length"]
-        self.first_length = self.first_length or length
-        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
-        faults = {
-            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
-                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
-            "shrank": (length < 0.4 * self.first_length, moved),
-            "grew": (length > 2.5 * self.first_length, moved),
-            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
-                    "--missing-eos, which is what it costs not to end (None: nothing)"),
-            "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
-                        "tokens each that their text does not show: look at what the reward pays for them"),
-        }  # fmt: skip
-        for name, (wrong, text) in faults.items():
-            if wrong and name not in self.said:
-                self.said.add(name)
-                self.warn(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

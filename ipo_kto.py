@@ -31,7 +31,9 @@ Details that matter:
     python ipo_kto.py --loss kto --init out/hh-sft --data data/hh/pairs.jsonl --length 512 --lr 1e-6 --beta 0.1
 """
 
+import itertools
 import sys
+from collections import Counter
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -257,13 +259,24 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
     return out | {"weight": batch["weight"]}
 
 
-# ---------------------------------------------------------------------------------------------------- main
+# ---------------------------------------------------------------------------------------------------- validation
+
+
+def heldout_means(batches: gpt.Batches, eval_step, most: int = 20) -> dict[str, float]:
+    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
+    total, count = Counter(), 0.0
+    for batch, real_rows in itertools.islice(batches.once(), most):
+        batch["weight"][real_rows:] = 0  # the last batch is filled up with rows seen before
+        n = float(batch["weight"].sum())
+        total.update({name: n * float(value) for name, value in gpt.to_numpy(eval_step(batch)).items()})
+        count += n
+    return {name: value / count for name, value in total.items()}
 
 
 def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
     step = lambda batch: eval_step(policy, ref, put_rows(policy, ref, batch, config), config)
-    metrics = gpt.heldout_means(batches, step, most)
+    metrics = heldout_means(batches, step, most)
     if config.loss == "kto":
         metrics = class_means(metrics)
     return {f"val/{name}": value for name, value in metrics.items()}
@@ -272,6 +285,18 @@ def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) 
 def put_rows(policy, ref, batch, config: Config):
     """The batch on the devices, with KTO's z0."""
     return gpt.put_batch(batch) | {"z0": find_z0(policy, ref, batch, config)}
+
+
+# ---------------------------------------------------------------------------------------------------- main
+
+
+def check_context(model: gpt.GPT, batches: gpt.Batches):
+    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
+    longest = max(int(data.lengths.max()) for data in batches.sets)
+    if model.config.gpt2 and longest > model.config.context:
+        raise ValueError(
+            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
+        )
 
 
 def resolve(config: Config) -> Config:
@@ -347,7 +372,7 @@ def main(config: Config):
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_rows(heldout) if heldout else None
     for rows in filter(None, (batches, heldout)):
-        gpt.check_context(policy, rows)
+        check_context(policy, rows)
     steps = batches.plan(config.steps, config.micro_batches)
     if kto:
         config, heldout = with_class_weights(config, batches), check_prompts(batches, heldout)

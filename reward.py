@@ -79,7 +79,7 @@ class Config:
 
     teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
 
-    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: no such thing
+    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: as they are
     normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have

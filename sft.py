@@ -43,7 +43,7 @@ class Config:
     length: int = 64  # tokens a row at most: longer completions are cut and lose their EOS; a new model's context
     lr: float = 4e-4  # peak learning rate, falling by a cosine to a tenth
     warmup: int = 10  # steps of linear warm-up
-    loss_on: Literal["completion", "all"] = "completion"  # demonstrations: score the prompt's tokens too?
+    loss_on: Literal["completion", "all"] = "completion"  # of demonstrations: or the prompt's tokens too
     reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
 
     teacher: str | None = None  # distil this model folder: same tokenizer, any size

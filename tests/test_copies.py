@@ -7,7 +7,11 @@ import numpy as np
 import pytest
 
 import checks
+import dpo
 import evaluate
+import grpo
+import ipo_kto
+import ppo
 import probe
 import reasoning
 import reward
@@ -55,6 +59,16 @@ def test_markdown():
 
 def test_the_control_that_pays_by_chance():
     assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
+
+
+@pytest.mark.parametrize("name", ["special_tokens", "Watch", "importance_weights"])
+def test_what_rollouts_are_watched_by(name):
+    assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name))
+
+
+@pytest.mark.parametrize("name", ["heldout_means", "check_context"])
+def test_what_learns_from_rows_against_a_reference(name):
+    assert inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
 
 
 @pytest.mark.parametrize("name", ["normalize", "load_prompts", "suffix_ids", "resolve"])

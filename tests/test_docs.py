@@ -145,16 +145,6 @@ def test_functions_named_in_the_documents_exist(document):
             assert hasattr(load(stems[found[1]]), found[2]), f"{document.name}: {span}"
 
 
-def test_functions_that_part_one_announces_exist():
-    source = (ROOT / "gpt.py").read_text()
-    for heading in ("# What Part I calls and Part III defines", "# What sft.py, reward.py, ppo.py and dpo.py call"):
-        lines = source.partition(heading)[2].partition("\n\n")[0].splitlines()
-        names = [name for line in lines if (name := re.match(r"#   (\w+)\(", line))]
-        assert len(names) >= 9
-        for name in names:
-            assert hasattr(load(ROOT / "gpt.py"), name[1]), name[1]
-
-
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.name)
 def test_options_named_in_the_documents_exist(document):
     """Also those that stand alone, without a script."""

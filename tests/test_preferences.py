@@ -528,7 +528,7 @@ def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
     shape = gpt.make_config(24, 9, 1, 2, 16, "gpt2")
     batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0)
     with pytest.raises(ValueError, match="tokens > the 9 positions of the model: lower --length"):
-        gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
+        dpo.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
 
 
 def make(module, config, model):
