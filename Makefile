@@ -169,7 +169,8 @@ overoptimization: .venv/done
 	$(PY) tools/plot.py out/overoptimization
 	$(PY) tools/plot.py overoptimization $(CHASES) --out out/overoptimization
 
-# The critic-free family at PPO's samples, and three students of the PPO policy at equal tokens.
+# The critic-free family at PPO's samples, two students of the PPO policy at equal tokens, and two controls: a reward by
+# chance, and one for the form alone.
 FAMILY = $(PY) grpo.py --seed $(SEED) --overwrite --out out/family
 family: .venv/done
 	$(FAMILY)/rloo --advantage rloo
@@ -183,6 +184,8 @@ family: .venv/done
 	$(FAMILY)/cispo --loss cispo
 	$(FAMILY)/distilled --teacher out/ppo
 	$(FAMILY)/distilled-reward --teacher out/ppo --kl reward
+	$(FAMILY)/chance --reward reasoning:chance
+	$(FAMILY)/form --reward toy:fluent
 	$(PY) evaluate.py --models out/sft out/ppo out/family/* --out out/family-report --seed $(SEED)
 	$(PY) tools/plot.py out/family-report
 

@@ -859,7 +859,8 @@ def write_bench_rows(pairs: str, folder: Path):
 
 def run_command(checkout: Path, command: str, steps: int | None, folder: Path, config: Config) -> tuple[float, int]:
     """(seconds of so many steps, peak bytes) of a script of that checkout; without `steps`, of the whole process. A
-    step's time is the median interval at which metrics.jsonl grows, but for the first two, after which it is ended."""
+    step's time is the median interval at which metrics.jsonl grows, but for the first two: of seven steps, or of as
+    many as three minutes hold (four at least). Then it is ended."""
     script, *options = shlex.split(command)
     options = [str(folder / name) if name.endswith(".jsonl") else name for name in options]
     out = folder / f"out-{time.monotonic_ns()}"
@@ -868,7 +869,8 @@ def run_command(checkout: Path, command: str, steps: int | None, folder: Path, c
     start, arrivals, peak, metrics = time.perf_counter(), [], 0, out / "metrics.jsonl"
     with open(folder / "log", "w+") as log:
         process = subprocess.Popen([*command, "--out", str(out)], cwd=checkout, env=environment, stdout=log, stderr=log)
-        while process.poll() is None and (steps is None or len(arrivals) < 7):
+        enough = lambda: len(arrivals) >= 7 or (len(arrivals) >= 4 and arrivals[-1] - arrivals[0] > 180)
+        while process.poll() is None and (steps is None or not enough()):
             time.sleep(0.02)
             peak = max(peak, resident_peak(process.pid))
             lines = metrics.read_text().count('"seconds"') if metrics.exists() else 0
