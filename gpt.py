@@ -2823,7 +2823,7 @@ def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False)
 
 
 def normalize_scores(
-    model: ScoreModel, base, policy: str, prompts: "Batches", tokenizer: Tokenizer, key, samples: int, length: int
+    model: ScoreModel, base, policy: str, prompts: Batches, tokenizer: Tokenizer, key, samples: int, length: int
 ) -> ScoreModel:
     """The reward model with gain = 1 / std and bias = -gain * mean folded into its head: mean and std are those of its
     scores of so many `samples`, responses of at most `length` tokens to the prompts, by the model in the folder

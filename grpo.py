@@ -245,8 +245,8 @@ def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, score
     once = learned_once(config)
 
     def ask_models(rollout):
-        ref_says = response_states(ref, rollout, config)
         policy_says = None if once else response_states(gpt.attach(policy, base), rollout, config)
+        ref_says = response_states(ref, rollout, config)
         said = None if once else compare(*policy_says, *ref_says, rollout, config)
         return said, ref_says[1].reshape(*rollout.mask.shape, -1)
 
