@@ -319,7 +319,7 @@ def test_no_script_starts_from_a_reward_model(script, plain, tiny_model, tmp_pat
     gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
     given = {"ref" if script is evaluate else "init": str(tmp_path / "reward")}
     if script is evaluate:
-        given["judge"] = None
+        given["gold"] = None
     else:
         row = {"prompt": "a", "completion": " b", "chosen": " b", "rejected": " c"}
         given |= dict(data=(str(write_rows(tmp_path / "rows.jsonl", [row] * 4)),), out=tmp_path / "out")
@@ -1217,9 +1217,9 @@ def test_gradients_are_clipped_by_their_global_norm():
     np.testing.assert_allclose(updates["a"], -norm / (norm + 1), rtol=1e-5)
 
 
-@pytest.mark.parametrize("kind, middle", [("cosine", 0.55), ("linear", 0.55)])
-def test_the_learning_rate_warms_up_and_comes_down(kind, middle):
-    rate = gpt.schedule(2.0, 110, warmup=10, kind=kind, final=0.1)
+@pytest.mark.parametrize("decay, middle", [("cosine", 0.55), ("linear", 0.55)])
+def test_the_learning_rate_warms_up_and_comes_down(decay, middle):
+    rate = gpt.schedule(2.0, 110, warmup=10, decay=decay, final=0.1)
     values = [float(rate(step)) / 2 for step in (0, 9, 10, 60, 110, 500)]
     np.testing.assert_allclose(values, [0.1, 0.91, 1.0, middle, 0.1, 0.1], rtol=1e-5)
     assert float(gpt.schedule(2.0, 10, 0)(0)) == 2.0

@@ -240,10 +240,10 @@ def test_minibatches_are_new_in_every_pass_iteration_and_run(module):
 def test_a_critic_starts_as_the_reward_model_with_a_head_of_zeros(world, adapter):
     policy, base = gpt.trainable(world.model, 2 if adapter else 0, "float32", jax.random.key(0))
     body = moved(policy)
-    judge = gpt.init_score_model(gpt.attach(body, base), jax.random.key(1))
-    critic, name = ppo.make_critic(policy, base, [replace(judge, body=body)], jax.random.key(2))
+    scorer = gpt.init_score_model(gpt.attach(body, base), jax.random.key(1))
+    critic, name = ppo.make_critic(policy, base, [replace(scorer, body=body)], jax.random.key(2))
     assert name == "reward body" and test_preferences.same(critic.body, body)
-    assert not critic.head.any() and not critic.bias.any() and judge.head.any()
+    assert not critic.head.any() and not critic.bias.any() and scorer.head.any()
     critic, name = ppo.make_critic(policy, base, [], jax.random.key(2))
     assert name == "policy body" and test_preferences.same(critic.body, policy) and not critic.head.any()
 
@@ -408,9 +408,9 @@ def test_a_temperature_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch
     gaps, asked = np.random.default_rng(0).normal(1, 1, 40), []
     scores = np.stack([gaps, np.zeros(40)], 1)
     monkeypatch.setattr(reward, "score_pairs", lambda *_: (scores, None, np.ones((40, 2)), []))
-    fit, judge = reward.fit_temperature, reward.calibration
+    fit, calibrate = reward.fit_temperature, reward.calibration
     monkeypatch.setattr(reward, "fit_temperature", lambda gaps: asked.append(gaps) or fit(gaps))
-    monkeypatch.setattr(reward, "calibration", lambda gaps, T: asked.append(gaps) or judge(gaps, T))
+    monkeypatch.setattr(reward, "calibration", lambda gaps, T: asked.append(gaps) or calibrate(gaps, T))
     reward.report([], None, None, reward.Config(gold=None))
     fitted, before, after = asked
     np.testing.assert_allclose(sorted([*fitted, *before]), sorted(gaps))
