@@ -451,28 +451,28 @@ def test_adapters_need_a_model_to_be_on(world):
 
 
 @pytest.fixture(scope="module")
-def scorer(world):
+def trained_reward(world):
     """A reward model as an adapter with a head on the same base, and its folder's merged model beside it."""
     before = jax.sharding.get_mesh()
-    plan = options(world, "scorer", "pairs", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
+    plan = options(world, "trained_reward", "pairs", suffix="", head_lr=1e-2, normalize_with=None, gold=None)
     reward.main(reward.Config(**plan))
     jax.set_mesh(before)
-    return world / "scorer"
+    return world / "trained_reward"
 
 
 def ppo_options(world, name, **more):
     plan = dict(
         init=str(world / "base"), data=(str(world / "prompts.jsonl"),), out=world / name, steps=5, batch_size=16,
         minibatch_size=8, epochs=1, prompt_length=4, response_length=4, missing_eos=None, gold=None,
-        reward=(str(world / "scorer"),), lora_rank=2, dtype="float32",
+        reward=(str(world / "trained_reward"),), lora_rank=2, dtype="float32",
     )  # fmt: skip
     return ppo.Config(**plan | more)
 
 
-def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, scorer):
+def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, trained_reward):
     base, tokenizer = gpt.load(world / "base")
-    adapter = gpt.load_reward_model(scorer, tokenizer, world / "base", "float32", True)
-    merged = gpt.load_reward_model(scorer, tokenizer, world / "base", "float32")
+    adapter = gpt.load_reward_model(trained_reward, tokenizer, world / "base", "float32", True)
+    merged = gpt.load_reward_model(trained_reward, tokenizer, world / "base", "float32")
     assert isinstance(adapter.body, gpt.Adapter) and isinstance(merged.body, gpt.GPT)
     score = jax.jit(lambda model: model(TOKENS % 16, jnp.ones_like(TOKENS)))
     ours = score(gpt.attach(adapter, base))
@@ -480,7 +480,7 @@ def test_an_adapter_of_reward_py_scores_like_its_merged_model(world, scorer):
     assert np.ptp(ours) > 0.1
 
 
-def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, scorer, monkeypatch, capsys):
+def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, trained_reward, monkeypatch, capsys):
     ppo.main(ppo_options(world, "ppo"))
     steps = log(world / "ppo")
     assert "a model of its own" not in capsys.readouterr().out
@@ -499,16 +499,16 @@ def test_ppo_on_one_base_learns_and_resumes_bit_for_bit(world, scorer, monkeypat
     assert {name for name, x in before.items() if not np.array_equal(x, ours[name])} == set(filter(has_adapter, before))
 
 
-def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, scorer, capsys):
-    (world / "scorer" / "adapter").rename(world / "scorer" / "elsewhere")
+def test_a_reward_model_of_its_own_stays_one_beside_adapters(world, trained_reward, capsys):
+    (world / "trained_reward" / "adapter").rename(world / "trained_reward" / "elsewhere")
     ppo.main(ppo_options(world, "whole", steps=1))
-    (world / "scorer" / "elsewhere").rename(world / "scorer" / "adapter")
-    assert "scorer has no adapter on" in capsys.readouterr().out
+    (world / "trained_reward" / "elsewhere").rename(world / "trained_reward" / "adapter")
+    assert "trained_reward has no adapter on" in capsys.readouterr().out
     assert json.loads((world / "whole" / "config.json").read_text())["run"]["critic"] == "policy body"
 
 
 @pytest.mark.parametrize("rank", [0, 2])
-def test_grpo_asks_for_several_answers_to_each_prompt(world, scorer, rank, monkeypatch):
+def test_grpo_asks_for_several_answers_to_each_prompt(world, trained_reward, rank, monkeypatch):
     asked, ask = [], grpo.score_responses
     monkeypatch.setattr(grpo, "score_responses", lambda *args: asked.append(args[3]) or ask(*args))
     plan = vars(ppo_options(world, f"grpo-{rank}", steps=2, lora_rank=rank))
@@ -534,7 +534,7 @@ def test_distillation_loss_by_hand():
     np.testing.assert_allclose(reward.distillation_loss(scores, teacher, jnp.array([3.0, 1.0]))[0], (3 * 0.5 + 2) / 4)
 
 
-def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, scorer, tmp_path):
+def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, trained_reward, tmp_path):
     rows = [json.loads(line) for line in (world / "pairs.jsonl").open()]
     swapped = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows]
     for name, data in (("pairs", rows), ("pairs-heldout", rows), ("swapped", swapped)):
@@ -542,7 +542,7 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, sc
     _, tokenizer = gpt.load(world / "base")
     shape = gpt.make_config(tokenizer.vocab_size, 16, layers=1, heads=1, dim=8)
     gpt.save(tmp_path / "small", jax.jit(partial(gpt.init, shape))(jax.random.key(0)), tokenizer)
-    plan = options(world, "student", "pairs", init=str(tmp_path / "small"), teacher=str(scorer), suffix="",
+    plan = options(world, "student", "pairs", init=str(tmp_path / "small"), teacher=str(trained_reward), suffix="",
                    steps=24, lr=2e-2, head_lr=2e-2, normalize_with=None, gold=None, lora_rank=0)  # fmt: skip
     for name in ("pairs", "swapped"):
         reward.main(reward.Config(**plan | dict(data=(str(tmp_path / f"{name}.jsonl"),), out=tmp_path / name)))
@@ -556,8 +556,8 @@ def test_a_small_student_learns_the_scores_of_its_teacher_and_no_label(world, sc
     np.testing.assert_allclose([row["gap"] for row in turned], [-row["gap"] for row in steps], atol=1e-2)
 
 
-def test_a_student_reads_the_score_where_its_teacher_does(world, scorer):
-    plan = options(world, "x", "pairs", lora_rank=0, teacher=str(scorer), suffix=" Judge:")
+def test_a_student_reads_the_score_where_its_teacher_does(world, trained_reward):
+    plan = options(world, "x", "pairs", lora_rank=0, teacher=str(trained_reward), suffix=" Judge:")
     with pytest.raises(ValueError, match="reads its score after ''"):
         reward.main(reward.Config(**plan))
 
