@@ -71,6 +71,8 @@ real: $M/config.json data/prose/text.jsonl
 	  --data data/checks/prompts-heldout.jsonl --prompt-length 72 --response-length 40 --samples 160 --batch-size 40 \
 	  --gold checks:strict --reward checks:reward --best-of 4 --perplexity data/prose/text.jsonl --out out/real/report
 	$(PY) tools/plot.py out/real/report
+	$(PY) tools/plot.py curves $(addprefix out/real/rloo-,$(REAL_SEEDS)) $(addprefix out/real/,chance ppo online) \
+	  --out out/real/report
 	@echo "Side by side, and votes: $(PY) serve.py --model $M out/real/rloo-$(firstword $(REAL_SEEDS))"
 
 # A reward from people: a linear head on the frozen model's features, fitted to one half of the dialogues; a second one,

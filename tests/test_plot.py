@@ -208,9 +208,10 @@ def test_the_report_of_a_reward_model_is_drawn_into_its_folder(tmp_path, monkeyp
 def test_a_report_shows_what_it_has_the_numbers_for():
     row = entry(0.1, 1.0, 0.5)
     bare = {"reference": {"folder": "out/start", "gold": 0.4}, "models": {"a": row}, "best_of": None}
-    assert plot.shown(bare) == []  # one point is no line
+    assert plot.shown(bare) == []  # one point is no comparison
     assert plot.shown(bare | {"models": {"a": row, "b": entry(0.5, 2.0, 0.6)}}) == ["frontier"]
-    assert plot.shown(bare | {"best_of": {"n": [1]}}) == ["overoptimization"]
+    assert plot.shown(bare | {"best_of": {"n": [1, 2, 4]}}) == []  # and three no curve
+    assert plot.shown(bare | {"best_of": {"n": [1, 2, 4, 8]}}) == ["overoptimization"]
     unjudged = bare | {"reference": {"folder": "out/start", "gold": None}}
     with pytest.raises(ValueError, match="it needs trained models and --gold"):
         plot.draw_frontier(unjudged, (), Path("frontier.png"))

@@ -160,7 +160,7 @@ def draw_lengths(report: dict, _, path: Path):
         axis.stairs(shares, edges, color=f"C{i % 10}", linewidth=1.6, label=f"{name}: mean {row['length']:.1f}")
     bars = "" if width == 1 else f", bars of {width}"
     axis.set(xlabel=f"length of the response, tokens with EOS{bars}", ylabel="share of the responses", ylim=(0, None))
-    axis.yaxis.set_major_formatter(lambda share, _: f"{share:.0%}")
+    axis.yaxis.set_major_formatter(lambda share, _: f"{100 * share:.3g}%")
     axis.grid(alpha=0.3)
     axis.legend()
     finish(plt, figure, path)
@@ -201,7 +201,7 @@ def method_of(run: dict) -> dict:
         return {}
     settings, script = run["config"], Path(run["script"]).stem
     kind = settings.get("loss", script) if script == "ipo_kto" else script
-    name, symbol = kind.upper(), "tau" if kind == "ipo" else "beta"
+    name, symbol = {"online": "online DPO"}.get(kind, kind.upper()), "tau" if kind == "ipo" else "beta"
     if kind == "dpo" and float(settings.get("label_smoothing", 0)) > 0:
         name = "cDPO"
     if settings.get("kind") == "robust":
@@ -397,7 +397,8 @@ def draw_overoptimization(report: dict, runs, path: Path) -> list[str]:
         sqrt_axis(axis)
     axes[0].set(title="What is optimised: the reward model", ylabel="score (standard deviations of SFT's samples)")
     axes[1].set(title="What was wanted: gold", ylabel="gold")
-    axes[1].plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="fit of Gao et al.")
+    if any(measure in fit for fit in fits.values() for measure in ("score", "gold")):
+        axes[1].plot([], [], color="0.4", linestyle="--", linewidth=1.2, label="fit of Gao et al.")
     figure.legend(*axes[1].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     finish(plt, figure, path)
     return [table for table in (runs_table(runs), fits_table(fits)) if table]
@@ -502,13 +503,13 @@ def draw(name: str, report: dict, runs, out: Path):
 
 
 def shown(report: dict) -> list[str]:
-    """The pictures that a report has the numbers for; of a frontier, a line at least."""
+    """The pictures that a report has the numbers for; of a frontier two points at least, of a curve over n four."""
     has = lambda name: any(name in row for row in report["models"].values())
     there = {
         "lengths": has("lengths"),
         "conduct": has("conduct"),
-        "frontier": any(len(line) > 1 for line in frontier_of(report).values()),
-        "overoptimization": bool(report["best_of"]),
+        "frontier": sum(map(len, frontier_of(report).values())) > 1,
+        "overoptimization": len((report["best_of"] or {}).get("n", ())) > 3,
     }
     return [name for name, yes in there.items() if yes]
 
