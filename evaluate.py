@@ -332,18 +332,25 @@ def repetition(tokens, n: int = 3) -> float:
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
+def unjudged(told: dict, rows: list[dict]) -> dict[str, int]:
+    """How many answers lack a measure, where there are any: told[measure] (P,) says which have it. A measure that is
+    called like a "kind" of rows concerns these rows alone (checks.strict)."""
+    kinds = np.array([row.get("kind") for row in rows], object)
+    missing = {name: ~x & ((kinds == name) | ~(kinds == name).any()) for name, x in told.items()}
+    return {name: int(x.sum()) for name, x in missing.items() if x.any()}
+
+
 def summarize(answers: Answers) -> dict:
-    """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens; unjudged[measure]: how
-    many answers have none, where there are any."""
+    """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens; and `unjudged`."""
     clusters, found = same_prompt(answers.prompts), {}
     for name, values in answers.numbers.items():
         found[name] = mean_interval(values, clusters, share=name not in ("kl", "length"))
-    missing = {name: int((~np.isfinite(values)).sum()) for name, values in answers.numbers.items()}
+    told = {name: np.isfinite(values) for name, values in answers.numbers.items()}
     lengths = np.bincount(answers.numbers["length"].astype(int)).tolist()
     variety = {str(n): distinct(answers.tokens, n) for n in (1, 2, 3)}
     row = {name: x[0] for name, x in found.items() if x} | {"distinct": variety, "lengths": lengths}
     row |= {"count": len(answers.responses), "intervals": {name: x[1] for name, x in found.items() if x}}
-    return row | {"unjudged": {name: n for name, n in missing.items() if n}}
+    return row | {"unjudged": unjudged(told, answers.rows)}
 
 
 def closed(golds, start, clusters) -> tuple[float, list[float]] | None:
@@ -513,9 +520,8 @@ def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> tuple[dict, d
         rows[name] = {k: x[0] for k, x in found.items() if x} | {"kl": bound, "kl_bound": True, "n": n}
         rows[name] |= {"win": {k: win_rate(weighted_mean(x, weights), clusters) for k, x in won.items()}}
         intervals = {k: x[1] for k, x in found.items() if x} | {"kl": [bound, bound]}
-        missing = {k: int((~np.isfinite(x)).all(1).sum()) for k, x in stacked.items()}  # no candidate has a verdict
-        missing = {k: count for k, count in missing.items() if count}
-        rows[name] |= {"count": len(weights), "intervals": intervals, "unjudged": missing}
+        told = {k: np.isfinite(x).any(1) for k, x in stacked.items()}  # by a candidate at least
+        rows[name] |= {"count": len(weights), "intervals": intervals, "unjudged": unjudged(told, rounds[0].rows)}
         golds |= {name: values["gold"].tolist()} if "gold" in values else {}
     return rows, golds
 

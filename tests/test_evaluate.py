@@ -303,9 +303,11 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
     prompts = [f"prompt {i}" for i in range(300)]
     numbers = {"gold": np.tile([1.0, 0.0, np.nan], 100), "kl": np.zeros(300), "length": np.ones(300)}
     numbers |= {"kind": np.full(300, np.nan), "part": np.linspace(-1, 1, 300)}
-    answers = evaluate.Answers(numbers, prompts, ["a"] * 300, [{}] * 300, [[1]] * 300)
+    numbers["list"] = np.where(np.arange(300) < 100, numbers["gold"], np.nan)  # concerns rows of that kind alone
+    rows = [{"kind": "list"}] * 100 + [{"kind": "words"}] * 200
+    answers = evaluate.Answers(numbers, prompts, ["a"] * 300, rows, [[1]] * 300)
     row = evaluate.summarize(answers)
-    assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300}
+    assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300, "list": 33}
     np.testing.assert_allclose(row["intervals"]["gold"], reward.interval(100, 200), atol=1e-5)
     assert row["intervals"]["kl"] == [0, 0] and row["intervals"]["length"] == [1, 1]
     assert row["intervals"]["part"] == pytest.approx([-0.066, 0.066], abs=0.01)
