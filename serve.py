@@ -359,7 +359,7 @@ class Candidate(NamedTuple):
     kl: float  # KL(unquantised model || this one) in nats a token
     top1: float  # share of tokens for which both models think the same token likeliest
     perplexity: float
-    speed: float  # tokens a second, all slots busy
+    speed: float  # tokens a second, where every slot reads a prompt and draws ANSWER tokens of an answer
 
 
 def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
@@ -393,6 +393,7 @@ def quality_table(models: list, max_kl: float) -> str:
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
 MOST_STEPS = 8  # tokens that one call decodes at most
+ANSWER = 64  # tokens of an answer to a prompt as wide as the widest piece, by which forms of weights are compared
 # each of these sizes is a program of its own: 3 to 7 s to compile and 130 MB for a model of 30 layers
 PIECES = (16, 24, 64, 256)  # tokens of a prompt that one call reads: between two calls others get their tokens
 PROMPTS = (1, 4)  # of the smallest piece several prompts are read in one call
@@ -451,6 +452,15 @@ def write_rows(cache, new, slots, starts):
     return gpt.shard_batch(cache)
 
 
+def to_dtype(x, dtype):
+    """x in another precision. What float16 cannot hold, beyond +-65,504, becomes the largest that it can: infinities
+    would make every later token NaN."""
+    if x.dtype == dtype:
+        return x
+    most = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.clip(x, -most, most).astype(dtype)
+
+
 def attend(q, cache, slots, positions, reach):
     """Attention of q (R, H, T, E), whose places are `positions` (R, T), to the keys and values (S, K, C, E) that slots
     hold up to there: -> (R, H, T, E). The cache is read block by block, as far as `reach`, the last place that a row
@@ -479,25 +489,18 @@ def attend(q, cache, slots, positions, reach):
 
 def run_layers(weights: Weights, caches, tokens, slots, starts, counts=True):
     """The hidden states (R, T, D) of tokens (R, T), which stand in some slots (R,), or in all (None), from place
-    `starts` (R,) on, and the caches with their keys and values. `counts` (R,): rows whose states are wanted. As
-    `gpt.Block` computes it, but for `attend`."""
+    `starts` (R,) on, and the caches with their keys and values. `counts` (R,): rows whose states are wanted."""
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
     reach = jnp.where(counts, positions[:, -1], 0).max()
     x, rope = weights.outer.embed(tokens, positions)
-    heads = lambda x, block: x.reshape(*x.shape[:2], -1, block.head_dim).swapaxes(1, 2)
     new_caches = []
     for block, cache in zip(weights.layers, caches):
-        h = block.norm1(x)
-        q, k, v = (heads(linear(h), block) for linear in (block.q, block.k, block.v))
-        if block.q_norm is not None:
-            q, k = block.q_norm(q), block.k_norm(k)
-        if rope is not None:
-            q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)
-        cache = tuple(write_rows(old, new.astype(old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
-        x = x + block.o(attend(q, cache, slots, positions, reach).swapaxes(1, 2).reshape(*x.shape[:2], -1))
-        h = block.norm2(x)
-        h = jax.nn.gelu(block.up(h)) if block.gate is None else jax.nn.silu(block.gate(h)) * block.up(h)
-        x = x + block.down(h)
+
+        def attend_slots(q, k, v, cache=cache):
+            cache = tuple(write_rows(old, to_dtype(new, old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
+            return attend(q, cache, slots, positions, reach), cache
+
+        x, cache = block.around(attend_slots, x, rope)
         new_caches.append(cache)
     return weights.outer.norm(x), tuple(new_caches)
 
@@ -790,6 +793,17 @@ def piece_size(rest: int, pieces: list[int]) -> int:
     return whole[0] if whole else max(n for n in pieces if n <= rest)
 
 
+def fastest(call) -> float:
+    """The least seconds that a call takes, of many where it is short: other programs disturb some of them."""
+    call()
+    seconds, until = [], time.perf_counter() + 0.2
+    while len(seconds) < 5 or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 class Served:
     """A model with its slots and its queue. Only the engine's thread touches what is on the device."""
 
@@ -821,20 +835,23 @@ class Served:
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
         self.state, self.free = idle_slots(self.slots), list(range(self.slots))  # the one that is free longest first
-        self.make_caches(self.model.norm.scale.dtype)
         self.candidates = list(self.measure()) if config.quality else []
 
-    def make_caches(self, dtype):
+    def make_caches(self, how: str):
+        """Empty caches for weights of this form. Rounded weights compute nothing that needs more than float16's
+        11 bits; keys and values of other weights stay in their precision."""
         self.caches = None
         self.held = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
         c, places = self.model_config, self.context + -self.context % block_size(self.context)
+        dtype = gpt.compute_dtype(self.config.dtype)
+        dtype = jnp.float16 if dtype == jnp.float32 and how != "none" else dtype
         # placed as the programs place them: one that is called with caches placed otherwise is compiled twice
         place = jax.jit(lambda: gpt.shard_batch(jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), dtype)))
         self.caches = tuple((place(), place()) for _ in range(c.layers))
 
     def measure(self):
         """A Candidate for the full weights and the form that is asked for, or for every form where none or "auto" is:
-        its quality on the rows of --quality, its speed with all slots busy."""
+        its quality on the rows of --quality, its speed at whole requests."""
         batches, wanted = quality_batches(self.config.quality, self.tokenizer, self.context), self.config.quantize
         for how in FORMS if wanted in (None, "auto") else ("none", wanted):
             try:
@@ -845,7 +862,9 @@ class Served:
             found = quality(self.model, model, batches, f"{self.name} {how}")
             self.weights = None  # those of the form before, which are freed first
             self.weights = unstack(model)
-            size, speed = size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            self.make_caches(how)
+            size, seconds = size_in_bytes(model) / 1e6, self.slots * self.read_seconds() + ANSWER * self.step_seconds()
+            speed = self.slots * ANSWER / seconds
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
 
     def compress(self):
@@ -857,9 +876,7 @@ class Served:
                 self.name, self.quantization,
             )  # fmt: skip
         model, self.model, self.weights = self.model, None, None
-        # keys and values are those of these weights alone, and rounded ones need no more than 11 bits
-        dtype = model.norm.scale.dtype
-        self.make_caches(jnp.float16 if dtype == jnp.float32 and self.quantization != "none" else dtype)
+        self.make_caches(self.quantization)
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
         jax.block_until_ready(self.weights)
         del model
@@ -879,16 +896,24 @@ class Served:
         self.tokenizer_hash = self.tokenizer.fingerprint
 
     def step_seconds(self, n: int | None = None) -> float:
-        """Seconds that it takes to draw one token in each of n slots, or all, of which each holds little."""
-        n, seconds = n or self.slots, []
-        busy = idle_slots(n)._replace(remaining=np.full(n, 99, np.int32), endless=np.ones(n, bool))
-        jax.block_until_ready(self.decode(np.arange(n), busy, 1))
-        until = time.perf_counter() + 0.2  # many calls of a small model, since other programs disturb some of them
-        while len(seconds) < 5 or time.perf_counter() < until:
-            start = time.perf_counter()
-            np.asarray(self.decode(np.arange(n), busy, MOST_STEPS)[0])
-            seconds.append((time.perf_counter() - start) / MOST_STEPS)
-        return min(seconds)
+        """Seconds that it takes to draw one token in each of n slots, or all, that hold half of the context each."""
+        n = n or self.slots
+        busy = idle_slots(n)._replace(
+            position=np.full(n, self.context // 2, np.int32), remaining=np.full(n, 99, np.int32),
+            endless=np.ones(n, bool),
+        )  # fmt: skip
+        return fastest(lambda: np.asarray(self.decode(np.arange(n), busy, MOST_STEPS)[0])) / MOST_STEPS
+
+    def read_seconds(self) -> float:
+        """Seconds that it takes to read the widest piece of a prompt, in the second half of the context."""
+        size = self.pieces[-1]
+        piece = [0] * size, [0] * size, 0, min(self.context // 2, self.context - size)
+
+        def read():
+            self.read([piece], size, False)
+            jax.block_until_ready(self.caches)
+
+        return fastest(read)
 
     def decode(self, rows, some: Slots, steps: int):
         """Tokens and log-probs that the slots `rows` draw, which are all of them, or as many as one of `groups`."""
@@ -1512,7 +1537,8 @@ class Job:
     choices: list[Choice]
     events: asyncio.Queue
 
-    def cancel(self):
+    async def aclose(self):
+        """Free its slots. Asynchronous as the `aclose` of another engine's answer is: see `Streamed`."""
         for choice in self.choices:
             choice.cancelled = True
 
@@ -1681,8 +1707,21 @@ def frame(body) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
+class Streamed(StreamingResponse):
+    """A body as it comes, in server-sent events where no other type is named. What it comes from, with an `aclose`, is
+    closed however that ends: the pieces' own `finally` would not run where the client is gone before the first one."""
+
+    def __init__(self, source, pieces, status: int = 200, media_type: str | None = "text/event-stream"):
+        super().__init__(pieces, status, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
+        self.source = source
+
+    async def __call__(self, scope, receive, send):
+        async with contextlib.aclosing(self.source):
+            await super().__call__(scope, receive, send)
+
+
 async def stream_job(job: Job, server: "Server"):
-    """A job as server-sent events. When a disconnect ends this generator early, its slots become free."""
+    """A job as server-sent events."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
     chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
     begun, open_choices, done = set(), len(job.choices), b"data: [DONE]\n\n"
@@ -1720,8 +1759,6 @@ async def stream_job(job: Job, server: "Server"):
         LOG.exception("request %s failed", job.request_id)
         yield frame(ApiError(500, f"the server failed at this request; its log knows more about {job.request_id}").body)
         yield done
-    finally:
-        job.cancel()
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
@@ -1802,15 +1839,12 @@ async def stream_response(job: Job, server: "Server"):
         message = f"the server failed at this request; its log knows more about {job.request_id}"
         error = {"code": "server_error", "message": message}
         yield event("response.failed", response=response_body(job) | {"status": "failed", "error": error})
-    finally:
-        job.cancel()
 
 
 PING_SECONDS = 10.0
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
-async def collect(job: Job) -> list[Delta]:
+async def last_deltas(job: Job) -> list[Delta]:
     """The last deltas of all choices, in their order."""
     ends = []
     while len(ends) < len(job.choices):
@@ -2252,8 +2286,8 @@ class Server:
         body = await read_body(request, kind)
         job = self.submit(body, request)
         if body.stream:
-            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        deltas = await self.collect(request, job)
+            return Streamed(job, stream_job(job, self))
+        deltas = await self.wait_for(job, request)
         return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
 
     def submit(self, body: Sampling, request: Request) -> Job:
@@ -2270,18 +2304,16 @@ class Server:
         body = as_chat(await read_body(request, ResponsesRequest))
         job = self.submit(body, request)
         if body.stream:
-            return StreamingResponse(stream_response(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        (delta,) = await self.collect(request, job)
+            return Streamed(job, stream_response(job, self))
+        (delta,) = await self.wait_for(job, request)
         return reply(response_body(job, delta.text, delta.finish))
 
-    async def collect(self, request: Request, job: Job) -> list[Delta]:
+    async def wait_for(self, job: Job, request: Request) -> list[Delta]:
         """The last deltas of all choices, stored if that is wanted, unless the client hangs up first."""
-        try:
-            deltas = await unless_gone(request, collect(job))
+        async with contextlib.aclosing(job):
+            deltas = await unless_gone(request, last_deltas(job))
             for delta in deltas:
                 await self.log_generation(job, delta.choice)
-        finally:
-            job.cancel()
         return deltas
 
     async def log_generation(self, job: Job, choice: Choice):
@@ -2680,15 +2712,8 @@ class Relay(Server):
         options = {"json": sent} if request.method == "POST" else {}
         asked = self.ask(request.method, request.url.path, params=str(request.url.query), **options)
         response = await unless_gone(request, asked)
-
-        async def pieces():
-            try:
-                async for piece in response.aiter_bytes():
-                    yield piece
-            finally:
-                await response.aclose()
-
-        return StreamingResponse(pieces(), response.status_code, media_type=response.headers.get("content-type"))
+        kind = response.headers.get("content-type")
+        return Streamed(response, response.aiter_bytes(), response.status_code, kind)
 
     responses = metrics = tokenizer_info = tokenize = detokenize = forward
 
@@ -2743,8 +2768,9 @@ class Relay(Server):
         about = models.get(sent["model"], {"id": sent["model"]})
         row = partial(relayed_row, body, about, request_id=request.state.request_id)
         if sent.get("stream"):
-            return StreamingResponse(self.stream(response, row, store), 200, STREAM_HEADERS, "text/event-stream")
-        choices, answer = await unless_gone(request, self.read(response, "choices"))
+            return Streamed(response, self.stream(response, row, store))
+        async with contextlib.aclosing(response):
+            choices, answer = await unless_gone(request, self.read(response, "choices"))
         for choice in choices if store else ():
             text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
             await self.keep(stored := row(choice, text, answer.get("usage")), store)
@@ -2752,8 +2778,9 @@ class Relay(Server):
         return reply(answer)
 
     async def stream(self, response: httpx2.Response, row, store):
-        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored."""
-        texts, ends, usage = collections.defaultdict(str), [], None
+        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored; other
+        answers in the same event, of a request for several, do not wait."""
+        texts, ends, ended, usage = collections.defaultdict(str), [], set(), None
 
         async def finish():
             for choice in (choice for chunk in ends for choice in chunk["choices"] if choice.get("finish_reason")):
@@ -2775,9 +2802,13 @@ class Relay(Server):
                 for choice in choices:
                     piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
                     texts[choice["index"]] += piece or ""
-                if store and any(choice.get("finish_reason") for choice in choices):
-                    ends.append(chunk)
-                else:
+                if store:
+                    ended |= {choice["index"] for choice in choices if choice.get("finish_reason")}
+                later = [choice for choice in choices if choice["index"] in ended]
+                if later:
+                    ends.append(chunk | {"choices": later})
+                    chunk |= {"choices": [choice for choice in choices if choice["index"] not in ended]}
+                if not choices or chunk["choices"]:
                     yield (b"" if choices else await finish()) + frame(chunk)
             yield await finish()
         except Exception as error:
@@ -2785,8 +2816,6 @@ class Relay(Server):
             who = "this server" if isinstance(error, sqlite3.Error) else f"the engine at {self.url}"
             message = f"{who} broke this answer off ({type(error).__name__})"
             yield frame(ApiError(502, message, code="upstream_dead").body)
-        finally:
-            await response.aclose()
         yield b"data: [DONE]\n\n"
 
 
@@ -2957,7 +2986,8 @@ def main(config: Config):
     process = Process(server)
     process.run(sockets=[listener])
     if process.failed:
-        raise ValueError(server.engine.failure)
+        full = isinstance(server.engine.failure, jax.errors.JaxRuntimeError)  # the memory is: gpt.cli says what helps
+        raise server.engine.failure if full else ValueError(server.engine.failure)
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import httpx2
 import jax
 import jax.numpy as jnp
@@ -223,6 +224,20 @@ def test_the_same_seed_gives_the_same_text_in_any_company(http):
     assert choices[0]["message"]["content"] == alone[3]
     assert len({choice["message"]["content"] for choice in choices}) == 3
     assert text_of(ask(2**40)) != text_of(ask(0))  # the high bits of a seed count
+
+
+def test_half_precision_holds_what_is_too_large_for_it(folder):
+    """Values of a million, beyond float16's 65,504, do not become infinities in its caches, and NaN from there on."""
+    model, _ = gpt.load(folder / "one")
+    large = eqx.tree_at(
+        lambda model: (model.blocks.k.weight, model.blocks.v.weight), model, replace_fn=lambda w: 1e6 * w
+    )
+    shape = 1, model.config.kv_heads, 16, model.config.head_dim
+    caches = tuple((jnp.zeros(shape, jnp.float16), jnp.zeros(shape, jnp.float16)) for _ in range(model.config.layers))
+    tokens, slots = np.arange(8)[None], np.zeros(1, np.int32)
+    caches, scores = serve.prefill(serve.unstack(large), caches, tokens, tokens, slots, slots, True)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((caches, scores)))
+    assert max(jnp.abs(x).max() for x in jax.tree.leaves(caches)) == 65504
 
 
 def test_echoed_logprobs_are_those_of_a_forward_pass(folder, client):
@@ -886,6 +901,30 @@ def test_who_hangs_up_frees_the_slots(live, http, slow, stream, by, request):
     assert live.server.models["one"].finished["abort"] == before + 4
 
 
+@pytest.mark.parametrize("by", ["live", "relay"])
+def test_who_is_gone_before_a_stream_begins_frees_the_slots(live, http, slow, by, request):
+    server = live.server if by == "live" else request.getfixturevalue("relay").server
+    body = json.dumps(dict(messages=ASK, n=4, max_tokens=60, ignore_eos=True, stream=True)).encode()
+    calls = []
+
+    async def receive():
+        calls.append(1)
+        if len(calls) == 1:
+            return {"type": "http.request", "body": body}
+        if by == "relay" and len(calls) == 2:
+            await asyncio.sleep(60)  # the client waits while the other engine is asked
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("nobody reads this")
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = dict(type="http", asgi={"spec_version": "2.4"}, method="POST", path="/v1/chat/completions", headers=headers,
+                 query_string=b"", root_path="")  # fmt: skip
+    asyncio.run_coroutine_threadsafe(server.app()(scope, receive, send), server.engine.loop).result(30)
+    wait_for(lambda: not live.server.models["one"].busy, 1.0)  # all of it would take 2 s
+
+
 def test_a_deadline_cuts_an_answer_and_ends_a_wait(live, http, slow, monkeypatch):
     monkeypatch.setattr(live.server, "config", serve.dataclasses.replace(live.server.config, timeout=0.5))
     with ThreadPoolExecutor(2) as pool:
@@ -1384,6 +1423,14 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         vote(relay, "thumb", "up", row["id"])
         assert " --length 64 " in relay.get("/v1/feedback/counts").json()["command"]  # of the context: nobody counted
         relay.delete("/v1/sessions/s")
+        first = {"index": 0, "delta": {}, "finish_reason": "stop"}, {"index": 1, "delta": {"content": "a"}}
+        rest = [{"index": 1, "delta": {"content": "b"}}], [{"index": 1, "delta": {}, "finish_reason": "stop"}]
+        events = [f"data: {json.dumps({'choices': choices})}\n\n" for choices in (first, *rest)]
+        script[chat] = (200, "".join(events))  # the end of one answer comes with a piece of another one
+        found = [choice for chunk in frames(say(relay, n=2, **asked).text) for choice in chunk["choices"]]
+        assert "".join(c["delta"].get("content", "") for c in found if c["index"] == 1) == "ab"
+        assert sum("generation_id" in choice for choice in found) == 2
+        relay.delete("/v1/sessions/s")
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
             (200, "<html>", 502, "no answer that can be read"), (302, "", 502, "302"),
@@ -1619,9 +1666,38 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
         assert choice.ids_drawn == tokens[mask > 0].tolist()
 
 
-def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch):
-    seconds = iter([1.0, 0.2, 0.1])  # none, int8, int4
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: next(seconds))
+def test_forms_are_timed_at_the_work_of_requests(folder, heldout, monkeypatch):
+    """Slots that are half full, in the caches that the form will have, and the reading of prompts."""
+    steps, reads = [], []
+    decode, read = serve.Served.decode, serve.Served.read
+
+    def record_step(self, rows, some, n):
+        steps.append((self.caches[0][0].dtype.name, *np.unique(some.position)))
+        return decode(self, rows, some, n)
+
+    def record_read(self, pieces, size, wanted):
+        reads.append((self.caches[0][0].dtype.name, len(pieces[0][0]), pieces[0][3]))
+        return read(self, pieces, size, wanted)
+
+    monkeypatch.setattr(serve.Served, "decode", record_step)
+    monkeypatch.setattr(serve.Served, "read", record_read)
+    monkeypatch.setattr(serve, "fastest", lambda call: (call(), 0.5)[1])
+    model = loaded(folder, quality=heldout, quantize="int8")
+    assert steps == [("float32", 8), ("float16", 8)] and reads == [("float32", 16, 0), ("float16", 16, 0)]
+    assert model.candidates[0].speed == pytest.approx(4 * 64 / (4 * 0.5 + 64 * 0.5 / serve.MOST_STEPS))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Seconds that it takes to draw a token: forms of the weights, in their order, take these."""
+    seconds = []
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: seconds.pop(0) if seconds else 0.1)
+    monkeypatch.setattr(serve.Served, "read_seconds", lambda self: 0.1)
+    return seconds
+
+
+def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, timed):
+    timed += [1.0, 0.2, 0.1]  # none, int8, int4
     model = loaded(folder, quantize="auto", quality=heldout)
     _, int8, int4 = model.candidates
     assert int8.kl < int4.kl / 2
@@ -1634,8 +1710,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
         serve.choose(model.candidates, "int4", int4.kl / 2)
 
 
-def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_named(folder, heldout, monkeypatch, caplog):
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
+def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_named(folder, heldout, timed, caplog):
     model = loaded(folder, quantize="int8", quality=heldout, max_kl=9.0)
     assert [c.how for c in model.candidates] == ["none", "int8"]
     model.compress()
@@ -1645,8 +1720,7 @@ def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_name
     assert "one: int8 is unmeasured: --quality FILE" in caplog.text
 
 
-def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
+def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, timed):
     options = dict(port=0, feedback=tmp_path / "f.db", model=((str(folder / "one"),),), slots=2)
     with pytest.raises(ValueError, match=r"--quantize int4 is [\d.]+ nats .* perplexity"):
         serve.main(serve.Config(quantize="int4", quality=heldout, max_kl=1e-6, **options))
