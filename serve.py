@@ -9,11 +9,12 @@
 
 One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
 join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the first
-request. A prompt is read in pieces, between which the others get their tokens; a slot keeps what it has read, so that
-the next turn of a talk, or a second answer to one prompt, begins where it ends. As many rows are computed as are
-drawing, of a few sizes. Sampling parameters are arrays with one entry for each slot. The random number of a token is a
-function of (seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop
-only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
+request. A prompt is read in pieces, between which the others get their tokens, and its last piece draws the first token
+of the answer; a slot keeps what it has read, so that the next turn of a talk, or a second answer to one prompt, begins
+where it ends. As many rows are computed as are drawing, of a few sizes. Sampling parameters are arrays with one entry
+for each slot. The random number of a token is a function of (seed, choice, token), so the same seed gives the same text
+whatever else is in the batch. The event loop only moves bytes; a second thread owns the database, and a vote is
+answered when its transaction is on disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
 send; what they get; votes; the server; another engine in its place; the process.
@@ -505,27 +506,6 @@ def run_layers(weights: Weights, caches, tokens, slots, starts, counts=True):
     return weights.outer.norm(x), tuple(new_caches)
 
 
-@partial(jax.jit, donate_argnames="caches")
-def prefill(weights: Weights, caches, tokens, targets, slots, starts, wanted):
-    """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
-    `starts` (R,) of slot `slots` (R,), behind what the slot holds already; and if `wanted` the log-probs of `targets`
-    (R, T), the tokens that follow each. The keys of padding behind a piece are overwritten by those of drawn tokens
-    before attention reaches them."""
-    outer = weights.outer
-    hidden, caches = run_layers(weights, caches, tokens, slots, starts)
-    columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
-    score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score))
-    return caches, lax.cond(wanted, score, lambda: nothing)
-
-
-@partial(jax.jit, donate_argnums=0)
-def copy_slot(caches, source, target):
-    """The caches with one slot's keys and values in another slot."""
-    move = lambda cache: lax.dynamic_update_slice_in_dim(cache, lax.dynamic_slice_in_dim(cache, source, 1), target, 0)
-    return jax.tree.map(lambda cache: gpt.shard_batch(move(cache)), caches)
-
-
 class Slots(NamedTuple):
     """What the device is told about each slot, or some of them: (S,) arrays in the host's memory."""
 
@@ -550,13 +530,56 @@ def idle_slots(n: int) -> Slots:
     return Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
 
 
+def next_tokens(outer: gpt.GPT, hidden, slots: Slots, keys):
+    """The tokens (S,) drawn after the hidden states (S, D) in those of the `slots` that are busy, and their log-probs.
+    `keys`: `draw_keys` of the slots."""
+    logits = outer.logits(hidden)
+    u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
+    token = draw(logits, u, slots)
+    return token, alternatives(logits, token, ((slots.remaining > 0) & slots.scored).any())
+
+
+def draw_keys(slots: Slots):
+    """A random key (S,) for each slot's answer."""
+    return jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
+
+
+def cond_zeros(wanted, compute):
+    """What compute() returns, or zeros like that where it is not wanted, which costs nothing."""
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return lax.cond(wanted, compute, lambda: nothing)
+
+
+@partial(jax.jit, donate_argnames="caches")
+def prefill(weights: Weights, caches, tokens, targets, rows, starts, last, slots: Slots, wanted):
+    """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
+    `starts` (R,) of the caches' `rows` (R,), behind what is there already. Where a prompt ends in it, at column `last`
+    (R,), its slot is busy, and the first token of the answer is drawn: (1, R), with its log-probs. And if `wanted` the
+    log-probs of `targets` (R, T), the tokens that follow each. The keys of padding behind a piece are overwritten by
+    those of drawn tokens before attention reaches them."""
+    outer = weights.outer
+    hidden, caches = run_layers(weights, caches, tokens, rows, starts)
+    ends = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+    step = lambda: jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots)))
+    first = cond_zeros((slots.remaining > 0).any(), step)
+    columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
+    score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
+    return caches, first, cond_zeros(wanted, score)
+
+
+@partial(jax.jit, donate_argnums=0)
+def copy_slot(caches, source, target):
+    """The caches with one slot's keys and values in another slot."""
+    move = lambda cache: lax.dynamic_update_slice_in_dim(cache, lax.dynamic_slice_in_dim(cache, source, 1), target, 0)
+    return jax.tree.map(lambda cache: gpt.shard_batch(move(cache)), caches)
+
+
 @partial(jax.jit, static_argnames="ends", donate_argnames="caches")
 def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int, ...]):
     """Draw up to `steps` tokens in every busy one of some `slots`, until one of the tokens `ends`; `rows` (S,) are
     their places in the caches, or None for all in their order. Returns the caches, tokens (MOST_STEPS, S) with -1 where
     a slot was idle or had ended, and their log-probs."""
-    outer, S = weights.outer, len(slots.token)
-    keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
+    outer, S, keys = weights.outer, len(slots.token), draw_keys(slots)
 
     def unfinished(carry):
         t, slots, _, _, _ = carry
@@ -566,10 +589,7 @@ def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int,
         t, slots, caches, tokens, logprobs = carry
         busy = slots.remaining > 0
         hidden, caches = run_layers(weights, caches, slots.token[:, None], rows, slots.position, busy)
-        logits = outer.logits(hidden[:, 0])
-        u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
-        token = draw(logits, u, slots)
-        found = alternatives(logits, token, (busy & slots.scored).any())
+        token, found = next_tokens(outer, hidden[:, 0], slots, keys)
         tokens = tokens.at[t].set(jnp.where(busy, token, -1))
         logprobs = jax.tree.map(lambda rows, row: rows.at[t].set(row), logprobs, found)
         left = jnp.where(gpt.is_end(token, ends) & ~slots.endless, 0, slots.remaining - 1)
@@ -921,14 +941,17 @@ class Served:
         self.caches, *drawn = decode(self.weights, self.caches, some, rows, steps, ends=self.tokenizer.end_ids)
         return drawn
 
-    def read(self, pieces, size: int, wanted: bool):
-        """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size."""
+    def read(self, pieces, size: int, wanted: bool, slots: Slots | None = None):
+        """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size: the first
+        tokens that are drawn in those of the `slots` that are busy, and if `wanted` the pieces' log-probs."""
         tokens, targets = (np.zeros((len(pieces), size), np.int32) for _ in range(2))
         for row, (ids, following, _, _) in enumerate(pieces):
             tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
-        slots, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
-        self.caches, scores = prefill(self.weights, self.caches, tokens, targets, slots, starts, wanted)
-        return scores
+        last = np.array([len(ids) - 1 for ids, *_ in pieces], np.int32)
+        rows, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
+        slots = slots or idle_slots(len(pieces))
+        self.caches, *found = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, slots, wanted)
+        return found
 
     def prompt_counts(self, piece: int) -> list[int]:
         """How many prompts one call may read a piece of: several are worth while only where pieces are small."""
@@ -938,15 +961,17 @@ class Served:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def step(self, post):
+    def step(self, post, flush=lambda: None):
         """One turn: end what was cancelled, let waiting choices in, read as much of their prompts as the widest piece
-        holds, draw some tokens for all whose prompt is read. `post` takes deltas."""
+        holds, draw some tokens for all whose prompt is read. `post` takes deltas, which `flush` sends: the first token
+        of an answer does not wait for the next one."""
         self.reap(post)
         self.admit()
         room = self.pieces[-1]
         while self.filling and room > 0:
             room -= self.fill(post)
         if len(self.running) > len(self.filling):
+            flush()
             self.advance(post)
 
     def reap(self, post):
@@ -1004,36 +1029,45 @@ class Served:
         return free, free, known[free]
 
     def fill(self, post) -> int:
-        """Read the next piece of one prompt, or of several where these are short; the number of tokens in the call."""
-        left = {slot: len(choice.ids) - 1 - choice.filled for slot, choice in self.filling.items()}
+        """Read the next piece of one prompt, or of several where these are short, and draw the first token of an answer
+        whose prompt ends in it. Returns the number of tokens in the call."""
+        left = {slot: len(choice.ids) - choice.filled for slot, choice in self.filling.items()}
+        for slot in [slot for slot, n in left.items() if n == 1]:  # the first step of decoding reads that token
+            self.filled(self.filling[slot], slot, post)
+            del left[slot]
+        if not left:
+            return 0
         short = [slot for slot, n in left.items() if n <= self.pieces[0]]
-        group = short or [next(iter(self.filling))]
+        group = short or [next(iter(left))]
         count = max(n for n in self.prompt_counts(self.pieces[0]) if n == 1 or 4 * len(group) >= 3 * n)
-        group, rest = group[:count], left[group[0]]
-        size = piece_size(rest, self.pieces)
-        pieces = []
-        for slot in group:
+        group = group[:count]
+        size, pieces = piece_size(left[group[0]], self.pieces), []
+        rows = np.array(group + group[:1] * (count - len(group)))  # filled up with the first one again
+        some = Slots(*(x[rows] for x in self.state))  # idle, all of them
+        for row, slot in enumerate(group):
             choice = self.filling[slot]
             start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
-            pieces.append((choice.ids[start:-1][:size], choice.ids[start + 1 :][:size], slot, start))
-        if any(piece[0] for piece in pieces):  # the last token of a prompt is read by the first step of decoding
-            wanted = any(self.filling[slot].echo for slot in group)
-            scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted)
-            scores = jax.tree.map(np.asarray, scores) if wanted else None
+            pieces.append((choice.ids[start:][:size], choice.ids[start + 1 :][:size], slot, start))
+            if start + size >= len(choice.ids):
+                some.remaining[row] = choice.limit
+        wanted = any(self.filling[slot].echo for slot in group)
+        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, some)
+        scores = jax.tree.map(np.asarray, scores) if wanted else None
         for row, (ids, _, slot, start) in enumerate(pieces):
             choice = self.filling[slot]
             if choice.echo:
                 new = slice(choice.filled - start, len(ids))
-                choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores)) if ids else ()
+                choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores))
             choice.filled = start + len(ids)
             self.held[slot] = choice.ids[: choice.filled]
-            if choice.filled == len(choice.ids) - 1:
+            if choice.filled == len(choice.ids):
                 self.filled(choice, slot, post)
+        self.take_drawn(rows, some, *first, post)
         return count * size
 
     def filled(self, choice: Choice, slot: int, post):
-        """The prompt is read: let it draw. Keep the log-probs of an echoed one (its first token has none). A choice
-        that draws nothing ends here."""
+        """The prompt is read: let its slot draw. Keep the log-probs of an echoed one (its first token has none). A
+        choice that draws nothing ends here."""
         del self.filling[slot]
         self.state.remaining[slot] = choice.limit
         if choice.echo:
@@ -1054,11 +1088,16 @@ class Served:
         if n < self.slots:
             some.remaining[len(busy) :] = 0
         draws = np.minimum(some.remaining, self.steps[n])
-        tokens, logprobs = self.decode(rows, some, int(draws.max()))
+        self.take_drawn(rows, some, *self.decode(rows, some, int(draws.max())), post)
+
+    def take_drawn(self, rows, some: Slots, tokens, logprobs: Alternatives, post):
+        """Give choices the tokens (steps, S) that were drawn in the slots `rows`, in those of `some` that were busy."""
+        if not some.remaining.any():
+            return
         tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
         alternatives = [np.asarray(x) for x in logprobs[1:]] if some.scored.any() else None
         now = time.monotonic()
-        for row in np.flatnonzero(tokens[0] >= 0).tolist():
+        for row in np.flatnonzero(some.remaining).tolist():
             ids = tokens[:, row][tokens[:, row] >= 0].tolist()
             self.take(int(rows[row]), ids, chosen[: len(ids), row].tolist(), row, alternatives, now, post)
 
@@ -1103,9 +1142,8 @@ class Served:
         self.request_time.add(time.monotonic() - choice.born)
         if slot is not None:
             del self.running[slot]
-            self.filling.pop(slot, None)
             self.free.append(slot)
-            if choice.filled == len(choice.ids) - 1:  # the last token that was drawn was not read
+            if not self.filling.pop(slot, None):  # the last token that was drawn was not read
                 self.held[slot] = (choice.ids + choice.ids_drawn)[: self.state.position[slot]]
             self.state.remaining[slot] = 0
             self.state.scored[slot] = False
@@ -1165,7 +1203,7 @@ class Engine:
             while self.wait_for_work():
                 for model in self.models:
                     if model.busy:
-                        model.step(self.outbox.append)
+                        model.step(self.outbox.append, self.flush)
                 self.flush()
         except BaseException as error:
             self.failure = error
@@ -1191,10 +1229,10 @@ class Engine:
         return True
 
     def flush(self):
-        """Hand the deltas of a turn to the event loop in one go."""
+        """Hand the deltas so far to the event loop in one go."""
         if self.outbox:
-            deltas, self.outbox = self.outbox, []
-            self.loop.call_soon_threadsafe(deliver, deltas)
+            self.loop.call_soon_threadsafe(deliver, self.outbox.copy())
+            self.outbox.clear()  # the same list: a model in the middle of its turn appends to it
 
     def choices(self) -> list[Choice]:
         return [choice for model in self.models for choice in (*model.running.values(), *model.waiting)]

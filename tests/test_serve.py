@@ -235,7 +235,8 @@ def test_half_precision_holds_what_is_too_large_for_it(folder):
     shape = 1, model.config.kv_heads, 16, model.config.head_dim
     caches = tuple((jnp.zeros(shape, jnp.float16), jnp.zeros(shape, jnp.float16)) for _ in range(model.config.layers))
     tokens, slots = np.arange(8)[None], np.zeros(1, np.int32)
-    caches, scores = serve.prefill(serve.unstack(large), caches, tokens, tokens, slots, slots, True)
+    busy = serve.idle_slots(1)._replace(remaining=np.ones(1, np.int32), scored=np.ones(1, bool))
+    caches, *scores = serve.prefill(serve.unstack(large), caches, tokens, tokens, slots, slots, slots + 7, busy, True)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((caches, scores)))
     assert max(jnp.abs(x).max() for x in jax.tree.leaves(caches)) == 65504
 
@@ -284,11 +285,16 @@ class Recorder:
         model.pieces = [16, 32]
         model.state, model.free, model.held = serve.idle_slots(slots), list(range(slots)), [[] for _ in range(slots)]
         model.caches, self.calls, self.copies, self.posted = None, [], [], []
-        monkeypatch.setattr(model, "read", lambda pieces, size, *_: self.calls.append((len(pieces), size, pieces)))
+        monkeypatch.setattr(model, "read", self.read)
         monkeypatch.setattr(serve, "copy_slot", lambda caches, source, target: self.copies.append((source, target)))
 
+    def read(self, pieces, size, wanted, slots):
+        """Every answer begins with token 0."""
+        self.calls.append((len(pieces), size, pieces))
+        return (np.zeros((1, len(pieces)), np.int32), serve.Alternatives(*np.zeros((3, 1, len(pieces))))), None
+
     def ask(self, *prompts, **options):
-        choices = [serve.Choice(i, ids, 1, None, deadline=float("inf"), **options) for i, ids in enumerate(prompts)]
+        choices = [serve.Choice(i, ids, 2, None, deadline=float("inf"), **options) for i, ids in enumerate(prompts)]
         self.model.waiting.extend(choices)
         return choices
 
@@ -311,7 +317,8 @@ def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder
     device.read_all()
     assert [(n, size) for n, size, _ in device.calls] == [(n, 16) for n in calls]
     read = [tuple(piece[0]) for _, _, pieces in device.calls for piece in pieces]
-    assert set(read) == {(i, 4, 5) for i in range(waiting)}  # the last token is read when the next one is drawn
+    assert set(read) == {(i, 4, 5, 6) for i in range(waiting)}
+    assert [choice.ids_drawn for choice in device.model.running.values()] == [[0]] * waiting  # in the same calls
     assert (device.model.state.remaining[list(device.model.running)] == 1).all()
 
 
@@ -328,24 +335,24 @@ def test_a_long_prompt_is_read_in_pieces_and_never_past_the_context(folder, monk
     device.ask(ids)
     device.read_all()
     assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(32, 0), (32, 32)]
-    assert device.calls[1][2][0][0] == ids[32:59] and device.calls[1][2][0][1] == ids[33:60]
+    assert device.calls[1][2][0][0] == ids[32:] and device.calls[1][2][0][1] == ids[33:60]
     device.calls.clear()
-    device.ask([*ids, 1, 2, 3])  # 59 tokens are known; a piece of 16 must end at place 64
+    device.ask([*ids, 1, 2, 3])  # 60 tokens are known; a piece of 16 must end at place 64
     device.end(*device.model.running.values())
     device.read_all()
     assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(16, 48)]
-    assert device.calls[0][2][0][0] == [*ids[48:], 1, 2]
+    assert device.calls[0][2][0][0] == [*ids[48:], 1, 2, 3]
 
 
 def test_a_turn_reads_as_much_as_the_widest_piece_holds(folder, monkeypatch):
     device, draws = Recorder(folder, monkeypatch), []
     monkeypatch.setattr(device.model, "advance", lambda post: draws.append(len(device.calls)))
     device.ask(*(list(range(i, i + 28)) for i in (100, 200, 300)), [1, 2])
-    device.model.step(device.posted.append)  # the short one, and one of 27 tokens
-    assert [size for _, size, _ in device.calls] == [16, 32] and draws == [2]
+    device.model.step(device.posted.append, lambda: draws.append("sent"))  # the short one, and one of 28 tokens
+    assert [size for _, size, _ in device.calls] == [16, 32] and draws == ["sent", 2]  # first tokens before others
     device.model.step(device.posted.append)
     device.model.step(device.posted.append)
-    assert [size for _, size, _ in device.calls] == [16, 32, 32, 32] and draws == [2, 3, 4]
+    assert [size for _, size, _ in device.calls] == [16, 32, 32, 32] and draws == ["sent", 2, 3, 4]
 
 
 def test_what_a_slot_holds_is_not_read_again(folder, monkeypatch):
@@ -1675,9 +1682,9 @@ def test_forms_are_timed_at_the_work_of_requests(folder, heldout, monkeypatch):
         steps.append((self.caches[0][0].dtype.name, *np.unique(some.position)))
         return decode(self, rows, some, n)
 
-    def record_read(self, pieces, size, wanted):
+    def record_read(self, pieces, *args):
         reads.append((self.caches[0][0].dtype.name, len(pieces[0][0]), pieces[0][3]))
-        return read(self, pieces, size, wanted)
+        return read(self, pieces, *args)
 
     monkeypatch.setattr(serve.Served, "decode", record_step)
     monkeypatch.setattr(serve.Served, "read", record_read)
