@@ -413,7 +413,7 @@ def unstack(model: gpt.GPT) -> Weights:
 
 
 class Alternatives(NamedTuple):
-    """Log-probs at temperature 1, before any cut: of the chosen token (...), and of the likeliest ones (..., TOP)."""
+    """Log-probs at temperature 1, before penalties and cuts: of the chosen token (...), of the likeliest (..., TOP)."""
 
     chosen: jax.Array
     top: jax.Array
@@ -519,23 +519,40 @@ class Slots(NamedTuple):
     top_k: np.ndarray  # 0: off
     top_p: np.ndarray
     min_p: np.ndarray
+    presence_penalty: np.ndarray
+    frequency_penalty: np.ndarray
     endless: np.ndarray  # go on after a token that ends answers
     scored: np.ndarray  # wants the likeliest alternatives
+    answer: np.ndarray  # (S, C) the tokens drawn so far, -1 behind them
 
 
-def idle_slots(n: int) -> Slots:
-    kinds = dict(seed=np.uint32, endless=bool, scored=bool) | dict.fromkeys(
-        ("temperature", "top_p", "min_p"), np.float32
-    )
-    return Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
+def idle_slots(n: int, context: int = 0) -> Slots:
+    floats = "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"
+    kinds = dict(seed=np.uint32, endless=bool, scored=bool) | dict.fromkeys(floats, np.float32)
+    slots = Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
+    return slots._replace(answer=np.full((n, context), -1, np.int32))
 
 
-def next_tokens(outer: gpt.GPT, hidden, slots: Slots, keys):
+def penalized(logits, slots: Slots, new):
+    """The logits (S, V) less OpenAI's penalties for tokens that the answer holds already, those of `new` (T, S) too,
+    which were drawn in this call (-1: none): presence_penalty for each, frequency_penalty for each time."""
+
+    def charge():
+        S, V = logits.shape
+        ids = jnp.concatenate([slots.answer, new.T], 1)
+        counts = jnp.zeros((S, V)).at[jnp.arange(S)[:, None], jnp.where(ids < 0, V, ids)].add(1, mode="drop")
+        return logits - slots.presence_penalty[:, None] * (counts > 0) - slots.frequency_penalty[:, None] * counts
+
+    asked = (slots.presence_penalty != 0) | (slots.frequency_penalty != 0)
+    return lax.cond(((slots.remaining > 0) & asked).any(), charge, lambda: logits)
+
+
+def next_tokens(outer: gpt.GPT, hidden, slots: Slots, keys, new):
     """The tokens (S,) drawn after the hidden states (S, D) in those of the `slots` that are busy, and their log-probs.
-    `keys`: `draw_keys` of the slots."""
+    `keys`: `draw_keys` of the slots; `new`: see `penalized`."""
     logits = outer.logits(hidden)
     u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
-    token = draw(logits, u, slots)
+    token = draw(penalized(logits, slots, new), u, slots)
     return token, alternatives(logits, token, ((slots.remaining > 0) & slots.scored).any())
 
 
@@ -560,7 +577,8 @@ def prefill(weights: Weights, caches, tokens, targets, rows, starts, last, slots
     outer = weights.outer
     hidden, caches = run_layers(weights, caches, tokens, rows, starts)
     ends = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
-    step = lambda: jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots)))
+    none = jnp.full((0, len(ends)), -1)
+    step = lambda: jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots), none))
     first = cond_zeros((slots.remaining > 0).any(), step)
     columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
     score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
@@ -589,7 +607,7 @@ def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int,
         t, slots, caches, tokens, logprobs = carry
         busy = slots.remaining > 0
         hidden, caches = run_layers(weights, caches, slots.token[:, None], rows, slots.position, busy)
-        token, found = next_tokens(outer, hidden[:, 0], slots, keys)
+        token, found = next_tokens(outer, hidden[:, 0], slots, keys, tokens)
         tokens = tokens.at[t].set(jnp.where(busy, token, -1))
         logprobs = jax.tree.map(lambda rows, row: rows.at[t].set(row), logprobs, found)
         left = jnp.where(gpt.is_end(token, ends) & ~slots.endless, 0, slots.remaining - 1)
@@ -710,6 +728,8 @@ class Choice:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stops: tuple = ()
     stop_ids: frozenset = frozenset()  # tokens that end the answer because the request names them
     endless: bool = False  # go on after a token that ends answers
@@ -854,7 +874,10 @@ class Served:
         self.pieces = sorted({min(n, self.context) for n in PIECES})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
-        self.state, self.free = idle_slots(self.slots), list(range(self.slots))  # the one that is free longest first
+        self.state, self.free = (
+            idle_slots(self.slots, self.context),
+            list(range(self.slots)),
+        )  # the one that is free longest first
         self.candidates = list(self.measure()) if config.quality else []
 
     def make_caches(self, how: str):
@@ -918,7 +941,7 @@ class Served:
     def step_seconds(self, n: int | None = None) -> float:
         """Seconds that it takes to draw one token in each of n slots, or all, that hold half of the context each."""
         n = n or self.slots
-        busy = idle_slots(n)._replace(
+        busy = idle_slots(n, self.context)._replace(
             position=np.full(n, self.context // 2, np.int32), remaining=np.full(n, 99, np.int32),
             endless=np.ones(n, bool),
         )  # fmt: skip
@@ -949,7 +972,7 @@ class Served:
             tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
         last = np.array([len(ids) - 1 for ids, *_ in pieces], np.int32)
         rows, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
-        slots = slots or idle_slots(len(pieces))
+        slots = slots or idle_slots(len(pieces), self.context)
         self.caches, *found = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, slots, wanted)
         return found
 
@@ -1005,8 +1028,8 @@ class Served:
             choice.reader = TextStream(self.tokenizer, choice.ids[-4:] if choice.goes_on else ())
             values = dict(
                 token=choice.ids[-1], position=len(choice.ids) - 1, remaining=0, drawn=0, seed=choice.seed,
-                choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
-                min_p=choice.min_p, endless=choice.endless, scored=bool(choice.top),
+                choice=choice.number, endless=choice.endless, scored=bool(choice.top), answer=-1,
+                **{name: getattr(choice, name) for name in SAMPLING},
             )  # fmt: skip
             for name, value in values.items():
                 getattr(self.state, name)[slot] = value
@@ -1105,6 +1128,7 @@ class Served:
         """Give a choice the tokens that were drawn in its slot, which is this row of the arrays of alternatives."""
         choice, n = self.running[slot], len(ids)
         self.state.token[slot] = ids[-1]
+        self.state.answer[slot, len(choice.ids_drawn) :][:n] = ids
         for array, change in ((self.state.position, n), (self.state.drawn, n), (self.state.remaining, -n)):
             array[slot] += change
         self.observe(choice, n, now)
@@ -1278,7 +1302,7 @@ Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_le
 NEUTRAL = {
     name: values
     for names, values in (
-        ("frequency_penalty presence_penalty min_tokens mirostat xtc_probability", (0,)),
+        ("min_tokens mirostat xtc_probability", (0,)),
         ("repetition_penalty repeat_penalty length_penalty typical_p", (1,)),
         ("use_beam_search include_stop_str_in_output", (False,)),
         ("skip_special_tokens", (True,)),
@@ -1313,6 +1337,8 @@ class Sampling(Unsupported, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     n: Annotated[int, Meta(ge=1, le=8)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
@@ -1475,7 +1501,9 @@ def refuse_unsupported(request, neutral: dict):
         raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
 
 
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # where neither request nor model says more
+SAMPLING = {  # where neither request nor model says more
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0
+}  # fmt: skip
 UNSAMPLED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1, "penalty_alpha": 0}
 
 
@@ -1609,9 +1637,9 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     given = {name: getattr(request, name) for name in SAMPLING if getattr(request, name) is not None}
     sampling = SAMPLING | model.sampling | given
     temperature = sampling["temperature"] if sampling["temperature"] >= SMALLEST else 0.0
-    options = dict(
-        seed=fold_seed(request.seed), temperature=temperature, top_k=max(sampling["top_k"], 0),
-        top_p=max(sampling["top_p"], SMALLEST), min_p=sampling["min_p"], stops=stops,
+    sampling |= dict(temperature=temperature, top_k=max(sampling["top_k"], 0), top_p=max(sampling["top_p"], SMALLEST))
+    options = sampling | dict(
+        seed=fold_seed(request.seed), stops=stops,
         stop_ids=named_stops(stops, tokenizer), endless=bool(request.ignore_eos), top=top,
         echo=echo and (top is not None or limit == 0), stream=bool(request.stream), goes_on=goes_on,
         trim=not goes_on and opens_with_blank(tokenizer), deadline=time.monotonic() + config.timeout,
@@ -2094,7 +2122,7 @@ def insert(connection, table: str, values: dict):
 
 def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
     model, metadata = job.model, job.request.metadata or {}
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "number", "limit", "stops", "endless")
+    names = (*SAMPLING, "seed", "number", "limit", "stops", "endless")
     usage = {"prompt_tokens": len(choice.ids), "completion_tokens": len(choice.ids_drawn)}
     return dict(
         id=choice.generation_id, created_at=now(), request_id=request_id,
@@ -2860,7 +2888,7 @@ class Relay(Server):
 def relayed_row(body: Sampling, about: dict, choice: dict, text: str, usage: dict | None, request_id: str) -> dict:
     """The row of `generation` of another engine's answer."""
     n, metadata = body.n or 1, body.metadata or {}
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "max_completion_tokens", "stop")
+    names = (*SAMPLING, "seed", "max_tokens", "max_completion_tokens", "stop")
     sampling = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     prompts = [chat_messages(body.messages)] if isinstance(body, ChatRequest) else prompt_list(body.prompt)
     return dict(

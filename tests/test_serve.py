@@ -210,6 +210,21 @@ def test_greedy_answers_are_those_of_generate(folder, http):
         assert choice["prompt_token_ids"] == rows[i]
 
 
+@pytest.mark.parametrize("presence, frequency", [(0, 2), (2, 0), (1, 1), (-1, 0.5)])
+def test_penalties_count_the_answers_own_tokens(folder, http, presence, frequency):
+    """Against the definition, with a forward pass for each token. What the prompt holds costs nothing."""
+    model, tokenizer = gpt.load(folder / "one")
+    ids = prompt = tokenizer.encode("a b c")
+    for _ in range(20):
+        hidden = model(np.array([ids]))[0, -1]
+        counts = np.bincount(ids[len(prompt) :], minlength=tokenizer.vocab_size)
+        logits = np.asarray(model.logits(hidden))[: tokenizer.vocab_size]
+        ids = [*ids, int(np.argmax(logits - presence * (counts > 0) - frequency * counts))]
+    body = dict(prompt=prompt, max_tokens=20, temperature=0, ignore_eos=True, return_token_ids=True)
+    answer = lambda **more: http.post("/v1/completions", json=body | more).json()["choices"][0]["token_ids"]
+    assert answer(presence_penalty=presence, frequency_penalty=frequency) == ids[len(prompt) :] != answer()
+
+
 def test_the_same_seed_gives_the_same_text_in_any_company(http):
     ask = lambda seed, text="a b c": say(http, text, seed=seed, max_tokens=30, ignore_eos=True)
     alone = [text_of(ask(seed)) for seed in range(6)]
@@ -270,7 +285,8 @@ def test_echoed_logprobs_are_those_of_a_forward_pass(folder, client):
 def test_nothing_is_compiled_after_the_start(live, http):
     sizes = serve.decode._cache_size(), serve.prefill._cache_size()
     for n in (1, 2, 5, 17, 40):
-        for options in ({}, {"temperature": 0}, {"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"logprobs": True}):
+        kinds = {}, {"temperature": 0}, {"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"logprobs": True}
+        for options in (*kinds, {"presence_penalty": 1}):
             assert say(http, "a " * n, **options).status_code == 200
     assert http.post("/v1/completions", json=dict(prompt="a b", echo=True, logprobs=3)).status_code == 200
     assert (serve.decode._cache_size(), serve.prefill._cache_size()) == sizes
@@ -283,7 +299,11 @@ class Recorder:
         self.model = model = serve.Served("one", str(folder / "one"), serve.Config())
         model.tokenizer, model.context, model.slots = gpt.load_tokenizer(folder / "one"), context, slots
         model.pieces = [16, 32]
-        model.state, model.free, model.held = serve.idle_slots(slots), list(range(slots)), [[] for _ in range(slots)]
+        model.state, model.free, model.held = (
+            serve.idle_slots(slots, context),
+            list(range(slots)),
+            [[] for _ in range(slots)],
+        )
         model.caches, self.calls, self.copies, self.posted = None, [], [], []
         monkeypatch.setattr(model, "read", self.read)
         monkeypatch.setattr(serve, "copy_slot", lambda caches, source, target: self.copies.append((source, target)))
@@ -616,7 +636,8 @@ BAD = [
             ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 9), ("n", True), ("max_tokens", -1),
             ("max_completion_tokens", 0), ("top_logprobs", 21), ("stop", ["a"] * 5), ("stop", "x" * 65), ("stop", [""]),
             ("seed", "one"), ("tools", [{"type": "function"}]), ("response_format", {"type": "json_schema"}),
-            ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}), ("max_tokens", 0),
+            ("frequency_penalty", 2.5), ("presence_penalty", -3),
+            ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}), ("max_tokens", 0),
             ("max_tokens", 8.0), ("max_tokens", True), ("max_tokens", "8"), ("max_completion_tokens", -1), ("n", 1.5),
             ("top_logprobs", -1), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("seed", 2**63), ("seed", 1.5),
             ("stop", ""), ("stop", [None]), ("stop", 7), ("best_of", 2), ("repetition_penalty", 1.1),
@@ -1366,7 +1387,7 @@ def test_votes_on_another_engines_answers_are_rows_here(relay, http, votes, stre
 
 
 def test_refusals_of_another_engine_keep_their_words(relay, http):
-    for body in ({"n": 9}, {"model": "three"}, {"frequency_penalty": 1}, {"content": "a " * 70}):
+    for body in ({"n": 9}, {"model": "three"}, {"repetition_penalty": 2}, {"content": "a " * 70}):
         answers = [say(c, **body) for c in (relay, http)]
         assert answers[0].status_code == answers[1].status_code in (400, 404)
         assert answers[0].json() == answers[1].json()
