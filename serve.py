@@ -1786,6 +1786,26 @@ class Streamed(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
+PING_SECONDS = 10.0
+PING = b": ping\n\n"  # keeps proxies from giving up
+
+
+async def next_deltas(job: Job) -> list[Delta]:
+    """What there is to send of a job, at least one delta; nothing if none comes within PING_SECONDS. Under load several
+    are sent at once: each write costs."""
+    deltas = []
+    with contextlib.suppress(TimeoutError):
+        deltas.append(await asyncio.wait_for(job.events.get(), PING_SECONDS))
+    while not job.events.empty():
+        deltas.append(job.events.get_nowait())
+    return deltas
+
+
+def failed(request_id: str) -> str:
+    """What a client is told of a failure that is not its fault."""
+    return f"the server failed at this request; its log knows more about {request_id}"
+
+
 async def stream_job(job: Job, server: "Server"):
     """A job as server-sent events."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
@@ -1796,14 +1816,8 @@ async def stream_job(job: Job, server: "Server"):
             role = {"role": "assistant", "content": ""}
             yield chunk({"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None})
         while open_choices:
-            try:
-                deltas = [await asyncio.wait_for(job.events.get(), PING_SECONDS)]
-            except TimeoutError:
-                yield b": ping\n\n"  # keeps proxies from giving up
-                continue
-            while not job.events.empty():  # under load several are written at once: each write costs
-                deltas.append(job.events.get_nowait())
-            out = b""
+            deltas = await next_deltas(job)
+            out = b"" if deltas else PING
             for delta in deltas:
                 if delta.error:
                     yield out + frame(ApiError(500, delta.error).body) + done
@@ -1823,7 +1837,7 @@ async def stream_job(job: Job, server: "Server"):
         yield (frame(envelope(job, [], True) | {"usage": job.usage()}) if usage else b"") + done
     except Exception:  # the answer could not be stored, say: the client is told within the stream that has begun
         LOG.exception("request %s failed", job.request_id)
-        yield frame(ApiError(500, f"the server failed at this request; its log knows more about {job.request_id}").body)
+        yield frame(ApiError(500, failed(job.request_id)).body)
         yield done
 
 
@@ -1882,17 +1896,17 @@ async def stream_response(job: Job, server: "Server"):
         yield event("response.created", response=body) + event("response.in_progress", response=body)
         yield event("response.output_item.added", output_index=0, item=message | {"content": []})
         yield event("response.content_part.added", **at, part=message["content"][0])
-        delta = None
-        while delta is None or not delta.finish:
-            try:
-                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
-            except TimeoutError:
-                yield b": ping\n\n"
-                continue
-            if delta.error:
-                raise RuntimeError(delta.error)
-            if delta.text:
-                yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+        finish = None
+        while not finish:
+            deltas = await next_deltas(job)
+            if not deltas:
+                yield PING
+            for delta in deltas:
+                if delta.error:
+                    raise RuntimeError(delta.error)
+                if delta.text:
+                    yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+                finish = delta.finish
         await server.log_generation(job, choice)
         body = response_body(job, choice.text, choice.finish)
         message = body["output"][0]
@@ -1902,12 +1916,8 @@ async def stream_response(job: Job, server: "Server"):
         yield event(f"response.{body['status']}", response=body)
     except Exception:
         LOG.exception("request %s failed", job.request_id)
-        message = f"the server failed at this request; its log knows more about {job.request_id}"
-        error = {"code": "server_error", "message": message}
+        error = {"code": "server_error", "message": failed(job.request_id)}
         yield event("response.failed", response=response_body(job) | {"status": "failed", "error": error})
-
-
-PING_SECONDS = 10.0
 
 
 async def last_deltas(job: Job) -> list[Delta]:
@@ -2672,8 +2682,7 @@ class Guard:
             LOG.exception("request %s failed", request_id)
             if status:  # the answer has begun: cut it off
                 raise
-            error = ApiError(500, f"the server failed at this request; its log knows more about {request_id}")
-            await error.response()(scope, receive, answer)
+            await ApiError(500, failed(request_id)).response()(scope, receive, answer)
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
@@ -2860,7 +2869,7 @@ class Relay(Server):
             async for line in response.aiter_lines():
                 data = line.removeprefix("data:").strip()
                 if line.startswith(":"):  # a sign of life
-                    yield b": ping\n\n"
+                    yield PING
                 if not line.startswith("data:") or data in ("", "[DONE]"):
                     continue
                 chunk = json.loads(data)
