@@ -65,6 +65,7 @@ from jaxtyping import Array, Float, Int
 from markdown_it import MarkdownIt
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -906,8 +907,9 @@ class Served:
             self.weights = None  # those of the form before, which are freed first
             self.weights = unstack(model)
             self.make_caches(how)
-            size, seconds = size_in_bytes(model) / 1e6, self.slots * self.read_seconds() + ANSWER * self.step_seconds()
+            seconds = self.slots * self.read_seconds() + ANSWER * self.step_seconds(self.slots, self.context // 2)
             speed = self.slots * ANSWER / seconds
+            size = size_in_bytes(model) / 1e6
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
 
     def compress(self):
@@ -938,11 +940,10 @@ class Served:
         self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
         self.tokenizer_hash = self.tokenizer.fingerprint
 
-    def step_seconds(self, n: int | None = None) -> float:
-        """Seconds that it takes to draw one token in each of n slots, or all, that hold half of the context each."""
-        n = n or self.slots
+    def step_seconds(self, n: int, held: int = 0) -> float:
+        """Seconds that it takes to draw one token in each of n slots, which hold this many tokens each."""
         busy = idle_slots(n, self.context)._replace(
-            position=np.full(n, self.context // 2, np.int32), remaining=np.full(n, 99, np.int32),
+            position=np.full(n, held, np.int32), remaining=np.full(n, 99, np.int32),
             endless=np.ones(n, bool),
         )  # fmt: skip
         return fastest(lambda: np.asarray(self.decode(np.arange(n), busy, MOST_STEPS)[0])) / MOST_STEPS
@@ -2318,6 +2319,9 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
         self.engine.start(asyncio.get_running_loop(), self.on_ready, self.on_failure)
+        await run_in_threadpool(
+            int
+        )  # imports what streams run on, or the first one would keep everyone waiting for that
         yield
         self.engine.stop()
         self.store.close()

@@ -215,10 +215,10 @@ def test_penalties_count_the_answers_own_tokens(folder, http, presence, frequenc
     """Against the definition, with a forward pass for each token. What the prompt holds costs nothing."""
     model, tokenizer = gpt.load(folder / "one")
     ids = prompt = tokenizer.encode("a b c")
+    forward = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))
     for _ in range(20):
-        hidden = model(np.array([ids]))[0, -1]
         counts = np.bincount(ids[len(prompt) :], minlength=tokenizer.vocab_size)
-        logits = np.asarray(model.logits(hidden))[: tokenizer.vocab_size]
+        logits = np.asarray(forward(model, np.array([ids + [0] * (32 - len(ids))])))[len(ids) - 1]
         ids = [*ids, int(np.argmax(logits - presence * (counts > 0) - frequency * counts))]
     body = dict(prompt=prompt, max_tokens=20, temperature=0, ignore_eos=True, return_token_ids=True)
     answer = lambda **more: http.post("/v1/completions", json=body | more).json()["choices"][0]["token_ids"]
@@ -1719,7 +1719,7 @@ def test_forms_are_timed_at_the_work_of_requests(folder, heldout, monkeypatch):
 def timed(monkeypatch):
     """Seconds that it takes to draw a token: forms of the weights, in their order, take these."""
     seconds = []
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: seconds.pop(0) if seconds else 0.1)
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n, held=0: seconds.pop(0) if seconds else 0.1)
     monkeypatch.setattr(serve.Served, "read_seconds", lambda self: 0.1)
     return seconds
 
