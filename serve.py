@@ -9,12 +9,11 @@
 
 One thread owns JAX (`Engine`). Each model has a fixed number of slots, each one row of its key-value cache; requests
 join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and every shape is compiled before the first
-request. A prompt is read in pieces, between which the others get their tokens, and its last piece draws the first token
-of the answer; a slot keeps what it has read, so that the next turn of a talk, or a second answer to one prompt, begins
-where it ends. As many rows are computed as are drawing, of a few sizes. Sampling parameters are arrays with one entry
-for each slot. The random number of a token is a function of (seed, choice, token), so the same seed gives the same text
-whatever else is in the batch. The event loop only moves bytes; a second thread owns the database, and a vote is
-answered when its transaction is on disk.
+request. A prompt is read in pieces, between which the others get their tokens; a slot keeps what it has read, so that
+the next turn of a talk, or a second answer to one prompt, begins where it ends. As many rows are computed as are
+drawing, of a few sizes. Sampling parameters are arrays with one entry for each slot. The random number of a token is a
+function of (seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop
+only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
 send; what they get; votes; the server; another engine in its place; the process.
@@ -1053,14 +1052,16 @@ class Served:
         return free, free, known[free]
 
     def fill(self, post) -> int:
-        """Read the next piece of one prompt, or of several where these are short, and draw the first token of an answer
-        whose prompt ends in it. Returns the number of tokens in the call."""
-        left = {slot: len(choice.ids) - choice.filled for slot, choice in self.filling.items()}
-        for slot in [slot for slot, n in left.items() if n == 1]:  # the first step of decoding reads that token
-            self.filled(self.filling[slot], slot, post)
-            del left[slot]
-        if not left:
+        """Read the next piece of one prompt, or of several where these are short; the number of tokens in the call. The
+        last token of a prompt is read by the first step of decoding, which draws the answer's first token. Only where
+        no other slot is drawing, so that such a step would be one more, the prompt's last piece does both."""
+        for slot, choice in list(self.filling.items()):
+            if choice.filled == len(choice.ids) - 1:
+                self.filled(choice, slot, post)
+        if not self.filling:
             return 0
+        alone = not self.state.remaining.any()
+        left = {slot: len(choice.ids) - (not alone) - choice.filled for slot, choice in self.filling.items()}
         short = [slot for slot, n in left.items() if n <= self.pieces[0]]
         group = short or [next(iter(left))]
         count = max(n for n in self.prompt_counts(self.pieces[0]) if n == 1 or 4 * len(group) >= 3 * n)
@@ -1071,9 +1072,9 @@ class Served:
         for row, slot in enumerate(group):
             choice = self.filling[slot]
             start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
-            pieces.append((choice.ids[start:][:size], choice.ids[start + 1 :][:size], slot, start))
-            if start + size >= len(choice.ids):
-                some.remaining[row] = choice.limit
+            ids = choice.ids[start : choice.filled + left[slot]][:size]
+            pieces.append((ids, choice.ids[start + 1 :][:size], slot, start))
+            some.remaining[row] = choice.limit if start + len(ids) == len(choice.ids) else 0
         wanted = any(self.filling[slot].echo for slot in group)
         first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, some)
         scores = jax.tree.map(np.asarray, scores) if wanted else None
@@ -1084,7 +1085,7 @@ class Served:
                 choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores))
             choice.filled = start + len(ids)
             self.held[slot] = choice.ids[: choice.filled]
-            if choice.filled == len(choice.ids):
+            if choice.filled >= len(choice.ids) - (not alone):
                 self.filled(choice, slot, post)
         self.take_drawn(rows, some, *first, post)
         return count * size
