@@ -878,6 +878,9 @@ class Served:
             idle_slots(self.slots, self.context),
             list(range(self.slots)),
         )  # the one that is free longest first
+        # on the device already: to hand over so many small arrays takes longer than a small model takes for a prompt
+        counts = {min(n, self.slots) for n in PROMPTS}
+        self.idle = {n: jax.tree.map(jnp.asarray, idle_slots(n, self.context)) for n in counts}
         self.candidates = list(self.measure()) if config.quality else []
 
     def make_caches(self, how: str):
@@ -930,7 +933,8 @@ class Served:
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
         for piece in self.pieces:
             for rows in self.prompt_counts(piece):
-                self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True)
+                for slots in (None, idle_slots(rows, self.context)):
+                    self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True, slots)
         self.caches = copy_slot(self.caches, 0, self.slots - 1)
         self.steps = {n: int(np.clip(0.02 / self.step_seconds(n), 1, MOST_STEPS)) for n in (*self.groups, self.slots)}
         # what is made once, like the template's engine and the fingerprint, is made before the first request
@@ -966,13 +970,13 @@ class Served:
 
     def read(self, pieces, size: int, wanted: bool, slots: Slots | None = None):
         """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size: the first
-        tokens that are drawn in those of the `slots` that are busy, and if `wanted` the pieces' log-probs."""
+        tokens that are drawn in those of the `slots` that are busy (None: in none), and if `wanted` the log-probs."""
         tokens, targets = (np.zeros((len(pieces), size), np.int32) for _ in range(2))
         for row, (ids, following, _, _) in enumerate(pieces):
             tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
         last = np.array([len(ids) - 1 for ids, *_ in pieces], np.int32)
         rows, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
-        slots = slots or idle_slots(len(pieces), self.context)
+        slots = slots or self.idle[len(pieces)]
         self.caches, *found = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, slots, wanted)
         return found
 
@@ -1068,13 +1072,14 @@ class Served:
         group = group[:count]
         size, pieces = piece_size(left[group[0]], self.pieces), []
         rows = np.array(group + group[:1] * (count - len(group)))  # filled up with the first one again
-        some = Slots(*(x[rows] for x in self.state))  # idle, all of them
+        some = Slots(*(x[rows] for x in self.state)) if alone else None
         for row, slot in enumerate(group):
             choice = self.filling[slot]
             start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
             ids = choice.ids[start : choice.filled + left[slot]][:size]
             pieces.append((ids, choice.ids[start + 1 :][:size], slot, start))
-            some.remaining[row] = choice.limit if start + len(ids) == len(choice.ids) else 0
+            if alone and start + len(ids) == len(choice.ids):
+                some.remaining[row] = choice.limit
         wanted = any(self.filling[slot].echo for slot in group)
         first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, some)
         scores = jax.tree.map(np.asarray, scores) if wanted else None
@@ -1087,7 +1092,8 @@ class Served:
             self.held[slot] = choice.ids[: choice.filled]
             if choice.filled >= len(choice.ids) - (not alone):
                 self.filled(choice, slot, post)
-        self.take_drawn(rows, some, *first, post)
+        if alone:
+            self.take_drawn(rows, some, *first, post)
         return count * size
 
     def filled(self, choice: Choice, slot: int, post):
