@@ -222,21 +222,29 @@ class Block(eqx.Module):
         """x (B, T, D) -> (x, (keys, values)). With a `cache` (B, K, S, E) of earlier keys and values the new ones are
         written into it from `slot` on (or from each row's own slot, (B,)), and its first visible.shape[-1] slots are
         attended to."""
+
+        def attend(q, k, v):
+            if cache is None:
+                return attention(q, k, v, visible, causal=True), (k, v)
+            held = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
+            return attention(q, *(x[:, :, : visible.shape[-1]] for x in held), visible), held
+
+        return self.around(attend, x, rope)
+
+    def around(self, attend, x, rope):
+        """x (B, T, D) -> (x, cache), where attend(q, k, v) -> (values (B, H, T, E), cache) is the block's attention."""
         h = self.norm1(x)
         q, k, v = (self._heads(keep(linear(h))) for linear in (self.q, self.k, self.v))
         if self.q_norm is not None:
             q, k = self.q_norm(q), self.k_norm(k)
         if rope is not None:
             q, k = rotate(q, rope), rotate(k, rope)
-        if cache is not None:
-            k, v = cache = tuple(write_cache(old, new, slot) for old, new in zip(cache, (k, v)))
-            k, v = k[:, :, : visible.shape[-1]], v[:, :, : visible.shape[-1]]
-        a = attention(q, k, v, visible, causal=cache is None)
+        a, cache = attend(q, k, v)
         x = x + keep(self.o(a.swapaxes(1, 2).reshape(*x.shape[:2], -1)))
         h = self.norm2(x)
         gate, up = self.gate and keep(self.gate(h)), keep(self.up(h))
         h = jax.nn.gelu(up) if gate is None else jax.nn.silu(gate) * up
-        return x + self.down(h), cache or (k, v)
+        return x + self.down(h), cache
 
     def _heads(self, x):  # (B, T, H*E) -> (B, H, T, E)
         return x.reshape(*x.shape[:2], -1, self.head_dim).swapaxes(1, 2)
@@ -2957,6 +2965,11 @@ def progress(total=None, lines=True, **options):
     return tqdm(total=total, dynamic_ncols=True, **options | (dict(disable=True) if silent else {}))
 
 
+SAVE_MEMORY = dict(micro_batches="raise", remat="give") | dict.fromkeys(  # what to do with which setting, if it exists
+    ("batch_size", "length", "prompt_length", "response_length", "slots", "context"), "lower"
+)
+
+
 def cli(main, config_class, description: str):
     """Parse the command line and run. Exit codes: 0 done, 1 the run failed (one line; DEBUG=1 shows where), 2 usage."""
     import tyro
@@ -2975,8 +2988,9 @@ def cli(main, config_class, description: str):
     except jax.errors.JaxRuntimeError as error:
         if os.environ.get("DEBUG") or "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        hint = "raise --micro-batches, give --remat, or lower --batch-size or the lengths"
-        print(f"error: the memory is full: {hint} ({error})", file=sys.stderr)
+        known = [f"{do} --{name.replace('_', '-')}" for name, do in SAVE_MEMORY.items() if hasattr(config, name)]
+        hint = f": {', or '.join(known)}" if known else ""
+        print(f"error: the memory is full{hint} ({error})", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -64,6 +64,7 @@ from jaxtyping import Array, Float, Int
 from markdown_it import MarkdownIt
 from msgspec import Meta, Struct
 from starlette.applications import Starlette
+from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -359,7 +360,7 @@ class Candidate(NamedTuple):
     kl: float  # KL(unquantised model || this one) in nats a token
     top1: float  # share of tokens for which both models think the same token likeliest
     perplexity: float
-    speed: float  # tokens a second, all slots busy
+    speed: float  # tokens a second, where every slot reads a prompt and draws ANSWER tokens of an answer
 
 
 def choose(candidates: list[Candidate], how: str, max_kl: float) -> str:
@@ -393,6 +394,7 @@ def quality_table(models: list, max_kl: float) -> str:
 
 TOP = 20  # alternatives a token that are kept where log-probs are asked for
 MOST_STEPS = 8  # tokens that one call decodes at most
+ANSWER = 64  # tokens of an answer to a prompt as wide as the widest piece, by which forms of weights are compared
 # each of these sizes is a program of its own: 3 to 7 s to compile and 130 MB for a model of 30 layers
 PIECES = (16, 24, 64, 256)  # tokens of a prompt that one call reads: between two calls others get their tokens
 PROMPTS = (1, 4)  # of the smallest piece several prompts are read in one call
@@ -411,7 +413,7 @@ def unstack(model: gpt.GPT) -> Weights:
 
 
 class Alternatives(NamedTuple):
-    """Log-probs at temperature 1, before any cut: of the chosen token (...), and of the likeliest ones (..., TOP)."""
+    """Log-probs at temperature 1, before penalties and cuts: of the chosen token (...), of the likeliest (..., TOP)."""
 
     chosen: jax.Array
     top: jax.Array
@@ -451,6 +453,15 @@ def write_rows(cache, new, slots, starts):
     return gpt.shard_batch(cache)
 
 
+def to_dtype(x, dtype):
+    """x in another precision. What float16 cannot hold, beyond +-65,504, becomes the largest that it can: infinities
+    would make every later token NaN."""
+    if x.dtype == dtype:
+        return x
+    most = jnp.finfo(dtype).max.astype(x.dtype)
+    return jnp.clip(x, -most, most).astype(dtype)
+
+
 def attend(q, cache, slots, positions, reach):
     """Attention of q (R, H, T, E), whose places are `positions` (R, T), to the keys and values (S, K, C, E) that slots
     hold up to there: -> (R, H, T, E). The cache is read block by block, as far as `reach`, the last place that a row
@@ -479,48 +490,20 @@ def attend(q, cache, slots, positions, reach):
 
 def run_layers(weights: Weights, caches, tokens, slots, starts, counts=True):
     """The hidden states (R, T, D) of tokens (R, T), which stand in some slots (R,), or in all (None), from place
-    `starts` (R,) on, and the caches with their keys and values. `counts` (R,): rows whose states are wanted. As
-    `gpt.Block` computes it, but for `attend`."""
+    `starts` (R,) on, and the caches with their keys and values. `counts` (R,): rows whose states are wanted."""
     positions = starts[:, None] + jnp.arange(tokens.shape[1])
     reach = jnp.where(counts, positions[:, -1], 0).max()
     x, rope = weights.outer.embed(tokens, positions)
-    heads = lambda x, block: x.reshape(*x.shape[:2], -1, block.head_dim).swapaxes(1, 2)
     new_caches = []
     for block, cache in zip(weights.layers, caches):
-        h = block.norm1(x)
-        q, k, v = (heads(linear(h), block) for linear in (block.q, block.k, block.v))
-        if block.q_norm is not None:
-            q, k = block.q_norm(q), block.k_norm(k)
-        if rope is not None:
-            q, k = gpt.rotate(q, rope), gpt.rotate(k, rope)
-        cache = tuple(write_rows(old, new.astype(old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
-        x = x + block.o(attend(q, cache, slots, positions, reach).swapaxes(1, 2).reshape(*x.shape[:2], -1))
-        h = block.norm2(x)
-        h = jax.nn.gelu(block.up(h)) if block.gate is None else jax.nn.silu(block.gate(h)) * block.up(h)
-        x = x + block.down(h)
+
+        def attend_slots(q, k, v, cache=cache):
+            cache = tuple(write_rows(old, to_dtype(new, old.dtype), slots, starts) for old, new in zip(cache, (k, v)))
+            return attend(q, cache, slots, positions, reach), cache
+
+        x, cache = block.around(attend_slots, x, rope)
         new_caches.append(cache)
     return weights.outer.norm(x), tuple(new_caches)
-
-
-@partial(jax.jit, donate_argnames="caches")
-def prefill(weights: Weights, caches, tokens, targets, slots, starts, wanted):
-    """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
-    `starts` (R,) of slot `slots` (R,), behind what the slot holds already; and if `wanted` the log-probs of `targets`
-    (R, T), the tokens that follow each. The keys of padding behind a piece are overwritten by those of drawn tokens
-    before attention reaches them."""
-    outer = weights.outer
-    hidden, caches = run_layers(weights, caches, tokens, slots, starts)
-    columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
-    score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
-    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(score))
-    return caches, lax.cond(wanted, score, lambda: nothing)
-
-
-@partial(jax.jit, donate_argnums=0)
-def copy_slot(caches, source, target):
-    """The caches with one slot's keys and values in another slot."""
-    move = lambda cache: lax.dynamic_update_slice_in_dim(cache, lax.dynamic_slice_in_dim(cache, source, 1), target, 0)
-    return jax.tree.map(lambda cache: gpt.shard_batch(move(cache)), caches)
 
 
 class Slots(NamedTuple):
@@ -536,15 +519,77 @@ class Slots(NamedTuple):
     top_k: np.ndarray  # 0: off
     top_p: np.ndarray
     min_p: np.ndarray
+    presence_penalty: np.ndarray
+    frequency_penalty: np.ndarray
     endless: np.ndarray  # go on after a token that ends answers
     scored: np.ndarray  # wants the likeliest alternatives
+    answer: np.ndarray  # (S, C) the tokens drawn so far, -1 behind them
 
 
-def idle_slots(n: int) -> Slots:
-    kinds = dict(seed=np.uint32, endless=bool, scored=bool) | dict.fromkeys(
-        ("temperature", "top_p", "min_p"), np.float32
-    )
-    return Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
+def idle_slots(n: int, context: int = 0) -> Slots:
+    floats = "temperature", "top_p", "min_p", "presence_penalty", "frequency_penalty"
+    kinds = dict(seed=np.uint32, endless=bool, scored=bool) | dict.fromkeys(floats, np.float32)
+    slots = Slots(*(np.zeros(n, kinds.get(name, np.int32)) for name in Slots._fields))
+    return slots._replace(answer=np.full((n, context), -1, np.int32))
+
+
+def penalized(logits, slots: Slots, new):
+    """The logits (S, V) less OpenAI's penalties for tokens that the answer holds already, those of `new` (T, S) too,
+    which were drawn in this call (-1: none): presence_penalty for each, frequency_penalty for each time."""
+
+    def charge():
+        S, V = logits.shape
+        ids = jnp.concatenate([slots.answer, new.T], 1)
+        counts = jnp.zeros((S, V)).at[jnp.arange(S)[:, None], jnp.where(ids < 0, V, ids)].add(1, mode="drop")
+        return logits - slots.presence_penalty[:, None] * (counts > 0) - slots.frequency_penalty[:, None] * counts
+
+    asked = (slots.presence_penalty != 0) | (slots.frequency_penalty != 0)
+    return lax.cond(((slots.remaining > 0) & asked).any(), charge, lambda: logits)
+
+
+def next_tokens(outer: gpt.GPT, hidden, slots: Slots, keys, new):
+    """The tokens (S,) drawn after the hidden states (S, D) in those of the `slots` that are busy, and their log-probs.
+    `keys`: `draw_keys` of the slots; `new`: see `penalized`."""
+    logits = outer.logits(hidden)
+    u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
+    token = draw(penalized(logits, slots, new), u, slots)
+    return token, alternatives(logits, token, ((slots.remaining > 0) & slots.scored).any())
+
+
+def draw_keys(slots: Slots):
+    """A random key (S,) for each slot's answer."""
+    return jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
+
+
+def cond_zeros(wanted, compute):
+    """What compute() returns, or zeros like that where it is not wanted, which costs nothing."""
+    nothing = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(compute))
+    return lax.cond(wanted, compute, lambda: nothing)
+
+
+@partial(jax.jit, donate_argnames="caches")
+def prefill(weights: Weights, caches, tokens, targets, rows, starts, last, slots: Slots, wanted):
+    """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
+    `starts` (R,) of the caches' `rows` (R,), behind what is there already. Where a prompt ends in it, at column `last`
+    (R,), its slot is busy, and the first token of the answer is drawn: (1, R), with its log-probs. And if `wanted` the
+    log-probs of `targets` (R, T), the tokens that follow each. The keys of padding behind a piece are overwritten by
+    those of drawn tokens before attention reaches them."""
+    outer = weights.outer
+    hidden, caches = run_layers(weights, caches, tokens, rows, starts)
+    ends = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+    none = jnp.full((0, len(ends)), -1)
+    step = lambda: jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots), none))
+    first = cond_zeros((slots.remaining > 0).any(), step)
+    columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
+    score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
+    return caches, first, cond_zeros(wanted, score)
+
+
+@partial(jax.jit, donate_argnums=0)
+def copy_slot(caches, source, target):
+    """The caches with one slot's keys and values in another slot."""
+    move = lambda cache: lax.dynamic_update_slice_in_dim(cache, lax.dynamic_slice_in_dim(cache, source, 1), target, 0)
+    return jax.tree.map(lambda cache: gpt.shard_batch(move(cache)), caches)
 
 
 @partial(jax.jit, static_argnames="ends", donate_argnames="caches")
@@ -552,8 +597,7 @@ def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int,
     """Draw up to `steps` tokens in every busy one of some `slots`, until one of the tokens `ends`; `rows` (S,) are
     their places in the caches, or None for all in their order. Returns the caches, tokens (MOST_STEPS, S) with -1 where
     a slot was idle or had ended, and their log-probs."""
-    outer, S = weights.outer, len(slots.token)
-    keys = jax.vmap(lambda seed, choice: jax.random.fold_in(jax.random.key(seed), choice))(slots.seed, slots.choice)
+    outer, S, keys = weights.outer, len(slots.token), draw_keys(slots)
 
     def unfinished(carry):
         t, slots, _, _, _ = carry
@@ -563,10 +607,7 @@ def decode(weights: Weights, caches, slots: Slots, rows, steps, ends: tuple[int,
         t, slots, caches, tokens, logprobs = carry
         busy = slots.remaining > 0
         hidden, caches = run_layers(weights, caches, slots.token[:, None], rows, slots.position, busy)
-        logits = outer.logits(hidden[:, 0])
-        u = jax.vmap(lambda key, n: jax.random.uniform(jax.random.fold_in(key, n)))(keys, slots.drawn)
-        token = draw(logits, u, slots)
-        found = alternatives(logits, token, (busy & slots.scored).any())
+        token, found = next_tokens(outer, hidden[:, 0], slots, keys, tokens)
         tokens = tokens.at[t].set(jnp.where(busy, token, -1))
         logprobs = jax.tree.map(lambda rows, row: rows.at[t].set(row), logprobs, found)
         left = jnp.where(gpt.is_end(token, ends) & ~slots.endless, 0, slots.remaining - 1)
@@ -687,6 +728,8 @@ class Choice:
     top_k: int = 0
     top_p: float = 1.0
     min_p: float = 0.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
     stops: tuple = ()
     stop_ids: frozenset = frozenset()  # tokens that end the answer because the request names them
     endless: bool = False  # go on after a token that ends answers
@@ -790,6 +833,17 @@ def piece_size(rest: int, pieces: list[int]) -> int:
     return whole[0] if whole else max(n for n in pieces if n <= rest)
 
 
+def fastest(call) -> float:
+    """The least seconds that a call takes, of many where it is short: other programs disturb some of them."""
+    call()
+    seconds, until = [], time.perf_counter() + 0.2
+    while len(seconds) < 5 or time.perf_counter() < until:
+        start = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - start)
+    return min(seconds)
+
+
 class Served:
     """A model with its slots and its queue. Only the engine's thread touches what is on the device."""
 
@@ -820,21 +874,30 @@ class Served:
         self.pieces = sorted({min(n, self.context) for n in PIECES})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
-        self.state, self.free = idle_slots(self.slots), list(range(self.slots))  # the one that is free longest first
-        self.make_caches(self.model.norm.scale.dtype)
+        self.state, self.free = (
+            idle_slots(self.slots, self.context),
+            list(range(self.slots)),
+        )  # the one that is free longest first
+        # on the device already: to hand over so many small arrays takes longer than a small model takes for a prompt
+        counts = {min(n, self.slots) for n in PROMPTS}
+        self.idle = {n: jax.tree.map(jnp.asarray, idle_slots(n, self.context)) for n in counts}
         self.candidates = list(self.measure()) if config.quality else []
 
-    def make_caches(self, dtype):
+    def make_caches(self, how: str):
+        """Empty caches for weights of this form. Rounded weights compute nothing that needs more than float16's
+        11 bits; keys and values of other weights stay in their precision."""
         self.caches = None
         self.held = [[] for _ in range(self.slots)]  # tokens whose keys and values a slot holds
         c, places = self.model_config, self.context + -self.context % block_size(self.context)
+        dtype = gpt.compute_dtype(self.config.dtype)
+        dtype = jnp.float16 if dtype == jnp.float32 and how != "none" else dtype
         # placed as the programs place them: one that is called with caches placed otherwise is compiled twice
         place = jax.jit(lambda: gpt.shard_batch(jnp.zeros((self.slots, c.kv_heads, places, c.head_dim), dtype)))
         self.caches = tuple((place(), place()) for _ in range(c.layers))
 
     def measure(self):
         """A Candidate for the full weights and the form that is asked for, or for every form where none or "auto" is:
-        its quality on the rows of --quality, its speed with all slots busy."""
+        its quality on the rows of --quality, its speed at whole requests."""
         batches, wanted = quality_batches(self.config.quality, self.tokenizer, self.context), self.config.quantize
         for how in FORMS if wanted in (None, "auto") else ("none", wanted):
             try:
@@ -845,7 +908,10 @@ class Served:
             found = quality(self.model, model, batches, f"{self.name} {how}")
             self.weights = None  # those of the form before, which are freed first
             self.weights = unstack(model)
-            size, speed = size_in_bytes(model) / 1e6, self.slots / self.step_seconds()
+            self.make_caches(how)
+            seconds = self.slots * self.read_seconds() + ANSWER * self.step_seconds(self.slots, self.context // 2)
+            speed = self.slots * ANSWER / seconds
+            size = size_in_bytes(model) / 1e6
             yield Candidate(how, size, found["kl"], found["top1"], found["perplexity_quantised"], speed)
 
     def compress(self):
@@ -857,9 +923,7 @@ class Served:
                 self.name, self.quantization,
             )  # fmt: skip
         model, self.model, self.weights = self.model, None, None
-        # keys and values are those of these weights alone, and rounded ones need no more than 11 bits
-        dtype = model.norm.scale.dtype
-        self.make_caches(jnp.float16 if dtype == jnp.float32 and self.quantization != "none" else dtype)
+        self.make_caches(self.quantization)
         self.weights = unstack(model if self.quantization == "none" else quantize(model, self.quantization))
         jax.block_until_ready(self.weights)
         del model
@@ -869,7 +933,8 @@ class Served:
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
         for piece in self.pieces:
             for rows in self.prompt_counts(piece):
-                self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True)
+                for slots in (None, idle_slots(rows, self.context)):
+                    self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True, slots)
         self.caches = copy_slot(self.caches, 0, self.slots - 1)
         self.steps = {n: int(np.clip(0.02 / self.step_seconds(n), 1, MOST_STEPS)) for n in (*self.groups, self.slots)}
         # what is made once, like the template's engine and the fingerprint, is made before the first request
@@ -878,17 +943,24 @@ class Served:
         self.template_hash = hashlib.sha256(self.tokenizer.template.encode()).hexdigest()
         self.tokenizer_hash = self.tokenizer.fingerprint
 
-    def step_seconds(self, n: int | None = None) -> float:
-        """Seconds that it takes to draw one token in each of n slots, or all, of which each holds little."""
-        n, seconds = n or self.slots, []
-        busy = idle_slots(n)._replace(remaining=np.full(n, 99, np.int32), endless=np.ones(n, bool))
-        jax.block_until_ready(self.decode(np.arange(n), busy, 1))
-        until = time.perf_counter() + 0.2  # many calls of a small model, since other programs disturb some of them
-        while len(seconds) < 5 or time.perf_counter() < until:
-            start = time.perf_counter()
-            np.asarray(self.decode(np.arange(n), busy, MOST_STEPS)[0])
-            seconds.append((time.perf_counter() - start) / MOST_STEPS)
-        return min(seconds)
+    def step_seconds(self, n: int, held: int = 0) -> float:
+        """Seconds that it takes to draw one token in each of n slots, which hold this many tokens each."""
+        busy = idle_slots(n, self.context)._replace(
+            position=np.full(n, held, np.int32), remaining=np.full(n, 99, np.int32),
+            endless=np.ones(n, bool),
+        )  # fmt: skip
+        return fastest(lambda: np.asarray(self.decode(np.arange(n), busy, MOST_STEPS)[0])) / MOST_STEPS
+
+    def read_seconds(self) -> float:
+        """Seconds that it takes to read the widest piece of a prompt, in the second half of the context."""
+        size = self.pieces[-1]
+        piece = [0] * size, [0] * size, 0, min(self.context // 2, self.context - size)
+
+        def read():
+            self.read([piece], size, False)
+            jax.block_until_ready(self.caches)
+
+        return fastest(read)
 
     def decode(self, rows, some: Slots, steps: int):
         """Tokens and log-probs that the slots `rows` draw, which are all of them, or as many as one of `groups`."""
@@ -896,14 +968,17 @@ class Served:
         self.caches, *drawn = decode(self.weights, self.caches, some, rows, steps, ends=self.tokenizer.end_ids)
         return drawn
 
-    def read(self, pieces, size: int, wanted: bool):
-        """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size."""
+    def read(self, pieces, size: int, wanted: bool, slots: Slots | None = None):
+        """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size: the first
+        tokens that are drawn in those of the `slots` that are busy (None: in none), and if `wanted` the log-probs."""
         tokens, targets = (np.zeros((len(pieces), size), np.int32) for _ in range(2))
         for row, (ids, following, _, _) in enumerate(pieces):
             tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
-        slots, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
-        self.caches, scores = prefill(self.weights, self.caches, tokens, targets, slots, starts, wanted)
-        return scores
+        last = np.array([len(ids) - 1 for ids, *_ in pieces], np.int32)
+        rows, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
+        slots = slots or self.idle[len(pieces)]
+        self.caches, *found = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, slots, wanted)
+        return found
 
     def prompt_counts(self, piece: int) -> list[int]:
         """How many prompts one call may read a piece of: several are worth while only where pieces are small."""
@@ -913,15 +988,17 @@ class Served:
     def busy(self) -> bool:
         return bool(self.running or self.waiting)
 
-    def step(self, post):
+    def step(self, post, flush=lambda: None):
         """One turn: end what was cancelled, let waiting choices in, read as much of their prompts as the widest piece
-        holds, draw some tokens for all whose prompt is read. `post` takes deltas."""
+        holds, draw some tokens for all whose prompt is read. `post` takes deltas, which `flush` sends: the first token
+        of an answer does not wait for the next one."""
         self.reap(post)
         self.admit()
         room = self.pieces[-1]
         while self.filling and room > 0:
             room -= self.fill(post)
         if len(self.running) > len(self.filling):
+            flush()
             self.advance(post)
 
     def reap(self, post):
@@ -955,8 +1032,8 @@ class Served:
             choice.reader = TextStream(self.tokenizer, choice.ids[-4:] if choice.goes_on else ())
             values = dict(
                 token=choice.ids[-1], position=len(choice.ids) - 1, remaining=0, drawn=0, seed=choice.seed,
-                choice=choice.number, temperature=choice.temperature, top_k=choice.top_k, top_p=choice.top_p,
-                min_p=choice.min_p, endless=choice.endless, scored=bool(choice.top),
+                choice=choice.number, endless=choice.endless, scored=bool(choice.top), answer=-1,
+                **{name: getattr(choice, name) for name in SAMPLING},
             )  # fmt: skip
             for name, value in values.items():
                 getattr(self.state, name)[slot] = value
@@ -979,36 +1056,49 @@ class Served:
         return free, free, known[free]
 
     def fill(self, post) -> int:
-        """Read the next piece of one prompt, or of several where these are short; the number of tokens in the call."""
-        left = {slot: len(choice.ids) - 1 - choice.filled for slot, choice in self.filling.items()}
+        """Read the next piece of one prompt, or of several where these are short; the number of tokens in the call. The
+        last token of a prompt is read by the first step of decoding, which draws the answer's first token. Only where
+        no other slot is drawing, so that such a step would be one more, the prompt's last piece does both."""
+        for slot, choice in list(self.filling.items()):
+            if choice.filled == len(choice.ids) - 1:
+                self.filled(choice, slot, post)
+        if not self.filling:
+            return 0
+        alone = not self.state.remaining.any()
+        left = {slot: len(choice.ids) - (not alone) - choice.filled for slot, choice in self.filling.items()}
         short = [slot for slot, n in left.items() if n <= self.pieces[0]]
-        group = short or [next(iter(self.filling))]
+        group = short or [next(iter(left))]
         count = max(n for n in self.prompt_counts(self.pieces[0]) if n == 1 or 4 * len(group) >= 3 * n)
-        group, rest = group[:count], left[group[0]]
-        size = piece_size(rest, self.pieces)
-        pieces = []
-        for slot in group:
+        group = group[:count]
+        size, pieces = piece_size(left[group[0]], self.pieces), []
+        rows = np.array(group + group[:1] * (count - len(group)))  # filled up with the first one again
+        some = Slots(*(x[rows] for x in self.state)) if alone else None
+        for row, slot in enumerate(group):
             choice = self.filling[slot]
             start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
-            pieces.append((choice.ids[start:-1][:size], choice.ids[start + 1 :][:size], slot, start))
-        if any(piece[0] for piece in pieces):  # the last token of a prompt is read by the first step of decoding
-            wanted = any(self.filling[slot].echo for slot in group)
-            scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted)
-            scores = jax.tree.map(np.asarray, scores) if wanted else None
+            ids = choice.ids[start : choice.filled + left[slot]][:size]
+            pieces.append((ids, choice.ids[start + 1 :][:size], slot, start))
+            if alone and start + len(ids) == len(choice.ids):
+                some.remaining[row] = choice.limit
+        wanted = any(self.filling[slot].echo for slot in group)
+        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, some)
+        scores = jax.tree.map(np.asarray, scores) if wanted else None
         for row, (ids, _, slot, start) in enumerate(pieces):
             choice = self.filling[slot]
             if choice.echo:
                 new = slice(choice.filled - start, len(ids))
-                choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores)) if ids else ()
+                choice.prompt_scores += zip(*(x[row, new].tolist() for x in scores))
             choice.filled = start + len(ids)
             self.held[slot] = choice.ids[: choice.filled]
-            if choice.filled == len(choice.ids) - 1:
+            if choice.filled >= len(choice.ids) - (not alone):
                 self.filled(choice, slot, post)
+        if alone:
+            self.take_drawn(rows, some, *first, post)
         return count * size
 
     def filled(self, choice: Choice, slot: int, post):
-        """The prompt is read: let it draw. Keep the log-probs of an echoed one (its first token has none). A choice
-        that draws nothing ends here."""
+        """The prompt is read: let its slot draw. Keep the log-probs of an echoed one (its first token has none). A
+        choice that draws nothing ends here."""
         del self.filling[slot]
         self.state.remaining[slot] = choice.limit
         if choice.echo:
@@ -1029,11 +1119,16 @@ class Served:
         if n < self.slots:
             some.remaining[len(busy) :] = 0
         draws = np.minimum(some.remaining, self.steps[n])
-        tokens, logprobs = self.decode(rows, some, int(draws.max()))
+        self.take_drawn(rows, some, *self.decode(rows, some, int(draws.max())), post)
+
+    def take_drawn(self, rows, some: Slots, tokens, logprobs: Alternatives, post):
+        """Give choices the tokens (steps, S) that were drawn in the slots `rows`, in those of `some` that were busy."""
+        if not some.remaining.any():
+            return
         tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
         alternatives = [np.asarray(x) for x in logprobs[1:]] if some.scored.any() else None
         now = time.monotonic()
-        for row in np.flatnonzero(tokens[0] >= 0).tolist():
+        for row in np.flatnonzero(some.remaining).tolist():
             ids = tokens[:, row][tokens[:, row] >= 0].tolist()
             self.take(int(rows[row]), ids, chosen[: len(ids), row].tolist(), row, alternatives, now, post)
 
@@ -1041,6 +1136,7 @@ class Served:
         """Give a choice the tokens that were drawn in its slot, which is this row of the arrays of alternatives."""
         choice, n = self.running[slot], len(ids)
         self.state.token[slot] = ids[-1]
+        self.state.answer[slot, len(choice.ids_drawn) :][:n] = ids
         for array, change in ((self.state.position, n), (self.state.drawn, n), (self.state.remaining, -n)):
             array[slot] += change
         self.observe(choice, n, now)
@@ -1078,9 +1174,8 @@ class Served:
         self.request_time.add(time.monotonic() - choice.born)
         if slot is not None:
             del self.running[slot]
-            self.filling.pop(slot, None)
             self.free.append(slot)
-            if choice.filled == len(choice.ids) - 1:  # the last token that was drawn was not read
+            if not self.filling.pop(slot, None):  # the last token that was drawn was not read
                 self.held[slot] = (choice.ids + choice.ids_drawn)[: self.state.position[slot]]
             self.state.remaining[slot] = 0
             self.state.scored[slot] = False
@@ -1140,7 +1235,7 @@ class Engine:
             while self.wait_for_work():
                 for model in self.models:
                     if model.busy:
-                        model.step(self.outbox.append)
+                        model.step(self.outbox.append, self.flush)
                 self.flush()
         except BaseException as error:
             self.failure = error
@@ -1166,10 +1261,10 @@ class Engine:
         return True
 
     def flush(self):
-        """Hand the deltas of a turn to the event loop in one go."""
+        """Hand the deltas so far to the event loop in one go."""
         if self.outbox:
-            deltas, self.outbox = self.outbox, []
-            self.loop.call_soon_threadsafe(deliver, deltas)
+            self.loop.call_soon_threadsafe(deliver, self.outbox.copy())
+            self.outbox.clear()  # the same list: a model in the middle of its turn appends to it
 
     def choices(self) -> list[Choice]:
         return [choice for model in self.models for choice in (*model.running.values(), *model.waiting)]
@@ -1215,7 +1310,7 @@ Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_le
 NEUTRAL = {
     name: values
     for names, values in (
-        ("frequency_penalty presence_penalty min_tokens mirostat xtc_probability", (0,)),
+        ("min_tokens mirostat xtc_probability", (0,)),
         ("repetition_penalty repeat_penalty length_penalty typical_p", (1,)),
         ("use_beam_search include_stop_str_in_output", (False,)),
         ("skip_special_tokens", (True,)),
@@ -1250,6 +1345,8 @@ class Sampling(Unsupported, kw_only=True):
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
     top_k: Annotated[int, Meta(ge=-1, le=2**31 - 1)] | None = None
     min_p: Annotated[float, Meta(ge=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     n: Annotated[int, Meta(ge=1, le=8)] | None = None
     seed: Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)] | None = None
     stop: Stop | Annotated[list[Stop], Meta(max_length=4)] | None = None
@@ -1412,7 +1509,9 @@ def refuse_unsupported(request, neutral: dict):
         raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
 
 
-SAMPLING = {"temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0}  # where neither request nor model says more
+SAMPLING = {  # where neither request nor model says more
+    "temperature": 1.0, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": 0.0, "frequency_penalty": 0.0
+}  # fmt: skip
 UNSAMPLED = {"repetition_penalty": 1.0, "no_repeat_ngram_size": 0, "typical_p": 1.0, "num_beams": 1, "penalty_alpha": 0}
 
 
@@ -1512,7 +1611,8 @@ class Job:
     choices: list[Choice]
     events: asyncio.Queue
 
-    def cancel(self):
+    async def aclose(self):
+        """Free its slots. Asynchronous as the `aclose` of another engine's answer is: see `Streamed`."""
         for choice in self.choices:
             choice.cancelled = True
 
@@ -1545,9 +1645,9 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     given = {name: getattr(request, name) for name in SAMPLING if getattr(request, name) is not None}
     sampling = SAMPLING | model.sampling | given
     temperature = sampling["temperature"] if sampling["temperature"] >= SMALLEST else 0.0
-    options = dict(
-        seed=fold_seed(request.seed), temperature=temperature, top_k=max(sampling["top_k"], 0),
-        top_p=max(sampling["top_p"], SMALLEST), min_p=sampling["min_p"], stops=stops,
+    sampling |= dict(temperature=temperature, top_k=max(sampling["top_k"], 0), top_p=max(sampling["top_p"], SMALLEST))
+    options = sampling | dict(
+        seed=fold_seed(request.seed), stops=stops,
         stop_ids=named_stops(stops, tokenizer), endless=bool(request.ignore_eos), top=top,
         echo=echo and (top is not None or limit == 0), stream=bool(request.stream), goes_on=goes_on,
         trim=not goes_on and opens_with_blank(tokenizer), deadline=time.monotonic() + config.timeout,
@@ -1681,8 +1781,41 @@ def frame(body) -> bytes:
     return b"data: " + msgspec.json.encode(body) + b"\n\n"
 
 
+class Streamed(StreamingResponse):
+    """A body as it comes, in server-sent events where no other type is named. What it comes from, with an `aclose`, is
+    closed however that ends: the pieces' own `finally` would not run where the client is gone before the first one."""
+
+    def __init__(self, source, pieces, status: int = 200, media_type: str | None = "text/event-stream"):
+        super().__init__(pieces, status, {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}, media_type)
+        self.source = source
+
+    async def __call__(self, scope, receive, send):
+        async with contextlib.aclosing(self.source):
+            await super().__call__(scope, receive, send)
+
+
+PING_SECONDS = 10.0
+PING = b": ping\n\n"  # keeps proxies from giving up
+
+
+async def next_deltas(job: Job) -> list[Delta]:
+    """What there is to send of a job, at least one delta; nothing if none comes within PING_SECONDS. Under load several
+    are sent at once: each write costs."""
+    deltas = []
+    with contextlib.suppress(TimeoutError):
+        deltas.append(await asyncio.wait_for(job.events.get(), PING_SECONDS))
+    while not job.events.empty():
+        deltas.append(job.events.get_nowait())
+    return deltas
+
+
+def failed(request_id: str) -> str:
+    """What a client is told of a failure that is not its fault."""
+    return f"the server failed at this request; its log knows more about {request_id}"
+
+
 async def stream_job(job: Job, server: "Server"):
-    """A job as server-sent events. When a disconnect ends this generator early, its slots become free."""
+    """A job as server-sent events."""
     usage = bool(job.request.stream_options and job.request.stream_options.include_usage)
     chunk = lambda choice: frame(envelope(job, [choice], True) | ({"usage": None} if usage else {}))
     begun, open_choices, done = set(), len(job.choices), b"data: [DONE]\n\n"
@@ -1691,14 +1824,8 @@ async def stream_job(job: Job, server: "Server"):
             role = {"role": "assistant", "content": ""}
             yield chunk({"index": choice.index, "delta": role, "logprobs": None, "finish_reason": None})
         while open_choices:
-            try:
-                deltas = [await asyncio.wait_for(job.events.get(), PING_SECONDS)]
-            except TimeoutError:
-                yield b": ping\n\n"  # keeps proxies from giving up
-                continue
-            while not job.events.empty():  # under load several are written at once: each write costs
-                deltas.append(job.events.get_nowait())
-            out = b""
+            deltas = await next_deltas(job)
+            out = b"" if deltas else PING
             for delta in deltas:
                 if delta.error:
                     yield out + frame(ApiError(500, delta.error).body) + done
@@ -1718,10 +1845,8 @@ async def stream_job(job: Job, server: "Server"):
         yield (frame(envelope(job, [], True) | {"usage": job.usage()}) if usage else b"") + done
     except Exception:  # the answer could not be stored, say: the client is told within the stream that has begun
         LOG.exception("request %s failed", job.request_id)
-        yield frame(ApiError(500, f"the server failed at this request; its log knows more about {job.request_id}").body)
+        yield frame(ApiError(500, failed(job.request_id)).body)
         yield done
-    finally:
-        job.cancel()
 
 
 def as_chat(request: ResponsesRequest) -> ChatRequest:
@@ -1779,17 +1904,17 @@ async def stream_response(job: Job, server: "Server"):
         yield event("response.created", response=body) + event("response.in_progress", response=body)
         yield event("response.output_item.added", output_index=0, item=message | {"content": []})
         yield event("response.content_part.added", **at, part=message["content"][0])
-        delta = None
-        while delta is None or not delta.finish:
-            try:
-                delta = await asyncio.wait_for(job.events.get(), PING_SECONDS)
-            except TimeoutError:
-                yield b": ping\n\n"
-                continue
-            if delta.error:
-                raise RuntimeError(delta.error)
-            if delta.text:
-                yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+        finish = None
+        while not finish:
+            deltas = await next_deltas(job)
+            if not deltas:
+                yield PING
+            for delta in deltas:
+                if delta.error:
+                    raise RuntimeError(delta.error)
+                if delta.text:
+                    yield event("response.output_text.delta", **at, delta=delta.text, logprobs=[])
+                finish = delta.finish
         await server.log_generation(job, choice)
         body = response_body(job, choice.text, choice.finish)
         message = body["output"][0]
@@ -1799,18 +1924,11 @@ async def stream_response(job: Job, server: "Server"):
         yield event(f"response.{body['status']}", response=body)
     except Exception:
         LOG.exception("request %s failed", job.request_id)
-        message = f"the server failed at this request; its log knows more about {job.request_id}"
-        error = {"code": "server_error", "message": message}
+        error = {"code": "server_error", "message": failed(job.request_id)}
         yield event("response.failed", response=response_body(job) | {"status": "failed", "error": error})
-    finally:
-        job.cancel()
 
 
-PING_SECONDS = 10.0
-STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
-
-
-async def collect(job: Job) -> list[Delta]:
+async def last_deltas(job: Job) -> list[Delta]:
     """The last deltas of all choices, in their order."""
     ends = []
     while len(ends) < len(job.choices):
@@ -2022,7 +2140,7 @@ def insert(connection, table: str, values: dict):
 
 def generation_row(job: Job, choice: Choice, request_id: str) -> dict:
     model, metadata = job.model, job.request.metadata or {}
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "number", "limit", "stops", "endless")
+    names = (*SAMPLING, "seed", "number", "limit", "stops", "endless")
     usage = {"prompt_tokens": len(choice.ids), "completion_tokens": len(choice.ids_drawn)}
     return dict(
         id=choice.generation_id, created_at=now(), request_id=request_id,
@@ -2208,6 +2326,9 @@ class Server:
     @contextlib.asynccontextmanager
     async def lifespan(self, app):
         self.engine.start(asyncio.get_running_loop(), self.on_ready, self.on_failure)
+        await run_in_threadpool(
+            int
+        )  # imports what streams run on, or the first one would keep everyone waiting for that
         yield
         self.engine.stop()
         self.store.close()
@@ -2252,8 +2373,8 @@ class Server:
         body = await read_body(request, kind)
         job = self.submit(body, request)
         if body.stream:
-            return StreamingResponse(stream_job(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        deltas = await self.collect(request, job)
+            return Streamed(job, stream_job(job, self))
+        deltas = await self.wait_for(job, request)
         return reply(envelope(job, [complete_choice(job, delta) for delta in deltas]) | {"usage": job.usage()})
 
     def submit(self, body: Sampling, request: Request) -> Job:
@@ -2270,18 +2391,16 @@ class Server:
         body = as_chat(await read_body(request, ResponsesRequest))
         job = self.submit(body, request)
         if body.stream:
-            return StreamingResponse(stream_response(job, self), 200, STREAM_HEADERS, "text/event-stream")
-        (delta,) = await self.collect(request, job)
+            return Streamed(job, stream_response(job, self))
+        (delta,) = await self.wait_for(job, request)
         return reply(response_body(job, delta.text, delta.finish))
 
-    async def collect(self, request: Request, job: Job) -> list[Delta]:
+    async def wait_for(self, job: Job, request: Request) -> list[Delta]:
         """The last deltas of all choices, stored if that is wanted, unless the client hangs up first."""
-        try:
-            deltas = await unless_gone(request, collect(job))
+        async with contextlib.aclosing(job):
+            deltas = await unless_gone(request, last_deltas(job))
             for delta in deltas:
                 await self.log_generation(job, delta.choice)
-        finally:
-            job.cancel()
         return deltas
 
     async def log_generation(self, job: Job, choice: Choice):
@@ -2574,8 +2693,7 @@ class Guard:
             LOG.exception("request %s failed", request_id)
             if status:  # the answer has begun: cut it off
                 raise
-            error = ApiError(500, f"the server failed at this request; its log knows more about {request_id}")
-            await error.response()(scope, receive, answer)
+            await ApiError(500, failed(request_id)).response()(scope, receive, answer)
         finally:
             # what a client wrote into its path must not begin a line of its own
             path = scope["path"].encode("unicode_escape").decode()[:200]
@@ -2680,15 +2798,8 @@ class Relay(Server):
         options = {"json": sent} if request.method == "POST" else {}
         asked = self.ask(request.method, request.url.path, params=str(request.url.query), **options)
         response = await unless_gone(request, asked)
-
-        async def pieces():
-            try:
-                async for piece in response.aiter_bytes():
-                    yield piece
-            finally:
-                await response.aclose()
-
-        return StreamingResponse(pieces(), response.status_code, media_type=response.headers.get("content-type"))
+        kind = response.headers.get("content-type")
+        return Streamed(response, response.aiter_bytes(), response.status_code, kind)
 
     responses = metrics = tokenizer_info = tokenize = detokenize = forward
 
@@ -2743,8 +2854,9 @@ class Relay(Server):
         about = models.get(sent["model"], {"id": sent["model"]})
         row = partial(relayed_row, body, about, request_id=request.state.request_id)
         if sent.get("stream"):
-            return StreamingResponse(self.stream(response, row, store), 200, STREAM_HEADERS, "text/event-stream")
-        choices, answer = await unless_gone(request, self.read(response, "choices"))
+            return Streamed(response, self.stream(response, row, store))
+        async with contextlib.aclosing(response):
+            choices, answer = await unless_gone(request, self.read(response, "choices"))
         for choice in choices if store else ():
             text = choice["message"]["content"] if kind is ChatRequest else choice["text"]
             await self.keep(stored := row(choice, text, answer.get("usage")), store)
@@ -2752,8 +2864,9 @@ class Relay(Server):
         return reply(answer)
 
     async def stream(self, response: httpx2.Response, row, store):
-        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored."""
-        texts, ends, usage = collections.defaultdict(str), [], None
+        """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored; other
+        answers in the same event, of a request for several, do not wait."""
+        texts, ends, ended, usage = collections.defaultdict(str), [], set(), None
 
         async def finish():
             for choice in (choice for chunk in ends for choice in chunk["choices"] if choice.get("finish_reason")):
@@ -2767,7 +2880,7 @@ class Relay(Server):
             async for line in response.aiter_lines():
                 data = line.removeprefix("data:").strip()
                 if line.startswith(":"):  # a sign of life
-                    yield b": ping\n\n"
+                    yield PING
                 if not line.startswith("data:") or data in ("", "[DONE]"):
                     continue
                 chunk = json.loads(data)
@@ -2775,9 +2888,13 @@ class Relay(Server):
                 for choice in choices:
                     piece = choice["delta"].get("content") if "delta" in choice else choice.get("text")
                     texts[choice["index"]] += piece or ""
-                if store and any(choice.get("finish_reason") for choice in choices):
-                    ends.append(chunk)
-                else:
+                if store:
+                    ended |= {choice["index"] for choice in choices if choice.get("finish_reason")}
+                later = [choice for choice in choices if choice["index"] in ended]
+                if later:
+                    ends.append(chunk | {"choices": later})
+                    chunk |= {"choices": [choice for choice in choices if choice["index"] not in ended]}
+                if not choices or chunk["choices"]:
                     yield (b"" if choices else await finish()) + frame(chunk)
             yield await finish()
         except Exception as error:
@@ -2785,15 +2902,13 @@ class Relay(Server):
             who = "this server" if isinstance(error, sqlite3.Error) else f"the engine at {self.url}"
             message = f"{who} broke this answer off ({type(error).__name__})"
             yield frame(ApiError(502, message, code="upstream_dead").body)
-        finally:
-            await response.aclose()
         yield b"data: [DONE]\n\n"
 
 
 def relayed_row(body: Sampling, about: dict, choice: dict, text: str, usage: dict | None, request_id: str) -> dict:
     """The row of `generation` of another engine's answer."""
     n, metadata = body.n or 1, body.metadata or {}
-    names = ("temperature", "top_k", "top_p", "min_p", "seed", "max_tokens", "max_completion_tokens", "stop")
+    names = (*SAMPLING, "seed", "max_tokens", "max_completion_tokens", "stop")
     sampling = {name: getattr(body, name) for name in names if getattr(body, name) is not None}
     prompts = [chat_messages(body.messages)] if isinstance(body, ChatRequest) else prompt_list(body.prompt)
     return dict(
@@ -2957,7 +3072,8 @@ def main(config: Config):
     process = Process(server)
     process.run(sockets=[listener])
     if process.failed:
-        raise ValueError(server.engine.failure)
+        full = isinstance(server.engine.failure, jax.errors.JaxRuntimeError)  # the memory is: gpt.cli says what helps
+        raise server.engine.failure if full else ValueError(server.engine.failure)
 
 
 if __name__ == "__main__":

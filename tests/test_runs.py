@@ -4,6 +4,7 @@ import ctypes
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import evaluate
 import gpt
 import sft
 
@@ -396,15 +398,20 @@ def test_a_diverging_run_stops_with_advice(config, tmp_path, monkeypatch, capsys
     assert not (config.out / "model.safetensors").exists()
 
 
-def test_a_full_memory_is_said_with_what_to_do(monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "script, hint", [(sft, "raise --micro-batches, or give --remat"), (evaluate, "lower --batch-size")]
+)
+def test_a_full_memory_is_said_with_what_to_do(monkeypatch, capsys, script, hint):
     def main(config):
         raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 27.45GiB")
 
     monkeypatch.setattr(sys, "argv", ["any.py"])
     with pytest.raises(SystemExit) as stop:
-        gpt.cli(main, sft.Config, "")
+        gpt.cli(main, script.Config, "")
     error = capsys.readouterr().err
-    assert stop.value.code == 1 and "raise --micro-batches" in error and "27.45GiB" in error
+    assert stop.value.code == 1 and f"the memory is full: {hint}" in error and "27.45GiB" in error
+    fields = {field.name for field in dataclasses.fields(script.Config)}
+    assert {name.replace("-", "_") for name in re.findall(r"--([\w-]+)", error)} <= fields  # each one is an option here
 
 
 def test_a_run_on_demonstrations_reports_heldout_loss_and_samples(config, tmp_path):

@@ -18,6 +18,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
+import equinox as eqx
 import httpx2
 import jax
 import jax.numpy as jnp
@@ -209,6 +210,21 @@ def test_greedy_answers_are_those_of_generate(folder, http):
         assert choice["prompt_token_ids"] == rows[i]
 
 
+@pytest.mark.parametrize("presence, frequency", [(0, 2), (2, 0), (1, 1), (-1, 0.5)])
+def test_penalties_count_the_answers_own_tokens(folder, http, presence, frequency):
+    """Against the definition, with a forward pass for each token. What the prompt holds costs nothing."""
+    model, tokenizer = gpt.load(folder / "one")
+    ids = prompt = tokenizer.encode("a b c")
+    forward = jax.jit(lambda model, tokens: model.logits(model(tokens)[0]))
+    for _ in range(20):
+        counts = np.bincount(ids[len(prompt) :], minlength=tokenizer.vocab_size)
+        logits = np.asarray(forward(model, np.array([ids + [0] * (32 - len(ids))])))[len(ids) - 1]
+        ids = [*ids, int(np.argmax(logits - presence * (counts > 0) - frequency * counts))]
+    body = dict(prompt=prompt, max_tokens=20, temperature=0, ignore_eos=True, return_token_ids=True)
+    answer = lambda **more: http.post("/v1/completions", json=body | more).json()["choices"][0]["token_ids"]
+    assert answer(presence_penalty=presence, frequency_penalty=frequency) == ids[len(prompt) :] != answer()
+
+
 def test_the_same_seed_gives_the_same_text_in_any_company(http):
     ask = lambda seed, text="a b c": say(http, text, seed=seed, max_tokens=30, ignore_eos=True)
     alone = [text_of(ask(seed)) for seed in range(6)]
@@ -223,6 +239,21 @@ def test_the_same_seed_gives_the_same_text_in_any_company(http):
     assert choices[0]["message"]["content"] == alone[3]
     assert len({choice["message"]["content"] for choice in choices}) == 3
     assert text_of(ask(2**40)) != text_of(ask(0))  # the high bits of a seed count
+
+
+def test_half_precision_holds_what_is_too_large_for_it(folder):
+    """Values of a million, beyond float16's 65,504, do not become infinities in its caches, and NaN from there on."""
+    model, _ = gpt.load(folder / "one")
+    large = eqx.tree_at(
+        lambda model: (model.blocks.k.weight, model.blocks.v.weight), model, replace_fn=lambda w: 1e6 * w
+    )
+    shape = 1, model.config.kv_heads, 16, model.config.head_dim
+    caches = tuple((jnp.zeros(shape, jnp.float16), jnp.zeros(shape, jnp.float16)) for _ in range(model.config.layers))
+    tokens, slots = np.arange(8)[None], np.zeros(1, np.int32)
+    busy = serve.idle_slots(1)._replace(remaining=np.ones(1, np.int32), scored=np.ones(1, bool))
+    caches, *scores = serve.prefill(serve.unstack(large), caches, tokens, tokens, slots, slots, slots + 7, busy, True)
+    assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((caches, scores)))
+    assert max(jnp.abs(x).max() for x in jax.tree.leaves(caches)) == 65504
 
 
 def test_echoed_logprobs_are_those_of_a_forward_pass(folder, client):
@@ -254,7 +285,8 @@ def test_echoed_logprobs_are_those_of_a_forward_pass(folder, client):
 def test_nothing_is_compiled_after_the_start(live, http):
     sizes = serve.decode._cache_size(), serve.prefill._cache_size()
     for n in (1, 2, 5, 17, 40):
-        for options in ({}, {"temperature": 0}, {"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"logprobs": True}):
+        kinds = {}, {"temperature": 0}, {"top_p": 0.5, "top_k": 3, "min_p": 0.1}, {"logprobs": True}
+        for options in (*kinds, {"presence_penalty": 1}):
             assert say(http, "a " * n, **options).status_code == 200
     assert http.post("/v1/completions", json=dict(prompt="a b", echo=True, logprobs=3)).status_code == 200
     assert (serve.decode._cache_size(), serve.prefill._cache_size()) == sizes
@@ -267,13 +299,22 @@ class Recorder:
         self.model = model = serve.Served("one", str(folder / "one"), serve.Config())
         model.tokenizer, model.context, model.slots = gpt.load_tokenizer(folder / "one"), context, slots
         model.pieces = [16, 32]
-        model.state, model.free, model.held = serve.idle_slots(slots), list(range(slots)), [[] for _ in range(slots)]
+        model.state, model.free, model.held = (
+            serve.idle_slots(slots, context),
+            list(range(slots)),
+            [[] for _ in range(slots)],
+        )
         model.caches, self.calls, self.copies, self.posted = None, [], [], []
-        monkeypatch.setattr(model, "read", lambda pieces, size, *_: self.calls.append((len(pieces), size, pieces)))
+        monkeypatch.setattr(model, "read", self.read)
         monkeypatch.setattr(serve, "copy_slot", lambda caches, source, target: self.copies.append((source, target)))
 
+    def read(self, pieces, size, wanted, slots):
+        """Every answer begins with token 0."""
+        self.calls.append((len(pieces), size, pieces))
+        return (np.zeros((1, len(pieces)), np.int32), serve.Alternatives(*np.zeros((3, 1, len(pieces))))), None
+
     def ask(self, *prompts, **options):
-        choices = [serve.Choice(i, ids, 1, None, deadline=float("inf"), **options) for i, ids in enumerate(prompts)]
+        choices = [serve.Choice(i, ids, 2, None, deadline=float("inf"), **options) for i, ids in enumerate(prompts)]
         self.model.waiting.extend(choices)
         return choices
 
@@ -296,8 +337,11 @@ def test_prompts_that_come_in_together_are_read_in_few_calls_of_few_sizes(folder
     device.read_all()
     assert [(n, size) for n, size, _ in device.calls] == [(n, 16) for n in calls]
     read = [tuple(piece[0]) for _, _, pieces in device.calls for piece in pieces]
-    assert set(read) == {(i, 4, 5) for i in range(waiting)}  # the last token is read when the next one is drawn
-    assert (device.model.state.remaining[list(device.model.running)] == 1).all()
+    first = min(calls[0], waiting)  # those of the first call draw in it, the others later, beside them
+    assert set(read) == {(i, 4, 5, 6) if i < first else (i, 4, 5) for i in range(waiting)}
+    assert [choice.ids_drawn for choice in device.model.running.values()] == [[0]] * first + [[]] * (waiting - first)
+    left = device.model.state.remaining[list(device.model.running)]
+    assert left.tolist() == [1] * first + [2] * (waiting - first)
 
 
 def test_a_piece_is_about_as_wide_as_what_is_left():
@@ -313,24 +357,24 @@ def test_a_long_prompt_is_read_in_pieces_and_never_past_the_context(folder, monk
     device.ask(ids)
     device.read_all()
     assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(32, 0), (32, 32)]
-    assert device.calls[1][2][0][0] == ids[32:59] and device.calls[1][2][0][1] == ids[33:60]
+    assert device.calls[1][2][0][0] == ids[32:] and device.calls[1][2][0][1] == ids[33:60]
     device.calls.clear()
-    device.ask([*ids, 1, 2, 3])  # 59 tokens are known; a piece of 16 must end at place 64
+    device.ask([*ids, 1, 2, 3])  # 60 tokens are known; a piece of 16 must end at place 64
     device.end(*device.model.running.values())
     device.read_all()
     assert [(size, pieces[0][3]) for _, size, pieces in device.calls] == [(16, 48)]
-    assert device.calls[0][2][0][0] == [*ids[48:], 1, 2]
+    assert device.calls[0][2][0][0] == [*ids[48:], 1, 2, 3]
 
 
 def test_a_turn_reads_as_much_as_the_widest_piece_holds(folder, monkeypatch):
     device, draws = Recorder(folder, monkeypatch), []
     monkeypatch.setattr(device.model, "advance", lambda post: draws.append(len(device.calls)))
     device.ask(*(list(range(i, i + 28)) for i in (100, 200, 300)), [1, 2])
-    device.model.step(device.posted.append)  # the short one, and one of 27 tokens
-    assert [size for _, size, _ in device.calls] == [16, 32] and draws == [2]
+    device.model.step(device.posted.append, lambda: draws.append("sent"))  # the short one, and one of 28 tokens
+    assert [size for _, size, _ in device.calls] == [16, 32] and draws == ["sent", 2]  # first tokens before others
     device.model.step(device.posted.append)
     device.model.step(device.posted.append)
-    assert [size for _, size, _ in device.calls] == [16, 32, 32, 32] and draws == [2, 3, 4]
+    assert [size for _, size, _ in device.calls] == [16, 32, 32, 32] and draws == ["sent", 2, 3, 4]
 
 
 def test_what_a_slot_holds_is_not_read_again(folder, monkeypatch):
@@ -594,7 +638,8 @@ BAD = [
             ("top_p", 1.1), ("top_k", -2), ("min_p", 2), ("n", 0), ("n", 9), ("n", True), ("max_tokens", -1),
             ("max_completion_tokens", 0), ("top_logprobs", 21), ("stop", ["a"] * 5), ("stop", "x" * 65), ("stop", [""]),
             ("seed", "one"), ("tools", [{"type": "function"}]), ("response_format", {"type": "json_schema"}),
-            ("frequency_penalty", 0.5), ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}), ("max_tokens", 0),
+            ("frequency_penalty", 2.5), ("presence_penalty", -3),
+            ("logit_bias", {"1": 5}), ("metadata", {"session_id": 7}), ("max_tokens", 0),
             ("max_tokens", 8.0), ("max_tokens", True), ("max_tokens", "8"), ("max_completion_tokens", -1), ("n", 1.5),
             ("top_logprobs", -1), ("top_k", 2**31), ("top_k", 1.5), ("min_p", -0.1), ("seed", 2**63), ("seed", 1.5),
             ("stop", ""), ("stop", [None]), ("stop", 7), ("best_of", 2), ("repetition_penalty", 1.1),
@@ -884,6 +929,30 @@ def test_who_hangs_up_frees_the_slots(live, http, slow, stream, by, request):
     wait_for(lambda: gauge(http, "num_requests_running") == gauge(http, "num_requests_waiting") == 0, 1.0)
     assert time.monotonic() - start < 1.2  # the rest of the answers would have taken longer
     assert live.server.models["one"].finished["abort"] == before + 4
+
+
+@pytest.mark.parametrize("by", ["live", "relay"])
+def test_who_is_gone_before_a_stream_begins_frees_the_slots(live, http, slow, by, request):
+    server = live.server if by == "live" else request.getfixturevalue("relay").server
+    body = json.dumps(dict(messages=ASK, n=4, max_tokens=60, ignore_eos=True, stream=True)).encode()
+    calls = []
+
+    async def receive():
+        calls.append(1)
+        if len(calls) == 1:
+            return {"type": "http.request", "body": body}
+        if by == "relay" and len(calls) == 2:
+            await asyncio.sleep(60)  # the client waits while the other engine is asked
+        return {"type": "http.disconnect"}
+
+    async def send(message):
+        raise OSError("nobody reads this")
+
+    headers = [(b"host", b"localhost"), (b"content-type", b"application/json")]
+    scope = dict(type="http", asgi={"spec_version": "2.4"}, method="POST", path="/v1/chat/completions", headers=headers,
+                 query_string=b"", root_path="")  # fmt: skip
+    asyncio.run_coroutine_threadsafe(server.app()(scope, receive, send), server.engine.loop).result(30)
+    wait_for(lambda: not live.server.models["one"].busy, 1.0)  # all of it would take 2 s
 
 
 def test_a_deadline_cuts_an_answer_and_ends_a_wait(live, http, slow, monkeypatch):
@@ -1320,7 +1389,7 @@ def test_votes_on_another_engines_answers_are_rows_here(relay, http, votes, stre
 
 
 def test_refusals_of_another_engine_keep_their_words(relay, http):
-    for body in ({"n": 9}, {"model": "three"}, {"frequency_penalty": 1}, {"content": "a " * 70}):
+    for body in ({"n": 9}, {"model": "three"}, {"repetition_penalty": 2}, {"content": "a " * 70}):
         answers = [say(c, **body) for c in (relay, http)]
         assert answers[0].status_code == answers[1].status_code in (400, 404)
         assert answers[0].json() == answers[1].json()
@@ -1383,6 +1452,14 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         assert (row["completion"], row["usage"], row["checkpoint_sha256"]) == ("a", None, "")
         vote(relay, "thumb", "up", row["id"])
         assert " --length 64 " in relay.get("/v1/feedback/counts").json()["command"]  # of the context: nobody counted
+        relay.delete("/v1/sessions/s")
+        first = {"index": 0, "delta": {}, "finish_reason": "stop"}, {"index": 1, "delta": {"content": "a"}}
+        rest = [{"index": 1, "delta": {"content": "b"}}], [{"index": 1, "delta": {}, "finish_reason": "stop"}]
+        events = [f"data: {json.dumps({'choices': choices})}\n\n" for choices in (first, *rest)]
+        script[chat] = (200, "".join(events))  # the end of one answer comes with a piece of another one
+        found = [choice for chunk in frames(say(relay, n=2, **asked).text) for choice in chunk["choices"]]
+        assert "".join(c["delta"].get("content", "") for c in found if c["index"] == 1) == "ab"
+        assert sum("generation_id" in choice for choice in found) == 2
         relay.delete("/v1/sessions/s")
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
@@ -1619,9 +1696,38 @@ def test_greedy_answers_of_quantised_weights_are_those_of_generate(measured, fol
         assert choice.ids_drawn == tokens[mask > 0].tolist()
 
 
-def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch):
-    seconds = iter([1.0, 0.2, 0.1])  # none, int8, int4
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: next(seconds))
+def test_forms_are_timed_at_the_work_of_requests(folder, heldout, monkeypatch):
+    """Slots that are half full, in the caches that the form will have, and the reading of prompts."""
+    steps, reads = [], []
+    decode, read = serve.Served.decode, serve.Served.read
+
+    def record_step(self, rows, some, n):
+        steps.append((self.caches[0][0].dtype.name, *np.unique(some.position)))
+        return decode(self, rows, some, n)
+
+    def record_read(self, pieces, *args):
+        reads.append((self.caches[0][0].dtype.name, len(pieces[0][0]), pieces[0][3]))
+        return read(self, pieces, *args)
+
+    monkeypatch.setattr(serve.Served, "decode", record_step)
+    monkeypatch.setattr(serve.Served, "read", record_read)
+    monkeypatch.setattr(serve, "fastest", lambda call: (call(), 0.5)[1])
+    model = loaded(folder, quality=heldout, quantize="int8")
+    assert steps == [("float32", 8), ("float16", 8)] and reads == [("float32", 16, 0), ("float16", 16, 0)]
+    assert model.candidates[0].speed == pytest.approx(4 * 64 / (4 * 0.5 + 64 * 0.5 / serve.MOST_STEPS))
+
+
+@pytest.fixture
+def timed(monkeypatch):
+    """Seconds that it takes to draw a token: forms of the weights, in their order, take these."""
+    seconds = []
+    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n, held=0: seconds.pop(0) if seconds else 0.1)
+    monkeypatch.setattr(serve.Served, "read_seconds", lambda self: 0.1)
+    return seconds
+
+
+def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, timed):
+    timed += [1.0, 0.2, 0.1]  # none, int8, int4
     model = loaded(folder, quantize="auto", quality=heldout)
     _, int8, int4 = model.candidates
     assert int8.kl < int4.kl / 2
@@ -1634,8 +1740,7 @@ def test_auto_takes_the_fastest_that_is_near_enough(folder, heldout, monkeypatch
         serve.choose(model.candidates, "int4", int4.kl / 2)
 
 
-def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_named(folder, heldout, monkeypatch, caplog):
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
+def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_named(folder, heldout, timed, caplog):
     model = loaded(folder, quantize="int8", quality=heldout, max_kl=9.0)
     assert [c.how for c in model.candidates] == ["none", "int8"]
     model.compress()
@@ -1645,8 +1750,7 @@ def test_only_the_form_that_is_asked_for_is_measured_and_one_that_is_not_is_name
     assert "one: int8 is unmeasured: --quality FILE" in caplog.text
 
 
-def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(serve.Served, "step_seconds", lambda self, n=None: 0.1)
+def test_quantised_weights_that_are_too_far_off_are_not_served(folder, heldout, tmp_path, capsys, timed):
     options = dict(port=0, feedback=tmp_path / "f.db", model=((str(folder / "one"),),), slots=2)
     with pytest.raises(ValueError, match=r"--quantize int4 is [\d.]+ nats .* perplexity"):
         serve.main(serve.Config(quantize="int4", quality=heldout, max_kl=1e-6, **options))
