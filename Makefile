@@ -91,15 +91,15 @@ people: $M/config.json data/prose/text.jsonl
 	$(PY) prepare.py --data $(HH) --chat --limit $(HH_PAIRS) --heldout 0.5 --out data/hh --overwrite
 	$(PROBE) --data data/hh/pairs.jsonl --out out/people/probe
 	$(TRUST) --report out/people/probe --heldout data/hh/pairs-heldout.jsonl
-	$(PROBE) --data data/hh/pairs-heldout.jsonl --out out/people/judge
-	$(TRUST) --report out/people/judge --heldout data/hh/pairs.jsonl
+	$(PROBE) --data data/hh/pairs-heldout.jsonl --out out/people/gold
+	$(TRUST) --report out/people/gold --heldout data/hh/pairs.jsonl
 	$(PY) grpo.py $(PEOPLE) --advantage rloo --out out/people/rloo
 	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --out out/people/ppo
 	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \
 	  --beta 0.1 --lr 5e-4 --out out/people/dpo
 	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/people/,rloo ppo dpo) --data data/hh/prompts-heldout.jsonl \
 	  --prompt-length $(HH_LENGTH) --response-length 64 --samples $(HH_SAMPLES) --batch-size 48 --best-of 4 \
-	  --gold out/people/judge --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
+	  --gold out/people/gold --reward out/people/probe --perplexity data/prose/text.jsonl --out out/people/report
 	$(PY) tools/plot.py out/people/report
 
 # No label of harm by a person from here on: a judge, its critiques and revisions (SL-CAI), its preferences beside human

@@ -54,7 +54,7 @@ import gpt
 class Config:
     source: Annotated[Positional[str], arg(metavar="SOURCE")]  # a GGUF, a model folder, or one with an adapter
     target: Annotated[Positional[str], arg(metavar="TARGET")]  # the folder to write, new or empty, or NAME.gguf
-    base: str | None = None  # folder or Hub name of the adapter's base (default: the one that SOURCE names)
+    base: str | None = None  # folder or Hub name of the adapter's base (None: the one that SOURCE names)
     type: Literal["f32", "f16", "bf16", "q8_0"] = "f16"  # of the matrices in a GGUF: 32, 16, 16 or 8.5 bits a weight
 
 

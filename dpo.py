@@ -16,7 +16,7 @@ Details that matter:
 1. Sums, not means, over a completion's tokens: the theory is about the probability of the whole response.
 2. The log-prob of the chosen answers usually falls in training; that of the rejected ones falls faster. The loss sees
    only their difference, so this is expected; both are logged (`logps/chosen`, `logps/rejected`).
-3. Without --ref the reference is the model of --init, so z is 0 at the first step, and the loss ln 2 (with e = 0).
+3. Without --ref the reference is the model of --init, so z is 0 at the first step, and the loss ln 2.
 4. --precompute-ref writes the reference's log-probs beside the token cache, once for each model, tokenizer, length and
    file, and the reference leaves memory.
 5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
@@ -46,11 +46,11 @@ import gpt
 @dataclass(frozen=True)
 class Config:
     init: str = "out/sft"  # policy to start from
-    ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
+    ref: str | None = None  # frozen reference, of the same tokenizer (None: --init)
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
-    heldout: str | None = None  # pairs for validation (default: NAME-heldout.jsonl beside --data, if there)
+    heldout: str | None = None  # pairs for validation (None: NAME-heldout.jsonl beside --data, if there)
     out: Path = Path("out/dpo")  # run folder
-    steps: int | None = None  # optimiser steps (default: one epoch)
+    steps: int | None = None  # optimiser steps (None: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together: longer completions are cut, and have no EOS then

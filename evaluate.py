@@ -44,7 +44,7 @@ import gpt
 class Config:
     models: tuple[str, ...] = ("out/sft", "out/ppo")  # model folders, a row each, named by their last part
     ref: str = "out/sft"  # reference of the KL, source of best-of-n, and the start of "distance closed"
-    baseline: str | None = None  # model folder that the win rates are against (default: --ref)
+    baseline: str | None = None  # model folder that the win rates are against (None: --ref)
     data: str = "data/toy/prompts-heldout.jsonl"  # prompts
     gold: str | None = "toy:parts"  # what counts as the truth: module:function -> floats or dicts, or a reward model
     reward: str | None = None  # rates answers beside gold: reward-model folder (or ensemble), or module:function
@@ -65,7 +65,7 @@ class Config:
 
     perplexity: tuple[str, ...] = ()  # text or demonstrations: each model's perplexity on these files
     questions: tuple[str, ...] = ()  # multiple choice: {question, choices, answer}, or model-written evaluations
-    length: int | None = None  # tokens a row of --perplexity and --questions may have (default: context, max 512)
+    length: int | None = None  # tokens a row of --perplexity and --questions may have (None: context, max 512)
 
     rewards: tuple[str, ...] = ()  # reward-model folders: only put their reports into one table
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and activations
@@ -335,8 +335,8 @@ def repetition(tokens, n: int = 3) -> float:
 def unjudged(told: dict, rows: list[dict]) -> dict[str, int]:
     """How many answers lack a measure, where there are any: told[measure] (P,) says which have it. A measure that is
     called like a "kind" of rows concerns these rows alone (checks.strict)."""
-    kinds = np.array([row.get("kind") for row in rows], object)
-    missing = {name: ~x & ((kinds == name) | ~(kinds == name).any()) for name, x in told.items()}
+    concerned = {name: np.array([row.get("kind") == name for row in rows]) for name in told}
+    missing = {name: ~x & (concerned[name] | ~concerned[name].any()) for name, x in told.items()}
     return {name: int(x.sum()) for name, x in missing.items() if x.any()}
 
 
@@ -1069,6 +1069,8 @@ def main(config: Config):
         return compare_rewards(config)
     exam = set_exam(config)
     baseline = config.baseline or config.ref
+    for folder in (*config.models, baseline):
+        gpt.find_folder(folder)  # what is missing is named before the others are measured
     exam = exam._replace(baseline=from_rows(remember(exam, "baseline", answer_as_baseline, baseline)))
 
     rows, answers, golds, curve = {}, {}, {}, None

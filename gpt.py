@@ -1290,9 +1290,11 @@ def find_folder(path) -> Path:
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
         if list(folder.glob("member-*")):
             raise FileNotFoundError(f"{path} holds an ensemble, and one model is needed here: name one of its member-*")
+        if (folder / "checkpoint").is_dir():
+            raise FileNotFoundError(f"no model in {path} yet: its run has not ended, and goes on with --resume")
         raise FileNotFoundError(
-            f"no model in {path} (config.json and model.safetensors). The Makefile and README.md say which command "
-            "makes each folder of the toy world; for your own, train it first or check the path"
+            f"no model in {path} (config.json and model.safetensors). The Makefile has the command that makes each "
+            "folder of the toy world, and `make demo` makes all; for your own, train it first or check the path"
         )
     from huggingface_hub import snapshot_download
 
@@ -1615,7 +1617,7 @@ def parse_json(line: str) -> dict:
     try:
         row = json.loads(line)
     except ValueError as error:
-        raise BadRow(f"not JSON ({error})") from None
+        raise BadRow(f"not JSON ({error.msg}, column {error.colno})") from None
     except RecursionError:
         raise BadRow("JSON that is nested too deep") from None
     if not isinstance(row, dict):
@@ -2862,6 +2864,8 @@ def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> R
     The rest as for `load_reward_model`."""
     if len(names) == 1 and ":" in names[0]:
         return Reward([], load_function(names[0]))
+    if any(":" in name for name in names):
+        raise ValueError(f"--reward {' '.join(names)}: folders of reward models, or one module:function, not both")
     folders = [folder for name in names for folder in ensemble_folders(name)]
     return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
 
@@ -2875,7 +2879,8 @@ def load_function(name: str):
     try:
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot load {name}: {error}") from None
+        hint = f": write {module[:-3]}:{function}" if module.endswith(".py") else ""
+        raise ValueError(f"cannot load {name} from here or from what is installed ({error}){hint}") from None
     finally:
         sys.path.pop(0)
 
@@ -2886,7 +2891,10 @@ def check_scores(scores, n: int) -> np.ndarray:
         numbers = np.asarray(scores, np.float32)
         if numbers.shape == (n,) and np.isfinite(numbers).all():
             return numbers
-    raise ValueError(f"the reward function must return {n} finite floats, one a response; it returned {scores!r:.200}")
+    said = list(scores) if isinstance(scores, Iterable) and not isinstance(scores, str | dict) else []
+    bad = next((i for i, x in enumerate(said) if np.isnan(to_number(x))), None)
+    wrong = f"{scores!r:.200}" if bad is None or len(said) != n else f"{said[bad]!r:.80} for response {bad}"
+    raise ValueError(f"the reward function must return {n} finite floats, one a response; it returned {wrong}")
 
 
 def to_number(value) -> float:
@@ -2941,6 +2949,7 @@ def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
 SHOWN = {
     "loss", "lr", "val/loss", "accuracy", "gap", "objective/scores", "objective/kl", "objective/entropy",
     "val/num_eos_tokens", "response_length", "policy/clipfrac_avg", "eval/gold",
+    "pairs",
 }  # fmt: skip
 
 
@@ -3095,7 +3104,8 @@ class Run:
         try:
             found = self.manager.restore(step, args=ocp.args.StandardRestore(wanted))
         except ValueError as error:
-            raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {error}") from None
+            reason = "; ".join(self._changes()) or str(error).splitlines()[0]
+            raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {reason}") from None
         self._cut_logs(step)
         self._saved, self._saved_before, self._before = step, step, None
         print(f"continuing {self.out} at step {step:,}")
@@ -3111,6 +3121,8 @@ class Run:
             old = began["config"].get(name, new)
             if old != new and name != "out":
                 news.append(f"--{name.replace('_', '-')} was {old}, is {new}")
+        for name in sorted(began["config"].keys() - self.info["config"].keys()):
+            news.append(f"--{name.replace('_', '-')} was {began['config'][name]}, is no option now")
         return news + [
             f"{path} has changed" for path, new in self.info["data"].items() if began["data"].get(path, new) != new
         ]
@@ -3263,7 +3275,8 @@ class Run:
                 "Try a lower --lr, --dtype float32, or look at the batch of that step."
             )
         self._bar.set_description(self.out.name)
-        shown = {k.split("/")[-1]: f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
+        short = lambda name: name if name == "val/loss" else name.split("/")[-1]  # beside the loss of the step
+        shown = {short(k): f"{v:.4g}" for k, v in metrics.items() if k in SHOWN}
         self._bar.set_postfix(shown)
         due = step % max(self.total // 20, 1) == 0 or step == self.total - 1 or done - self._said > PATIENCE
         if self._bar.disable and self.main and due:

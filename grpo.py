@@ -62,7 +62,7 @@ class Config:
     out: Path = Path("out/grpo")  # run folder
     advantage: Literal["grpo", "centred", "rloo"] = "grpo"  # how an answer is compared with the others to its prompt
     loss: Literal["token", "sequence", "constant", "gspo", "cispo"] = "token"  # what is averaged, what has a ratio
-    kl: Literal["reward", "loss", "loss-uncorrected"] | None = None  # where it is paid (default: see above)
+    kl: Literal["reward", "loss", "loss-uncorrected"] | None = None  # where it is paid (None: see above)
     filter_groups: bool = False  # leave out groups whose answers all score alike
     group_size: int = 4  # answers to each prompt
     steps: int = 90  # iterations: a rollout, and all optimiser steps on it
@@ -74,7 +74,7 @@ class Config:
     response_length: int = 24  # tokens a response may have
     temperature: float = 1.0  # of rollouts and of every log-prob
 
-    lr: float | None = None  # falling linearly to a tenth (default: 3e-4; of adapters 6e-4)
+    lr: float | None = None  # falling linearly to a tenth (None: 3e-4; of adapters 6e-4)
     lora_rank: int = 0  # above 0: the policy is an adapter of this rank on a frozen base
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
@@ -524,7 +524,8 @@ def resolve(config: Config) -> Config:
         )
     if config.batch_size % config.minibatch_size or config.minibatch_size % (config.micro_batches * K):
         raise ValueError(
-            "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches x --group-size"
+            "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches x --group-size; "
+            f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches} x {K}"
         )
     gpt.check_batch_size(config.minibatch_size // K, "--minibatch-size / --group-size")
     if config.epochs < 1:

@@ -50,11 +50,11 @@ import gpt
 class Config:
     loss: Literal["ipo", "kto"] = "ipo"  # from pairs; from single answers with a label (pairs are split in two)
     init: str = "out/sft"  # policy to start from
-    ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
+    ref: str | None = None  # frozen reference, of the same tokenizer (None: --init)
     data: tuple[str, ...] | None = None  # default: data/toy/pairs.jsonl or thumbs.jsonl; name:weight mixes several
-    heldout: str | None = None  # validation (default: NAME-heldout.jsonl beside --data, if there)
-    out: Path | None = None  # run folder (default: out/ipo or out/kto)
-    steps: int | None = None  # optimiser steps (default: one epoch)
+    heldout: str | None = None  # validation (None: NAME-heldout.jsonl beside --data, if there)
+    out: Path | None = None  # run folder (None: out/ipo or out/kto)
+    steps: int | None = None  # optimiser steps (None: one epoch)
     batch_size: int = 32  # pairs (ipo) or answers (kto) a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
@@ -63,7 +63,7 @@ class Config:
     tau: float = 0.1  # ipo: price of the KL; the margin aimed at is 1 / (2 tau) nats
     reduction: Literal["sum", "mean"] = "sum"  # ipo: over tokens; mean wants a tau about length times as large
     beta: float = 1.0  # kto: how soon an answer counts as won or lost, per nat of log-ratio
-    desirable_weight: float | None = None  # kto: lambda_D (default: by the rule above, from the data)
+    desirable_weight: float | None = None  # kto: lambda_D (None: by the rule above, from the data)
     undesirable_weight: float | None = None  # kto: lambda_U; where one of the two is given the other one is 1
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr

@@ -44,14 +44,14 @@ import gpt
 @dataclass(frozen=True)
 class Config:
     init: str = "out/sft"  # policy to start from
-    ref: str | None = None  # frozen reference, of the same tokenizer (default: --init)
+    ref: str | None = None  # frozen reference, of the same tokenizer (None: --init)
     reward: str = "out/reward"  # who labels: a reward-model folder, or module:function
     judge: str | None = None  # in its place: module:function (prompts, a, b, rows) -> P(a is better), or NaN
     data: tuple[str, ...] = ("data/toy/prompts.jsonl",)  # prompts; name:weight mixes several
     out: Path = Path("out/online")  # run folder
     steps: int = 100  # iterations: a rollout, and all optimiser steps on it
     batch_size: int = 128  # prompts an iteration
-    minibatch_size: int | None = None  # pairs an optimiser step, and prompts answered at a time (default: --batch-size)
+    minibatch_size: int | None = None  # pairs an optimiser step, and prompts answered at a time (None: --batch-size)
     micro_batches: int = 1  # gradient accumulation: parts that a minibatch is computed in
     candidates: int = 2  # answers a prompt
     keep_truncated: bool = False  # answers that did not end count too (for models that rarely end)
@@ -251,7 +251,10 @@ def resolve(config: Config) -> Config:
     config = replace(config, minibatch_size=config.minibatch_size or config.batch_size)
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
-        raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
+        raise ValueError(
+            "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches; "
+            f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches}"
+        )
     if config.candidates < 2 or (config.judge and config.candidates > 2):
         raise ValueError(
             f"--candidates {config.candidates}: a pair needs 2 answers at least, and a judge compares just 2"

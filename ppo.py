@@ -75,8 +75,8 @@ class Config:
     response_length: int = 24  # tokens a response may have
     temperature: float = 1.0  # of rollouts and of every log-prob
 
-    lr: float | None = None  # policy's learning rate, falling linearly to a tenth (default: 3e-4; of adapters 6e-4)
-    critic_lr: float | None = None  # critic's (default: the same)
+    lr: float | None = None  # policy's learning rate, falling linearly to a tenth (None: 3e-4; of adapters 6e-4)
+    critic_lr: float | None = None  # critic's (None: the same)
     lora_rank: int = 0  # above 0: the policy is an adapter of this rank on a frozen base
 
     beta: float = 0.05  # price of one nat of KL to the reference, in scores
@@ -472,11 +472,14 @@ def resolve(config: Config) -> Config:
     """The defaults that depend on others, and complaints about what does not go together."""
     gpt.check_batch_size(config.minibatch_size, "--minibatch-size")
     if config.batch_size % config.minibatch_size or config.minibatch_size % config.micro_batches:
-        raise ValueError("--batch-size must be a multiple of --minibatch-size, and that of --micro-batches")
+        raise ValueError(
+            "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches; "
+            f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches}"
+        )
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
-    # Adapters have twice the rate here, not 5 to 10 times as in other scripts: on three seeds their policy moved as far
-    # from the reference as one of whole weights, and at 1e-3 further (docs/report.md, Fewer models in PPO).
+    # Adapters have twice the rate here, not 5 to 10 times as where rows are learned from: on three seeds their
+    # policy moved as far from the reference as one of whole weights, and at 1e-3 further (docs/report.md).
     lr = config.lr if config.lr is not None else 6e-4 if config.lora_rank else 3e-4
     return replace(config, lr=lr, critic_lr=config.critic_lr if config.critic_lr is not None else lr)
 

@@ -249,7 +249,7 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
     row = {name: value for name, value in row.items() if name not in REFUSED + ("system", "history") or value}
     refuse_keys(row, REFUSED)
     if ("chosen" in row) != ("rejected" in row):
-        raise gpt.BadRow("`chosen` and `rejected` must both be there")
+        raise gpt.BadRow(f"`chosen` and `rejected` must both be there (found: {', '.join(row)})")
     row = rename_replies(row)
     shape = next((shape for shape in SHAPES if row.keys() >= set(shape.keys)), None)
     if shape is None:

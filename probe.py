@@ -42,8 +42,8 @@ class Config:
     length: int = 48  # tokens of prompt and completion together, at most
     suffix: str = "\n\nJudge:"  # text put in EOS's place, at whose end the last token is read; "" reads at EOS
 
-    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: as they are
-    normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
+    normalize_with: str | None = "auto"  # its samples get mean 0, std 1 (auto: --init, toy: out/sft); None: leave
+    normalize_data: str | None = None  # its prompts (None: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
 

@@ -59,9 +59,9 @@ import gpt
 class Config:
     init: str = "out/base"  # model folder to start from: a pretrained or an SFT model
     data: tuple[str, ...] = ("data/toy/pairs.jsonl",)  # preference pairs; name:weight mixes several
-    heldout: str | None = None  # pairs for the report (default: NAME-heldout.jsonl beside --data)
+    heldout: str | None = None  # pairs for the report (None: NAME-heldout.jsonl beside --data)
     out: Path = Path("out/reward")  # run folder; of an ensemble it holds member-0, member-1 and so on
-    steps: int | None = None  # optimiser steps (default: one epoch)
+    steps: int | None = None  # optimiser steps (None: one epoch)
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together: longer completions are cut
@@ -79,8 +79,8 @@ class Config:
 
     teacher: str | None = None  # reward model or ensemble whose scores to learn, in place of the labels
 
-    normalize_with: str | None = "auto"  # policy whose samples get mean 0 and std 1 (auto: --init); None: as they are
-    normalize_data: str | None = None  # its prompts (default: prompts.jsonl beside --data)
+    normalize_with: str | None = "auto"  # its samples get mean 0, std 1 (auto: --init, toy: out/sft); None: leave
+    normalize_data: str | None = None  # its prompts (None: prompts.jsonl beside --data)
     normalize_samples: int = 512  # how many
     response_length: int = 24  # tokens a sampled response may have
     gold: str | None = "toy:parts"  # module:function that knows the truth, for the report

@@ -70,7 +70,7 @@ import gpt
 @dataclass(frozen=True)
 class Config:
     stage: Literal["revise", "label", "agree"] = "revise"
-    init: str | None = None  # model that answers (default: out/sft for revise, out/sl-cai for label)
+    init: str | None = None  # model that answers (None: out/sft for revise, out/sl-cai for label)
     data: tuple[str, ...] = ("data/toy/harmless.jsonl:0.6", "data/toy/harmful.jsonl:0.4")  # prompts; agree: pairs
     out: Path = Path("data/rlaif")  # folder of the rows
     prompts: int = 2048  # prompts that are revised or labelled

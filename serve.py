@@ -12,8 +12,9 @@ join and leave between tokens (continuous batching, Orca, Yu et al. 2022), and e
 request. A prompt is read in pieces, between which the others get their tokens; a slot keeps what it has read, so that
 the next turn of a talk, or a second answer to one prompt, begins where it ends. As many rows are computed as are
 drawing, of a few sizes. Sampling parameters are arrays with one entry for each slot. The random number of a token is a
-function of (seed, choice, token), so the same seed gives the same text whatever else is in the batch. The event loop
-only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on disk.
+function of (seed, choice, token), so the same seed gives the same text whatever else is in the batch, up to rounding.
+The event loop only moves bytes; a second thread owns the database, and a vote is answered when its transaction is on
+disk.
 
 The file reads from top to bottom: configuration; quantised weights; what the device computes; the engine; what clients
 send; what they get; votes; the server; another engine in its place; the process.
@@ -87,14 +88,14 @@ class Config:
     model: Folders = ()  # folders: --model a b, or --model a --model b (default: out/ppo)
     port: int = 8000  # 0: any free one
     host: str = "127.0.0.1"  # address to listen at; others than this machine's need --api-key
-    api_key: str | None = None  # what clients must send (default: the API_KEY variable, which `ps` does not show)
+    api_key: str | None = None  # what clients must send (None: the API_KEY variable, which `ps` does not show)
     allowed_host: tuple[str, ...] = ()  # further host names under which clients reach this server
     cors_origin: tuple[str, ...] = ()  # web sites whose pages may send requests, like https://chat.example
     insecure: bool = False  # listen to other machines without a key
 
     slots: int = 16  # requests a model works on at a time
     max_queue: int = 256  # requests a model lets wait; more are answered 429
-    context: int | None = None  # longest prompt + answer in tokens (default: the model's, at most 2,048)
+    context: int | None = None  # longest prompt + answer in tokens (None: the model's, at most 2,048)
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"  # of weights and cache
     quantize: Literal["int8", "int4", "auto"] | None = None  # of the weights; auto: the fastest in --max-kl
     quality: str | None = None  # held-out rows (text or demonstrations) on which each quantisation is measured first
@@ -107,7 +108,7 @@ class Config:
     examples: str | None = None  # rows of prompts; the page offers the first few to a newcomer
 
     upstream: str | None = None  # address of another engine with OpenAI's API: it answers, page and votes are here
-    upstream_key: str | None = None  # what that engine asks for (default: the UPSTREAM_KEY variable)
+    upstream_key: str | None = None  # what that engine asks for (None: the UPSTREAM_KEY variable)
 
     @property
     def named_folders(self) -> list[str]:
@@ -458,8 +459,8 @@ def to_dtype(x, dtype):
     would make every later token NaN."""
     if x.dtype == dtype:
         return x
-    most = jnp.finfo(dtype).max.astype(x.dtype)
-    return jnp.clip(x, -most, most).astype(dtype)
+    most = jnp.finfo(dtype).max.astype(jnp.float32)  # in bfloat16 it would be rounded up
+    return jnp.clip(x.astype(jnp.float32), -most, most).astype(dtype)
 
 
 def attend(q, cache, slots, positions, reach):
@@ -568,21 +569,25 @@ def cond_zeros(wanted, compute):
 
 
 @partial(jax.jit, donate_argnames="caches")
-def prefill(weights: Weights, caches, tokens, targets, rows, starts, last, slots: Slots, wanted):
+def prefill(weights: Weights, caches, tokens, targets, rows, starts, last, wanted):
     """The caches with the keys and values of a piece of some prompts, tokens (R, T), whose first one is at place
-    `starts` (R,) of the caches' `rows` (R,), behind what is there already. Where a prompt ends in it, at column `last`
-    (R,), its slot is busy, and the first token of the answer is drawn: (1, R), with its log-probs. And if `wanted` the
-    log-probs of `targets` (R, T), the tokens that follow each. The keys of padding behind a piece are overwritten by
-    those of drawn tokens before attention reaches them."""
+    `starts` (R,) of the caches' `rows` (R,), behind what is there already; the hidden states (R, D) at the columns
+    `last` (R,), where `first_tokens` draws; and if `wanted` the log-probs of `targets` (R, T), the tokens that follow
+    each. The keys of padding behind a piece are overwritten by those of drawn tokens before attention reaches them."""
     outer = weights.outer
     hidden, caches = run_layers(weights, caches, tokens, rows, starts)
-    ends = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
-    none = jnp.full((0, len(ends)), -1)
-    step = lambda: jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots), none))
-    first = cond_zeros((slots.remaining > 0).any(), step)
     columns = lambda hidden, targets: alternatives(outer.logits(hidden), targets, True)
     score = lambda: gpt.map_columns(columns, 2 * outer.config.vocab_size, hidden, targets)
-    return caches, first, cond_zeros(wanted, score)
+    ends = jnp.take_along_axis(hidden, last[:, None, None], 1)[:, 0]
+    return caches, ends, cond_zeros(wanted, score)
+
+
+@jax.jit
+def first_tokens(outer: gpt.GPT, ends, slots: Slots):
+    """The first token of an answer (1, R), drawn in the `slots` that are busy, and its log-probs. A program apart from
+    `prefill`, of which there are several: XLA keeps a copy of the head for each."""
+    none = jnp.full((0, len(ends)), -1)
+    return jax.tree.map(lambda x: x[None], next_tokens(outer, ends, slots, draw_keys(slots), none))
 
 
 @partial(jax.jit, donate_argnums=0)
@@ -874,13 +879,8 @@ class Served:
         self.pieces = sorted({min(n, self.context) for n in PIECES})
         self.slots = -(-config.slots // jax.device_count()) * jax.device_count()
         self.groups = sorted({min(n, self.slots) for n in (1, 4)}) if jax.device_count() == 1 else []
-        self.state, self.free = (
-            idle_slots(self.slots, self.context),
-            list(range(self.slots)),
-        )  # the one that is free longest first
-        # on the device already: to hand over so many small arrays takes longer than a small model takes for a prompt
-        counts = {min(n, self.slots) for n in PROMPTS}
-        self.idle = {n: jax.tree.map(jnp.asarray, idle_slots(n, self.context)) for n in counts}
+        self.state = idle_slots(self.slots, self.context)
+        self.free = list(range(self.slots))  # the one that is free longest first
         self.candidates = list(self.measure()) if config.quality else []
 
     def make_caches(self, how: str):
@@ -933,8 +933,7 @@ class Served:
         """Compile every shape, and find how many tokens a call draws: those of 20 ms, or a stream would look jerky."""
         for piece in self.pieces:
             for rows in self.prompt_counts(piece):
-                for slots in (None, idle_slots(rows, self.context)):
-                    self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True, slots)
+                self.read([([0] * piece, [0] * piece, 0, 0)] * rows, piece, True, idle_slots(rows, self.context))
         self.caches = copy_slot(self.caches, 0, self.slots - 1)
         self.steps = {n: int(np.clip(0.02 / self.step_seconds(n), 1, MOST_STEPS)) for n in (*self.groups, self.slots)}
         # what is made once, like the template's engine and the fingerprint, is made before the first request
@@ -970,15 +969,14 @@ class Served:
 
     def read(self, pieces, size: int, wanted: bool, slots: Slots | None = None):
         """Read pieces (tokens, the tokens that follow them, slot, start) of prompts, in calls of this size: the first
-        tokens that are drawn in those of the `slots` that are busy (None: in none), and if `wanted` the log-probs."""
+        tokens that are drawn in the `slots` (None: in none), and if `wanted` the log-probs."""
         tokens, targets = (np.zeros((len(pieces), size), np.int32) for _ in range(2))
         for row, (ids, following, _, _) in enumerate(pieces):
             tokens[row, : len(ids)], targets[row, : len(following)] = ids, following
         last = np.array([len(ids) - 1 for ids, *_ in pieces], np.int32)
         rows, starts = (np.array([piece[k] for piece in pieces], np.int32) for k in (2, 3))
-        slots = slots or self.idle[len(pieces)]
-        self.caches, *found = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, slots, wanted)
-        return found
+        self.caches, ends, scores = prefill(self.weights, self.caches, tokens, targets, rows, starts, last, wanted)
+        return first_tokens(self.weights.outer, ends, slots) if slots else None, scores
 
     def prompt_counts(self, piece: int) -> list[int]:
         """How many prompts one call may read a piece of: several are worth while only where pieces are small."""
@@ -1081,7 +1079,8 @@ class Served:
             if alone and start + len(ids) == len(choice.ids):
                 some.remaining[row] = choice.limit
         wanted = any(self.filling[slot].echo for slot in group)
-        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, some)
+        draws = some if alone and some.remaining.any() else None
+        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, draws)
         scores = jax.tree.map(np.asarray, scores) if wanted else None
         for row, (ids, _, slot, start) in enumerate(pieces):
             choice = self.filling[slot]
@@ -1092,8 +1091,8 @@ class Served:
             self.held[slot] = choice.ids[: choice.filled]
             if choice.filled >= len(choice.ids) - (not alone):
                 self.filled(choice, slot, post)
-        if alone:
-            self.take_drawn(rows, some, *first, post)
+        if draws:
+            self.take_drawn(rows, draws, *first, post)
         return count * size
 
     def filled(self, choice: Choice, slot: int, post):
@@ -1123,8 +1122,6 @@ class Served:
 
     def take_drawn(self, rows, some: Slots, tokens, logprobs: Alternatives, post):
         """Give choices the tokens (steps, S) that were drawn in the slots `rows`, in those of `some` that were busy."""
-        if not some.remaining.any():
-            return
         tokens, chosen = np.asarray(tokens), np.asarray(logprobs.chosen)
         alternatives = [np.asarray(x) for x in logprobs[1:]] if some.scored.any() else None
         now = time.monotonic()
@@ -1410,6 +1407,8 @@ class ResponsesRequest(UnsupportedResponses, kw_only=True):
     max_output_tokens: Annotated[int, Meta(ge=1)] | None = None
     temperature: Annotated[float, Meta(ge=0, le=2)] | None = None
     top_p: Annotated[float, Meta(gt=0, le=1)] | None = None
+    presence_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
+    frequency_penalty: Annotated[float, Meta(ge=-2, le=2)] | None = None
     stream: bool | None = None
     store: bool | Literal["on_vote"] | None = None
     metadata: Metadata | None = None
@@ -1857,7 +1856,8 @@ def as_chat(request: ResponsesRequest) -> ChatRequest:
     messages = [Message(item.role, text(item.content)) for item in items]
     if request.instructions:
         messages.insert(0, Message("system", request.instructions))
-    same = {name: getattr(request, name) for name in ("model", "temperature", "top_p", "stream", "store", "metadata")}
+    names = "model temperature top_p presence_penalty frequency_penalty stream store metadata"
+    same = {name: getattr(request, name) for name in names.split()}
     return ChatRequest(messages=messages, max_completion_tokens=request.max_output_tokens, **same)
 
 

@@ -35,7 +35,7 @@ import gpt
 class Config:
     init: str | None = "out/base"  # model folder or Hub name to start from; None: a fresh model
     data: tuple[str, ...] = ("data/toy/demos.jsonl",)  # text or demonstrations; name:weight mixes several
-    heldout: str | None = None  # rows for the validation loss (default: NAME-heldout.jsonl beside --data, if there)
+    heldout: str | None = None  # rows for the validation loss (None: NAME-heldout.jsonl beside --data, if there)
     out: Path = Path("out/sft")  # run folder
     steps: int = 80  # optimiser steps
     batch_size: int = 64  # rows a step, over all devices and micro-batches
@@ -50,7 +50,7 @@ class Config:
 
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
-    tokenizer: str | None = None  # folder with tokenizer files (default: --init's)
+    tokenizer: str | None = None  # folder with tokenizer files (None: --init's)
     family: Literal["gpt2", "llama", "qwen2", "qwen3"] = "llama"  # a fresh model's family, layers, heads, width
     layers: int = 4
     heads: int = 2

@@ -61,14 +61,15 @@ def test_the_control_that_pays_by_chance():
     assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
 
 
-@pytest.mark.parametrize("name", ["special_tokens", "Watch", "importance_weights"])
+@pytest.mark.parametrize("name", ["special_tokens", "Watch", "importance_weights", "sampler", "chunks"])
 def test_what_rollouts_are_watched_by(name):
-    assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name))
+    assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name)) and ppo.CAP == grpo.CAP
 
 
 @pytest.mark.parametrize("name", ["heldout_means", "check_context"])
 def test_what_learns_from_rows_against_a_reference(name):
-    assert inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
+    same = inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
+    assert same and dpo.WARMUP == ipo_kto.WARMUP
 
 
 @pytest.mark.parametrize("name", ["normalize", "load_prompts", "suffix_ids", "resolve"])

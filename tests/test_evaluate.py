@@ -304,7 +304,7 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
     numbers = {"gold": np.tile([1.0, 0.0, np.nan], 100), "kl": np.zeros(300), "length": np.ones(300)}
     numbers |= {"kind": np.full(300, np.nan), "part": np.linspace(-1, 1, 300)}
     numbers["list"] = np.where(np.arange(300) < 100, numbers["gold"], np.nan)  # concerns rows of that kind alone
-    rows = [{"kind": "list"}] * 100 + [{"kind": "words"}] * 200
+    rows = [{"kind": "list"}] * 100 + [{"kind": ["a", "b"]}] * 200
     answers = evaluate.Answers(numbers, prompts, ["a"] * 300, rows, [[1]] * 300)
     row = evaluate.summarize(answers)
     assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300, "list": 33}
@@ -754,7 +754,7 @@ def test_a_reward_model_rates_answers_beside_gold(world, reward_model, monkeypat
         (dict(models=()), "nothing to evaluate: give --models or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
         (dict(models=("out/nowhere",)), "no model in out/nowhere .*check the path"),
-        (dict(ref="out/no-kto"), "no model in out/no-kto .*Makefile and README.md say which command"),
+        (dict(ref="out/no-kto"), "no model in out/no-kto .*Makefile has the command"),
     ],
 )
 def test_what_cannot_work_is_said_before_anything_is_computed(options, reason):

@@ -288,7 +288,7 @@ def test_defaults_that_follow_from_other_values(golden):
 @pytest.mark.parametrize("name", ["reward", "reward-ai", "mine"])
 def test_a_missing_model_says_where_models_come_from_and_guesses_no_command(name, tmp_path):
     """A command guessed by the folder's name can be that of another experiment."""
-    where = f"{name} \\(config.json and model.safetensors\\).*Makefile and README.md say which command.*train it first"
+    where = f"{name} \\(config.json and model.safetensors\\).*Makefile has the command.*train it first"
     with pytest.raises(FileNotFoundError, match=where) as error:
         gpt.load(tmp_path / name)
     assert ".py" not in str(error.value)

@@ -44,11 +44,11 @@ def test_fits_count_the_gain_from_the_start_of_the_curve(tmp_path):
     "script, settings, expected",
     [
         ("ppo.py", {"beta": "0.05"}, {"name": "PPO", "symbol": "beta", "price": 0.05}),
-        ("dpo.py", {"beta": "0.5", "kind": "dpo"}, {"name": "DPO", "symbol": "beta", "price": 0.5}),
+        ("dpo.py", {"beta": "0.5", "loss": "dpo"}, {"name": "DPO", "symbol": "beta", "price": 0.5}),
         ("dpo.py", {"beta": "1", "label_smoothing": "0.1"}, {"name": "cDPO", "symbol": "beta", "price": 1.0}),
         (
             "dpo.py",
-            {"beta": "1", "label_smoothing": "0.1", "kind": "robust", "rounds": "3"},
+            {"beta": "1", "label_smoothing": "0.1", "loss": "robust", "rounds": "3"},
             {"name": "rDPO, 3 rounds", "symbol": "beta", "price": 1.0},
         ),
         (
@@ -73,11 +73,15 @@ def test_a_run_names_its_method_and_price(script, settings, expected):
     found = plot.method_of({"script": script, "config": settings})
     assert {k: v for k, v in found.items() if k != "settings"} == expected
     assert plot.method_of({}) == plot.method_of(None) == {}
+    older = {
+        {"gold": "monitor", "loss": "kind" if script == "dpo.py" else "loss"}.get(k, k): settings[k] for k in settings
+    }
+    assert plot.method_of({"script": script, "config": older | {"monitor": "toy:parts"}}) == found
 
 
 def entry(beta, kl, gold, **more):
     """A row of summary.json."""
-    run = {"script": "dpo.py", "config": {"beta": str(beta), "kind": "dpo"}}
+    run = {"script": "dpo.py", "config": {"beta": str(beta), "loss": "dpo"}}
     intervals = {"kl": [kl - 1, kl + 1], "gold": [0, 1]}
     return dict(folder=f"out/{kl}", run=run, kl=kl, gold=gold, intervals=intervals) | more
 
@@ -230,7 +234,9 @@ def test_bars_of_the_lengths_are_shares_of_the_responses(report, tmp_path, monke
 
 
 def test_what_is_missing_is_said_in_words(report, tmp_path, monkeypatch):
-    with pytest.raises(FileNotFoundError, match="no .*nowhere/summary.json: .*evaluate.py writes one"):
+    with pytest.raises(
+        FileNotFoundError, match="no .*nowhere/summary.json: .*evaluate.py writes one .*no picture either: lengths"
+    ):
         plot.main(names(tmp_path / "nowhere"))
     with pytest.raises(FileNotFoundError, match="no .*nowhere/metrics.jsonl: .* is not the run folder of a training"):
         plot.main(replace(names("curves", tmp_path / "nowhere"), out=tmp_path))

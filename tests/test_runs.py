@@ -94,6 +94,9 @@ def test_a_run_that_goes_on_with_other_settings_or_data_says_so(tmp_path, capsys
     assert go_on(0, "1", resume=True) == ""  # --resume itself is no news
     assert "warning: this run began with other settings: --seed was 0, is 7" in go_on(7, "1", resume=True)
     assert "a.jsonl has changed" in go_on(0, "2", resume=True)
+    config = info["run"]["config"] | {"gone_since": "7"}
+    gpt.write_json(tmp_path / "config.json", info | {"run": info["run"] | {"config": config}})
+    assert "--gone-since was 7, is no option now" in go_on(0, "1", resume=True)
 
 
 def test_a_run_goes_on_from_its_last_checkpoint(tmp_path):
@@ -125,8 +128,8 @@ def test_a_full_folder_is_kept_unless_overwriting_is_asked_for(tmp_path):
 
 def test_a_checkpoint_of_another_shape_is_a_clear_error(tmp_path):
     count_up(Config(tmp_path))
-    with pytest.raises(ValueError, match="does not fit this configuration"):
-        run = gpt.Run({}, **vars(Config(tmp_path, resume=True)))
+    with pytest.raises(ValueError, match="does not fit this configuration: --seed was 0, is 7"):
+        run = gpt.Run({}, **vars(Config(tmp_path, seed=7, resume=True)))
         run.restore(Count(jnp.zeros(4), jnp.zeros(2)))
 
 
@@ -579,7 +582,7 @@ def test_usage_errors_exit_with_2_and_failures_with_1(tmp_path):
 def test_a_missing_model_is_one_line_that_says_where_models_come_from(text, tmp_path):
     code, _, err = run_python("sft.py", "--init", tmp_path / "sft", "--data", text, "--out", tmp_path / "out")
     assert code == 1
-    assert err.count("\n") == 1 and f"no model in {tmp_path / 'sft'}" in err and "Makefile and README.md" in err
+    assert err.count("\n") == 1 and f"no model in {tmp_path / 'sft'}" in err and "Makefile has the command" in err
     assert not (tmp_path / "out").exists()
 
 

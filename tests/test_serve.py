@@ -251,7 +251,9 @@ def test_half_precision_holds_what_is_too_large_for_it(folder):
     caches = tuple((jnp.zeros(shape, jnp.float16), jnp.zeros(shape, jnp.float16)) for _ in range(model.config.layers))
     tokens, slots = np.arange(8)[None], np.zeros(1, np.int32)
     busy = serve.idle_slots(1)._replace(remaining=np.ones(1, np.int32), scored=np.ones(1, bool))
-    caches, *scores = serve.prefill(serve.unstack(large), caches, tokens, tokens, slots, slots, slots + 7, busy, True)
+    weights = serve.unstack(large)
+    caches, ends, scores = serve.prefill(weights, caches, tokens, tokens, slots, slots, slots + 7, True)
+    scores = scores, serve.first_tokens(weights.outer, ends, busy)
     assert all(jnp.isfinite(x).all() for x in jax.tree.leaves((caches, scores)))
     assert max(jnp.abs(x).max() for x in jax.tree.leaves(caches)) == 65504
 
@@ -832,6 +834,10 @@ def test_the_responses_api_says_what_the_chat_says(http, live, request, by):
     assert whole.usage.output_tokens == chat["usage"]["completion_tokens"]
     parts = [{"role": "user", "content": [{"type": "input_text", "text": "a b c"}]}]
     assert client.responses.create(**asked | {"input": parts}).output_text == whole.output_text
+    if by == "live":  # no part of that API, but what chats have here
+        penalties = dict(frequency_penalty=2.0, presence_penalty=1.5)
+        same = http.post("/v1/chat/completions", json=dict(messages=messages, temperature=0, max_tokens=7) | penalties)
+        assert client.responses.create(**asked, extra_body=penalties).output_text == text_of(same) != whole.output_text
     with client.responses.stream(**asked) as events:
         events = list(events)
     kinds = [event.type for event in events]

@@ -347,7 +347,12 @@ def test_learning_rates_end_where_they_should_also_where_target_kl_skips_steps(w
     "options, message",
     [
         (dict(reward=("my_rewards:too_few",)), "must return 32 finite floats"),
-        (dict(reward=("my_rewards:not_a_number",)), "must return 32 finite floats"),
+        (
+            dict(reward=("my_rewards:not_a_number",)),
+            "must return 32 finite floats, one a response; it returned .* response",
+        ),
+        (dict(reward=("my_rewards:score", "SFT")), "folders of reward models, or one module:function, not both"),
+        (dict(reward=("my_rewards.py:score",)), "write my_rewards:score"),
         (dict(reward=("my_rewards:nowhere",)), "cannot load my_rewards:nowhere"),
         (dict(reward=("SFT",)), "is a language model, not a reward model"),
         (dict(minibatch_size=10), "multiple of --minibatch-size"),

@@ -41,7 +41,8 @@ class Config:
 def read_summary(folder) -> dict:
     path = Path(folder) / "summary.json"
     if not path.is_file():
-        raise FileNotFoundError(f"no {path}: {folder} is not a report's folder; python evaluate.py writes one")
+        pictures = ", ".join(PICTURES)
+        raise FileNotFoundError(f"no {path}: python evaluate.py writes one ({folder} is no picture either: {pictures})")
     try:
         report = json.loads(path.read_text())
         missing = {"models", "reference", "best_of"} - report.keys()
@@ -199,12 +200,14 @@ def method_of(run: dict) -> dict:
     of its settings, as far as they are known, paths without their numbers: out/seed-1 and out/seed-2 are alike."""
     if not run:
         return {}
-    settings, script = run["config"], Path(run["script"]).stem
+    script = Path(run["script"]).stem
+    old = {"monitor": "gold"} | ({"kind": "loss"} if script == "dpo" else {})  # names that older runs wrote
+    settings = {old.get(name, name): value for name, value in run["config"].items()}
     kind = settings.get("loss", script) if script == "ipo_kto" else script
     name, symbol = {"online": "online DPO"}.get(kind, kind.upper()), "tau" if kind == "ipo" else "beta"
     if kind == "dpo" and float(settings.get("label_smoothing", 0)) > 0:
         name = "cDPO"
-    if settings.get("kind") == "robust":
+    if script == "dpo" and settings.pop("loss", "dpo") == "robust":
         name = "rDPO"
     if int(settings.get("rounds", 1)) > 1:
         name += f", {settings['rounds']} rounds"
