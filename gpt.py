@@ -717,6 +717,7 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   own_rows, own_texts, gather_rows      the rows, and their texts, that this process gives to functions; everyone's
 #   check_scores, read_gold, mean_gold    what a reward function said, checked; what a gold function said, and its mean
 #   normalize_scores                      a reward model whose scores of samples have mean 0 and standard deviation 1
+#   special_tokens, Watch                 what text does not show of responses; warns of what usually goes wrong in RL
 #   Run, empty_out                        the run folder: restore, steps, log, checkpoint, finish; a folder made empty
 #   count_parameters, progress            the number of weights; a progress bar
 #   write_json, write_atomic, barrier     files that are never half written; a point at which all processes wait
@@ -2885,13 +2886,18 @@ def load_function(name: str):
         sys.path.pop(0)
 
 
+def as_list(values) -> list | None:
+    """What a function returned for all responses, a value each; None where that is no sequence of values."""
+    return list(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else None
+
+
 def check_scores(scores, n: int) -> np.ndarray:
     """What a reward function returned, as n finite floats."""
     with suppress(TypeError, ValueError):  # no numbers at all
         numbers = np.asarray(scores, np.float32)
         if numbers.shape == (n,) and np.isfinite(numbers).all():
             return numbers
-    said = list(scores) if isinstance(scores, Iterable) and not isinstance(scores, str | dict) else []
+    said = as_list(scores) or []
     bad = next((i for i, x in enumerate(said) if np.isnan(to_number(x))), None)
     wrong = f"{scores!r:.200}" if bad is None or len(said) != n else f"{said[bad]!r:.80} for response {bad}"
     raise ValueError(f"the reward function must return {n} finite floats, one a response; it returned {wrong}")
@@ -2908,7 +2914,7 @@ def to_number(value) -> float:
 def read_gold(values) -> list[dict]:
     """What a gold function returned for each response, a float ("gold") or a dict of named floats, as dicts of the same
     names, NaN where it said nothing."""
-    said = list(values) if isinstance(values, Iterable) and not isinstance(values, str | dict) else None
+    said = as_list(values)
     if said is None or any(np.ndim(value) for value in said):
         raise ValueError(f"a gold function must return a float or a dict of floats a response, not {values!r:.200}")
     rows = [value if isinstance(value, dict) else {"gold": value} for value in said]
@@ -2940,6 +2946,41 @@ def plain_prompts(texts: list[str], rows: list[dict]) -> list[str]:
     """Prompts without the words of a chat template: of a conversation what its user said last, as it was written."""
     last = lambda messages, text: next((m["content"] for m in messages[::-1] if m["role"] == "user"), text)
     return [x if isinstance(row["prompt"], str) else last(row["prompt"], x) for x, row in zip(texts, rows)]
+
+
+def special_tokens(tokenizer: Tokenizer, generation: Generation) -> float:
+    """Special tokens a response, its end not counted: text does not show them, so a reward must not pay for them."""
+    tokens, mask = to_numpy((generation.tokens, generation.mask))
+    unseen = sorted(tokenizer.special_ids - set(tokenizer.end_ids))
+    return float((np.isin(tokens, unseen) & (mask > 0)).sum(1).mean())
+
+
+class Watch:
+    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
+
+    def __init__(self, warn):
+        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
+
+    def __call__(self, metrics: dict):
+        length = metrics["response_length"]
+        self.first_length = self.first_length or length
+        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
+        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
+        faults = {
+            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
+                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
+            "shrank": (length < 0.4 * self.first_length, moved),
+            "grew": (length > 2.5 * self.first_length, moved),
+            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
+            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
+                    "--missing-eos, which is what it costs not to end (None: nothing)"),
+            "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
+                        "tokens each that their text does not show: look at what the reward pays for them"),
+        }  # fmt: skip
+        for name, (wrong, text) in faults.items():
+            if wrong and name not in self.said:
+                self.said.add(name)
+                self.warn(text)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -451,44 +451,6 @@ def summarize_updates(history: list[dict]) -> dict:
     return metrics | {"loss": metrics["loss/policy_avg"], "val/ratio_first": history[0]["val/ratio"]}
 
 
-# ------------------------------------------------------------------------------------- what usually goes wrong
-
-
-def special_tokens(tokenizer: gpt.Tokenizer, generation: gpt.Generation) -> float:
-    """Special tokens a response, its end not counted: text does not show them, so a reward must not pay for them."""
-    tokens, mask = gpt.to_numpy((generation.tokens, generation.mask))
-    unseen = sorted(tokenizer.special_ids - set(tokenizer.end_ids))
-    return float((np.isin(tokens, unseen) & (mask > 0)).sum(1).mean())
-
-
-class Watch:
-    """Says in words, once each, what usually goes wrong in reinforcement learning: watch(metrics) once a rollout."""
-
-    def __init__(self, warn):
-        self.warn, self.first_length, self.negative, self.said = warn, None, 0, set()
-
-    def __call__(self, metrics: dict):
-        length = metrics["response_length"]
-        self.first_length = self.first_length or length
-        self.negative = self.negative + 1 if metrics["objective/kl"] < 0 else 0
-        moved = f"responses went from {self.first_length:.1f} to {length:.1f} tokens: look at the samples"
-        faults = {
-            "kl": (self.negative == 5, "the KL to the reference was negative for 5 iterations: policy and reference "
-                   "are not scored alike (temperature, dtype, template), or the sampler does not sample the policy"),
-            "shrank": (length < 0.4 * self.first_length, moved),
-            "grew": (length > 2.5 * self.first_length, moved),
-            "equal": (metrics["objective/scores_std"] < 1e-6, "all scores are equal: there is nothing to learn from"),
-            "eos": (metrics["eos_rate"] < 0.5, "most responses do not end: raise --response-length, or "
-                    "--missing-eos, which is what it costs not to end (None: nothing)"),
-            "special": (metrics["special_tokens"] > 0.1, f"responses have {metrics['special_tokens']:.2f} special "
-                        "tokens each that their text does not show: look at what the reward pays for them"),
-        }  # fmt: skip
-        for name, (wrong, text) in faults.items():
-            if wrong and name not in self.said:
-                self.said.add(name)
-                self.warn(text)
-
-
 # ------------------------------------------------------------------------------------- models
 
 
@@ -560,7 +522,7 @@ def main(config: Config):
 
     run = gpt.Run(prompts.hashes, save_every=SAVE_EVERY, **vars(config))
     state, first = run.restore(state)
-    watch = Watch(run.warn)
+    watch = gpt.Watch(run.warn)
     for iteration in run.steps(first):
         host_batch = prompts(iteration)
         batch = gpt.put_batch(host_batch)
@@ -574,7 +536,7 @@ def main(config: Config):
         rows = gpt.own_rows(prompts.rows(asked))
         texts = gpt.own_texts(tokenizer, asked, generation, rows)
         scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
-        metrics["special_tokens"] = special_tokens(tokenizer, generation)
+        metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what policy and reference say of every response token; advantages
         rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
         # 4 epochs of minibatches

@@ -61,8 +61,8 @@ def test_the_control_that_pays_by_chance():
     assert inspect.getsource(checks.chance) == inspect.getsource(reasoning.chance)
 
 
-@pytest.mark.parametrize("name", ["special_tokens", "Watch", "importance_weights", "sampler", "chunks"])
-def test_what_rollouts_are_watched_by(name):
+@pytest.mark.parametrize("name", ["importance_weights", "sampler", "chunks"])
+def test_how_rollouts_are_sampled_and_weighed(name):
     assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name)) and ppo.CAP == grpo.CAP
 
 

@@ -837,7 +837,7 @@ def test_missing_eos_rule_applies_exactly_where_the_response_has_no_eos(script):
 
 def test_what_goes_wrong_is_said_once_with_what_helps():
     said = []
-    watch = ppo.Watch(said.append)
+    watch = gpt.Watch(said.append)
     fine = {
         "response_length": 9.0, "objective/kl": 0.1, "objective/scores_std": 1.0, "eos_rate": 0.9, "special_tokens": 0.0
     }  # fmt: skip
@@ -854,7 +854,7 @@ def test_special_tokens_are_counted_where_text_does_not_show_them(tokenizer):
     eos, hidden = tokenizer.eos_id, tokenizer.pad_id
     tokens = jnp.array([[3, hidden, 3, eos], [3, eos, hidden, hidden], [hidden, hidden, 3, 3]])
     mask = jnp.array([[1, 1, 1, 1], [1, 1, 0, 0], [1, 1, 1, 1]])
-    assert ppo.special_tokens(tokenizer, gpt.Generation(tokens, mask, None)) == 1
+    assert gpt.special_tokens(tokenizer, gpt.Generation(tokens, mask, None)) == 1
     assert tokenizer.decode([3, hidden, 3]) == tokenizer.decode([3, 3])
 
 

@@ -203,12 +203,12 @@ def method_of(run: dict) -> dict:
     script = Path(run["script"]).stem
     old = {"monitor": "gold"} | ({"kind": "loss"} if script == "dpo" else {})  # names that older runs wrote
     settings = {old.get(name, name): value for name, value in run["config"].items()}
-    kind = settings.get("loss", script) if script == "ipo_kto" else script
-    name, symbol = {"online": "online DPO"}.get(kind, kind.upper()), "tau" if kind == "ipo" else "beta"
+    # the loss of these scripts is the method; that of others, like grpo.py, is a setting of it
+    kind = settings.pop("loss", script) if script in ("dpo", "ipo_kto") else script
+    names = {"online": "online DPO", "robust": "rDPO"}
+    name, symbol = names.get(kind, kind.upper()), "tau" if kind == "ipo" else "beta"
     if kind == "dpo" and float(settings.get("label_smoothing", 0)) > 0:
         name = "cDPO"
-    if script == "dpo" and settings.pop("loss", "dpo") == "robust":
-        name = "rDPO"
     if int(settings.get("rounds", 1)) > 1:
         name += f", {settings['rounds']} rounds"
     if kind == "ipo" and settings.get("reduction") == "mean":
