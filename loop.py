@@ -273,6 +273,9 @@ def summary(config: Config) -> str:
 
 
 def main(config: Config):
+    for name in ("rounds", "votes", "voters", "ppo_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: 1 at least")
     if config.overwrite and config.out.exists():
         gpt.remove(config.out)
     config.out.mkdir(parents=True, exist_ok=True)

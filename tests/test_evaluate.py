@@ -638,7 +638,7 @@ def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, caps
     assert asked(models=(start,), best_of=(2,)) == 1 + 2 + 2 + draws  # the baseline; sampled, greedy; two candidates
     first = read()
     assert asked(models=(start, trained), best_of=(2,)) == 2
-    assert "start: nothing has changed" in capsys.readouterr().out
+    assert f"start ({world / 'start'}): nothing has changed" in capsys.readouterr().out
     second = read()
     assert list(second["models"]) == ["start", "trained", "best-of-2"]
     assert second["models"]["start"] == first["models"]["start"] and second["best_of"] == first["best_of"]
@@ -751,6 +751,9 @@ def test_a_reward_model_rates_answers_beside_gold(world, reward_model, monkeypat
         (dict(best_of=(4,)), "--best-of needs --reward"),
         (dict(winners=Path("w.jsonl")), "--winners needs --best-of"),
         (dict(best_of=(0, 2), reward="out/reward"), "--best-of takes numbers from 1 up"),
+        (dict(samples=0), "--samples 0: 1 at least"),
+        (dict(response_length=0), "--response-length 0: 1 at least"),
+        (dict(temperature=-1.0), "--temperature -1.0: 0 .greedy. or above"),
         (dict(models=()), "nothing to evaluate: give --models or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
         (dict(models=("out/nowhere",)), "no model in out/nowhere .*check the path"),

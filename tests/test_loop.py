@@ -262,3 +262,10 @@ def test_a_kill_while_a_model_is_replaced_loses_none(gate, monkeypatch, calls):
         loop.promote(gate.report)
         assert (gate.place / "config.json").read_text() == "new" and [*gate.place.parent.glob(".*")] == []
     assert json.loads((gate.report / "gate.json").read_text())["done"]
+
+
+@pytest.mark.parametrize("name", ["rounds", "votes", "voters", "ppo_steps"])
+def test_a_loop_of_nothing_is_an_error(config, name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0: 1 at least"):
+        loop.main(replace(config, **{name: 0}))
+    assert not config.out.exists()
