@@ -1570,11 +1570,11 @@ KINDS = {  # kind: the texts of a row that training reads. Demonstrations may be
     "prompts": ["prompt"],
 }
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
-# Keys of rows and messages that change what they mean: what no text says, and what `prepare.py` maps.
+# Keys of rows and messages that change what they mean: what no text says, what `prepare.py` maps, what is learned.
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs")
 NOT_TEXT += ("image", "images", "video", "videos", "audio", "audios")
 MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]")
-LEARNED = ("weight", "train", "trainable", "loss", "masked", "mask", "loss_mask")  # of a message: whether it is learned
+LEARNED, MASKED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
 
 
 class BadRow(ValueError):
@@ -1642,28 +1642,13 @@ def refuse_meaning(values: dict):
             raise BadRow(f"`{name}` changes what a row means, {why}")
 
 
-def turn_weight(message: dict):
-    """How much a message says that it is learned, 0 (false) to 1 (true); None where it says nothing. BadRow for `mask`,
-    which may mean one or the other."""
-    said = {name: message[name] for name in LEARNED if message.get(name) is not None}
-    if "mask" in said or "loss_mask" in said:
-        raise BadRow(f"a message has `{[*said][-1]}`, which may mean learned or not: write `train`, true or false")
-    weights = [not value if name == "masked" else value for name, value in said.items()]
-    return next((weight for weight in weights if weight != 1), 1 if weights else None)
-
-
-def is_thumb(label) -> bool:
-    """Whether a `label` beside an answer says that it is good or bad, and is no class of another kind."""
-    if isinstance(label, str):
-        return label.lower() in ("good", "bad", "yes", "no", "true", "false", "up", "down", "accepted", "rejected")
-    return label in (0, 1)
-
-
 def check_row(row: dict, kind: str) -> list[dict]:
     """[row], or the two thumbs of a pair; BadRow where what training reads is missing or of another type, and where a
     key says something that would be lost. What is null is absent, as in tables."""
     known = (*TEXTS, *EXTRAS, "truncated")
     row = {name: value for name, value in row.items() if value is not None or name not in known}
+    if kind == "thumbs" and row.get("label_p", 1) != 1:
+        raise BadRow("`label_p` says that the label may be wrong, and a thumb cannot say it: dpo.py reads it, and IPO")
     if kind == "thumbs" and "chosen" in row:
         return split_pair(*check_row(row, "pairs"))
     for name in ["messages"] if kind == "demos" and "messages" in row else KINDS[kind]:
@@ -1672,7 +1657,7 @@ def check_row(row: dict, kind: str) -> list[dict]:
         refuse_meaning(row)
     if kind == "demos" and row.get("weight") not in (None, 1):
         raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
-    if kind == "demos" and row.get("label") is not True and is_thumb(row.get("label")):
+    if kind == "demos" and row.get("label") == 0:
         raise BadRow(f"`label` is {row['label']!r}: a thumb, from which ipo_kto.py --loss kto learns, no demonstration")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
         value, most = row.get(name, 0), 1 if name == "label_p" else sys.float_info.max
@@ -1714,7 +1699,8 @@ def _check_text(row: dict, name: str):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
         refuse_meaning(message)
-        if (answer or name == "messages") and turn_weight(message) not in (None, 1):
+        says = [message.get(x) for x in LEARNED if message.get(x) != 1] + [message.get(x) for x in MASKED]
+        if (answer or name == "messages") and any(value is not None for value in says):
             raise BadRow("messages have no `weight`, `train` or the like: `prepare.py` makes rows of what is learned")
 
 

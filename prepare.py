@@ -295,7 +295,7 @@ def message_keys(values: dict) -> set[str]:
     lists = {name: [value] if isinstance(value, dict) else value for name, value in values.items()}
     messages = [(name, m) for name, value in lists.items() if isinstance(value, list) for m in value]
     keys = {(name, key) for name, m in messages if isinstance(m, dict) for key in m if m[key] is not None}
-    read = ("role", "from", "content", "value", *gpt.LEARNED)
+    read = ("role", "from", "content", "value", *gpt.LEARNED, *gpt.MASKED)
     return {f"{name}.{key}" for name, key in keys if key not in read}
 
 
@@ -322,7 +322,7 @@ def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
         earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     if earlier and kind != "text":
         texts = add_earlier(texts, to_messages(earlier))
-    tag = "label" if kind == "demos" and gpt.is_thumb(row.get("label")) else "kto_tag"
+    tag = "label" if kind == "demos" and is_thumb(row.get("label")) else "kto_tag"
     if tag in row:
         if kind != "demos" or not isinstance(row[tag], bool):
             raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}; it is true or false on a demonstration")
@@ -379,6 +379,22 @@ def role_of(message: dict) -> str | None:
     return ROLES.get(str(message.get("role", message.get("from"))).lower())
 
 
+def turn_weight(message: dict):
+    """How much a message says that it is learned, 0 (false) to 1 (true); None where it says nothing. BadRow for `mask`,
+    which may mean one or the other."""
+    said = {name: message[name] for name in (*gpt.LEARNED, *gpt.MASKED) if message.get(name) is not None}
+    if unclear := said.keys() & {"mask", "loss_mask"}:
+        raise gpt.BadRow(f"a message has `{min(unclear)}`, which may mean learned or not: write `train`, true or false")
+    weights = [not value if name == "masked" else value for name, value in said.items()]
+    return next((weight for weight in weights if weight != 1), 1 if weights else None)
+
+
+def is_thumb(label) -> bool:
+    """Whether a `label` beside an answer says that it is good or bad, and is no class of another kind."""
+    words = ("good", "bad", "yes", "no", "true", "false", "up", "down", "accepted", "rejected")
+    return label.lower() in words if isinstance(label, str) else label in (0, 1)
+
+
 def text_of(content):
     """The content of a message; the texts of one that comes in parts, {"type": "text", "text": ...}, joined."""
     if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
@@ -391,7 +407,7 @@ def text_of(content):
 
 def check_learned(message: dict):
     """Raise BadRow where a message says that an assistant's turn is not learned, or that a person's is."""
-    weight, assistant = gpt.turn_weight(message), role_of(message) == "assistant"
+    weight, assistant = turn_weight(message), role_of(message) == "assistant"
     if weight is not None and assistant and weight != 1:
         raise gpt.BadRow(
             f"a message has weight {weight!r}: every assistant turn of a conversation is learned. Only where all but "
@@ -407,10 +423,12 @@ def read_messages(name: str) -> Callable[[dict], dict]:
 
     def read(row: dict) -> dict:
         turns = row[name]
-        weights = [gpt.turn_weight(m) for m in turns if role_of(m) == "assistant"]
+        weights = [turn_weight(m) for m in turns if role_of(m) == "assistant"]
         if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
             return {"messages": to_messages(turns)}
-        messages = to_messages([{x: value for x, value in m.items() if x not in gpt.LEARNED} for m in turns])
+        messages = to_messages(
+            [{x: value for x, value in m.items() if x not in (*gpt.LEARNED, *gpt.MASKED)} for m in turns]
+        )
         return {"prompt": messages[:-1], "completion": messages[-1:]}
 
     return read
