@@ -2058,6 +2058,8 @@ class Batches:
                     f"{rows:,} rows cannot be shared by {devices} devices and {micro_batches} micro-batches"
                 )
             print(f"{rows:,} rows are fewer than --batch-size {asked:,}: a batch has {self.batch_size:,}")
+        if steps is None and (left := rows % self.batch_size):
+            print(f"{left:,} of {rows:,} rows do not fill a batch of {self.batch_size:,}: the epoch goes without them")
         return self.steps_per_epoch if steps is None else steps
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:

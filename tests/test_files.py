@@ -926,6 +926,8 @@ def test_a_run_plans_its_steps(sources, demos, plain, capsys):
     """One epoch where none are given; a batch of all rows where there are fewer, which other rows never fill up."""
     batches = sources(16)
     assert (batches.plan(), batches.plan(7), batches.batch_size) == (3, 7, 16)
+    said = "2 of 50 rows do not fill a batch of 16: the epoch goes without them"
+    assert capsys.readouterr().out.splitlines() == [said]  # of an epoch; 7 steps see other rows in each of theirs
     batches = sources(64)
     assert (batches.plan(), batches.batch_size) == (1, 50)
     assert "50 rows are fewer than --batch-size 64: a batch has 50" in capsys.readouterr().out
