@@ -54,7 +54,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together: longer completions are cut, and have no EOS then
-    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, a tenth of all at most, then linear to 0
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, an eighth of all at most, then linear to 0
 
     loss: Literal["dpo", "robust"] = "dpo"  # the box above; robust: unbiased where labels are wrong by chance
     beta: float = 0.5  # price of one nat of KL to the reference; the larger, the closer policy and reference stay

@@ -2704,11 +2704,11 @@ def map_chunks(f, batch, chunks: int = 1):
 
 
 def schedule(lr: float, steps: int, warmup: int | None = 0, decay: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr (None: of 10 steps, or a tenth of all where that is fewer), then a cosine or linear decay,
+    """Linear warm-up to lr (None: of 10 steps, or an eighth of all where that is fewer), then a cosine or linear decay,
     which would reach final * lr one step after the last."""
     if not lr >= 0:
         raise ValueError(f"a learning rate is 0 or above, not {lr}")
-    warmup = min(10, steps // 10) if warmup is None else warmup
+    warmup = min(10, steps // 8) if warmup is None else warmup
     if 0 < steps <= warmup:
         print(f"warning: --warmup {warmup} in {steps} steps: the learning rate never rises to --lr", file=sys.stderr)
     rest = max(steps - warmup, 1)

@@ -58,7 +58,7 @@ class Config:
     batch_size: int = 32  # pairs (ipo) or answers (kto) a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, a tenth of all at most, then linear to 0
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, an eighth of all at most, then linear to 0
 
     tau: float = 0.1  # ipo: price of the KL; the margin aimed at is 1 / (2 tau) nats
     reduction: Literal["sum", "mean"] = "sum"  # ipo: over tokens; mean wants a tau about length times as large

@@ -60,7 +60,7 @@ class Config:
 
     beta: float = 0.1  # price of one nat of KL to the reference; the larger, the closer policy and reference stay
     lr: float = 3e-4  # peak learning rate
-    warmup: int | None = None  # optimiser steps of linear warm-up (None: 10, a tenth of all at most); then linear to 0
+    warmup: int | None = None  # optimiser steps of warm-up (None: 10, an eighth of all at most); then linear to 0
     clip_norm: float = 1.0  # of the global gradient
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
