@@ -1843,8 +1843,12 @@ def encode_row(
     `suffix` replaces the end of whole completions (where a reward model reads its score). `note` is told what should be
     known of the row. Unfit where no room is left; BadRow where the chat template refuses the row.
     """
-    if any(tokenizer.has_special(row[name]) for name in (*KINDS[kind], "messages") if name in row):
+    said = [row[name] for name in (*KINDS[kind], "messages") if name in row]
+    if any(map(tokenizer.has_special, said)):
         note(SPECIAL_NOTE)
+    for role in {m["role"] for x in said if isinstance(x, list) for m in x} - {"system", "user", "assistant"}:
+        if f"'{role}'" not in tokenizer.template and f'"{role}"' not in tokenizer.template:
+            raise BadRow(f"the chat template does not name the role {role!r}: `prepare.py` maps the spellings of roles")
     if kind == "text":
         ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
         return [(ids, [0] + [1] * (len(ids) - 1))]

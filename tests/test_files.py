@@ -1074,6 +1074,21 @@ def test_rows_without_room_are_left_out_and_counted(plain, tmp_path, capsys):
     assert "2 rows left out: the prompt alone fills 8 tokens" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("role", ["User", "human", "chatgpt", "tool"])
+def test_a_role_that_the_template_does_not_name_is_a_bad_row(role, plain, chatml, tmp_path):
+    """It would be shown as nothing, or as a speaker that the model has never met."""
+    turns = [{"role": role, "content": "a b"}, {"role": "assistant", "content": "c"}]
+    rows = [{"messages": [*MESSAGES, *ANSWER]}, {"messages": [*MESSAGES, *turns]}]
+    for number, tokenizer in enumerate((plain, chatml)):
+        path = write_rows(tmp_path / f"{number}.jsonl", rows)
+        with pytest.raises(gpt.BadRow, match=f"{number}.jsonl:2: the chat template does not name the role '{role}'"):
+            gpt.token_data(path, "demos", tokenizer, 64)
+        assert len(gpt.token_data(path, "demos", tokenizer, 64, skip_bad=True)) == 1
+    with pytest.raises(gpt.BadRow, match="does not name the role"):
+        gpt.encode_row({"prompt": turns[:1]}, "prompts", plain, 64)
+    assert gpt.encode_row({"prompt": [{"role": "system", "content": "a"}, *MESSAGES]}, "prompts", plain, 64)
+
+
 @pytest.mark.parametrize("kind", ["prompts", "demos", "messages", "pairs"])
 def test_a_run_stops_where_most_rows_do_not_fit_and_names_the_length_that_keeps_nine_of_ten(
     chatml, tmp_path, capsys, kind
