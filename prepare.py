@@ -325,7 +325,7 @@ def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
     tag = "label" if kind == "demos" and is_thumb(row.get("label")) else "kto_tag"
     if tag in row:
         if kind != "demos" or not isinstance(row[tag], bool):
-            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}: true or false on a demonstration, or rename it")
+            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}: true or false on demos, or rename it")
         if "messages" in texts:
             texts = {"prompt": texts["messages"][:-1], "completion": texts["messages"][-1:]}
         kind, texts = "thumbs", texts | {"label": row[tag]}
