@@ -1574,7 +1574,7 @@ TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # th
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs")
 NOT_TEXT += ("image", "images", "video", "videos", "audio", "audios")
 MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]")
-LEARNED, MASKED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
+LEARNED, UNLEARNED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
 
 
 class BadRow(ValueError):
@@ -1699,7 +1699,7 @@ def _check_text(row: dict, name: str):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
         refuse_meaning(message)
-        says = [message.get(x) for x in LEARNED if message.get(x) != 1] + [message.get(x) for x in MASKED]
+        says = [message.get(x) for x in LEARNED if message.get(x) != 1] + [message.get(x) for x in UNLEARNED]
         if (answer or name == "messages") and any(value is not None for value in says):
             raise BadRow("messages have no `weight`, `train` or the like: `prepare.py` makes rows of what is learned")
 

@@ -295,7 +295,7 @@ def message_keys(values: dict) -> set[str]:
     lists = {name: [value] if isinstance(value, dict) else value for name, value in values.items()}
     messages = [(name, m) for name, value in lists.items() if isinstance(value, list) for m in value]
     keys = {(name, key) for name, m in messages if isinstance(m, dict) for key in m if m[key] is not None}
-    read = ("role", "from", "content", "value", *gpt.LEARNED, *gpt.MASKED)
+    read = ("role", "from", "content", "value", *gpt.LEARNED, *gpt.UNLEARNED)
     return {f"{name}.{key}" for name, key in keys if key not in read}
 
 
@@ -382,7 +382,7 @@ def role_of(message: dict) -> str | None:
 def turn_weight(message: dict):
     """How much a message says that it is learned, 0 (false) to 1 (true); None where it says nothing. BadRow for `mask`,
     which may mean one or the other."""
-    said = {name: message[name] for name in (*gpt.LEARNED, *gpt.MASKED) if message.get(name) is not None}
+    said = {name: message[name] for name in (*gpt.LEARNED, *gpt.UNLEARNED) if message.get(name) is not None}
     if unclear := said.keys() & {"mask", "loss_mask"}:
         raise gpt.BadRow(f"a message has `{min(unclear)}`, which may mean learned or not: write `train`, true or false")
     weights = [not value if name == "masked" else value for name, value in said.items()]
@@ -427,7 +427,7 @@ def read_messages(name: str) -> Callable[[dict], dict]:
         if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
             return {"messages": to_messages(turns)}
         messages = to_messages(
-            [{x: value for x, value in m.items() if x not in (*gpt.LEARNED, *gpt.MASKED)} for m in turns]
+            [{x: value for x, value in m.items() if x not in (*gpt.LEARNED, *gpt.UNLEARNED)} for m in turns]
         )
         return {"prompt": messages[:-1], "completion": messages[-1:]}
 

@@ -1,7 +1,9 @@
 """Short pure functions that stand in several scripts, since none imports another, do the same."""
 
+import ast
 import inspect
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import checks
 import dpo
 import evaluate
+import gpt
 import grpo
 import ipo_kto
 import ppo
@@ -17,6 +20,15 @@ import reasoning
 import reward
 import rlaif
 from tools import plot
+
+
+@pytest.mark.parametrize("module", [checks, dpo, evaluate, gpt, grpo, ipo_kto, ppo, probe, reward, rlaif])
+def test_no_name_of_a_file_is_given_twice(module):
+    names = []
+    for node in ast.parse(inspect.getsource(module)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names += [getattr(node, "name", "")] + [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)]
+    assert [name for name, count in Counter(filter(None, names)).items() if count > 1] == []
 
 
 def test_sigmoids():

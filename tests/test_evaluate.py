@@ -242,7 +242,7 @@ def test_few_prompts_have_wide_intervals():
 def test_the_interval_of_a_share_is_wilsons_where_no_prompt_repeats(hits, n):
     values = np.arange(n) < hits
     found = evaluate.share_interval(values.astype(float), np.arange(n))
-    np.testing.assert_allclose(found, reward.interval(hits, n), atol=1e-5)
+    np.testing.assert_allclose(found, reward.interval(values, range(n)), atol=1e-9)
 
 
 def test_none_of_500_is_not_never():
@@ -308,7 +308,7 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
     answers = evaluate.Answers(numbers, prompts, ["a"] * 300, rows, [[1]] * 300)
     row = evaluate.summarize(answers)
     assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300, "list": 33}
-    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval(100, 200), atol=1e-5)
+    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval([0, 1] * 100, range(200)), atol=1e-9)
     assert row["intervals"]["kl"] == [0, 0] and row["intervals"]["length"] == [1, 1]
     assert row["intervals"]["part"] == pytest.approx([-0.066, 0.066], abs=0.01)
     table = evaluate.unjudged_table({"mine": row | {"win": {"gold": {"rate": 0.5, "unjudged": 3}}}})
@@ -716,7 +716,7 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     scores = np.asarray(jax.jit(gpt.ScoreModel.__call__)(model, tokens, mask)).reshape(-1, 2)
     d = scores[:, 0] - scores[:, 1]
     assert found["pairs"] == 24 and found["accuracy"] == np.mean(d > 0)
-    assert found["accuracy_interval"] == pytest.approx(reward.interval(int((d > 0).sum()), 24))
+    assert found["accuracy_interval"] == pytest.approx(reward.interval(d > 0, [row["prompt"] for row in rows]))
     d = d[np.random.default_rng(0).permutation(24)]  # the order of gpt.Batches.once
     judged = d[np.random.default_rng(1).permutation(24)[12:]]  # the half that the temperature was not fitted on
     assert found["before"]["nll"] == pytest.approx(np.mean(np.log1p(np.exp(-judged))), rel=1e-4)
