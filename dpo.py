@@ -54,7 +54,7 @@ class Config:
     batch_size: int = 32  # pairs a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together: longer completions are cut, and have no EOS then
-    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, an eighth of all at most, then linear to 0
 
     loss: Literal["dpo", "robust"] = "dpo"  # the box above; robust: unbiased where labels are wrong by chance
     beta: float = 0.5  # price of one nat of KL to the reference; the larger, the closer policy and reference stay
@@ -74,7 +74,6 @@ class Config:
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
 
 
-WARMUP = 10  # optimiser steps in which the learning rate rises
 FEW = 60  # pairs, up to which a run ends by saying how far it moved the policy on them
 
 
@@ -211,14 +210,15 @@ def put_pairs(batch, tables):
 
 
 def heldout_means(batches: gpt.Batches, eval_step, most: int = 20) -> dict[str, float]:
-    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
+    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights; none where all of
+    these are 0."""
     total, count = Counter(), 0.0
     for batch, real_rows in itertools.islice(batches.once(), most):
         batch["weight"][real_rows:] = 0  # the last batch is filled up with rows seen before
         n = float(batch["weight"].sum())
         total.update({name: n * float(value) for name, value in gpt.to_numpy(eval_step(batch)).items()})
         count += n
-    return {name: value / count for name, value in total.items()}
+    return {name: value / count for name, value in total.items()} if count else {}
 
 
 def evaluate(policy, base, ref, batches: gpt.Batches, tables, config: Config, most: int = 20) -> dict:
@@ -248,6 +248,8 @@ def check_context(model: gpt.GPT, batches: gpt.Batches):
 def check(config: Config):
     """Complain of what cannot work, before anything is loaded."""
     gpt.check_batch_size(config.batch_size)
+    if not config.beta > 0:
+        raise ValueError(f"--beta {config.beta}: a price above 0; below it the rejected answers would be learned")
     if not 0 <= config.label_smoothing < 0.5:
         raise ValueError(f"--label-smoothing {config.label_smoothing}: the share of wrong labels is in [0, 0.5)")
     try:
@@ -274,7 +276,7 @@ def main(config: Config):
         check_context(policy, batches)
 
     steps = pairs.plan(config.steps, config.micro_batches)
-    lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
+    lr = gpt.schedule(config.lr, steps, None, "linear")
     optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, key)
     state = State(policy, gpt.shard(optimizer.init(policy)))

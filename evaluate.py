@@ -599,12 +599,11 @@ BEHAVIOUR = ("answer_matching_behavior", "answer_not_matching_behavior")
 def read_questions(path: str) -> list[dict]:
     """Checked rows {"messages", "choices", "answer"} of a JSONL file."""
     questions = []
-    with gpt.open_text(path) as lines:
-        for number, line in enumerate(lines, 1):
-            try:
-                questions += [check_question(gpt.parse_json(line))] if line.strip() else []
-            except gpt.BadRow as error:
-                raise gpt.BadRow(f"{path}:{number}: {error}") from None
+    for number, line in gpt.numbered_lines(path):
+        try:
+            questions.append(check_question(gpt.parse_json(line)))
+        except gpt.BadRow as error:
+            raise gpt.BadRow(f"{path}:{number}: {error}") from None
     if not questions:
         raise ValueError(f"{path} holds no question")
     return questions
@@ -932,12 +931,12 @@ def remember(exam: Exam, name: str, measure: Callable, *what):
     unwritten = exam.config.winners if measure is best_of else None  # a file that only measuring writes
     kept = read_kept(path)
     if kept and kept["key"] == key and not unwritten:
-        print(f"{name}: nothing has changed, taken from {path}")
+        print(f"{name} ({what[0]}): nothing has changed, taken from {path}")
         return kept["value"]
     start, value = time.monotonic(), measure(exam, *what)
     path.parent.mkdir(parents=True, exist_ok=True)
     gpt.write_json(path, {"key": key, "value": value})
-    print(f"{name}: measured in {time.monotonic() - start:.1f} s", flush=True)
+    print(f"{name} ({what[0]}): measured in {time.monotonic() - start:.1f} s", flush=True)
     return value
 
 
@@ -983,6 +982,11 @@ def check(config: Config):
         raise ValueError("--winners needs --best-of: of how many answers is the best one to be written?")
     if config.best_of and min(config.best_of) < 1:
         raise ValueError("--best-of takes numbers from 1 up")
+    for name, value in (("samples", config.samples), ("response-length", config.response_length)):
+        if value < 1:
+            raise ValueError(f"--{name} {value}: 1 at least")
+    if config.temperature < 0:
+        raise ValueError(f"--temperature {config.temperature}: 0 (greedy) or above")
     if bool(config.harmful) != bool(config.harmless):
         raise ValueError("--harmful and --harmless go together: a model that refuses everything does no harm")
     if not (config.models or config.best_of or config.rewards):

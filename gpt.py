@@ -36,6 +36,7 @@ import signal
 import sys
 import threading
 import time
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -1444,6 +1445,7 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
         hf["architectures"] = [name.replace("CausalLM", "SequenceClassification")]
         hf |= dict(num_labels=1, id2label={"0": "score"}, label2id={"score": 0})
         hf["score"] = dict(pool=model.pool, bias=float(model.bias), suffix=list(model.suffix))
+        hf["score_note"] = "the score is logit + bias; the suffix, if any, takes the place of the response's end token"
     if tokenizer is not None:
         hf |= dict(eos_token_id=tokenizer.eos_id, pad_token_id=tokenizer.pad_id, bos_token_id=tokenizer.bos_id)
     if jax.process_index() == 0:
@@ -1569,8 +1571,11 @@ KINDS = {  # kind: the texts of a row that training reads. Demonstrations may be
     "prompts": ["prompt"],
 }
 TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # the keys that hold text or messages
-# Keys of rows and messages that change what they mean and that training does not read.
-MEANING = ("kto_tag", "system", "history", "tools", "images", "tool_calls", "function_call")
+# Keys of rows and messages that change what they mean: what no text says, what `prepare.py` maps, what is learned.
+NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs")
+NOT_TEXT += ("image", "images", "video", "videos", "audio", "audios")
+MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]")
+LEARNED, UNLEARNED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
 
 
 class BadRow(ValueError):
@@ -1597,7 +1602,10 @@ def open_text(path):
 def numbered_lines(path):
     """(number, line) of the lines of a text file that are not blank."""
     with open_text(path) as lines:
-        yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        try:
+            yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
+        except (UnicodeDecodeError, EOFError, gzip.BadGzipFile, zlib.error) as error:
+            raise ValueError(f"{path} is not whole UTF-8 text ({error})") from None
 
 
 def read_rows(path, kind: str, skip_bad: bool = False):
@@ -1630,23 +1638,28 @@ def parse_json(line: str) -> dict:
 def refuse_meaning(values: dict):
     """BadRow if one of the keys `MEANING` of a row or a message has a value that says something."""
     for name in MEANING:
-        if values.get(name) not in (None, "", [], {}, "[]"):
+        if values.get(name) not in NOTHING:
             why = "and training does not read it: `prepare.py` maps it, or says why it cannot"
             raise BadRow(f"`{name}` changes what a row means, {why}")
 
 
 def check_row(row: dict, kind: str) -> list[dict]:
     """[row], or the two thumbs of a pair; BadRow where what training reads is missing or of another type, and where a
-    key says something that would be lost. A text that is null is absent, as in tables."""
-    row = {name: value for name, value in row.items() if value is not None or name not in TEXTS}
+    key says something that would be lost. What is null is absent, as in tables."""
+    known = (*TEXTS, *EXTRAS, "truncated")
+    row = {name: value for name, value in row.items() if value is not None or name not in known}
+    if kind == "thumbs" and row.get("label_p", 1) != 1:
+        raise BadRow("`label_p` says that the label may be wrong, and a thumb cannot say it: dpo.py reads it, and IPO")
     if kind == "thumbs" and "chosen" in row:
         return split_pair(*check_row(row, "pairs"))
     for name in ["messages"] if kind == "demos" and "messages" in row else KINDS[kind]:
         _check_text(row, name)
-    if kind in ("demos", "pairs", "thumbs"):
+    if kind != "text":
         refuse_meaning(row)
-        if kind == "demos" and row.get("weight") not in (None, 1):
-            raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
+    if kind == "demos" and row.get("weight") not in (None, 1):
+        raise BadRow("demonstrations have no `weight`: mix files by weight (a.jsonl:0.7 b.jsonl:0.3)")
+    if kind == "demos" and row.get("label") == 0:
+        raise BadRow(f"`label` is {row['label']!r}: a thumb, from which ipo_kto.py --loss kto learns, no demonstration")
     for name in ("margin", "weight", "label_p") if kind in ("pairs", "thumbs") else ():
         value, most = row.get(name, 0), 1 if name == "label_p" else sys.float_info.max
         if type(value) not in (int, float) or not 0 <= value <= most:  # NaN fails every comparison
@@ -1687,8 +1700,9 @@ def _check_text(row: dict, name: str):
         raise BadRow(f"`{name}` is empty")
     for message in messages:
         refuse_meaning(message)
-        if (answer or name == "messages") and message.get("weight") not in (None, 1):
-            raise BadRow("messages have no `weight` here: `prepare.py` makes rows of what counts")
+        says = [message.get(x) for x in LEARNED if message.get(x) != 1] + [message.get(x) for x in UNLEARNED]
+        if (answer or name == "messages") and any(value is not None for value in says):
+            raise BadRow("messages have no `weight`, `train` or the like: `prepare.py` makes rows of what is learned")
 
 
 def split_pair(row: dict) -> list[dict]:
@@ -1830,8 +1844,12 @@ def encode_row(
     `suffix` replaces the end of whole completions (where a reward model reads its score). `note` is told what should be
     known of the row. Unfit where no room is left; BadRow where the chat template refuses the row.
     """
-    if any(tokenizer.has_special(row[name]) for name in (*KINDS[kind], "messages") if name in row):
+    said = [row[name] for name in (*KINDS[kind], "messages") if name in row]
+    if any(map(tokenizer.has_special, said)):
         note(SPECIAL_NOTE)
+    for role in {m["role"] for x in said if isinstance(x, list) for m in x} - {"system", "user", "assistant"}:
+        if f"'{role}'" not in tokenizer.template and f'"{role}"' not in tokenizer.template:
+            raise BadRow(f"the chat template does not name the role {role!r}: `prepare.py` maps the spellings of roles")
     if kind == "text":
         ids = encode_prompt(row["text"], tokenizer) + [tokenizer.eos_id]
         return [(ids, [0] + [1] * (len(ids) - 1))]
@@ -1896,7 +1914,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)  # says what is missing
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 9]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 10]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
@@ -1966,6 +1984,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
     messages += [f"{count:,} rows, for example line {line}: {text}" for text, (count, line) in notes.items()]
     messages += [f"{truncated:,} sequences cut at {max_length} tokens"] if truncated else []
     fault = None if row_starts else f"no usable row ({format_of(kind)})"
+    if row_starts and not any(row[EXTRAS.index("weight")] for row in extras):
+        fault = "all rows have weight 0: nothing can be learned from them, or measured"
     if len(long) > len(row_starts):
         needed = int(np.quantile([0] * len(row_starts) + long, 0.9, method="higher"))
         fault = f"{len(long):,} of {len(long) + len(row_starts):,} rows do not fit {max_length} tokens; a length of "
@@ -2043,6 +2063,8 @@ class Batches:
                     f"{rows:,} rows cannot be shared by {devices} devices and {micro_batches} micro-batches"
                 )
             print(f"{rows:,} rows are fewer than --batch-size {asked:,}: a batch has {self.batch_size:,}")
+        if steps is None and (left := rows % self.batch_size):
+            print(f"{left:,} of {rows:,} rows do not fill a batch of {self.batch_size:,}: the epoch goes without them")
         return self.steps_per_epoch if steps is None else steps
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
@@ -2686,8 +2708,14 @@ def map_chunks(f, batch, chunks: int = 1):
 # 13. Optimiser, and means over held-out rows
 
 
-def schedule(lr: float, steps: int, warmup: int = 0, decay: str = "cosine", final: float = 0.0):
-    """Linear warm-up to lr, then a cosine or linear decay, which would reach final * lr one step after the last."""
+def schedule(lr: float, steps: int, warmup: int | None = 0, decay: str = "cosine", final: float = 0.0):
+    """Linear warm-up to lr (None: of 10 steps, or an eighth of all where that is fewer), then a cosine or linear decay,
+    which would reach final * lr one step after the last."""
+    if not lr >= 0:
+        raise ValueError(f"a learning rate is 0 or above, not {lr}")
+    warmup = min(10, steps // 8) if warmup is None else warmup
+    if 0 < steps <= warmup:
+        print(f"warning: --warmup {warmup} in {steps} steps: the learning rate never rises to --lr", file=sys.stderr)
     rest = max(steps - warmup, 1)
     tails = dict(
         cosine=optax.cosine_decay_schedule(lr, rest, alpha=final), linear=optax.linear_schedule(lr, final * lr, rest)
@@ -2941,6 +2969,7 @@ def load_function(name: str):
         return getattr(importlib.import_module(module), function)
     except (ImportError, AttributeError) as error:
         hint = f": write {module[:-3]}:{function}" if module.endswith(".py") else ""
+        hint += "; where there is no known truth, --gold None" if module == "toy" else ""
         raise ValueError(f"cannot load {name} from here or from what is installed ({error}){hint}") from None
     finally:
         sys.path.pop(0)
@@ -3150,7 +3179,7 @@ class Run:
         self.total, self.out, self.resume, self.save_every = steps, Path(out), resume, save_every
         self.main = jax.process_index() == 0
         self.stopping, self._pending, self._bar, self._manager = None, None, None, None
-        self._saved, self._saved_before, self._agreed, self._before = 0, 0, False, None
+        self._saved, self._saved_before, self._agreed = 0, 0, False
         self._seconds, self._asked, self._ending = 0.0, float("inf"), False  # of the last step; when a signal came
         self._learns = settings.get("lr") != 0  # a rate of 0 is meant
         empty_out(out, resume, overwrite, settings)
@@ -3208,9 +3237,11 @@ class Run:
             reason = "; ".join(self._changes()) or str(error).splitlines()[0]
             raise ValueError(f"{self.out}/checkpoint does not fit this configuration: {reason}") from None
         self._cut_logs(step)
-        self._saved, self._saved_before, self._before = step, step, None
+        if step > self.total:
+            raise ValueError(f"{self.out}/checkpoint is of step {step:,}: --steps {self.total:,} lies behind it")
+        self._saved, self._saved_before = step, step
         print(f"continuing {self.out} at step {step:,}")
-        if self.main and (changes := self._changes()):
+        if self.main and step < self.total and (changes := self._changes()):  # else no step is taken
             print(f"warning: this run began with other settings: {'; '.join(changes)}", file=sys.stderr)
         return jax.tree_util.tree_unflatten(tree, [found[_path(p)] for p, _ in leaves]), step
 
@@ -3240,7 +3271,7 @@ class Run:
 
         self.flush()  # a NaN is found before it is saved
         self._ending = self.must_stop
-        if done == self.total and self._learns and self._before is not None:
+        if done == self.total and self._learns:
             self._check_learned(state[0])
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
         if done != self._saved:

@@ -58,7 +58,7 @@ class Config:
     batch_size: int = 32  # pairs (ipo) or answers (kto) a step
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 48  # tokens of prompt and completion together, at most
-    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, then linear to 0
+    lr: float = 3e-4  # peak learning rate; 10 steps of warm-up, an eighth of all at most, then linear to 0
 
     tau: float = 0.1  # ipo: price of the KL; the margin aimed at is 1 / (2 tau) nats
     reduction: Literal["sum", "mean"] = "sum"  # ipo: over tokens; mean wants a tau about length times as large
@@ -77,9 +77,6 @@ class Config:
     save_every: int = 100  # steps between checkpoints
     eval_every: int = 100  # steps between validations
     skip_bad_rows: bool = False  # count and report unusable rows instead of stopping
-
-
-WARMUP = 10  # optimiser steps in which the learning rate rises
 
 
 class State(NamedTuple):
@@ -263,21 +260,22 @@ def mismatch(batch, length: int) -> dict[str, np.ndarray]:
 
 
 def heldout_means(batches: gpt.Batches, eval_step, most: int = 20) -> dict[str, float]:
-    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights."""
+    """Mean metrics of eval_step(batch) over the rows of the first `most` batches, by their weights; none where all of
+    these are 0."""
     total, count = Counter(), 0.0
     for batch, real_rows in itertools.islice(batches.once(), most):
         batch["weight"][real_rows:] = 0  # the last batch is filled up with rows seen before
         n = float(batch["weight"].sum())
         total.update({name: n * float(value) for name, value in gpt.to_numpy(eval_step(batch)).items()})
         count += n
-    return {name: value / count for name, value in total.items()}
+    return {name: value / count for name, value in total.items()} if count else {}
 
 
 def evaluate(policy, ref, batches: gpt.Batches, config: Config, most: int = 20) -> dict:
     """The training metrics on held-out rows, over the first `most` batches."""
     step = lambda batch: eval_step(policy, ref, put_rows(policy, ref, batch, config), config)
     metrics = heldout_means(batches, step, most)
-    if config.loss == "kto":
+    if config.loss == "kto" and metrics:
         metrics = class_means(metrics)
     return {f"val/{name}": value for name, value in metrics.items()}
 
@@ -305,6 +303,12 @@ def resolve(config: Config) -> Config:
     out = config.out or Path("out") / config.loss
     config = replace(config, data=config.data or (f"data/toy/{kind}.jsonl",), out=out)
     gpt.check_batch_size(config.batch_size)
+    for name in ("tau",) if config.loss == "ipo" else ("beta", "desirable_weight", "undesirable_weight"):
+        value = getattr(config, name)
+        if value is not None and not (value > 0 or value == 0 and name.endswith("weight")):
+            raise ValueError(
+                f"--{name.replace('_', '-')} {value}: below 0 the worse answers would be learned, at 0 none"
+            )
     if config.loss == "kto" and config.batch_size < 2:
         raise ValueError(
             f"--batch-size {config.batch_size}: KTO's z0 comes from prompts with other rows' answers, so a batch needs "
@@ -319,15 +323,19 @@ def resolve(config: Config) -> Config:
 
 
 def with_class_weights(config: Config, batches: gpt.Batches) -> Config:
-    """The config with KTO's lambdas: those that are given, or else by the rule from the counts of thumbs."""
-    label = gpt.EXTRAS.index("label")
-    shares = [data.extras[:, label].mean() for data in batches.sets]
-    up = round(sum(share * count for share, count in zip(shares, batches.counts)))
-    down = sum(batches.counts) - up
+    """The config with KTO's lambdas: those that are given, or else by the rule from the counts of thumbs. A row of
+    weight w counts as w rows do, here as in the loss."""
+    at, counts = gpt.EXTRAS.index, []
+    for data, count in zip(batches.sets, batches.counts):
+        weight, label = (data.extras[:, at(name)].astype(np.float64) for name in ("weight", "label"))
+        counts.append([count * np.mean(weight * side) for side in (label, 1 - label)])
+    up, down = np.sum(counts, 0).round(6).tolist()
     given = config.desirable_weight, config.undesirable_weight
     weights = class_weights(up, down) if given == (None, None) else tuple(1.0 if w is None else w for w in given)
     ratio = weights[0] * up / max(weights[1] * down, 1e-9)
-    print(f"{up:,} desirable and {down:,} undesirable answers: lambda_D {weights[0]:.4g}, lambda_U {weights[1]:.4g}")
+    print(
+        f"{up:,.0f} desirable and {down:,.0f} undesirable answers: lambda_D {weights[0]:.4g}, lambda_U {weights[1]:.4g}"
+    )
     print(f"  lambda_D n_D / (lambda_U n_U) = {ratio:.4g}; the paper has 1 to 4/3")
     if not up or not down:
         print(
@@ -376,7 +384,7 @@ def main(config: Config):
     steps = batches.plan(config.steps, config.micro_batches)
     if kto:
         config, heldout = with_class_weights(config, batches), check_prompts(batches, heldout)
-    lr = gpt.schedule(config.lr, steps, WARMUP, "linear")
+    lr = gpt.schedule(config.lr, steps, None, "linear")
     optimizer = gpt.adamw(lr)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, jax.random.key(config.seed))
     if base is not None and not config.ref:

@@ -258,21 +258,26 @@ def summary(config: Config) -> str:
     """Markdown: what each round brought."""
     rows = [["round", "votes", "reward model", "served: gold", "PPO: gold", "wins", "DPO: gold", "wins", "served next"]]
     rows.append(["---"] * len(rows[0]))
-    for folder in sorted(config.out.glob("round-*")):
+    for folder in sorted(config.out.glob("round-*"), key=lambda folder: int(folder.name.removeprefix("round-"))):
         models = json.loads((folder / "report" / "summary.json").read_text())["models"]
         accuracy = json.loads((folder / "reward" / "report.json").read_text())["accuracy"]
         count = sum(1 for _ in open(folder / "votes" / "pairs.jsonl"))
         row = [folder.name.split("-")[1], str(count), f"{accuracy:.3f}", f"{models['served']['gold']:.3f}"]
         for name in ("ppo", "dpo"):
-            won = models[name]["win"]["gold"]
-            low, high = won["interval"]
-            row += [f"{models[name]['gold']:.3f}", f"{won['rate']:.1%} [{low:.1%}, {high:.1%}]"]
+            won, gold = models[name]["win"].get("gold", {}), models[name].get("gold")
+            row.append("" if gold is None else f"{gold:.3f}")
+            row.append(
+                "{:.1%} [{:.1%}, {:.1%}]".format(won["rate"], *won["interval"]) if "rate" in won else "no verdict"
+            )
         gate = json.loads((folder / "report" / "gate.json").read_text())
         rows.append([*row, gate["winner"] or "the same"])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def main(config: Config):
+    for name in ("rounds", "votes", "voters", "ppo_steps"):
+        if getattr(config, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: 1 at least")
     if config.overwrite and config.out.exists():
         gpt.remove(config.out)
     config.out.mkdir(parents=True, exist_ok=True)

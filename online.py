@@ -60,7 +60,7 @@ class Config:
 
     beta: float = 0.1  # price of one nat of KL to the reference; the larger, the closer policy and reference stay
     lr: float = 3e-4  # peak learning rate
-    warmup: int = 10  # optimiser steps of linear warm-up; then linear to 0
+    warmup: int | None = None  # optimiser steps of warm-up (None: 10, an eighth of all at most); then linear to 0
     clip_norm: float = 1.0  # of the global gradient
     lora_rank: int = 0  # above 0: low-rank adapters learn, on a frozen base; they want 5 to 10 times the --lr
 
@@ -255,6 +255,8 @@ def resolve(config: Config) -> Config:
             "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches; "
             f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches}"
         )
+    if not config.beta > 0:
+        raise ValueError(f"--beta {config.beta}: a price above 0; below it the worse answers would be learned")
     if config.candidates < 2 or (config.judge and config.candidates > 2):
         raise ValueError(
             f"--candidates {config.candidates}: a pair needs 2 answers at least, and a judge compares just 2"

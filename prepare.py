@@ -17,7 +17,8 @@ votes of serve.py: pairs and thumbs as its view `training_rows` gives them (one 
 project's formats (gpt.KINDS) or these:
     {chosen, rejected}, HH-RLHF                        pairs; the prompt is the start that both sides share
     {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
-    {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference
+    {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference; so
+                                                       chosen_rating, rejected_rating and the like
     {prompt, chosen: [text], rejected: [text, ...]}, RewardBench 2's            pairs, each of one side with each other
     {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos
     {messages, label}                                  thumbs on the last message
@@ -27,8 +28,9 @@ project's formats (gpt.KINDS) or these:
 In each of them, `response`, `output` and `solution` answer a prompt, an instruction, a question or a problem as
 `completion` does; a question or an instruction, with its `input` or `context`, may stand beside chosen and rejected;
 `system`, `system_prompt` and `history` open the prompt; `kto_tag`, or a `label` that is true or false, makes a thumb of
-a demonstration; a conversation whose assistant turns but the last have weight 0 teaches the last. Tools, images, other
-roles and other weights are refused by line; keys that are not read, of messages too, are counted.
+a demonstration; a conversation whose assistant turns but the last have weight 0 (or `train` or `loss` false, or
+`masked`) teaches the last. Refused by line: tools, images, other roles and weights, and an answer under another name
+where it would leave a prompt alone. Keys that are not read, of messages too, are counted.
 
 Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
 --heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
@@ -210,11 +212,15 @@ HUMAN, ASSISTANT = "\n\nHuman:", "\n\nAssistant:"  # what opens the turns of a t
 ROLES = dict.fromkeys(("user", "human", "prompter"), "user")
 ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "model", "ai"), "assistant")
 ROLES |= {"system": "system", "developer": "system"}
-# keys that would change what a row teaches, and that no shape reads; a row that says something there is refused
-REFUSED = ("tools", "functions", "tool_calls", "function_call", "images", "image", "videos", "video", "audios", "audio")
 SAME = {"system_prompt": "system", "system_message": "system", "problem": "question", "query": "question"}
+SAME |= {f"{x}{of}": f"score_{x}" for x in ("chosen", "rejected") for of in ("_score", "_rating", "-score", "-rating")}
+SAME |= {"is_truncated": "truncated"}
 REPLIES = ("response", "output", "solution")  # names of what answers a prompt, an instruction or a question
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
+# names of answers, in rows that would otherwise become prompts alone
+AN_ANSWER = re.compile(
+    r"(response|completion|output|repl(y|ie)|generation|candidate|answer)s?([ _-]?([a-d]|\d|left|right))?", re.I
+)
 
 
 class Shape(NamedTuple):
@@ -246,8 +252,13 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
     row = {SAME.get(name, name) if SAME.get(name) not in row else name: value for name, value in row.items()}
-    row = {name: value for name, value in row.items() if name not in REFUSED + ("system", "history") or value}
-    refuse_keys(row, REFUSED)
+    empty = lambda name: name in (*gpt.NOT_TEXT, "system", "history") and row[name] in gpt.NOTHING
+    row = {name: value for name, value in row.items() if not empty(name)}
+    refuse_keys(row)
+    if row.get("train") is False:
+        row = {"weight": 0} | {name: value for name, value in row.items() if name not in ("train", "weight")}
+    if row.get("finish_reason") == "length":  # of an answer that its server cut
+        row = {"truncated": True} | {name: value for name, value in row.items() if name != "finish_reason"}
     if ("chosen" in row) != ("rejected" in row):
         raise gpt.BadRow(f"`chosen` and `rejected` must both be there (found: {', '.join(row)})")
     row = rename_replies(row)
@@ -284,13 +295,23 @@ def message_keys(values: dict) -> set[str]:
     lists = {name: [value] if isinstance(value, dict) else value for name, value in values.items()}
     messages = [(name, m) for name, value in lists.items() if isinstance(value, list) for m in value]
     keys = {(name, key) for name, m in messages if isinstance(m, dict) for key in m if m[key] is not None}
-    return {f"{name}.{key}" for name, key in keys if key not in ("role", "from", "content", "value", "weight")}
+    read = ("role", "from", "content", "value", *gpt.LEARNED, *gpt.UNLEARNED)
+    return {f"{name}.{key}" for name, key in keys if key not in read}
 
 
-def refuse_keys(row: dict, names):
-    found = [name for name in names if row.get(name)]
+def refuse_keys(row: dict):
+    found = [name for name in gpt.NOT_TEXT if row.get(name) not in gpt.NOTHING]
     if found:
         raise gpt.BadRow(f"`{found[0]}` is not supported, and the row means something else without it")
+
+
+def refuse_answers(unread: set[str]):
+    """Raise BadRow where a row of prompts has answers that no shape reads, such as `response_a`."""
+    if answers := sorted(filter(AN_ANSWER.fullmatch, unread)):
+        raise gpt.BadRow(
+            f"`{answers[0]}` reads like an answer, and no known format has it: write {{prompt, chosen, rejected}} or "
+            "{prompt, completion}; --kind prompts takes the prompts alone"
+        )
 
 
 def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
@@ -301,10 +322,10 @@ def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
         earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     if earlier and kind != "text":
         texts = add_earlier(texts, to_messages(earlier))
-    tag = "label" if kind == "demos" and isinstance(row.get("label"), bool) else "kto_tag"
+    tag = "label" if kind == "demos" and is_thumb(row.get("label")) else "kto_tag"
     if tag in row:
         if kind != "demos" or not isinstance(row[tag], bool):
-            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}; it is true or false on a demonstration")
+            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}: true or false on demos, or rename it")
         if "messages" in texts:
             texts = {"prompt": texts["messages"][:-1], "completion": texts["messages"][-1:]}
         kind, texts = "thumbs", texts | {"label": row[tag]}
@@ -343,15 +364,9 @@ def to_messages(value) -> list[dict]:
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
     for message in messages:
-        refuse_keys(message, REFUSED)
-        if message.get("train") is False:
-            raise gpt.BadRow("a message says `train`: false: give the others weight 1, and it weight 0")
-        if message.get("weight") not in (None, 1):
-            raise gpt.BadRow(
-                f"a message has weight {message['weight']!r}: every assistant turn of a conversation is learned. Only "
-                "where all but the last have weight 0, the row becomes {prompt, completion}"
-            )
-    messages = [(m.get("role", m.get("from")), m.get("content", m.get("value"))) for m in messages]
+        refuse_keys(message)
+        check_learned(message)
+    messages = [(m.get("role", m.get("from")), text_of(m.get("content", m.get("value")))) for m in messages]
     if any(not isinstance(part, str) for message in messages for part in message):
         raise gpt.BadRow("a message needs a role and a content that are text")
     unknown = next((role for role, _ in messages if role.lower() not in ROLES), None)
@@ -360,18 +375,60 @@ def to_messages(value) -> list[dict]:
     return [{"role": ROLES[role.lower()], "content": content} for role, content in messages]
 
 
+def role_of(message: dict) -> str | None:
+    return ROLES.get(str(message.get("role", message.get("from"))).lower())
+
+
+def turn_weight(message: dict):
+    """How much a message says that it is learned, 0 (false) to 1 (true); None where it says nothing. BadRow for `mask`,
+    which may mean one or the other."""
+    said = {name: message[name] for name in (*gpt.LEARNED, *gpt.UNLEARNED) if message.get(name) is not None}
+    if unclear := said.keys() & {"mask", "loss_mask"}:
+        raise gpt.BadRow(f"a message has `{min(unclear)}`, which may mean learned or not: write `train`, true or false")
+    weights = [not value if name == "masked" else value for name, value in said.items()]
+    return next((weight for weight in weights if weight != 1), 1 if weights else None)
+
+
+def is_thumb(label) -> bool:
+    """Whether a `label` beside an answer says that it is good or bad, and is no class of another kind."""
+    words = ("good", "bad", "yes", "no", "true", "false", "up", "down", "accepted", "rejected")
+    return label.lower() in words if isinstance(label, str) else label in (0, 1)
+
+
+def text_of(content):
+    """The content of a message; the texts of one that comes in parts, {"type": "text", "text": ...}, joined."""
+    if not isinstance(content, list) or not content or not all(isinstance(part, dict) for part in content):
+        return content
+    other = next((part.get("type") for part in content if not isinstance(part.get("text"), str)), None)
+    if other is not None:
+        raise gpt.BadRow(f"a message has a part of type {other!r}; only text is read")
+    return "".join(part["text"] for part in content)
+
+
+def check_learned(message: dict):
+    """Raise BadRow where a message says that an assistant's turn is not learned, or that a person's is."""
+    weight, assistant = turn_weight(message), role_of(message) == "assistant"
+    if weight is not None and assistant and weight != 1:
+        raise gpt.BadRow(
+            f"a message has weight {weight!r}: every assistant turn of a conversation is learned. Only where all but "
+            "the last have weight 0 (or `train`, `loss`: false), the row becomes {prompt, completion}"
+        )
+    if not assistant and any(message.get(name) is True for name in gpt.LEARNED):
+        raise gpt.BadRow("a message that is not the assistant's is to be learned, and only the assistant's turns are")
+
+
 def read_messages(name: str) -> Callable[[dict], dict]:
     """A reader of conversations under `name`. With weight 0 on all assistant turns but the last, that one is the
     completion; with no weights, all of them are learned."""
 
     def read(row: dict) -> dict:
         turns = row[name]
-        weights = [
-            m.get("weight") for m in turns if ROLES.get(str(m.get("role", m.get("from"))).lower()) == "assistant"
-        ]
+        weights = [turn_weight(m) for m in turns if role_of(m) == "assistant"]
         if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
             return {"messages": to_messages(turns)}
-        messages = to_messages([{key: value for key, value in m.items() if key != "weight"} for m in turns])
+        messages = to_messages(
+            [{x: value for x, value in m.items() if x not in (*gpt.LEARNED, *gpt.UNLEARNED)} for m in turns]
+        )
         return {"prompt": messages[:-1], "completion": messages[-1:]}
 
     return read
@@ -935,6 +992,8 @@ class Cleaner:
             self.report.unread.update(unread)
             if self.config.kind == "auto" and found not in (self.kind, "ratings"):
                 raise gpt.BadRow(f"this row holds {found}, not {self.kind}: --kind says what to make of all rows")
+            if self.config.kind == "auto" and found == "prompts":
+                refuse_answers(unread)
             rows += as_kind(found, row, self.kind)
         return rows
 

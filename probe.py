@@ -239,9 +239,13 @@ def main(config: Config):
     rows = [batches(step) for step in range(steps)]
     column = lambda name: np.concatenate([row[name] for row in rows])
     prompts = [tuple(ids[m > 0].tolist()) for row in rows for ids, m in zip(row["prefix"], row["prefix_mask"])]
-    head, chosen = fit_probe(features, 2 * column("label_p") - 1, column("weight"), dialogues(prompts))
+    told = column("weight") > 0  # what weighs nothing says nothing
+    y, weight, groups = (x[told] for x in (2 * column("label_p") - 1, column("weight"), dialogues(prompts)))
+    if not y.any():
+        raise ValueError("no pair says which answer is better: all have weight 0 or label_p 1/2. No model was written")
+    head, chosen = fit_probe(features[told], y, weight, groups)
     layers = chosen["layer"]
-    print(f"of {len(features):,} pairs, those left out: accuracy {chosen['accuracy']:.3f} with the head on layer "
+    print(f"of {len(y):,} pairs, those left out: accuracy {chosen['accuracy']:.3f} with the head on layer "
           f"{layers} of {body.config.layers}, pool {chosen['pool']}, ridge {chosen['ridge']:g}")  # fmt: skip
     gpt.write_json(config.out / "probe.json", chosen)
     # 3 a reward model of the layers below it

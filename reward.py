@@ -50,6 +50,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 
 import gpt
@@ -191,7 +192,7 @@ def make_optimizer(config: Config, steps: int):
     groups = lambda model: jax.tree_util.tree_map_with_path(
         lambda path, _: "body" if "body" in jax.tree_util.keystr(path) else "head", model
     )
-    rate = lambda lr: gpt.schedule(lr, steps, min(10, steps // 10), "linear")
+    rate = lambda lr: gpt.schedule(lr, steps, None, "linear")
     make = lambda lr: gpt.adamw(rate(lr)) if lr else optax.set_to_zero()
     return optax.multi_transform({"body": make(config.lr), "head": make(config.head_lr)}, groups)
 
@@ -274,11 +275,21 @@ def calibration(gaps, temperature: float) -> dict:
     return {"ece": expected_calibration_error(p, y), "brier": float(np.mean((p - y) ** 2)), "nll": float(nll)}
 
 
-def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% confidence interval of the share hits / n."""
-    share, centre = hits / n, (hits / n + z * z / (2 * n)) / (1 + z * z / n)
-    reach = z * np.sqrt(share * (1 - share) / n + z * z / (4 * n * n)) / (1 + z * z / n)
-    return float(centre - reach), float(centre + reach)
+Z = float(ndtri(0.975))  # 1.96, of 95% intervals
+
+
+def interval(right, prompts) -> tuple[float, float]:
+    """95% interval of the share of `right` (N,), 0 or 1 for each of `prompts` (N,): Wilson's, by prompt, as in
+    `evaluate.share_interval`, which has the formulas. One prompt asked again and again has [0, 1]."""
+    clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+    sizes, sums, n = np.bincount(clusters), np.bincount(clusters, right), len(clusters)
+    p, prompts = float(np.mean(right)), len(sizes)
+    if prompts < n:  # n becomes how many answers to as many prompts know as much
+        design = (((sums - p * sizes) ** 2).sum() + Z**2 / 4 * (sizes**2).sum() / n) / (n * p * (1 - p) + Z**2 / 4)
+        few = (stdtrit(n - 1, 0.975) / stdtrit(max(prompts - 1, 1), 0.975)) ** 2 * (prompts - 1) / prompts
+        n = n / max(design, 1.0) * few
+    middle, half = n * p + Z**2 / 2, Z * np.sqrt(n * p * (1 - p) + Z**2 / 4)
+    return max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))
 
 
 def correlation(a, b) -> float:
@@ -299,7 +310,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
     result = {
         "pairs": n,
         "accuracy": correct / n,
-        "accuracy_interval": interval(correct, n),
+        "accuracy_interval": interval(gaps > 0, [prompt for prompt, _ in texts[::2]]),
         "longer_wins": float(np.mean(longer_by[unequal] > 0)) if unequal.any() else 0.5,
         "longer_wins_pairs": int(unequal.sum()),
         "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
@@ -429,21 +440,21 @@ def compare_with_likelihood(gaps, logprobs, tokens, longer_by) -> dict:
 
 
 def best_of(gaps, chosen) -> dict | None:
-    """A stricter measure than pairs (RewardBench 2, arXiv:2506.01937): an answer must beat several. Pairs of
-    one prompt and one chosen answer, `chosen` (N,) hashable, are one choice; it is right where each of its gaps (N,) is
+    """A stricter measure than pairs (RewardBench 2, arXiv:2506.01937): an answer must beat several. Pairs of one prompt
+    and one chosen answer, `chosen` (N,) of both as text, are one choice; it is right where each of its gaps (N,) is
     above 0. None where fewer than half of the pairs belong to such a choice: then the data are plain pairs."""
     groups = defaultdict(list)
     for name, gap in zip(chosen, gaps):
         groups[name].append(gap)
-    groups = [group for group in groups.values() if len(group) > 1]
-    if 2 * sum(map(len, groups)) < len(gaps):
+    groups = {name: group for name, group in groups.items() if len(group) > 1}
+    if 2 * sum(map(len, groups.values())) < len(gaps):
         return None
-    right = sum(min(group) > 0 for group in groups)
+    right = [min(group) > 0 for group in groups.values()]
     return {
         "choices": len(groups),
-        "accuracy": right / len(groups),
-        "accuracy_interval": interval(right, len(groups)),
-        "chance": float(np.mean([1 / (1 + len(group)) for group in groups])),
+        "accuracy": float(np.mean(right)),
+        "accuracy_interval": interval(right, [prompt for prompt, _ in groups]),
+        "chance": float(np.mean([1 / (1 + len(group)) for group in groups.values()])),
     }
 
 

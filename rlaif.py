@@ -63,6 +63,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
+from scipy.special import ndtri, stdtrit
 
 import gpt
 
@@ -701,10 +702,14 @@ class Parts:
         gpt.write_json(self.folder / f"{i:06}.json", files)
 
     def join(self) -> dict:
-        """Every batch's rows in order: {name: rows}, counts added up. Written to --out; the parts are removed."""
+        """Every batch's rows in order: {name: rows}, counts added up. Written to --out; the parts are removed. An error
+        where nothing came of all batches: the counts say why."""
         parts = [json.loads((self.folder / f"{i:06}.json").read_text()) for i in range(self.batches)]
         counts = sum((Counter(part.pop("counts")) for part in parts), Counter())
         rows = {name: list(itertools.chain(*(part[name] for part in parts))) for name in parts[0]}
+        if not rows[RESULTS[self.config.stage]]:
+            why = ", ".join(f"{name} {count:,}" for name, count in counts.items() if count)
+            raise ValueError(f"no {RESULTS[self.config.stage]} came of {self.config.prompts:,} prompts: {why}")
         for name, lines in rows.items():
             gpt.write_rows(self.config.out / f"{name}.jsonl", lines)
         gpt.remove(self.folder)
@@ -860,22 +865,30 @@ def run_label(config: Config):
 # ---------------------------------------------------------------------------------------------------- agreement
 
 
-def interval(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's 95% interval of a share."""
-    if n == 0:
-        return 0.0, 1.0
-    share, spread = hits / n, z * z / n
-    middle, half = share + spread / 2, z * math.sqrt(share * (1 - share) / n + spread / (4 * n))
-    return (middle - half) / (1 + spread), (middle + half) / (1 + spread)
+Z = float(ndtri(0.975))  # 1.96, of 95% intervals
 
 
-def share_of(hits: int, n: int) -> str:
-    low, high = interval(hits, n)
-    return f"{hits / max(n, 1):.3f} [{low:.3f}, {high:.3f}] of {n:,} pairs"
+def interval(right, prompts) -> tuple[float, float]:
+    """95% interval of the share of `right` (N,), 0 or 1 for each of `prompts` (N,): Wilson's, by prompt, as in
+    `evaluate.share_interval`, which has the formulas. One prompt asked again and again has [0, 1]."""
+    clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+    sizes, sums, n = np.bincount(clusters), np.bincount(clusters, right), len(clusters)
+    p, prompts = float(np.mean(right)), len(sizes)
+    if prompts < n:  # n becomes how many answers to as many prompts know as much
+        design = (((sums - p * sizes) ** 2).sum() + Z**2 / 4 * (sizes**2).sum() / n) / (n * p * (1 - p) + Z**2 / 4)
+        few = (stdtrit(n - 1, 0.975) / stdtrit(max(prompts - 1, 1), 0.975)) ** 2 * (prompts - 1) / prompts
+        n = n / max(design, 1.0) * few
+    middle, half = n * p + Z**2 / 2, Z * np.sqrt(n * p * (1 - p) + Z**2 / 4)
+    return max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))
 
 
-def agreement(rows, gold) -> dict[str, tuple[int, int]]:
-    """{part: (pairs where the judge's choice has more of that part of gold, pairs that differ in it)}.
+def share_of(right, prompts) -> str:
+    low, high = interval(right, prompts)
+    return f"{np.mean(right):.3f} [{low:.3f}, {high:.3f}] of {len(right):,} pairs"
+
+
+def agreement(rows, gold) -> dict[str, tuple[list, list]]:
+    """{part: (whether the judge's choice has more of that part of gold, the prompt)} of the pairs that differ in it.
 
     A row is compared in the part that its principle is about, where gold has one of that name, and in gold as a whole.
     """
@@ -885,9 +898,10 @@ def agreement(rows, gold) -> dict[str, tuple[int, int]]:
     for row, better, worse in zip(rows, chosen, rejected):
         named = part_of(row.get("principle", ""))
         for part in {named, "gold"} & better.keys():
-            hits, n = found.get(part, (0, 0))
             if abs(better[part] - worse[part]) > 0:  # differ, and both are numbers
-                found[part] = hits + (better[part] > worse[part]), n + 1
+                right, prompts = found.setdefault(part, ([], []))
+                right.append(better[part] > worse[part])
+                prompts.append(row["prompt"])
     return dict(sorted(found.items()))
 
 
@@ -895,8 +909,8 @@ def print_agreement(rows, config: Config):
     if not config.gold or not rows:
         return
     function = gpt.load_function(config.gold)
-    for part, (hits, n) in agreement(rows, lambda *args: gpt.read_gold(function(*args))).items():
-        print(f"judge agrees with {config.gold} in {part:9} {share_of(hits, n)}")
+    for part, found in agreement(rows, lambda *args: gpt.read_gold(function(*args))).items():
+        print(f"judge agrees with {config.gold} in {part:9} {share_of(*found)}")
 
 
 def run_agree(config: Config):
@@ -910,12 +924,11 @@ def run_agree(config: Config):
     prompts = [row["prompt"] for row in rows]
     p, by_position = prefer(judge, constitution, prompts, side("chosen"), side("rejected"), principles, 0, config)
     told = np.isfinite(p)
-    hits, n = int((p[told] > 0.5).sum()), int(told.sum())
-    print(f"{path}: the judge agrees with the labels in {share_of(hits, n)}")
-    print(
-        f"without a verdict {len(rows) - n:,}"
-        + (f"; sided with a position {by_position[told].mean():.1%}" if n else "")
-    )
+    if not told.any():
+        raise ValueError(f"{path}: the judge gave no verdict on any of its {len(rows):,} pairs")
+    asked = list(itertools.compress(prompts, told))
+    print(f"{path}: the judge agrees with the labels in {share_of(p[told] > 0.5, asked)}")
+    print(f"without a verdict {(~told).sum():,}; sided with a position {by_position[told].mean():.1%}")
     judged = [pair_row(*row) for row in zip(prompts, side("chosen"), side("rejected"), p.tolist(), principles)]
     print_agreement(list(itertools.compress(judged, told)), config)
     if isinstance(judge, EndpointJudge):
@@ -990,6 +1003,9 @@ def draw_by_text(principles: list[Principle], prompts, a, b) -> list[Principle]:
 def main(config: Config):
     if jax.process_count() > 1:
         raise ValueError("rlaif.py works in one process, with all of its devices: run it on one host")
+    for name, least in (("prompts", 1), ("batch_size", 1), ("rounds", config.stage == "revise")):
+        if getattr(config, name) < least:
+            raise ValueError(f"--{name.replace('_', '-')} {getattr(config, name)}: 1 at least")
     gpt.start(config.seed)
     init = config.init or ("out/sft" if config.stage == "revise" else "out/sl-cai")
     {"revise": run_revise, "label": run_label, "agree": run_agree}[config.stage](dataclasses.replace(config, init=init))

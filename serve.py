@@ -2865,7 +2865,8 @@ class Relay(Server):
 
     async def stream(self, response: httpx2.Response, row, store):
         """The engine's events. An answer's last one waits for the usage that follows it, if it is to be stored; other
-        answers in the same event, of a request for several, do not wait."""
+        answers in the same event, of a request for several, do not wait. Where the engine breaks off, what waited is
+        passed on, not stored."""
         texts, ends, ended, usage = collections.defaultdict(str), [], set(), None
 
         async def finish():
@@ -2901,7 +2902,7 @@ class Relay(Server):
             LOG.warning("an answer broke off: %r", error)
             who = "this server" if isinstance(error, sqlite3.Error) else f"the engine at {self.url}"
             message = f"{who} broke this answer off ({type(error).__name__})"
-            yield frame(ApiError(502, message, code="upstream_dead").body)
+            yield b"".join(map(frame, ends)) + frame(ApiError(502, message, code="upstream_dead").body)
         yield b"data: [DONE]\n\n"
 
 

@@ -42,7 +42,7 @@ class Config:
     micro_batches: int = 1  # gradient accumulation: parts that a batch is computed in
     length: int = 64  # tokens a row at most: longer completions are cut and lose their EOS; a new model's context
     lr: float = 4e-4  # peak learning rate, falling by a cosine to a tenth
-    warmup: int = 10  # steps of linear warm-up
+    warmup: int | None = None  # steps of linear warm-up (None: 10, an eighth of all at most)
     loss_on: Literal["completion", "all"] = "completion"  # of demonstrations: or the prompt's tokens too
     reduction: Literal["token", "sequence"] = "token"  # mean over all tokens, or mean of each row's mean
 

@@ -23,7 +23,7 @@ WORLD = {  # what the runs start from, made once
     "data/toy/demos.jsonl": "toy.py",
     "out/base/model.safetensors": f"sft.py --init None --tokenizer data/toy --data data/toy/base.jsonl --out out/base "
     f"--steps 150 --batch-size 16 --length 48 --lr 2e-3 --warmup 10 --eval-every 150 {EVERY}",
-    "out/sft/model.safetensors": f"sft.py --steps 30 --eval-every 30 {EVERY}",
+    "out/sft/model.safetensors": f"sft.py --steps 30 --warmup 10 --eval-every 30 {EVERY}",
     "out/reward/model.safetensors": f"reward.py --steps 10 --normalize-samples 128 {EVERY}",
     "out/reward-lora/adapter/adapter.json": "reward.py --init out/sft --lora-rank 8 --lr 5e-4 --out out/reward-lora "
     f"--steps 10 --normalize-samples 128 {EVERY}",

@@ -1,7 +1,9 @@
 """Short pure functions that stand in several scripts, since none imports another, do the same."""
 
+import ast
 import inspect
 import math
+from collections import Counter
 
 import numpy as np
 import pytest
@@ -9,6 +11,7 @@ import pytest
 import checks
 import dpo
 import evaluate
+import gpt
 import grpo
 import ipo_kto
 import ppo
@@ -17,6 +20,15 @@ import reasoning
 import reward
 import rlaif
 from tools import plot
+
+
+@pytest.mark.parametrize("module", [checks, dpo, evaluate, gpt, grpo, ipo_kto, ppo, probe, reward, rlaif])
+def test_no_name_of_a_file_is_given_twice(module):
+    names = []
+    for node in ast.parse(inspect.getsource(module)).body:
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        names += [getattr(node, "name", "")] + [x.id for t in targets for x in ast.walk(t) if isinstance(x, ast.Name)]
+    assert [name for name, count in Counter(filter(None, names)).items() if count > 1] == []
 
 
 def test_sigmoids():
@@ -28,13 +40,19 @@ def test_sigmoids():
 
 
 def test_wilson_intervals():
-    for n in (1, 2, 3, 10, 37, 500, 12345):
+    assert inspect.getsource(reward.interval) == inspect.getsource(rlaif.interval)
+    assert reward.Z == rlaif.Z == evaluate.Z
+    for n in (1, 2, 3, 10, 37, 500, 2345):
         for hits in {0, 1, n // 3, n // 2, n - 1, n}:
-            low, high = reward.interval(hits, n)
-            assert rlaif.interval(hits, n) == pytest.approx((low, high), abs=1e-12)
+            right = np.arange(n) < hits
+            low, high = reward.interval(right, range(n))
             # the interval's ends are the shares p from which hits / n lies 1.96 standard deviations away
             for p in (low, high):
-                assert abs(hits / n - p) == pytest.approx(1.96 * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-9)
+                assert abs(hits / n - p) == pytest.approx(reward.Z * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-9)
+            for prompts in (range(n), np.arange(n) // 2, np.arange(n) % 3, np.zeros(n)):
+                want = evaluate.share_interval(right.astype(float), evaluate.same_prompt(prompts))
+                assert reward.interval(right, prompts) == pytest.approx(want, abs=1e-12)
+    assert reward.interval([1, 1, 1], ["again"] * 3) == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -68,8 +86,7 @@ def test_how_rollouts_are_sampled_and_weighed(name):
 
 @pytest.mark.parametrize("name", ["heldout_means", "check_context"])
 def test_what_learns_from_rows_against_a_reference(name):
-    same = inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
-    assert same and dpo.WARMUP == ipo_kto.WARMUP
+    assert inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
 
 
 @pytest.mark.parametrize("name", ["normalize", "load_prompts", "suffix_ids", "resolve"])

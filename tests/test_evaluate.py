@@ -242,7 +242,7 @@ def test_few_prompts_have_wide_intervals():
 def test_the_interval_of_a_share_is_wilsons_where_no_prompt_repeats(hits, n):
     values = np.arange(n) < hits
     found = evaluate.share_interval(values.astype(float), np.arange(n))
-    np.testing.assert_allclose(found, reward.interval(hits, n), atol=1e-5)
+    np.testing.assert_allclose(found, reward.interval(values, range(n)), atol=1e-9)
 
 
 def test_none_of_500_is_not_never():
@@ -308,7 +308,7 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
     answers = evaluate.Answers(numbers, prompts, ["a"] * 300, rows, [[1]] * 300)
     row = evaluate.summarize(answers)
     assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300, "list": 33}
-    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval(100, 200), atol=1e-5)
+    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval([0, 1] * 100, range(200)), atol=1e-9)
     assert row["intervals"]["kl"] == [0, 0] and row["intervals"]["length"] == [1, 1]
     assert row["intervals"]["part"] == pytest.approx([-0.066, 0.066], abs=0.01)
     table = evaluate.unjudged_table({"mine": row | {"win": {"gold": {"rate": 0.5, "unjudged": 3}}}})
@@ -638,7 +638,7 @@ def test_what_was_measured_before_is_not_measured_again(world, monkeypatch, caps
     assert asked(models=(start,), best_of=(2,)) == 1 + 2 + 2 + draws  # the baseline; sampled, greedy; two candidates
     first = read()
     assert asked(models=(start, trained), best_of=(2,)) == 2
-    assert "start: nothing has changed" in capsys.readouterr().out
+    assert f"start ({world / 'start'}): nothing has changed" in capsys.readouterr().out
     second = read()
     assert list(second["models"]) == ["start", "trained", "best-of-2"]
     assert second["models"]["start"] == first["models"]["start"] and second["best_of"] == first["best_of"]
@@ -716,7 +716,7 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     scores = np.asarray(jax.jit(gpt.ScoreModel.__call__)(model, tokens, mask)).reshape(-1, 2)
     d = scores[:, 0] - scores[:, 1]
     assert found["pairs"] == 24 and found["accuracy"] == np.mean(d > 0)
-    assert found["accuracy_interval"] == pytest.approx(reward.interval(int((d > 0).sum()), 24))
+    assert found["accuracy_interval"] == pytest.approx(reward.interval(d > 0, [row["prompt"] for row in rows]))
     d = d[np.random.default_rng(0).permutation(24)]  # the order of gpt.Batches.once
     judged = d[np.random.default_rng(1).permutation(24)[12:]]  # the half that the temperature was not fitted on
     assert found["before"]["nll"] == pytest.approx(np.mean(np.log1p(np.exp(-judged))), rel=1e-4)
@@ -751,6 +751,9 @@ def test_a_reward_model_rates_answers_beside_gold(world, reward_model, monkeypat
         (dict(best_of=(4,)), "--best-of needs --reward"),
         (dict(winners=Path("w.jsonl")), "--winners needs --best-of"),
         (dict(best_of=(0, 2), reward="out/reward"), "--best-of takes numbers from 1 up"),
+        (dict(samples=0), "--samples 0: 1 at least"),
+        (dict(response_length=0), "--response-length 0: 1 at least"),
+        (dict(temperature=-1.0), "--temperature -1.0: 0 .greedy. or above"),
         (dict(models=()), "nothing to evaluate: give --models or --best-of"),
         (dict(questions=("data/nowhere.jsonl",)), "no data file data/nowhere.jsonl"),
         (dict(models=("out/nowhere",)), "no model in out/nowhere .*check the path"),

@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import gzip
 import json
 import os
 import re
@@ -106,6 +107,8 @@ def test_a_reward_model_keeps_its_scores_on_disk(name, pool, suffix, golden, tmp
     gpt.save(tmp_path, model, None)
     again, _ = gpt.load(tmp_path)
     assert isinstance(again, gpt.ScoreModel) and (again.pool, again.suffix) == (pool, suffix)
+    config = json.loads((tmp_path / "config.json").read_text())  # what other readers add to the logit, and append
+    assert config["score"] == {"pool": pool, "bias": 0.25, "suffix": list(suffix)} and "bias" in config["score_note"]
     want = leaves(model)
     want.pop("body.head", None)  # no classifier stores the output head
     for path, leaf in leaves(again).items():
@@ -799,6 +802,15 @@ PAIR = {"prompt": "a", "chosen": " b", "rejected": " c"}
             {"prompt": "a", "completion": "b", "label": True, "system": "s"},
             "`system` changes what a row means",
         ),
+        ("thumbs", PAIR | {"label_p": 0.7}, "`label_p` says that the label may be wrong"),
+        ("thumbs", {"prompt": "a", "completion": "b", "label": True, "label_p": 0.5}, "`label_p` says that the label"),
+        ("prompts", {"prompt": "a", "tools": [{"name": "search"}]}, "`tools` changes what a row means"),
+        ("prompts", {"prompt": "a", "history": [["b", "c"]]}, "`history` changes what a row means"),
+        ("demos", {"prompt": "a", "completion": "b", "label": False}, "`label` is False: a thumb.* no demonstration"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"train": False}]}, "messages have no `weight`, `train`"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"masked": True}]}, "messages have no `weight`, `train`"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"loss": "no"}]}, "messages have no `weight`, `train`"),
+        ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"mask": 1}]}, "messages have no `weight`, `train`"),
         ("demos", {"prompt": "a", "completion": "b", "weight": 0}, "demonstrations have no `weight`"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"weight": 0}]}, "messages have no `weight`.*prepare.py"),
         ("demos", {"messages": [*MESSAGES, ANSWER[0] | {"tool_calls": [1]}]}, "`tool_calls` changes"),
@@ -837,10 +849,25 @@ def test_the_first_row_may_be_skipped_when_the_kind_is_looked_for(tmp_path):
 
 def test_a_byte_order_mark_and_columns_that_are_null_do_no_harm(tmp_path):
     path = tmp_path / "rows.jsonl"
-    row = PAIR | {"messages": None, "margin": 2}
+    row = PAIR | {"messages": None, "margin": 2, "weight": None, "label_p": None, "truncated": None, "tools": None}
     path.write_text(json.dumps(row) + "\n", encoding="utf-8-sig")
     assert gpt.find_kind([path], ("demos", "pairs")) == "pairs"
-    assert list(gpt.read_rows(path, "pairs")) == [(1, PAIR | {"margin": 2})]
+    assert list(gpt.read_rows(path, "pairs")) == [(1, PAIR | {"margin": 2, "tools": None})]
+    thumb = {"prompt": "a", "completion": "b", "label": True}
+    assert gpt.check_row(thumb | {"weight": None}, "thumbs") == [thumb] == gpt.check_row(thumb, "demos")
+
+
+def test_a_file_that_is_no_text_or_cut_short_is_named(tmp_path):
+    line = json.dumps(PAIR | {"prompt": "naïve"}, ensure_ascii=False).encode()
+    for name, data in (
+        ("latin.jsonl", line.decode().encode("latin-1")),
+        ("utf16.jsonl", line.decode().encode("utf-16")),
+        ("cut.jsonl.gz", gzip.compress(line * 50)[:-12]),
+        ("plain.jsonl.gz", line),
+    ):
+        (tmp_path / name).write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} is not whole UTF-8 text"):
+            gpt.find_kind([tmp_path / name], ("demos",), skip_bad=True)
 
 
 def test_mixtures_need_a_weight_for_every_file_or_for_none():
@@ -899,6 +926,8 @@ def test_a_run_plans_its_steps(sources, demos, plain, capsys):
     """One epoch where none are given; a batch of all rows where there are fewer, which other rows never fill up."""
     batches = sources(16)
     assert (batches.plan(), batches.plan(7), batches.batch_size) == (3, 7, 16)
+    said = "2 of 50 rows do not fill a batch of 16: the epoch goes without them"
+    assert capsys.readouterr().out.splitlines() == [said]  # of an epoch; 7 steps see other rows in each of theirs
     batches = sources(64)
     assert (batches.plan(), batches.batch_size) == (1, 50)
     assert "50 rows are fewer than --batch-size 64: a batch has 50" in capsys.readouterr().out
@@ -1043,6 +1072,21 @@ def test_rows_without_room_are_left_out_and_counted(plain, tmp_path, capsys):
     data = gpt.token_data(write_rows(tmp_path / "demos.jsonl", rows), "demos", plain, 8)
     assert len(data) == 2
     assert "2 rows left out: the prompt alone fills 8 tokens" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("role", ["User", "human", "chatgpt", "tool"])
+def test_a_role_that_the_template_does_not_name_is_a_bad_row(role, plain, chatml, tmp_path):
+    """It would be shown as nothing, or as a speaker that the model has never met."""
+    turns = [{"role": role, "content": "a b"}, {"role": "assistant", "content": "c"}]
+    rows = [{"messages": [*MESSAGES, *ANSWER]}, {"messages": [*MESSAGES, *turns]}]
+    for number, tokenizer in enumerate((plain, chatml)):
+        path = write_rows(tmp_path / f"{number}.jsonl", rows)
+        with pytest.raises(gpt.BadRow, match=f"{number}.jsonl:2: the chat template does not name the role '{role}'"):
+            gpt.token_data(path, "demos", tokenizer, 64)
+        assert len(gpt.token_data(path, "demos", tokenizer, 64, skip_bad=True)) == 1
+    with pytest.raises(gpt.BadRow, match="does not name the role"):
+        gpt.encode_row({"prompt": turns[:1]}, "prompts", plain, 64)
+    assert gpt.encode_row({"prompt": [{"role": "system", "content": "a"}, *MESSAGES]}, "prompts", plain, 64)
 
 
 @pytest.mark.parametrize("kind", ["prompts", "demos", "messages", "pairs"])
@@ -1223,3 +1267,12 @@ def test_the_learning_rate_warms_up_and_comes_down(decay, middle):
     values = [float(rate(step)) / 2 for step in (0, 9, 10, 60, 110, 500)]
     np.testing.assert_allclose(values, [0.1, 0.91, 1.0, middle, 0.1, 0.1], rtol=1e-5)
     assert float(gpt.schedule(2.0, 10, 0)(0)) == 2.0
+
+
+@pytest.mark.parametrize("steps, peak", [(400, 10), (80, 10), (42, 5), (9, 0), (7, 0), (1, 0)])
+def test_the_rate_of_few_steps_rises_to_what_was_asked_for(steps, peak, capsys):
+    rate = gpt.schedule(3.0, steps, None, "linear")
+    assert max(range(steps), key=rate) == peak and float(rate(peak)) == 3.0
+    assert capsys.readouterr().err == ""
+    gpt.schedule(3.0, steps, steps)
+    assert f"warning: --warmup {steps} in {steps} steps: the learning rate never rises" in capsys.readouterr().err

@@ -87,6 +87,18 @@ def test_finished_rounds_are_kept_and_one_without_a_gate_is_played_again(config,
     assert played == [1, 2, 2] and (config.out / "served" / "promoted.txt").exists()
 
 
+def test_the_table_has_its_rounds_in_order_and_goes_without_a_verdict(config):
+    for number in (2, 10, 1):
+        play(config, number)
+    report = config.out / "round-10" / "report" / "summary.json"
+    models = json.loads(report.read_text())["models"]
+    models["dpo"] = {"win": {"gold": {"unjudged": 500}}}
+    report.write_text(json.dumps({"models": models}))
+    rows = loop.summary(config).splitlines()[2:]
+    assert [row.split(" | ")[0] for row in rows] == ["| 1", "| 2", "| 10"]
+    assert rows[2].endswith("| 0.800 | 60.0% [55.0%, 65.0%] |  | no verdict | ppo |")
+
+
 def test_a_script_that_fails_ends_the_loop_in_words(capfd):
     with pytest.raises(ValueError, match="prepare.py failed.*begins this round again"):
         loop.script("prepare.py", "--data", "no-such-file", "--out", "/nonexistent/x")
@@ -262,3 +274,10 @@ def test_a_kill_while_a_model_is_replaced_loses_none(gate, monkeypatch, calls):
         loop.promote(gate.report)
         assert (gate.place / "config.json").read_text() == "new" and [*gate.place.parent.glob(".*")] == []
     assert json.loads((gate.report / "gate.json").read_text())["done"]
+
+
+@pytest.mark.parametrize("name", ["rounds", "votes", "voters", "ppo_steps"])
+def test_a_loop_of_nothing_is_an_error(config, name):
+    with pytest.raises(ValueError, match=f"--{name.replace('_', '-')} 0: 1 at least"):
+        loop.main(replace(config, **{name: 0}))
+    assert not config.out.exists()

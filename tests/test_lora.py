@@ -432,7 +432,6 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
 @pytest.mark.parametrize("script, loss", [(dpo, "dpo"), (ipo_kto, "ipo"), (ipo_kto, "kto")])
 def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, script, loss, monkeypatch):
     monkeypatch.setattr(gpt, "load_frozen", lambda *_: pytest.fail("a second model was loaded"))
-    monkeypatch.setattr(script, "WARMUP", 1)  # in a run of 4 steps
     kind = {} if script is dpo else {"loss": loss}
     script.main(script.Config(**options(world, loss, "pairs", steps=4, **kind)))
     steps = log(world / loss)

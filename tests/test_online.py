@@ -313,6 +313,8 @@ def test_adapters_learn_from_their_base_and_another_reference_is_taken_where_it_
     [
         (dict(reward="sft"), "is a language model, not a reward model: train one with reward.py"),
         (dict(reward="my_labels:nowhere"), "cannot load my_labels:nowhere"),
+        (dict(beta=-0.1), "--beta -0.1: a price above 0"),
+        (dict(gold="toy:nowhere"), "cannot load toy:nowhere .*where there is no known truth, --gold None"),
         (dict(reward="my_labels:equal"), "none of 32 prompts had.*raise --candidates"),
         (dict(judge="my_labels:two", candidates=2), r"--judge must return \d+ probabilities"),
         (dict(judge="my_labels:prefers_yes"), "--candidates 6: .* a judge compares just 2"),

@@ -459,8 +459,6 @@ def world(tmp_path_factory, compile_once, words):
     with pytest.MonkeyPatch.context() as patch:
         world = World(tmp_path_factory.mktemp("world"), words)
         patch.chdir(world.root)
-        for module in (dpo, ipo_kto):
-            patch.setattr(module, "WARMUP", 1)  # runs of a few steps
         yield world
 
 
@@ -878,6 +876,11 @@ def strangers(world, tmp_path_factory):
         ("dpo", dict(ref="ref"), "ref has another tokenizer than .*Give a model that has the tokenizer of"),
         ("dpo", dict(ref="ref", precompute_ref=True), "ref has another tokenizer than"),
         ("ipo", dict(ref="ref"), "ref has another tokenizer than .*Give a model that has the tokenizer of"),
+        ("dpo", dict(beta=0.0), "--beta 0.0: a price above 0"),
+        ("ipo", dict(tau=-0.1), "--tau -0.1: below 0 the worse answers would be learned"),
+        ("kto", dict(beta=0.0), "--beta 0.0: below 0 the worse .* at 0 none"),
+        ("kto", dict(undesirable_weight=-1.0), "--undesirable-weight -1.0: below 0"),
+        ("dpo", dict(lr=-1e-3), "a learning rate is 0 or above, not -0.001"),
         ("dpo", dict(label_smoothing=0.5, loss="robust"), "--label-smoothing 0.5: the share of wrong labels"),
     ],
 )  # fmt: skip
@@ -915,6 +918,21 @@ def test_too_few_rows_or_steps_are_refused(world, tmp_path):
         with pytest.raises(ValueError, match=message):
             dpo.main(world.dpo("too-few", **options))
     assert not (world.root / "too-few").exists()
+
+
+@pytest.mark.parametrize("name", ["dpo", "ipo", "kto"])
+def test_rows_that_weigh_nothing_are_refused_before_training_and_not_measured(world, tmp_path, name):
+    kind = "thumbs" if name == "kto" else "pairs"
+    rows = [json.loads(line) for line in open(getattr(world, kind))]
+    mute = write_rows(tmp_path / f"{kind}.jsonl", [row | {"weight": 0} for row in rows[:32]])
+    module, make = (dpo if name == "dpo" else ipo_kto), getattr(world, name)
+    for files in (dict(data=(mute,)), dict(heldout=mute)):
+        with pytest.raises(ValueError, match=f"{kind}.jsonl: all rows have weight 0: nothing can be learned"):
+            module.main(make("mute", **files))
+    assert not (world.root / "mute").exists()
+    batch = {"weight": np.zeros(4, np.float32)}
+    few = type("", (), {"once": lambda self: [(batch, 4)]})()
+    assert module.heldout_means(few, lambda batch: {"loss": 1.0}) == {}
 
 
 def test_thumbs_of_one_side_are_said(world, tmp_path, capsys):

@@ -268,6 +268,70 @@ def test_weights_of_turns(tmp_path):
         run(tmp_path, [{"messages": turns}], heldout=0, overwrite=True)
 
 
+@pytest.mark.parametrize(
+    "rude, kind", [({"loss": False}, {"loss": True}), ({"train": False}, {}), ({"masked": True}, {"masked": False})]
+)
+def test_other_words_for_what_is_learned_mean_the_same(tmp_path, rude, kind):
+    turns = talk("q", "rude", "r", "kind")
+    marked = [turns[0] | {"weight": 0}, turns[1] | rude, turns[2], turns[3] | kind]
+    report, rows = run(tmp_path, [{"messages": marked}], heldout=0)
+    assert rows["demos"] == [{"prompt": turns[:3], "completion": turns[3:]}] and not report["keys_not_read"]
+    for messages, message in (
+        ([*turns[:3], turns[3] | rude], "a message has weight"),
+        ([turns[0] | {"train": True}, turns[1]], ".*only the assistant's turns"),
+        ([turns[0], turns[1] | {"loss_mask": 1}], ".*`loss_mask`, which may mean learned or not"),
+    ):
+        with pytest.raises(gpt.BadRow, match=f"in0.jsonl:1: {message}"):
+            run(tmp_path, [{"messages": messages}], heldout=0, overwrite=True)
+
+
+def test_contents_in_parts_are_their_texts_and_other_parts_are_refused(tmp_path):
+    parts = [{"type": "text", "text": "q"}, {"type": "text", "text": "?"}]
+    _, rows = run(tmp_path, [{"messages": [user(parts), assistant("a")]}], heldout=0)
+    assert rows["demos"] == [{"messages": talk("q?", "a")}]
+    for part, message in (({"type": "image_url", "image_url": {}}, "a part of type 'image_url'"), ("x", "are text")):
+        with pytest.raises(gpt.BadRow, match=f"in0.jsonl:1: .*{message}"):
+            run(tmp_path, [{"messages": [user([*parts, part]), assistant("a")]}], heldout=0, overwrite=True)
+
+
+def test_answers_under_unknown_names_are_no_prompts_unless_asked_for(tmp_path):
+    for more in ({"response_a": "x", "response_b": "y", "winner": "b"}, {"responses": ["x", "y"]}, {"Answer 1": "x"}):
+        with pytest.raises(gpt.BadRow, match="in0.jsonl:1: `.*` reads like an answer.*--kind prompts"):
+            run(tmp_path, [{"prompt": "q"} | more], heldout=0, overwrite=True)
+        report, rows = run(tmp_path, [{"prompt": "q"} | more], heldout=0, kind="prompts", overwrite=True)
+        assert rows["prompts"] == [{"prompt": "q"}] and report["keys_not_read"] == dict.fromkeys(more, 1)
+
+
+@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "{}-rating"])
+def test_ratings_of_both_sides_have_several_spellings(tmp_path, name):
+    scores = lambda chosen, rejected: {name.format("chosen"): chosen, name.format("rejected"): rejected}
+    report, rows = run(tmp_path, [pair("a", **scores(4, 2.5)), pair("b", **scores(1, 5))], heldout=0)
+    assert [row["margin"] for row in rows["pairs"]] == [1.5] and counts(report) == {"rated the other way round": 1}
+
+
+def test_what_a_server_cut_is_truncated_and_what_is_not_to_be_learned_is_dropped(tmp_path):
+    demo = {"prompt": "q", "completion": "a"}
+    rows = [demo | {"finish_reason": "length"}, demo | {"completion": "b", "finish_reason": "stop"}]
+    rows += [demo | {"completion": "c", "is_truncated": True}, demo | {"completion": "d", "train": False}]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert [row.get("truncated") for row in written["demos"]] == [True, None, True]
+    assert counts(report) == {"weight 0": 1} and report["keys_not_read"] == {"finish_reason": 1}
+
+
+@pytest.mark.parametrize("suffix", [".jsonl", ".json", ".jsonl.gz", ".json.gz"])
+def test_marks_and_line_ends_of_other_systems_are_no_part_of_rows(tmp_path, suffix):
+    rows = [pair(f"question {i}\r\nof two lines") for i in range(3)]
+    lines = [json.dumps(row) for row in rows]
+    text = "[\r\n" + ",\r\n".join(lines) + "\r\n]\r\n" if ".json." in f"{suffix}." else "\r\n".join(lines)
+    data = text.encode("utf-8-sig")
+    path = tmp_path / f"in{suffix}"
+    path.write_bytes(gzip.compress(data) if suffix.endswith("gz") else data)
+    report, written = run(tmp_path, str(path), heldout=0)
+    assert [row["prompt"] for row in written["pairs"]] == [HH.format(f"question {i}\nof two lines") for i in range(3)]
+    if suffix.startswith(".jsonl"):  # the training scripts read it as well
+        assert [row for _, row in gpt.read_rows(path, "pairs")] == rows
+
+
 def test_roles_are_mapped_or_refused(tmp_path):
     spoken = [{"from": role, "value": text} for role, text in [("User", "q"), ("chatgpt", "a")]]
     _, rows = run(tmp_path, [{"conversations": spoken}], heldout=0)
@@ -281,7 +345,7 @@ def test_roles_are_mapped_or_refused(tmp_path):
 
 
 def test_empty_columns_are_absent_and_full_ones_are_refused(tmp_path):
-    row = {"prompt": "q", "completion": "a", "tools": "", "images": [], "system": "", "chosen": None}
+    row = {"prompt": "q", "completion": "a", "tools": "[]", "images": [], "system": "", "chosen": None}
     report, rows = run(tmp_path, [row], heldout=0)
     assert rows["demos"] == [{"prompt": "q", "completion": "a"}] and report["keys_not_read"] == {}
     with pytest.raises(gpt.BadRow, match="`images` is not supported"):
@@ -849,7 +913,9 @@ def test_odd_values_are_bad_rows_or_kept(tmp_path):
     for source, message in (
         (str(tmp_path / "deep.jsonl"), "deep.jsonl:1: JSON that is nested too deep"),
         ([{"instruction": "q", "output": "a", "history": [["x"]]}], "in0.jsonl:1: a value is not of the type"),
-        ([{"messages": [user("q"), assistant("a") | {"train": False}]}], "in0.jsonl:1: a message says `train`"),
+        ([{"messages": [user("q"), assistant("a") | {"train": False}]}], "in0.jsonl:1: a message has weight False"),
+        ([{"instruction": "q", "output": "a", "label": "bad"}], "in0.jsonl:1: `label` is 'bad' on a row of demos"),
+        ([{"conversations": [*TURN, {"from": "gpt", "value": "a"}], "label": 0}], "in0.jsonl:1: `label` is 0 on a row"),
         ([{"prompt": "q", "completion": "a", "audio": "x.wav"}], "in0.jsonl:1: `audio`"),
     ):
         with pytest.raises(gpt.BadRow, match=message):

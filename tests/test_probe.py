@@ -165,6 +165,20 @@ def test_learning_from_a_probe_of_the_reference_asks_no_second_model(fitted, mon
             np.testing.assert_allclose(two[name], one[name], rtol=2e-3, atol=2e-5, err_msg=name)
 
 
+def test_pairs_that_weigh_nothing_say_nothing(fitted, tmp_path):
+    folder, config, _ = fitted
+    rows = [row for _, row in gpt.read_rows(folder / "pairs.jsonl", "pairs")]
+    wrong = [row | {"chosen": row["rejected"], "rejected": row["chosen"], "weight": 0} for row in rows[:40]]
+    gpt.write_rows(tmp_path / "mixed.jsonl", rows + wrong)
+    config = replace(config, data=(str(tmp_path / "mixed.jsonl"),), out=tmp_path / "out")
+    probe.main(config)
+    assert json.loads((config.out / "probe.json").read_text())["accuracy"] > 0.95
+    gpt.write_rows(tmp_path / "mute.jsonl", [row | {"label_p": 0.5} for row in rows])
+    with pytest.raises(ValueError, match="no pair says which answer is better"):
+        probe.main(replace(config, data=(str(tmp_path / "mute.jsonl"),), out=tmp_path / "mute"))
+    assert not (tmp_path / "mute" / "model.safetensors").exists()
+
+
 def test_features_are_what_the_model_says_and_are_computed_once(fitted, monkeypatch):
     folder, config, tokenizer = fitted
     features = np.load(folder / "out" / "features" / "pairs.npy")

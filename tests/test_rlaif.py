@@ -594,11 +594,11 @@ def test_agreement_counts_the_part_that_the_principle_is_about(capsys):
         dict(prompt="p", chosen="b", rejected="c", principle="a0"),  # equal in a: does not count there
     ]
     gold = lambda prompts, answers, rows: [{"a": x.count("a"), "gold": len(x)} for x in answers]
-    assert rlaif.agreement(rows, gold) == {"a": (1, 2), "gold": (1, 1)}
+    assert rlaif.agreement(rows, gold) == {"a": ([True, False], ["p", "p"]), "gold": ([True], ["p"])}
     silent = lambda *args: [x | ({"gold": math.nan} if x["a"] == 2 else {}) for x in gold(*args)]
-    assert rlaif.agreement(rows, silent) == {"a": (1, 2)}  # gold says nothing of the one pair that differed in it
-    np.testing.assert_allclose(rlaif.interval(8, 10), (0.4902, 0.9433), atol=1e-4)  # Wilson 1927
-    assert rlaif.interval(0, 0) == (0, 1)
+    # gold says nothing of the one pair that differed in it
+    assert rlaif.agreement(rows, silent) == {"a": ([True, False], ["p", "p"])}
+    np.testing.assert_allclose(rlaif.interval([1] * 8 + [0] * 2, range(10)), (0.4902, 0.9433), atol=1e-4)  # Wilson
 
 
 def test_what_is_no_verdict_sides_with_nobody_and_is_counted(config, monkeypatch, capsys):
@@ -619,11 +619,35 @@ def test_what_is_no_verdict_sides_with_nobody_and_is_counted(config, monkeypatch
 
 
 def test_the_agree_stage_compares_the_judge_with_labels(config, tmp_path, capsys):
-    rows = [dict(prompt="Human: a Assistant:", chosen=" c c", rejected=" a")] * 3
-    rows += [dict(prompt="Human: a Assistant:", chosen=" a", rejected=" c")]
+    rows = [dict(prompt=f"Human: {x} Assistant:", chosen=" c c", rejected=" a") for x in "abd"]
+    rows += [dict(prompt="Human: c Assistant:", chosen=" a", rejected=" c")]
     (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     rlaif.main(replace(config, stage="agree", judge="test_rlaif:favour", data=(str(tmp_path / "pairs.jsonl"),)))
     assert "agrees with the labels in 0.750 [0.301, 0.954] of 4 pairs" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(prompts=0), "--prompts 0: 1 at least"),
+        (dict(batch_size=0), "--batch-size 0: 1 at least"),
+        (dict(rounds=0), "--rounds 0: 1 at least"),
+        (dict(stage="label", judge="test_rlaif:silent"), "no pairs came of 16 prompts: .*without a verdict"),
+        (dict(stage="agree", judge="test_rlaif:silent"), "the judge gave no verdict on any of its 2 pairs"),
+    ],
+)
+def test_a_stage_that_makes_no_row_is_an_error_with_the_reason(config, tmp_path, options, message):
+    if options.get("stage") == "agree":
+        rows = [dict(prompt=f"Human: {x} Assistant:", chosen=" c", rejected=" a") for x in "ab"]
+        (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        options = options | dict(data=(str(tmp_path / "pairs.jsonl"),))
+    with pytest.raises(ValueError, match=message):
+        rlaif.main(replace(config, **options))
+    assert not (config.out / "pairs.jsonl").exists()
+
+
+def silent(texts, options):
+    return [None] * len(texts)
 
 
 # ---------------------------------------------------------------------------------------------------- online

@@ -147,6 +147,19 @@ def test_a_run_that_changes_no_weight_is_an_error(tmp_path):
     assert count_up(Config(tmp_path / "meant"), by=0, lr=0.0)[0] == [0, 0, 0]
     assert count_up(Config(tmp_path / "little"), by=1e-30)[0] != [0, 0, 0]
     assert count_up(Config(tmp_path / "meant", resume=True), by=0)[1] == 6  # a finished run has nothing left to learn
+    with pytest.raises(InterruptedError):
+        count_up(Config(tmp_path / "resumed"), by=0, stop=4)
+    with pytest.raises(ValueError, match="6 steps have changed no weight"):
+        count_up(Config(tmp_path / "resumed", resume=True), by=0)
+
+
+def test_a_run_that_is_to_end_where_it_stands_takes_no_step_and_warns_of_nothing(tmp_path, capsys):
+    with pytest.raises(InterruptedError):
+        count_up(Config(tmp_path), stop=5)
+    assert count_up(Config(tmp_path, resume=True, steps=4, seed=7)) == ([4, 4, 4], 4)
+    assert capsys.readouterr().err == ""
+    with pytest.raises(ValueError, match="checkpoint is of step 4: --steps 3 lies behind it"):
+        count_up(Config(tmp_path, resume=True, steps=3))
 
 
 class Slow:

@@ -1467,6 +1467,12 @@ def test_a_dead_strange_or_breaking_engine_is_told_in_words(relay, monkeypatch):
         assert "".join(c["delta"].get("content", "") for c in found if c["index"] == 1) == "ab"
         assert sum("generation_id" in choice for choice in found) == 2
         relay.delete("/v1/sessions/s")
+        last = {"index": 0, "delta": {"content": "z"}, "finish_reason": "stop"}, first[1]
+        script[chat] = (200, f"data: {json.dumps({'choices': last})}\n\ndata: {{broken\n\n")  # one had ended before
+        *said, error = frames(say(relay, n=2, **asked).text)
+        assert error["error"]["code"] == "upstream_dead" and select(relay.database, "SELECT * FROM generation") == []
+        found = {c["index"]: c["delta"]["content"] for chunk in said for c in chunk["choices"]}
+        assert found == {0: "z", 1: "a"}
         for status, body, code, word in (
             (401, "{}", 502, "--upstream-key"), (500, "<html>oh", 500, "<html>oh"), (503, '{"error": "x"}', 503, "503"),
             (200, "<html>", 502, "no answer that can be read"), (302, "", 502, "302"),

@@ -182,10 +182,12 @@ def test_reward_report_has_sane_values(world):
 def test_an_answer_must_beat_all_others_of_its_choice():
     """Two choices of four answers, one right in all three of its pairs, one in two of them; and a pair that stands
     alone. Where most pairs stand alone there is no such measure."""
-    gaps, chosen = np.array([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, -1.0]), list("aaabbbc")
+    gaps, chosen = np.array([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, -1.0]), list(zip("aaabbbc", "1112223"))  # prompt, answer
     found = reward.best_of(gaps, chosen)
     assert (found["choices"], found["accuracy"], found["chance"]) == (2, 0.5, 0.25)
-    assert found["accuracy_interval"] == pytest.approx(reward.interval(1, 2))
+    assert found["accuracy_interval"] == pytest.approx(reward.interval([1, 0], "ab"))
+    again = reward.best_of(gaps, list(zip("aaaaaaa", "1112223")))  # two choices of one prompt say nothing of others
+    assert again["accuracy_interval"] == (0, 1)
     assert reward.best_of(gaps[2:], list("abcde")) is None and reward.best_of(gaps[:5], list("aabcd")) is None
 
 

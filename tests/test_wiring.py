@@ -322,15 +322,12 @@ def test_each_step_has_rows_of_its_own_and_the_rate_rises_and_falls(world, optim
         "kto": (ipo_kto, dict(data=(world.thumbs,), loss="kto")),
         "reward": (reward, dict(data=(world.pairs,), head_lr=5e-2, normalize_with=None, suffix="", gold=None)),
     }[name]
-    monkeypatch.setattr(module, "WARMUP", 2, raising=False)
     rows = train(module, module.Config(**plan | more), monkeypatch, KTO if name == "kto" else None)
     assert len(rows) == 4 and sorted(np.concatenate(rows)) == list(range(64))  # an epoch
     last = 1e-3 if name == "sft" else 0  # a tenth, or nothing
     for (rate, _), peak in zip(optimizers, (1e-2, 5e-2) if name == "reward" else (1e-2,), strict=True):
-        first = peak if name == "reward" else peak / 2  # 4 steps of a reward model have no warm-up
-        found = [float(rate(at)) for at in (0, 2, 4)]
-        assert found[::2] == pytest.approx([first, last], abs=1e-9)
-        assert found[1] == pytest.approx(peak / 2 if name == "reward" else peak)
+        wanted = [peak / 2, peak, last] if name == "sft" else [peak, peak / 2, last]  # 4 steps have no warm-up unasked
+        assert [float(rate(at)) for at in (0, 2, 4)] == pytest.approx(wanted, abs=1e-9)
 
 
 def test_members_of_an_ensemble_see_the_pairs_in_their_own_order(world, monkeypatch):
@@ -428,6 +425,12 @@ def test_ktos_class_weights_are_those_of_the_mixture(weights, lambdas):
     batches = SimpleNamespace(sets=[thumbs(0.0), thumbs(1.0)], counts=[down, up], sizes=[100, 100])
     config = ipo_kto.with_class_weights(ipo_kto.Config(loss="kto"), batches)
     assert (config.desirable_weight, config.undesirable_weight) == pytest.approx(lambdas)
+    for data in batches.sets:  # of the rows of a file, the first half says nothing: as if it were not there
+        data.extras[:50, gpt.EXTRAS.index("weight")] = 0
+    batches.sets[0].extras[50:, gpt.EXTRAS.index("weight")] = 3  # and the others of one file count three times
+    tripled = ipo_kto.with_class_weights(ipo_kto.Config(loss="kto"), batches)
+    wanted = ipo_kto.class_weights(weights[1], 3 * weights[0])
+    assert (tripled.desirable_weight, tripled.undesirable_weight) == pytest.approx(wanted)
     given = ipo_kto.with_class_weights(ipo_kto.Config(loss="kto", undesirable_weight=3.0), batches)
     assert (given.desirable_weight, given.undesirable_weight) == (1.0, 3.0)
 
