@@ -624,8 +624,11 @@ def open_folder(folder: Path, config: gpt.Config):
     """A function from a Place to its array in the folder's files, which are read as they are used. The names and
     shapes are checked first."""
     names = gpt.read_tensors(folder)
+    gpt.check_head(config, names, folder)
     if config.gpt2:  # some files of GPT-2 leave the prefix out
         names = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": x for n, x in names.items()}
+    if config.tied and "lm_head.weight" in names:  # under either name, or both
+        names.setdefault(gpt.layout(config)[0][1], names["lm_head.weight"])
     unused = {n for n in names if not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))}
     unused -= {"lm_head.weight"} if config.tied else set()
     for place in places(config):
@@ -837,9 +840,9 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     """The folder's tokenizer, chat template and end tokens as metadata."""
     tokenizer, spec = gpt.need_tokenizer(folder), read_spec(folder)
     vocab = spec["model"]["vocab"] if isinstance(spec["model"].get("vocab"), dict) else {}
-    added = {token["id"]: token for token in spec.get("added_tokens") or ()}
-    words = {i: word for word, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
-    kinds = dict.fromkeys(words, NORMAL) | {i: CONTROL if token["special"] else USER for i, token in added.items()}
+    added = {i: text for text, i in tokenizer.specials.items()}
+    words = {i: word for word, i in vocab.items()} | added
+    kinds = dict.fromkeys(words, NORMAL) | {i: CONTROL if i in tokenizer.special_ids else USER for i in added}
     if name := find_splits(spec):
         if spec.get("normalizer"):
             print("left out, since llama.cpp has no such step: bringing text into Unicode's form NFC")
@@ -863,13 +866,10 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     rows = range(config.vocab_size)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
     writer.add_token_types([kinds.get(i, UNUSED) for i in rows])
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    named = {x: t["content"] if isinstance(t := settings.get(f"{x}_token"), dict) else t for x in ("bos", "pad", "unk")}
     ids = {name: i for i, name in words.items()}
     for x, add in dict(bos=writer.add_bos_token_id, pad=writer.add_pad_token_id, unk=writer.add_unk_token_id).items():
-        if named[x] in ids:
-            add(ids[named[x]])
+        if tokenizer.names.get(f"{x}_token") in ids:
+            add(ids[tokenizer.names[f"{x}_token"]])
     writer.add_eos_token_id(tokenizer.eos_id)
     others = [i for i in tokenizer.end_ids if i != tokenizer.eos_id]
     for i, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id)):
@@ -877,7 +877,7 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     if unsaid := [words[i] for i in others[2:] if words[i] not in END_TOKENS]:
         print(f"left out, since a GGUF names three end tokens: {', '.join(unsaid)}")
     writer.add_add_bos_token(tokenizer.bos_id is not None)
-    writer.add_chat_template(tokenizer.template)
+    writer.add_chat_template([dict(name=name, template=text) for name, text in tokenizer.templates.items()])
 
 
 def read_spec(folder: Path) -> dict:

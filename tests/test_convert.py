@@ -190,6 +190,36 @@ def test_what_a_gguf_says_of_the_model(tmp_path):
     assert tokens["add_bos_token"] is False and said["tokenizer.chat_template"] == TEMPLATE
 
 
+def test_what_tokenizer_config_says_of_tokens_is_what_a_gguf_says(tmp_path):
+    """It goes before tokenizer.json in transformers, too."""
+    thought = dict(content="<think>", special=True) | dict.fromkeys(
+        ("lstrip", "rstrip", "single_word", "normalized"), False
+    )
+    more = {"263": thought, "264": thought | {"content": "<tool>", "special": False}}
+    folder = saved(tmp_path / "model", config_of("llama"), added_tokens_decoder=more)
+    said = metadata(run(folder, tmp_path / "x.gguf"))
+    kinds = gguf.TokenType
+    assert said["tokenizer.ggml.tokens"][263:265] == ["<think>", "<tool>"]
+    assert said["tokenizer.ggml.token_type"][263:265] == [kinds.CONTROL, kinds.USER_DEFINED]
+    ours, back = gpt.load_tokenizer(folder), gpt.load_tokenizer(run(tmp_path / "x.gguf", tmp_path / "back"))
+    for text in (*TEXTS, "<tool>"):
+        assert back.encode(text, True) == ours.encode(text, True)
+    assert back.decode([263, 259, 264]) == ours.decode([263, 259, 264]) == "hello<tool>"
+
+
+def test_templates_that_are_not_the_default_go_along(tmp_path):
+    named = [dict(name="default", template=TEMPLATE), dict(name="tool_use", template="a")]
+    folder = saved(tmp_path / "model", config_of("llama"), chat_template=named)
+    (folder / "additional_chat_templates").mkdir()  # where transformers 5 saves them
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("b")
+    model, tokenizer = gpt.load(folder)
+    gpt.save(tmp_path / "saved", model, tokenizer)
+    wanted = {"default": TEMPLATE, "tool_use": "a", "rag": "b"}
+    assert gpt.load_tokenizer(tmp_path / "saved").templates == wanted
+    back = run(run(tmp_path / "saved", tmp_path / "x.gguf"), tmp_path / "back")
+    assert gpt.load_tokenizer(back).templates == wanted
+
+
 def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, **metadata_):
     """A one-layer model by the gguf library alone; every tensor counts upwards."""
     writer = gguf.GGUFWriter(file, arch)

@@ -141,6 +141,17 @@ def test_a_tied_head_may_be_stored_under_either_name_or_both(rewritten, golden):
         assert_equal_leaves(gpt.load(rewritten("qwen2", change))[0], want)
 
 
+@pytest.mark.parametrize("name, table", [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")])
+def test_a_tied_head_that_is_another_table_is_refused(name, table, rewritten):
+    """transformers 5 takes such a head and warns; the embedding in its place gives other numbers."""
+    folder = rewritten(name, lambda tensors: tensors | {"lm_head.weight": 2 * tensors[table]})
+    with pytest.raises(ValueError, match=rf"lm_head.weight is another table than {table}.*tie_word_embeddings = true"):
+        gpt.load(folder)
+    change_json(folder / "config.json", lambda settings: settings.update(tie_word_embeddings=False))
+    model, _ = gpt.load(folder)
+    np.testing.assert_array_equal(model.head, 2 * model.wte)
+
+
 def test_weights_in_several_files_are_one_model(golden, tmp_path):
     tensors = load_file(golden / "llama" / "model.safetensors")
     shutil.copy(golden / "llama" / "config.json", tmp_path)
@@ -148,6 +159,21 @@ def test_weights_in_several_files_are_one_model(golden, tmp_path):
         part = {name: x for j, (name, x) in enumerate(tensors.items()) if j % 2 == i}
         save_file(part, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
     assert_equal_leaves(gpt.load(tmp_path)[0], gpt.load(golden / "llama")[0])
+
+
+def test_files_that_the_index_does_not_list_are_passed_over(golden, tmp_path):
+    """Mistral's folders hold the weights twice, and a folder that is saved into again may keep old parts."""
+    tensors = load_file(golden / "llama" / "model.safetensors")
+    shutil.copy(golden / "llama" / "config.json", tmp_path)
+    save_file({"layers.0.attention.wq.weight": tensors["lm_head.weight"]}, tmp_path / "consolidated.safetensors")
+    save_file({name: 0 * x for name, x in tensors.items()}, tmp_path / "model-9.safetensors")
+    save_file(tensors, tmp_path / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = gpt.load(golden / "llama")[0]
+    assert_equal_leaves(gpt.load(tmp_path)[0], want)
+    (tmp_path / "model-1.safetensors").rename(tmp_path / "model.safetensors")  # an index of parts that are gone
+    assert_equal_leaves(gpt.load(tmp_path)[0], want)
 
 
 @pytest.mark.parametrize(
@@ -209,6 +235,7 @@ def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq"),
+        ("qwen2", {"is_causal": False}, "is_causal = False"),  # models of embeddings
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
