@@ -687,7 +687,10 @@ SPLITS = {
 
 
 # Control tokens that end an answer in llama.cpp whatever the metadata says
-END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
+END_TOKENS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+    "<end_of_turn>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>",
+)  # fmt: skip
 
 
 def read_tokenizer(meta: dict, config: gpt.Config) -> tuple[dict, dict]:

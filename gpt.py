@@ -1306,6 +1306,10 @@ def find_folder(path) -> Path:
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
         if list(folder.glob("member-*")):
             raise FileNotFoundError(f"{path} holds an ensemble, and one model is needed here: name one of its member-*")
+        if folder.suffix == ".gguf" or (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{path} is no model folder: python convert.py {path} MODEL makes one of it")
+        if list(folder.glob("*.bin")):
+            raise FileNotFoundError(f"{path} holds pickled weights (.bin): save them as safetensors with transformers")
         if (folder / "checkpoint").is_dir():
             raise FileNotFoundError(f"no model in {path} yet: its run has not ended, and goes on with --resume")
         raise FileNotFoundError(
@@ -1373,7 +1377,7 @@ def check_head(config: Config, tensors: dict, path):
     if config.tied and table is not None and head is not None and not np.array_equal(table, head):
         raise ValueError(
             f"{path}: lm_head.weight is another table than {name}, and tie_word_embeddings = true in config.json says "
-            "that they are one: write false there if the model has a head of its own, or take lm_head.weight away"
+            "that they are one: write false there, or take lm_head.weight out of the file"
         )
 
 

@@ -321,6 +321,21 @@ def test_a_missing_model_says_where_models_come_from_and_guesses_no_command(name
     assert ".py" not in str(error.value)
 
 
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("mine.gguf", r"mine.gguf is no model folder: python convert.py .*mine.gguf MODEL makes one"),
+        ("mine/adapter_config.json", r"mine is no model folder: python convert.py .*mine MODEL makes one"),
+        ("mine/pytorch_model.bin", r"mine holds pickled weights .*safetensors"),
+    ],
+)
+def test_what_could_become_a_model_folder_is_told_how(file, said, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=said):
+        gpt.load(tmp_path / Path(file).parts[0])
+
+
 def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_model, tmp_path):
     gpt.save(tmp_path / "reward", gpt.init_score_model(tiny_model, jax.random.key(0)), plain)
     gpt.save(tmp_path / "bare", tiny_model, None)
