@@ -858,7 +858,7 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([scores.get(words.get(i), 0.0) for i in range(config.vocab_size)])
-        writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
+        writer.add_add_space_prefix(has_blanks(tokenizer, folder))
         kinds |= {i: BYTE for i, word in words.items() if re.fullmatch("<0x[0-9A-F]{2}>", word)}
         kinds |= {vocab[spec["model"]["unk_token"]]: UNKNOWN} if spec["model"].get("unk_token") in vocab else {}
     else:
@@ -881,6 +881,19 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
         print(f"left out, since a GGUF names three end tokens: {', '.join(unsaid)}")
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_chat_template([dict(name=name, template=text) for name, text in tokenizer.templates.items()])
+
+
+def has_blanks(tokenizer: gpt.Tokenizer, folder: Path) -> bool:
+    """Whether a tokenizer of SentencePiece's kind puts a blank before the text after a special token, as all texts in a
+    chat are. llama.cpp does the same before a text's first word; transformers 5 and this code may do otherwise."""
+    end = tokenizer.names["eos_token"]
+    spell = lambda text: b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, special=True))).decode()
+    first, later = spell("a") == " a", spell(end + "a") == end + " a"
+    if first and not later:
+        print(
+            f"left out, since llama.cpp has no such rule: {folder} begins a text with a blank, and none after a token"
+        )
+    return later
 
 
 def read_spec(folder: Path) -> dict:
@@ -920,13 +933,9 @@ def find_splits(spec: dict) -> str | None:
 
 def find_scores(spec: dict) -> dict[str, float] | None:
     """The scores by which SentencePiece joins tokens as a tokenizer.json does; None where there are none."""
-    model, normalizer = spec["model"], json.dumps(spec.get("normalizer"), ensure_ascii=False)
-    if (
-        model.get("type") != "BPE"
-        or not model.get("byte_fallback")
-        or spec.get("pre_tokenizer")
-        or "▁" not in normalizer
-    ):
+    model, pre, normalizer = spec["model"], spec.get("pre_tokenizer"), str(spec.get("normalizer"))
+    marked = not pre["split"] if pre and pre["type"] == "Metaspace" else not pre and "▁" in normalizer
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or not marked:
         return None
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     ranks = {"".join(merge): -float(i) for i, merge in reversed(list(enumerate(merges)))}

@@ -336,10 +336,41 @@ def test_sentencepiece_joins_by_scores_there_and_back(tmp_path):
         assert said[f"tokenizer.ggml.{key}"] == first[f"tokenizer.ggml.{key}"]
     back = gpt.load_tokenizer(run(again, tmp_path / "back"))
     assert back.encode("ab cd bcd é") == tokenizer.encode("ab cd bcd é")
+    assert said["tokenizer.ggml.add_space_prefix"]
     # merges that no scores make
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["merges"] = spec["model"]["merges"][1:]
     assert convert.find_scores(spec) is None
+
+
+@pytest.mark.parametrize("settings, blanks", [(dict(legacy=True), True), (dict(legacy=False), False),
+                                              (dict(legacy=True, add_prefix_space=False), False)])  # fmt: skip
+@pytest.mark.parametrize("saved_by_5", [False, True])
+def test_blanks_after_special_tokens_are_as_the_model_reads_them(tmp_path, capsys, settings, blanks, saved_by_5):
+    """The class LlamaTokenizer goes by its settings, whatever tokenizer.json says. llama.cpp has one rule for all."""
+    folder = run(sentencepiece_gguf(tmp_path / "x.gguf"), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | dict(tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    if saved_by_5:
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        spec |= dict(
+            normalizer=None, pre_tokenizer=dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
+        )
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+    capsys.readouterr()
+    out = run(folder, tmp_path / "y.gguf")
+    assert metadata(out)["tokenizer.ggml.add_space_prefix"] is blanks
+    assert ("begins a text with a blank" in capsys.readouterr().out) == (settings == dict(legacy=False))
+    ours, back = gpt.load_tokenizer(folder), gpt.load_tokenizer(run(out, tmp_path / "back"))
+    for text in ("<s>ab cd</s>bcd d", "<s>d", "<s>"):
+        assert back.encode(text, True) == ours.encode(text, True)
+
+
+def test_words_that_are_cut_before_they_are_joined_have_no_scores():
+    spec = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"▁": 0}, "merges": []}}
+    blanks = dict(type="Metaspace", replacement="▁", prepend_scheme="always")
+    assert convert.find_scores(spec | {"pre_tokenizer": blanks | {"split": False}}) == {"▁": -1e6}
+    assert convert.find_scores(spec | {"pre_tokenizer": blanks | {"split": True}}) is None
 
 
 # what cannot be -------------------------------------------------------------------------------------------------------
