@@ -480,9 +480,12 @@ def read_config(meta: dict, arrays: dict) -> gpt.Config:
     for key in ("attention.value_length", "rope.dimension_count"):
         if take(key, width) != width:
             raise ValueError(f"{family}.{key} is not the {width} of a head's width, and only that is read here")
-    scaling, factor = take("rope.scaling.type", "none"), take("rope.scaling.factor", 1.0)
-    if scaling != "none" and factor != 1:
+    scaling = take("rope.scaling.type", "linear")  # llama.cpp's default; scale_linear is the factor's older name
+    factors = [take(f"rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear", "scaling.attn_factor")]
+    if scaling != "none" and not {0.0, 1.0}.issuperset(factors):
         raise ValueError(f"{family}.rope.scaling.type = {scaling!r} is not read here")
+    if not take("attention.causal", True):
+        raise ValueError(f"{family}.attention.causal = false is not read here: tokens would see later ones")
     if take("attention.sliding_window", context) < context:
         raise ValueError(f"{family}.attention.sliding_window, shorter than the context, is not read here")
     hf |= dict(head_dim=int(width), rope_theta=shortest(take("rope.freq_base", 10000.0)))

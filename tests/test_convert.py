@@ -220,8 +220,8 @@ def test_templates_that_are_not_the_default_go_along(tmp_path):
     assert gpt.load_tokenizer(back).templates == wanted
 
 
-def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, **metadata_):
-    """A one-layer model by the gguf library alone; every tensor counts upwards."""
+def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, keys=None, **metadata_):
+    """A one-layer model by the gguf library alone. `keys`: what its metadata says besides."""
     writer = gguf.GGUFWriter(file, arch)
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": width, "feed_forward_length": 64}
     sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2}
@@ -229,14 +229,17 @@ def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, **me
         if key not in drop:
             writer.add_uint32(f"{arch}.{key}", value)
     writer.add_layer_norm_rms_eps(1e-6)
+    kinds = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array, bool: writer.add_bool}
+    kinds[float] = writer.add_float32
+    for key, value in (keys or {}).items():
+        kinds[type(value)](key, value)
     tokens = LETTERS + JOINED + list(ADDED)
     types = [1] * 260 + [3, 3, 3, 4]
     plain = dict(model="gpt2", pre="gpt-2", tokens=tokens, token_type=types, merges=MERGES)
     plain |= dict(eos_token_id=262, bos_token_id=261)
     for key, value in (plain | metadata_).items():
         if value is not None:
-            add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array, bool: writer.add_bool}
-            add[type(value)](f"tokenizer.ggml.{key}", value)
+            kinds[type(value)](f"tokenizer.ggml.{key}", value)
     shapes = dict(attn_norm=32, ffn_norm=32, attn_q=(32, 32), attn_k=(16, 32), attn_v=(16, 32), attn_output=(32, 32))
     shapes |= dict(ffn_gate=(64, 32), ffn_up=(64, 32), ffn_down=(32, 64))
     shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
@@ -403,6 +406,16 @@ def test_another_kind_of_file_is_named(tmp_path, start, message):
 BAD = {
     "its architecture is 'gemma3', and one of llama, qwen2, qwen3, gpt2": dict(arch="gemma3"),
     "the metadata has no llama.block_count": dict(drop=("block_count",)),
+    "its layers differ in heads": dict(
+        drop=("attention.head_count_kv",), keys={"llama.attention.head_count_kv": [2, 4]}
+    ),
+    "llama.rope.scaling.type = 'yarn' is not read": dict(
+        keys={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    ),
+    "llama.rope.scaling.type = 'linear' is not read": dict(keys={"llama.rope.scale_linear": 2.0}),
+    "llama.attention.causal = false is not read": dict(keys={"llama.attention.causal": False}),
+    "llama.attention.sliding_window, shorter than the context": dict(keys={"llama.attention.sliding_window": 8}),
+    "llama.rope.dimension_count is not the 8 of a head's width": dict(keys={"llama.rope.dimension_count": 4}),
     "tensor blk.0.attn_k.weight is missing": dict(drop=("blk.0.attn_k",)),
     r"token_embd.weight has shape \(264, 32\), the configuration needs \(264, 64\)": dict(width=64),
     "configuration does not know: blk.0.ffn_gate_inp.weight": dict(more={"blk.0.ffn_gate_inp": (4, 32)}),
@@ -424,6 +437,19 @@ def test_what_is_wrong_with_a_gguf_is_said(tmp_path, message):
     with pytest.raises(ValueError, match=f"x.gguf: .*{message}"):
         run(file, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_metadata_that_changes_nothing_is_read_and_the_rest_is_named(tmp_path, capsys):
+    keys = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0, "llama.attention.causal": True}
+    keys |= {"llama.rope.scale_linear": 1.0, "llama.attention.sliding_window": 64, "general.author": "me"}
+    folder = run(write_gguf(tmp_path / "x.gguf", keys=keys), tmp_path / "out")
+    assert gpt.load(folder)[0].config.rope_scaling is None
+    assert "left out, since a model folder has no place for it: general.author\n" in capsys.readouterr().out
+
+
+def test_a_part_of_a_gguf_is_named(tmp_path):
+    with pytest.raises(ValueError, match="x.gguf is one of 3 parts: join them first, llama-gguf-split --merge"):
+        run(write_gguf(tmp_path / "x.gguf", keys={"split.count": 3}), tmp_path / "out")
 
 
 def test_a_quantisation_that_the_library_does_not_read_is_named(tmp_path, monkeypatch):
