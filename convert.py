@@ -570,6 +570,8 @@ def model_to_gguf(source: Path, target: Path, kind: str):
     if any(name.endswith("SequenceClassification") for name in hf.get("architectures") or ()):
         raise ValueError(f"{source} is a reward model, and llama.cpp has no such head: name a policy")
     config = gpt.config_from_hf(hf, folder / "config.json")
+    if config.family == "qwen3" and (config.qkv_bias or config.out_bias):
+        raise ValueError(f"{source} has attention_bias = true, and llama.cpp's {config.family} has no biases")
     wanted, find = places(config), open_folder(folder, config)
     writer = gguf.GGUFWriter(None, config.family)
     writer.add_name(source.resolve().name)

@@ -468,6 +468,8 @@ def test_a_folder_that_llama_cpp_cannot_have_is_refused(tmp_path, golden, words)
         run(tmp_path / "words", out)
     with pytest.raises(ValueError, match="is a reward model, and llama.cpp has no such head"):
         run(golden / "llama_score", out)
+    with pytest.raises(ValueError, match="biased has attention_bias = true, and llama.cpp's qwen3 has no biases"):
+        run(saved(tmp_path / "biased", config_of("qwen3", qkv_bias=True, out_bias=True)), out)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter. Merge it first: python convert.py"):

@@ -228,6 +228,8 @@ def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
     "name, change, named",
     [
         ("llama", {"model_type": "mamba"}, "'mamba' is not computed here, only gpt2, llama, mistral, qwen2, qwen3"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe' is not computed here"),
+        ("llama", {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]}, "'smollm3' is not computed here"),
         ("llama", {"model_type": "gemma3_text"}, "'gemma3_text' .norms, activation and local attention of its own."),
         ("llama", {"hidden_act": "relu"}, "hidden_act"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
