@@ -847,6 +847,8 @@ def check_ids(spec: dict, words: list, types: list):
 def write_tokenizer(writer, folder: Path, config: gpt.Config):
     """The folder's tokenizer, chat template and end tokens as metadata."""
     tokenizer, spec = gpt.need_tokenizer(folder), read_spec(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
     vocab = spec["model"]["vocab"] if isinstance(spec["model"].get("vocab"), dict) else {}
     added = {i: text for text, i in tokenizer.specials.items()}
     words = {i: word for word, i in vocab.items()} | added

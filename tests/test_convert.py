@@ -470,6 +470,8 @@ def test_a_folder_that_llama_cpp_cannot_have_is_refused(tmp_path, golden, words)
         run(golden / "llama_score", out)
     with pytest.raises(ValueError, match="biased has attention_bias = true, and llama.cpp's qwen3 has no biases"):
         run(saved(tmp_path / "biased", config_of("qwen3", qkv_bias=True, out_bias=True)), out)
+    with pytest.raises(ValueError, match="few: its tokenizer has 264 ids, its model 260"):
+        run(saved(tmp_path / "few", gpt.make_config(260, 64, 1, 2, 16)), out)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter. Merge it first: python convert.py"):
