@@ -691,6 +691,10 @@ SPLITS = {
 }
 
 
+# Other names of the same: Falcon 3's and those of distilled R1 models
+SAME_SPLITS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+
 # Control tokens that end an answer in llama.cpp whatever the metadata says
 END_TOKENS = (
     "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
@@ -710,7 +714,7 @@ def read_tokenizer(meta: dict, config: gpt.Config) -> tuple[dict, dict]:
     types = types or [NORMAL] * len(words)
     if kind == "gpt2":
         name = take("pre", None)
-        spec, adds_bos = byte_level(words, types, take("merges", []), name), name in ("llama-bpe", "llama3", "llama-v3")
+        spec, adds_bos = byte_level(words, types, take("merges", []), name), SAME_SPLITS.get(name, name) == "llama-bpe"
     elif kind == "llama":
         take("pre", None), take("merges", None)
         spec, adds_bos = sentencepiece(words, types, take("scores", None), take("add_space_prefix", True)), True
@@ -756,19 +760,19 @@ def read_templates(meta: dict) -> dict:
 
 def byte_level(words: list, types: list, merges: list, name: str | None) -> dict:
     """tokenizer.json of byte pairs."""
-    name = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}.get(name, name)
     if name is None:
         raise ValueError(
             "its tokenizer says nothing of how text is cut into words (tokenizer.ggml.pre): the file is old"
         )
-    if name not in SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre = {name!r} is not read here: {', '.join(SPLITS)}")
+    splits = SAME_SPLITS.get(name, name)
+    if splits not in SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre = {name!r} is not read here: {', '.join([*SPLITS, *SAME_SPLITS])}")
     split = lambda regex: dict(type="Split", pattern=dict(Regex=regex), behavior="Isolated", invert=False)
     to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return skeleton(
-        model=dict(ignore_merges=name == "llama-bpe", vocab=vocabulary(words, types), merges=merges),
+        model=dict(ignore_merges=splits == "llama-bpe", vocab=vocabulary(words, types), merges=merges),
         normalizer=dict(type="NFC") if name == "qwen2" else None,  # which llama.cpp leaves out
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, SPLITS[name]), to_bytes]),
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, SPLITS[splits]), to_bytes]),
         decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
     )
 
@@ -906,7 +910,9 @@ def has_blanks(tokenizer: gpt.Tokenizer, folder: Path) -> bool:
 def read_spec(folder: Path) -> dict:
     """tokenizer.json of a folder, or what GPT-2's vocab.json and merges.txt stand for."""
     if (folder / "tokenizer.json").is_file():
-        return json.loads((folder / "tokenizer.json").read_text())
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        nothing = spec.get("normalizer") == {"type": "Sequence", "normalizers": []}  # as DeepSeek's files say it
+        return spec | dict(normalizer=None) if nothing else spec
     files = [folder / name for name in ("vocab.json", "merges.txt")]
     if not all(file.is_file() for file in files):
         files = [folder / name for name in ("encoder.json", "vocab.bpe")]
@@ -934,6 +940,7 @@ def find_splits(spec: dict) -> str | None:
             return None
     name = next((name for name, splits in SPLITS.items() if splits == patterns), None)
     plain = not spec.get("normalizer") or (name == "qwen2" and spec["normalizer"] == {"type": "NFC"})
+    name = "deepseek-r1-qwen" if name == "qwen2" and not spec.get("normalizer") else name
     same = bool(model.get("ignore_merges")) == (name == "llama-bpe") and steps[-1].get("type") == "ByteLevel"
     return name if plain and same and model.get("type", "BPE") == "BPE" else None
 

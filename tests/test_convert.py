@@ -294,6 +294,19 @@ def test_how_text_is_cut_has_a_name_and_comes_back(tmp_path, capsys, name):
     assert [ours.encode(text) for text in TEXTS] == [back.encode(text) for text in TEXTS]
 
 
+@pytest.mark.parametrize("name, same", convert.SAME_SPLITS.items())
+def test_names_for_the_same_cut(tmp_path, name, same):
+    """A distilled R1 model's files are those of a Qwen2 without its NFC, which they say by an empty list."""
+    folder = run(write_gguf(tmp_path / "x.gguf", pre=name), tmp_path / "model")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    said = name if name == "deepseek-r1-qwen" else same
+    assert spec["normalizer"] is None and convert.find_splits(spec) == said
+    assert gpt.load_tokenizer(folder).bos_id == (261 if same == "llama-bpe" else None)
+    spec["normalizer"] = {"type": "Sequence", "normalizers": []}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert metadata(run(folder, tmp_path / "y.gguf"))["tokenizer.ggml.pre"] == said
+
+
 def test_smollms_digits_are_its_splits():
     spec = byte_level()
     spec["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
