@@ -1006,6 +1006,7 @@ def load_tokenizer(path) -> Tokenizer | None:
     elif {"vocab.json", "merges.txt"} <= set(files):
         settings = {"eos_token": "<|endoftext|>"} | settings
         library, encode = _gpt2_tokenizer(json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n"))
+        encode = None if "added_tokens_decoder" in settings else encode  # it knows none of them
     else:
         return None
     return Tokenizer(library, settings, files, _end_ids(path), path, encode)

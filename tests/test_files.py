@@ -594,6 +594,25 @@ def test_vocabulary_and_merges_are_the_same_tokenizer(names, byte_level, chatml,
     assert tokenizer.eos_id == chatml.specials["<|endoftext|>"]
 
 
+def test_vocabulary_and_merges_with_added_tokens(byte_level, tmp_path):
+    """As GPT2Tokenizer of transformers 4 saved it: what was added stands in tokenizer_config.json alone."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(byte_level[1] / name, tmp_path)
+    plain = gpt.load_tokenizer(tmp_path)
+    token = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    names = {"<|endoftext|>": True, "[PAD]": True, "<tool>": False}
+    added = {plain.vocab_size - 1 + i: token | dict(content=x, special=names[x]) for i, x in enumerate(names)}
+    settings = {"added_tokens_decoder": added, "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (plain.eos_id, plain.vocab_size)
+    text = "the[PAD] a<tool><|endoftext|>"
+    tool, letters = plain.vocab_size + 1, plain.encode
+    assert tokenizer.encode(text) == [*letters("the[PAD] a"), tool, *letters("<|endoftext|>")]
+    want = [*letters("the"), plain.vocab_size, *letters(" a"), tool, plain.eos_id]
+    assert tokenizer.encode(text, special=True) == want and tokenizer.decode(want) == "the a<tool>"
+
+
 def test_the_pad_is_never_the_eos(any_folder, byte_level):
     for folder in (any_folder, byte_level[1]):
         tokenizer = gpt.load_tokenizer(folder)
