@@ -480,9 +480,12 @@ def read_config(meta: dict, arrays: dict) -> gpt.Config:
     for key in ("attention.value_length", "rope.dimension_count"):
         if take(key, width) != width:
             raise ValueError(f"{family}.{key} is not the {width} of a head's width, and only that is read here")
-    scaling, factor = take("rope.scaling.type", "none"), take("rope.scaling.factor", 1.0)
-    if scaling != "none" and factor != 1:
+    scaling = take("rope.scaling.type", "linear")  # llama.cpp's default; scale_linear is the factor's older name
+    factors = [take(f"rope.{key}", 1.0) for key in ("scaling.factor", "scale_linear", "scaling.attn_factor")]
+    if scaling != "none" and not {0.0, 1.0}.issuperset(factors):
         raise ValueError(f"{family}.rope.scaling.type = {scaling!r} is not read here")
+    if not take("attention.causal", True):
+        raise ValueError(f"{family}.attention.causal = false is not read here: tokens would see later ones")
     if take("attention.sliding_window", context) < context:
         raise ValueError(f"{family}.attention.sliding_window, shorter than the context, is not read here")
     hf |= dict(head_dim=int(width), rope_theta=shortest(take("rope.freq_base", 10000.0)))
@@ -567,6 +570,8 @@ def model_to_gguf(source: Path, target: Path, kind: str):
     if any(name.endswith("SequenceClassification") for name in hf.get("architectures") or ()):
         raise ValueError(f"{source} is a reward model, and llama.cpp has no such head: name a policy")
     config = gpt.config_from_hf(hf, folder / "config.json")
+    if config.family == "qwen3" and (config.qkv_bias or config.out_bias):
+        raise ValueError(f"{source} has attention_bias = true, and llama.cpp's {config.family} has no biases")
     wanted, find = places(config), open_folder(folder, config)
     writer = gguf.GGUFWriter(None, config.family)
     writer.add_name(source.resolve().name)
@@ -624,8 +629,11 @@ def open_folder(folder: Path, config: gpt.Config):
     """A function from a Place to its array in the folder's files, which are read as they are used. The names and
     shapes are checked first."""
     names = gpt.read_tensors(folder)
+    gpt.check_head(config, names, folder)
     if config.gpt2:  # some files of GPT-2 leave the prefix out
         names = {n if n.startswith(("transformer.", "lm_head.")) else f"transformer.{n}": x for n, x in names.items()}
+    if config.tied and "lm_head.weight" in names:  # under either name, or both
+        names.setdefault(gpt.layout(config)[0][1], names["lm_head.weight"])
     unused = {n for n in names if not n.endswith((".attn.bias", ".attn.masked_bias", "rotary_emb.inv_freq"))}
     unused -= {"lm_head.weight"} if config.tied else set()
     for place in places(config):
@@ -683,8 +691,15 @@ SPLITS = {
 }
 
 
+# Other names of the same: Falcon 3's and those of distilled R1 models
+SAME_SPLITS = {"llama3": "llama-bpe", "llama-v3": "llama-bpe", "falcon3": "llama-bpe", "deepseek-r1-qwen": "qwen2"}
+
+
 # Control tokens that end an answer in llama.cpp whatever the metadata says
-END_TOKENS = ("<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|endoftext|>", "<|end_of_text|>", "</s>")
+END_TOKENS = (
+    "<|eot_id|>", "<|eom_id|>", "<|im_end|>", "<|end|>", "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>",
+    "<end_of_turn>", "<｜end▁of▁sentence｜>", "<EOT>", "_<EOT>",
+)  # fmt: skip
 
 
 def read_tokenizer(meta: dict, config: gpt.Config) -> tuple[dict, dict]:
@@ -699,7 +714,7 @@ def read_tokenizer(meta: dict, config: gpt.Config) -> tuple[dict, dict]:
     types = types or [NORMAL] * len(words)
     if kind == "gpt2":
         name = take("pre", None)
-        spec, adds_bos = byte_level(words, types, take("merges", []), name), name in ("llama-bpe", "llama3", "llama-v3")
+        spec, adds_bos = byte_level(words, types, take("merges", []), name), SAME_SPLITS.get(name, name) == "llama-bpe"
     elif kind == "llama":
         take("pre", None), take("merges", None)
         spec, adds_bos = sentencepiece(words, types, take("scores", None), take("add_space_prefix", True)), True
@@ -745,19 +760,19 @@ def read_templates(meta: dict) -> dict:
 
 def byte_level(words: list, types: list, merges: list, name: str | None) -> dict:
     """tokenizer.json of byte pairs."""
-    name = {"llama3": "llama-bpe", "llama-v3": "llama-bpe"}.get(name, name)
     if name is None:
         raise ValueError(
             "its tokenizer says nothing of how text is cut into words (tokenizer.ggml.pre): the file is old"
         )
-    if name not in SPLITS:
-        raise ValueError(f"tokenizer.ggml.pre = {name!r} is not read here: {', '.join(SPLITS)}")
+    splits = SAME_SPLITS.get(name, name)
+    if splits not in SPLITS:
+        raise ValueError(f"tokenizer.ggml.pre = {name!r} is not read here: {', '.join([*SPLITS, *SAME_SPLITS])}")
     split = lambda regex: dict(type="Split", pattern=dict(Regex=regex), behavior="Isolated", invert=False)
     to_bytes = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     return skeleton(
-        model=dict(ignore_merges=name == "llama-bpe", vocab=vocabulary(words, types), merges=merges),
+        model=dict(ignore_merges=splits == "llama-bpe", vocab=vocabulary(words, types), merges=merges),
         normalizer=dict(type="NFC") if name == "qwen2" else None,  # which llama.cpp leaves out
-        pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, SPLITS[name]), to_bytes]),
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, SPLITS[splits]), to_bytes]),
         decoder=dict(type="ByteLevel", add_prefix_space=True, trim_offsets=True, use_regex=True),
     )
 
@@ -836,10 +851,12 @@ def check_ids(spec: dict, words: list, types: list):
 def write_tokenizer(writer, folder: Path, config: gpt.Config):
     """The folder's tokenizer, chat template and end tokens as metadata."""
     tokenizer, spec = gpt.need_tokenizer(folder), read_spec(folder)
+    if tokenizer.vocab_size > config.vocab_size:
+        raise ValueError(f"{folder}: its tokenizer has {tokenizer.vocab_size} ids, its model {config.vocab_size}")
     vocab = spec["model"]["vocab"] if isinstance(spec["model"].get("vocab"), dict) else {}
-    added = {token["id"]: token for token in spec.get("added_tokens") or ()}
-    words = {i: word for word, i in vocab.items()} | {i: token["content"] for i, token in added.items()}
-    kinds = dict.fromkeys(words, NORMAL) | {i: CONTROL if token["special"] else USER for i, token in added.items()}
+    added = {i: text for text, i in tokenizer.specials.items()}
+    words = {i: word for word, i in vocab.items()} | added
+    kinds = dict.fromkeys(words, NORMAL) | {i: CONTROL if i in tokenizer.special_ids else USER for i in added}
     if name := find_splits(spec):
         if spec.get("normalizer"):
             print("left out, since llama.cpp has no such step: bringing text into Unicode's form NFC")
@@ -852,7 +869,7 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
         writer.add_tokenizer_model("llama")
         writer.add_tokenizer_pre("default")
         writer.add_token_scores([scores.get(words.get(i), 0.0) for i in range(config.vocab_size)])
-        writer.add_add_space_prefix("Prepend" in json.dumps(spec["normalizer"]))
+        writer.add_add_space_prefix(has_blanks(tokenizer, folder))
         kinds |= {i: BYTE for i, word in words.items() if re.fullmatch("<0x[0-9A-F]{2}>", word)}
         kinds |= {vocab[spec["model"]["unk_token"]]: UNKNOWN} if spec["model"].get("unk_token") in vocab else {}
     else:
@@ -863,13 +880,10 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     rows = range(config.vocab_size)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
     writer.add_token_types([kinds.get(i, UNUSED) for i in rows])
-    file = folder / "tokenizer_config.json"
-    settings = json.loads(file.read_text()) if file.is_file() else {}
-    named = {x: t["content"] if isinstance(t := settings.get(f"{x}_token"), dict) else t for x in ("bos", "pad", "unk")}
     ids = {name: i for i, name in words.items()}
     for x, add in dict(bos=writer.add_bos_token_id, pad=writer.add_pad_token_id, unk=writer.add_unk_token_id).items():
-        if named[x] in ids:
-            add(ids[named[x]])
+        if tokenizer.names.get(f"{x}_token") in ids:
+            add(ids[tokenizer.names[f"{x}_token"]])
     writer.add_eos_token_id(tokenizer.eos_id)
     others = [i for i in tokenizer.end_ids if i != tokenizer.eos_id]
     for i, add in zip(others, (writer.add_eot_token_id, writer.add_eom_token_id)):
@@ -877,13 +891,28 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
     if unsaid := [words[i] for i in others[2:] if words[i] not in END_TOKENS]:
         print(f"left out, since a GGUF names three end tokens: {', '.join(unsaid)}")
     writer.add_add_bos_token(tokenizer.bos_id is not None)
-    writer.add_chat_template(tokenizer.template)
+    writer.add_chat_template([dict(name=name, template=text) for name, text in tokenizer.templates.items()])
+
+
+def has_blanks(tokenizer: gpt.Tokenizer, folder: Path) -> bool:
+    """Whether a tokenizer of SentencePiece's kind puts a blank before the text after a special token, as all texts in a
+    chat are. llama.cpp does the same before a text's first word; transformers 5 and this code may do otherwise."""
+    end = tokenizer.names["eos_token"]
+    spell = lambda text: b"".join(map(tokenizer.token_bytes, tokenizer.encode(text, special=True))).decode()
+    first, later = spell("a") == " a", spell(end + "a") == end + " a"
+    if first and not later:
+        print(
+            f"left out, since llama.cpp has no such rule: {folder} begins a text with a blank, and none after a token"
+        )
+    return later
 
 
 def read_spec(folder: Path) -> dict:
     """tokenizer.json of a folder, or what GPT-2's vocab.json and merges.txt stand for."""
     if (folder / "tokenizer.json").is_file():
-        return json.loads((folder / "tokenizer.json").read_text())
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        nothing = spec.get("normalizer") == {"type": "Sequence", "normalizers": []}  # as DeepSeek's files say it
+        return spec | dict(normalizer=None) if nothing else spec
     files = [folder / name for name in ("vocab.json", "merges.txt")]
     if not all(file.is_file() for file in files):
         files = [folder / name for name in ("encoder.json", "vocab.bpe")]
@@ -911,19 +940,16 @@ def find_splits(spec: dict) -> str | None:
             return None
     name = next((name for name, splits in SPLITS.items() if splits == patterns), None)
     plain = not spec.get("normalizer") or (name == "qwen2" and spec["normalizer"] == {"type": "NFC"})
+    name = "deepseek-r1-qwen" if name == "qwen2" and not spec.get("normalizer") else name
     same = bool(model.get("ignore_merges")) == (name == "llama-bpe") and steps[-1].get("type") == "ByteLevel"
     return name if plain and same and model.get("type", "BPE") == "BPE" else None
 
 
 def find_scores(spec: dict) -> dict[str, float] | None:
     """The scores by which SentencePiece joins tokens as a tokenizer.json does; None where there are none."""
-    model, normalizer = spec["model"], json.dumps(spec.get("normalizer"), ensure_ascii=False)
-    if (
-        model.get("type") != "BPE"
-        or not model.get("byte_fallback")
-        or spec.get("pre_tokenizer")
-        or "▁" not in normalizer
-    ):
+    model, pre, normalizer = spec["model"], spec.get("pre_tokenizer"), str(spec.get("normalizer"))
+    marked = not pre["split"] if pre and pre["type"] == "Metaspace" else not pre and "▁" in normalizer
+    if model.get("type") != "BPE" or not model.get("byte_fallback") or not marked:
         return None
     merges = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
     ranks = {"".join(merge): -float(i) for i, merge in reversed(list(enumerate(merges)))}

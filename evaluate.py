@@ -597,11 +597,11 @@ BEHAVIOUR = ("answer_matching_behavior", "answer_not_matching_behavior")
 
 
 def read_questions(path: str) -> list[dict]:
-    """Checked rows {"messages", "choices", "answer"} of a JSONL file."""
+    """Checked rows {"messages", "choices", "answer", "line"} of a JSONL file."""
     questions = []
     for number, line in gpt.numbered_lines(path):
         try:
-            questions.append(check_question(gpt.parse_json(line)))
+            questions.append(check_question(gpt.parse_json(line)) | {"line": f"{path}:{number}"})
         except gpt.BadRow as error:
             raise gpt.BadRow(f"{path}:{number}: {error}") from None
     if not questions:
@@ -655,9 +655,12 @@ def choice_logprobs(exam: Exam, model, questions: list[dict], length: int) -> li
     """log p(choice | question) of each question's choices; None for a question that does not fit `length` tokens."""
     sequences, places = [], []
     for q in questions:
-        prompt = gpt.encode_prompt(q["messages"], exam.tokenizer)
-        # without EOS: whether a model stops after its answer is not the question
-        ids = [gpt.encode_opening(q["messages"], c.strip(), exam.tokenizer) for c in q["choices"]]
+        try:
+            prompt = gpt.encode_prompt(q["messages"], exam.tokenizer)
+            # without EOS: whether a model stops after its answer is not the question
+            ids = [gpt.encode_opening(q["messages"], c.strip(), exam.tokenizer) for c in q["choices"]]
+        except gpt.BadRow as error:  # the chat template's
+            raise gpt.BadRow(f"{q['line']}: {error}") from None
         if len(prompt) + max(map(len, ids)) > length:
             places.append(None)
             continue

@@ -752,8 +752,8 @@ TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
     "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
+OTHER_TEMPLATES = "additional_chat_templates/*.jinja"  # as transformers 5 saves those that are not the default
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
-NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 SECRET = secrets.token_hex(8)  # special tokens are read from text by names that nobody can type
 
 
@@ -764,24 +764,24 @@ class Tokenizer:
 
     def __init__(self, library, settings: dict, files=None, ends=(), folder="", encode=None):
         """`library`: a tokenizers.Tokenizer. `settings`: tokenizer_config.json. `encode`: a faster way to its ids."""
-        _name_special(library, settings, ends)
+        self.names = _name_special(library, settings, ends)  # what chat templates call the tokens
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
         self.specials = {token.content: i for i, token in tokens.items()}  # all added tokens, special or not
         self.vocab_size = max([*library.get_vocab().values(), *tokens]) + 1
-        names = {name: _token_text(settings.get(name)) for name in NAMED_TOKENS}
-        self.names = {name: text for name, text in names.items() if text}  # what chat templates call the tokens
-        if names["eos_token"] not in self.specials:
+        if self.names.get("eos_token") not in self.specials:
             raise ValueError(f"{folder}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
-        self.eos_id = self.specials[names["eos_token"]]
+        self.eos_id = self.specials[self.names["eos_token"]]
         self.end_ids = tuple(dict.fromkeys([self.eos_id, *ends]))  # all that end an answer; `eos_id` is the first
         first = library.encode("a")  # with what its post-processor puts before it: transformers goes by that alone
         self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None  # before every plain text
         # PAD is no end: a model that is not scored on its ends never learns to stop. Masks come from lengths, so any
         # other id will do where the files name none.
-        pad = self.specials.get(names["pad_token"], -1)
+        pad = self.specials.get(self.names.get("pad_token"), -1)
         self.pad_id = next(i for i in (pad, *range(len(self.end_ids) + 1)) if i >= 0 and i not in self.end_ids)
-        self.template, self.files, self.folder = _chat_template(settings, self, folder), files or {}, folder
+        self.files, self.folder = files or {}, folder
+        self.templates = _chat_templates(settings, self, folder)
+        self.template = self.templates["default"]
         self._library, self._tokens = library, tokens
         kept = self.special_ids | self._turn_markers()  # no text becomes one of these
         for i in kept - self.special_ids:
@@ -927,37 +927,42 @@ def _map_texts(value, change):
     return change(value) if isinstance(value, str) else value
 
 
-def _token_text(token) -> str | None:
-    return token["content"] if isinstance(token, dict) else token
-
-
-def _name_special(library, settings: dict, ends):
-    """Make special the tokens that the folder's settings name, and the added tokens among its ends. A name that is not
-    in the vocabulary is passed over: the model has no row for it."""
+def _name_special(library, settings: dict, ends) -> dict[str, str]:
+    """Make special the tokens that the folder's settings name ("bos_token" and the like, some of the model's own), and
+    the added tokens among its ends: -> name -> text. A text that is not in the vocabulary is passed over: the model has
+    no row for it."""
     import tokenizers
 
-    if not settings.get("eos_token") and ends:  # a folder may name it by id only
-        settings["eos_token"] = library.id_to_token(ends[0])
+    for i, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
+        token = tokenizers.AddedToken(**{key: x for key, x in token.items() if key != "__type"})
+        if library.get_added_tokens_decoder().get(int(i)) != token:  # as in transformers, it has the last word
+            library.add_tokens([token])
     added = library.get_added_tokens_decoder()
+    named = {name: token for name, token in settings.items() if name.endswith("_token")}
+    for more in map(settings.get, ("model_specific_special_tokens", "extra_special_tokens")):
+        named |= more if isinstance(more, dict) else {}
+    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
+    texts = {name: text for name, text in texts.items() if text and isinstance(text, str)}
+    if "eos_token" not in texts and ends:  # a folder may name it by id only
+        texts["eos_token"] = library.id_to_token(ends[0])
     known = {token.content: token for token in added.values()}
-    named = {_token_text(settings.get(name)) for name in NAMED_TOKENS} | {added[i].content for i in ends if i in added}
-    for text in named - {None}:
+    for text in {*texts.values(), *(added[i].content for i in ends if i in added)} - {None}:
         token = known.get(text, tokenizers.AddedToken(text, normalized=False))
         if not token.special and library.token_to_id(text) is not None:
             token.special = True
             library.add_special_tokens([token])
+    return texts
 
 
-def _chat_template(settings: dict, tokenizer: Tokenizer, folder) -> str:
-    """The folder's template, the one named default of several; where it has none, ChatML or plain text."""
-    template = settings.get("chat_template")
-    if isinstance(template, list):
-        named = {entry["name"]: entry["template"] for entry in template}
-        if "default" not in named:
-            raise ValueError(f"{folder}: none of its chat templates ({', '.join(named)}) is named default: rename one")
-        template = named["default"]
+def _chat_templates(settings: dict, tokenizer: Tokenizer, folder) -> dict[str, str]:
+    """The folder's templates by name, of which "default" is used; where it has none, ChatML or plain text."""
+    found = settings.get("chat_template")
+    named = {entry["name"]: entry["template"] for entry in found} if isinstance(found, list) else {"default": found}
+    if "default" not in named:
+        raise ValueError(f"{folder}: none of its chat templates ({', '.join(named)}) is named default: rename one")
     ours = CHATML_TEMPLATE if {"<|im_start|>", "<|im_end|>"} <= tokenizer.specials.keys() else PLAIN_TEMPLATE
-    return template or (ours if tokenizer.bos_id is None else "{{ bos_token }}" + ours)
+    named["default"] = named["default"] or (ours if tokenizer.bos_id is None else "{{ bos_token }}" + ours)
+    return named | {Path(name).stem: text.decode() for name, text in tokenizer.files.items() if "/" in name}
 
 
 @lru_cache
@@ -992,8 +997,10 @@ def load_tokenizer(path) -> Tokenizer | None:
     old_names = {"vocab.json": path / "encoder.json", "merges.txt": path / "vocab.bpe"}
     files = {name: (path / name).read_bytes() for name in TOKENIZER_FILES if (path / name).is_file()}
     files |= {name: old.read_bytes() for name, old in old_names.items() if name not in files and old.is_file()}
-    settings = json.loads(files.get("special_tokens_map.json", "{}"))
-    settings |= json.loads(files.get("tokenizer_config.json", "{}"))
+    files |= {f"{file.parent.name}/{file.name}": file.read_bytes() for file in path.glob(OTHER_TEMPLATES)}
+    settings = json.loads(files.get("tokenizer_config.json", "{}"))
+    if "added_tokens_decoder" not in settings:  # transformers reads the older file only where this is not there
+        settings |= json.loads(files.get("special_tokens_map.json", "{}"))
     if "chat_template.jinja" in files:
         settings["chat_template"] = files["chat_template.jinja"].decode()
     if "tokenizer.json" in files:
@@ -1001,6 +1008,7 @@ def load_tokenizer(path) -> Tokenizer | None:
     elif {"vocab.json", "merges.txt"} <= set(files):
         settings = {"eos_token": "<|endoftext|>"} | settings
         library, encode = _gpt2_tokenizer(json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n"))
+        encode = None if "added_tokens_decoder" in settings else encode  # it knows none of them
     else:
         return None
     return Tokenizer(library, settings, files, _end_ids(path), path, encode)
@@ -1031,8 +1039,13 @@ def _read_tokenizer_json(raw: bytes, settings: dict, path: Path):
     if llama and "ByteLevel" not in str(library.decoder):
         # transformers goes by the settings here: a blank before the text alone, or after special tokens as well
         where = "always" if settings.get("legacy") else "first"
-        where = "never" if settings.get("add_prefix_space") is False else where
+        back = [tokenizers.decoders.Replace("▁", " "), tokenizers.decoders.ByteFallback(), tokenizers.decoders.Fuse()]
+        if settings.get("add_prefix_space") is False:
+            where = "never"
+        else:
+            back.append(tokenizers.decoders.Strip(" ", 1, 0))
         library.normalizer, library.pre_tokenizer = None, tokenizers.pre_tokenizers.Metaspace("▁", where, split=False)
+        library.decoder = tokenizers.decoders.Sequence(back)
     return library
 
 
@@ -1171,6 +1184,7 @@ COMPUTED = {  # settings of config.json that change what a model computes: the v
     "quantization_config": (None,), "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,), "add_cross_attention": (False,),
     "hidden_act": ("silu", "swish"), "partial_rotary_factor": (1.0, None), "rope_type": ("default", "llama3"),
+    "is_causal": (True,),
 }  # fmt: skip
 
 
@@ -1251,9 +1265,11 @@ def load(path) -> tuple[GPT | ScoreModel, Tokenizer | None]:
     hf = json.loads((path / "config.json").read_text())
     config = config_from_hf(hf, path / "config.json")
     scores = hf["architectures"][0].endswith("SequenceClassification") if hf.get("architectures") else False
+    tensors = read_tensors(path)
+    check_head(config, tensors, path)
     if scores:
         config = dataclasses.replace(config, tied=True)  # classifiers are stored without the output head
-    model = _fill(config, read_tensors(path), path, hf.get("score", {}) if scores else None)
+    model = _fill(config, tensors, path, hf.get("score", {}) if scores else None)
     return model, load_tokenizer(path)
 
 
@@ -1293,6 +1309,10 @@ def find_folder(path) -> Path:
     if folder.exists() or str(path).startswith((".", "/", "out/")) or str(path).count("/") > 1:
         if list(folder.glob("member-*")):
             raise FileNotFoundError(f"{path} holds an ensemble, and one model is needed here: name one of its member-*")
+        if folder.suffix == ".gguf" or (folder / "adapter_config.json").is_file():
+            raise FileNotFoundError(f"{path} is no model folder: python convert.py {path} MODEL makes one of it")
+        if list(folder.glob("*.bin")):
+            raise FileNotFoundError(f"{path} holds pickled weights (.bin): save them as safetensors with transformers")
         if (folder / "checkpoint").is_dir():
             raise FileNotFoundError(f"no model in {path} yet: its run has not ended, and goes on with --resume")
         raise FileNotFoundError(
@@ -1302,7 +1322,7 @@ def find_folder(path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        wanted = ["*.json", "*.safetensors", "merges.txt", "*.jinja"]
+        wanted = ["*.json", "model*.safetensors", "merges.txt", "*.jinja"]
         return Path(snapshot_download(str(path), allow_patterns=wanted))
     except Exception as error:
         raise FileNotFoundError(
@@ -1319,12 +1339,21 @@ def ensemble_folders(path) -> list:
 STORED_TYPES = dict(F64=np.float64, F32=np.float32, F16=np.float16, BF16=jnp.bfloat16, U8=np.uint8, BOOL=np.bool_)
 
 
+def weight_files(path: Path) -> list[Path]:
+    """The files with a folder's weights: model.safetensors, or those that its index lists. Beside them may lie the same
+    weights under other names (Mistral's consolidated.safetensors), or parts that an earlier save left."""
+    index, whole = path / "model.safetensors.index.json", path / "model.safetensors"
+    if index.is_file() and not whole.is_file():
+        return sorted({path / name for name in json.loads(index.read_text())["weight_map"].values()})
+    return [whole] if whole.is_file() else sorted(path.glob("*.safetensors"))
+
+
 def read_tensors(path: Path) -> dict[str, np.ndarray]:
     """The tensors in a folder's files by name, mapped into memory: the disk is read when they are copied."""
     from safetensors import safe_open
 
     tensors = {}
-    for file in sorted(path.glob("*.safetensors")):
+    for file in weight_files(path):
         try:
             with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
                 data = np.memmap(file, np.uint8, "r")
@@ -1342,6 +1371,17 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
             array = data[first + start : first + end].view(STORED_TYPES[about["dtype"]])
             tensors[name] = array.reshape(about["shape"])
     return tensors
+
+
+def check_head(config: Config, tensors: dict, path):
+    """ValueError where a file has a head of its own, and the configuration says that the embedding is the head."""
+    name = layout(config)[0][1]
+    table, head = tensors.get(name, tensors.get(name.removeprefix("transformer."))), tensors.get("lm_head.weight")
+    if config.tied and table is not None and head is not None and not np.array_equal(table, head):
+        raise ValueError(
+            f"{path}: lm_head.weight is another table than {name}, and tie_word_embeddings = true in config.json says "
+            "that they are one: write false there, or take lm_head.weight out of the file"
+        )
 
 
 def _fill(config: Config, tensors: dict, path, score: dict | None) -> GPT | ScoreModel:
@@ -1451,6 +1491,7 @@ def save(path, model: GPT | ScoreModel, tokenizer: Tokenizer | None, extra: dict
     if jax.process_index() == 0:
         write_atomic(path / "model.safetensors", lambda file: save_file(tensors, file, metadata={"format": "pt"}))
         for name, content in (tokenizer.files if tokenizer else {}).items():
+            (path / name).parent.mkdir(exist_ok=True)
             write_atomic(path / name, lambda file, content=content: Path(file).write_bytes(content))
         if tokenizer is not None and not scores:
             write_json(path / "generation_config.json", generation_config(tokenizer))
@@ -1519,7 +1560,7 @@ def load_adapter(path, base) -> "Adapter | ScoreModel | None":
 
 def weights_hash(folder: Path) -> str:
     """A hash of a model folder's configuration and weights."""
-    parts = [file_hash(file) for file in [folder / "config.json", *sorted(folder.glob("*.safetensors"))]]
+    parts = [file_hash(file) for file in [folder / "config.json", *weight_files(folder)]]
     return hashlib.sha256("".join(parts).encode()).hexdigest()[:16]
 
 
@@ -1912,7 +1953,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
     path = Path(path)
     if not path.is_file():
         open_text(path)  # says what is missing
-    ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.eos_id, tokenizer.bos_id]
+    ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.names, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
     key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 10]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]

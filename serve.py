@@ -870,7 +870,7 @@ class Served:
         self.context = min(own, 2048) if config.context is None else config.context
         if c.gpt2 and self.context > own:
             raise ValueError(f"--context {config.context} > the {own} positions of {self.path}")
-        files = sorted(gpt.find_folder(self.path).glob("*.safetensors"))
+        files = gpt.weight_files(gpt.find_folder(self.path))
         self.checkpoint = hashlib.sha256("".join(map(gpt.file_hash, files)).encode()).hexdigest()
         self.sampling = sampling_defaults(self.tokenizer, self.name)
         self.examples = example_questions(config.examples) if config.examples else []

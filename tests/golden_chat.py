@@ -11,7 +11,7 @@ from pathlib import Path
 GOLDEN = Path(__file__).resolve().parent / "golden" / "chat.json"
 TEXTS = [
     "the other cat", " the cat\n\n1. and 12  the\n", "the<think> a</think>b", "Ünï e\u0301 東京 🦊", "", "a\tb \n c",
-    "</s> <|im_end|>",
+    "</s> <|im_end|> <mask> a",
 ]  # fmt: skip
 ASK = {"role": "user", "content": "the cat and 12?"}
 SYSTEM = {"role": "system", "content": "the other"}
@@ -219,7 +219,23 @@ FAMILIES = {  # name: (tokenizer.json, tokenizer_config.json, chat template)
                first=("<unk>", "<bos>", "<eos>")),
         FAST | {"bos_token": "<bos>", "eos_token": "<eos>"}, GEMMA,
     ),
+    "edited": (  # tokenizer_config.json says of tokens what tokenizer.json does not
+        byte_level(TURNS, ["<tool>"], split=WORDS),
+        FAST | {"bos_token": TURNS[1], "eos_token": TURNS[2], "extra_special_tokens": {"tool_token": "<tool>"}}
+        | {"added_tokens_decoder": {"274": TOKEN | {"content": TURNS[2], "special": True, "rstrip": True},
+                                    "276": TOKEN | {"content": "<mask>", "special": True}}},
+        "{{ tool_token }}" + CHATML,
+    ),
+    "mapped": (  # special_tokens_map.json goes before tokenizer_config.json
+        byte_level(TURNS, ["<tool>"], split=WORDS), FAST | {"eos_token": TURNS[0], "call_token": "<tool>"},
+        "{{ call_token }}{{ pad_token }}" + CHATML,
+    ),
+    "bare": (
+        pieces(["<unk>", "<s>", "</s>"], bos="<s>"), LLAMA | PIECES | {"legacy": False, "add_prefix_space": False},
+        ZEPHYR,
+    ),
 }  # fmt: skip
+MAPS = {"mapped": {"eos_token": TURNS[2], "pad_token": TOKEN | {"content": "<tool>"}}, "edited": {"pad_token": "a"}}
 ENDS = {  # generation_config.json
     "gemma": ["<eos>", "<end_of_turn>"], "llama3": ["<|end_of_text|>", "<|eot_id|>"],
     "phi": ["<|endoftext|>", "<|end|>"], "qwen2": ["<|im_end|>", "<|endoftext|>"],
@@ -236,6 +252,8 @@ def write_folder(name: str, root: Path) -> Path:
     if name in ENDS:
         ids = {token["content"]: token["id"] for token in words["added_tokens"]}
         files["generation_config.json"] = {"eos_token_id": [ids[text] for text in ENDS[name]]}
+    if name in MAPS:
+        files["special_tokens_map.json"] = MAPS[name]
     for file, value in files.items():
         (folder / file).write_text(json.dumps(value, ensure_ascii=False))
     return folder

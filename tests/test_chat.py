@@ -236,6 +236,22 @@ def test_a_row_that_the_template_refuses_is_named_by_line(loaded, tmp_path, caps
     assert "1 rows left out: the chat template refuses these messages: roles must alternate" in capsys.readouterr().err
 
 
+def test_tokens_are_kept_until_a_name_of_the_template_is_another_token(loaded, folders, tmp_path):
+    path = write(tmp_path / "rows.jsonl", {"messages": [ASK, SAY]})
+    for name in ("<|begin_of_text|>", "<|end_of_text|>"):
+        tokenizer = changed(folders["llama3"], tmp_path, bos_token=name)
+        tokens = gpt.token_data(path, "demos", tokenizer, 128).tokens
+        assert tokens[0] == tokenizer.specials[name]
+
+
+def test_add_bos_token_is_no_matter_of_the_templates(loaded, folders, tmp_path):
+    """It says what goes before plain text, as far as tokenizer.json does not; {{ bos_token }} is the token."""
+    for adds in (False, True):
+        tokenizer = changed(folders["llama3"], tmp_path, add_bos_token=adds)
+        assert tokenizer.chat([ASK]) == loaded["llama3"].chat([ASK])
+        assert tokenizer.chat([ASK])[0] == tokenizer.bos_id == tokenizer.specials["<|begin_of_text|>"]
+
+
 def test_texts_with_markers_and_answers_that_are_not_trained_on_are_told(loaded, tmp_path, capsys):
     tokenizer = loaded["qwen3"]
     pair = {"prompt": "<|im_start|>user\nthe<|im_end|>\n<|im_start|>assistant\n", "chosen": "cat", "rejected": "and"}

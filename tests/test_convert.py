@@ -190,8 +190,38 @@ def test_what_a_gguf_says_of_the_model(tmp_path):
     assert tokens["add_bos_token"] is False and said["tokenizer.chat_template"] == TEMPLATE
 
 
-def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, **metadata_):
-    """A one-layer model by the gguf library alone; every tensor counts upwards."""
+def test_what_tokenizer_config_says_of_tokens_is_what_a_gguf_says(tmp_path):
+    """It goes before tokenizer.json in transformers, too."""
+    thought = dict(content="<think>", special=True) | dict.fromkeys(
+        ("lstrip", "rstrip", "single_word", "normalized"), False
+    )
+    more = {"263": thought, "264": thought | {"content": "<tool>", "special": False}}
+    folder = saved(tmp_path / "model", config_of("llama"), added_tokens_decoder=more)
+    said = metadata(run(folder, tmp_path / "x.gguf"))
+    kinds = gguf.TokenType
+    assert said["tokenizer.ggml.tokens"][263:265] == ["<think>", "<tool>"]
+    assert said["tokenizer.ggml.token_type"][263:265] == [kinds.CONTROL, kinds.USER_DEFINED]
+    ours, back = gpt.load_tokenizer(folder), gpt.load_tokenizer(run(tmp_path / "x.gguf", tmp_path / "back"))
+    for text in (*TEXTS, "<tool>"):
+        assert back.encode(text, True) == ours.encode(text, True)
+    assert back.decode([263, 259, 264]) == ours.decode([263, 259, 264]) == "hello<tool>"
+
+
+def test_templates_that_are_not_the_default_go_along(tmp_path):
+    named = [dict(name="default", template=TEMPLATE), dict(name="tool_use", template="a")]
+    folder = saved(tmp_path / "model", config_of("llama"), chat_template=named)
+    (folder / "additional_chat_templates").mkdir()  # where transformers 5 saves them
+    (folder / "additional_chat_templates" / "rag.jinja").write_text("b")
+    model, tokenizer = gpt.load(folder)
+    gpt.save(tmp_path / "saved", model, tokenizer)
+    wanted = {"default": TEMPLATE, "tool_use": "a", "rag": "b"}
+    assert gpt.load_tokenizer(tmp_path / "saved").templates == wanted
+    back = run(run(tmp_path / "saved", tmp_path / "x.gguf"), tmp_path / "back")
+    assert gpt.load_tokenizer(back).templates == wanted
+
+
+def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, keys=None, **metadata_):
+    """A one-layer model by the gguf library alone. `keys`: what its metadata says besides."""
     writer = gguf.GGUFWriter(file, arch)
     sizes = {"block_count": 1, "context_length": 64, "embedding_length": width, "feed_forward_length": 64}
     sizes |= {"attention.head_count": 4, "attention.head_count_kv": 2}
@@ -199,14 +229,17 @@ def write_gguf(file, arch="llama", kind=None, drop=(), more=None, width=32, **me
         if key not in drop:
             writer.add_uint32(f"{arch}.{key}", value)
     writer.add_layer_norm_rms_eps(1e-6)
+    kinds = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array, bool: writer.add_bool}
+    kinds[float] = writer.add_float32
+    for key, value in (keys or {}).items():
+        kinds[type(value)](key, value)
     tokens = LETTERS + JOINED + list(ADDED)
     types = [1] * 260 + [3, 3, 3, 4]
     plain = dict(model="gpt2", pre="gpt-2", tokens=tokens, token_type=types, merges=MERGES)
     plain |= dict(eos_token_id=262, bos_token_id=261)
     for key, value in (plain | metadata_).items():
         if value is not None:
-            add = {str: writer.add_string, int: writer.add_uint32, list: writer.add_array, bool: writer.add_bool}
-            add[type(value)](f"tokenizer.ggml.{key}", value)
+            kinds[type(value)](f"tokenizer.ggml.{key}", value)
     shapes = dict(attn_norm=32, ffn_norm=32, attn_q=(32, 32), attn_k=(16, 32), attn_v=(16, 32), attn_output=(32, 32))
     shapes |= dict(ffn_gate=(64, 32), ffn_up=(64, 32), ffn_down=(32, 64))
     shapes = {f"blk.0.{name}": shape for name, shape in shapes.items()}
@@ -261,6 +294,19 @@ def test_how_text_is_cut_has_a_name_and_comes_back(tmp_path, capsys, name):
     assert [ours.encode(text) for text in TEXTS] == [back.encode(text) for text in TEXTS]
 
 
+@pytest.mark.parametrize("name, same", convert.SAME_SPLITS.items())
+def test_names_for_the_same_cut(tmp_path, name, same):
+    """A distilled R1 model's files are those of a Qwen2 without its NFC, which they say by an empty list."""
+    folder = run(write_gguf(tmp_path / "x.gguf", pre=name), tmp_path / "model")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    said = name if name == "deepseek-r1-qwen" else same
+    assert spec["normalizer"] is None and convert.find_splits(spec) == said
+    assert gpt.load_tokenizer(folder).bos_id == (261 if same == "llama-bpe" else None)
+    spec["normalizer"] = {"type": "Sequence", "normalizers": []}
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    assert metadata(run(folder, tmp_path / "y.gguf"))["tokenizer.ggml.pre"] == said
+
+
 def test_smollms_digits_are_its_splits():
     spec = byte_level()
     spec["pre_tokenizer"]["pretokenizers"].insert(0, {"type": "Digits", "individual_digits": True})
@@ -306,10 +352,41 @@ def test_sentencepiece_joins_by_scores_there_and_back(tmp_path):
         assert said[f"tokenizer.ggml.{key}"] == first[f"tokenizer.ggml.{key}"]
     back = gpt.load_tokenizer(run(again, tmp_path / "back"))
     assert back.encode("ab cd bcd é") == tokenizer.encode("ab cd bcd é")
+    assert said["tokenizer.ggml.add_space_prefix"]
     # merges that no scores make
     spec = json.loads((folder / "tokenizer.json").read_text())
     spec["model"]["merges"] = spec["model"]["merges"][1:]
     assert convert.find_scores(spec) is None
+
+
+@pytest.mark.parametrize("settings, blanks", [(dict(legacy=True), True), (dict(legacy=False), False),
+                                              (dict(legacy=True, add_prefix_space=False), False)])  # fmt: skip
+@pytest.mark.parametrize("saved_by_5", [False, True])
+def test_blanks_after_special_tokens_are_as_the_model_reads_them(tmp_path, capsys, settings, blanks, saved_by_5):
+    """The class LlamaTokenizer goes by its settings, whatever tokenizer.json says. llama.cpp has one rule for all."""
+    folder = run(sentencepiece_gguf(tmp_path / "x.gguf"), tmp_path / "model")
+    config = json.loads((folder / "tokenizer_config.json").read_text()) | dict(tokenizer_class="LlamaTokenizer")
+    (folder / "tokenizer_config.json").write_text(json.dumps(config | settings))
+    if saved_by_5:
+        spec = json.loads((folder / "tokenizer.json").read_text())
+        spec |= dict(
+            normalizer=None, pre_tokenizer=dict(type="Metaspace", replacement="▁", prepend_scheme="first", split=False)
+        )
+        (folder / "tokenizer.json").write_text(json.dumps(spec))
+    capsys.readouterr()
+    out = run(folder, tmp_path / "y.gguf")
+    assert metadata(out)["tokenizer.ggml.add_space_prefix"] is blanks
+    assert ("begins a text with a blank" in capsys.readouterr().out) == (settings == dict(legacy=False))
+    ours, back = gpt.load_tokenizer(folder), gpt.load_tokenizer(run(out, tmp_path / "back"))
+    for text in ("<s>ab cd</s>bcd d", "<s>d", "<s>"):
+        assert back.encode(text, True) == ours.encode(text, True)
+
+
+def test_words_that_are_cut_before_they_are_joined_have_no_scores():
+    spec = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"▁": 0}, "merges": []}}
+    blanks = dict(type="Metaspace", replacement="▁", prepend_scheme="always")
+    assert convert.find_scores(spec | {"pre_tokenizer": blanks | {"split": False}}) == {"▁": -1e6}
+    assert convert.find_scores(spec | {"pre_tokenizer": blanks | {"split": True}}) is None
 
 
 # what cannot be -------------------------------------------------------------------------------------------------------
@@ -342,6 +419,16 @@ def test_another_kind_of_file_is_named(tmp_path, start, message):
 BAD = {
     "its architecture is 'gemma3', and one of llama, qwen2, qwen3, gpt2": dict(arch="gemma3"),
     "the metadata has no llama.block_count": dict(drop=("block_count",)),
+    "its layers differ in heads": dict(
+        drop=("attention.head_count_kv",), keys={"llama.attention.head_count_kv": [2, 4]}
+    ),
+    "llama.rope.scaling.type = 'yarn' is not read": dict(
+        keys={"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+    ),
+    "llama.rope.scaling.type = 'linear' is not read": dict(keys={"llama.rope.scale_linear": 2.0}),
+    "llama.attention.causal = false is not read": dict(keys={"llama.attention.causal": False}),
+    "llama.attention.sliding_window, shorter than the context": dict(keys={"llama.attention.sliding_window": 8}),
+    "llama.rope.dimension_count is not the 8 of a head's width": dict(keys={"llama.rope.dimension_count": 4}),
     "tensor blk.0.attn_k.weight is missing": dict(drop=("blk.0.attn_k",)),
     r"token_embd.weight has shape \(264, 32\), the configuration needs \(264, 64\)": dict(width=64),
     "configuration does not know: blk.0.ffn_gate_inp.weight": dict(more={"blk.0.ffn_gate_inp": (4, 32)}),
@@ -365,6 +452,19 @@ def test_what_is_wrong_with_a_gguf_is_said(tmp_path, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_metadata_that_changes_nothing_is_read_and_the_rest_is_named(tmp_path, capsys):
+    keys = {"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0, "llama.attention.causal": True}
+    keys |= {"llama.rope.scale_linear": 1.0, "llama.attention.sliding_window": 64, "general.author": "me"}
+    folder = run(write_gguf(tmp_path / "x.gguf", keys=keys), tmp_path / "out")
+    assert gpt.load(folder)[0].config.rope_scaling is None
+    assert "left out, since a model folder has no place for it: general.author\n" in capsys.readouterr().out
+
+
+def test_a_part_of_a_gguf_is_named(tmp_path):
+    with pytest.raises(ValueError, match="x.gguf is one of 3 parts: join them first, llama-gguf-split --merge"):
+        run(write_gguf(tmp_path / "x.gguf", keys={"split.count": 3}), tmp_path / "out")
+
+
 def test_a_quantisation_that_the_library_does_not_read_is_named(tmp_path, monkeypatch):
     file = write_gguf(tmp_path / "x.gguf", kind=gguf.GGMLQuantizationType.Q8_0)
     monkeypatch.delitem(gguf.quants._type_traits, gguf.GGMLQuantizationType.Q8_0)
@@ -381,6 +481,10 @@ def test_a_folder_that_llama_cpp_cannot_have_is_refused(tmp_path, golden, words)
         run(tmp_path / "words", out)
     with pytest.raises(ValueError, match="is a reward model, and llama.cpp has no such head"):
         run(golden / "llama_score", out)
+    with pytest.raises(ValueError, match="biased has attention_bias = true, and llama.cpp's qwen3 has no biases"):
+        run(saved(tmp_path / "biased", config_of("qwen3", qkv_bias=True, out_bias=True)), out)
+    with pytest.raises(ValueError, match="few: its tokenizer has 264 ids, its model 260"):
+        run(saved(tmp_path / "few", gpt.make_config(260, 64, 1, 2, 16)), out)
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "adapter_config.json").write_text("{}")
     with pytest.raises(ValueError, match="is an adapter. Merge it first: python convert.py"):

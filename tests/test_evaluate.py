@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from golden_chat import write_folder as write_family
 
 import evaluate
 import gpt
@@ -610,6 +611,15 @@ def test_a_question_of_the_wrong_shape_is_named_by_file_and_line(row, reason, tm
     write_rows(tmp_path / "q.jsonl", [good, row])
     with pytest.raises(gpt.BadRow, match=rf"q\.jsonl:2: {reason}"):
         evaluate.read_questions(tmp_path / "q.jsonl")
+
+
+def test_a_question_that_the_chat_template_refuses_is_named_by_file_and_line(tmp_path):
+    exam = SimpleNamespace(tokenizer=gpt.load_tokenizer(write_family("llama2", tmp_path)))
+    ask = {"role": "user", "content": "?"}
+    good = {"question": "?", "choices": ["a", "b"], "answer": 1}
+    write_rows(tmp_path / "q.jsonl", [good, good | {"question": [ask, ask]}])
+    with pytest.raises(gpt.BadRow, match=r"q\.jsonl:2: the chat template refuses these messages: roles must alternate"):
+        evaluate.choice_logprobs(exam, None, evaluate.read_questions(tmp_path / "q.jsonl"), 99)
 
 
 def test_a_row_holds_what_pictures_need(report):

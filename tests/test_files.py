@@ -144,6 +144,17 @@ def test_a_tied_head_may_be_stored_under_either_name_or_both(rewritten, golden):
         assert_equal_leaves(gpt.load(rewritten("qwen2", change))[0], want)
 
 
+@pytest.mark.parametrize("name, table", [("qwen2", "model.embed_tokens.weight"), ("gpt2", "transformer.wte.weight")])
+def test_a_tied_head_that_is_another_table_is_refused(name, table, rewritten):
+    """transformers 5 takes such a head and warns; the embedding in its place gives other numbers."""
+    folder = rewritten(name, lambda tensors: tensors | {"lm_head.weight": 2 * tensors[table]})
+    with pytest.raises(ValueError, match=rf"lm_head.weight is another table than {table}.*tie_word_embeddings = true"):
+        gpt.load(folder)
+    change_json(folder / "config.json", lambda settings: settings.update(tie_word_embeddings=False))
+    model, _ = gpt.load(folder)
+    np.testing.assert_array_equal(model.head, 2 * model.wte)
+
+
 def test_weights_in_several_files_are_one_model(golden, tmp_path):
     tensors = load_file(golden / "llama" / "model.safetensors")
     shutil.copy(golden / "llama" / "config.json", tmp_path)
@@ -151,6 +162,21 @@ def test_weights_in_several_files_are_one_model(golden, tmp_path):
         part = {name: x for j, (name, x) in enumerate(tensors.items()) if j % 2 == i}
         save_file(part, tmp_path / f"model-0000{i + 1}-of-00002.safetensors")
     assert_equal_leaves(gpt.load(tmp_path)[0], gpt.load(golden / "llama")[0])
+
+
+def test_files_that_the_index_does_not_list_are_passed_over(golden, tmp_path):
+    """Mistral's folders hold the weights twice, and a folder that is saved into again may keep old parts."""
+    tensors = load_file(golden / "llama" / "model.safetensors")
+    shutil.copy(golden / "llama" / "config.json", tmp_path)
+    save_file({"layers.0.attention.wq.weight": tensors["lm_head.weight"]}, tmp_path / "consolidated.safetensors")
+    save_file({name: 0 * x for name, x in tensors.items()}, tmp_path / "model-9.safetensors")
+    save_file(tensors, tmp_path / "model-1.safetensors")
+    index = {"weight_map": dict.fromkeys(tensors, "model-1.safetensors")}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    want = gpt.load(golden / "llama")[0]
+    assert_equal_leaves(gpt.load(tmp_path)[0], want)
+    (tmp_path / "model-1.safetensors").rename(tmp_path / "model.safetensors")  # an index of parts that are gone
+    assert_equal_leaves(gpt.load(tmp_path)[0], want)
 
 
 @pytest.mark.parametrize(
@@ -205,6 +231,8 @@ def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
     "name, change, named",
     [
         ("llama", {"model_type": "mamba"}, "'mamba' is not computed here, only gpt2, llama, mistral, qwen2, qwen3"),
+        ("qwen3", {"model_type": "qwen3_moe"}, "'qwen3_moe' is not computed here"),
+        ("llama", {"model_type": "smollm3", "no_rope_layers": [1, 1, 1, 0]}, "'smollm3' is not computed here"),
         ("llama", {"model_type": "gemma3_text"}, "'gemma3_text' .norms, activation and local attention of its own."),
         ("llama", {"hidden_act": "relu"}, "hidden_act"),
         ("llama", {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
@@ -212,6 +240,7 @@ def test_a_loaded_model_is_its_own_and_may_be_donated(golden, tmp_path):
         ("llama", {"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
         ("llama", {"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
         ("llama", {"quantization_config": {"quant_method": "gptq"}}, "quantization_config = .*gptq"),
+        ("qwen2", {"is_causal": False}, "is_causal = False"),  # models of embeddings
         ("gpt2", {"scale_attn_weights": False}, "scale_attn_weights"),
         ("gpt2", {"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx"),
         ("gpt2", {"add_cross_attention": True}, "add_cross_attention"),
@@ -295,6 +324,21 @@ def test_a_missing_model_says_where_models_come_from_and_guesses_no_command(name
     with pytest.raises(FileNotFoundError, match=where) as error:
         gpt.load(tmp_path / name)
     assert ".py" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "file, said",
+    [
+        ("mine.gguf", r"mine.gguf is no model folder: python convert.py .*mine.gguf MODEL makes one"),
+        ("mine/adapter_config.json", r"mine is no model folder: python convert.py .*mine MODEL makes one"),
+        ("mine/pytorch_model.bin", r"mine holds pickled weights .*safetensors"),
+    ],
+)
+def test_what_could_become_a_model_folder_is_told_how(file, said, tmp_path):
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    with pytest.raises(FileNotFoundError, match=said):
+        gpt.load(tmp_path / Path(file).parts[0])
 
 
 def test_what_cannot_write_text_is_refused_with_what_to_give(plain, words, tiny_model, tmp_path):
@@ -551,6 +595,25 @@ def test_vocabulary_and_merges_are_the_same_tokenizer(names, byte_level, chatml,
     for text in TEXTS:
         assert tokenizer.encode(text) == chatml.encode(text)
     assert tokenizer.eos_id == chatml.specials["<|endoftext|>"]
+
+
+def test_vocabulary_and_merges_with_added_tokens(byte_level, tmp_path):
+    """As GPT2Tokenizer of transformers 4 saved it: what was added stands in tokenizer_config.json alone."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(byte_level[1] / name, tmp_path)
+    plain = gpt.load_tokenizer(tmp_path)
+    token = dict.fromkeys(("lstrip", "rstrip", "single_word", "normalized"), False)
+    names = {"<|endoftext|>": True, "[PAD]": True, "<tool>": False}
+    added = {plain.vocab_size - 1 + i: token | dict(content=x, special=names[x]) for i, x in enumerate(names)}
+    settings = {"added_tokens_decoder": added, "pad_token": "[PAD]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path)
+    assert (tokenizer.eos_id, tokenizer.pad_id) == (plain.eos_id, plain.vocab_size)
+    text = "the[PAD] a<tool><|endoftext|>"
+    tool, letters = plain.vocab_size + 1, plain.encode
+    assert tokenizer.encode(text) == [*letters("the[PAD] a"), tool, *letters("<|endoftext|>")]
+    want = [*letters("the"), plain.vocab_size, *letters(" a"), tool, plain.eos_id]
+    assert tokenizer.encode(text, special=True) == want and tokenizer.decode(want) == "the a<tool>"
 
 
 def test_the_pad_is_never_the_eos(any_folder, byte_level):

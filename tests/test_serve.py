@@ -28,6 +28,7 @@ import openai
 import pytest
 import tokenizers
 import tyro
+from golden_chat import write_folder as write_family
 
 import dpo
 import gpt
@@ -507,6 +508,34 @@ def test_a_stop_that_names_a_special_token_stops_at_its_id(http):
         assert "".join(part["choices"][0]["delta"].get("content") or "" for part in parts) == text
     refused = ask(stop=["a", "<eos> b"])
     assert refused.status_code == 400 and "give <eos> as a stop of its own" in refused.json()["error"]["message"]
+    body = dict(prompt="c d", max_tokens=40, temperature=1.5, ignore_eos=True, logprobs=0)
+    complete = lambda **options: http.post("/v1/completions", json=body | options).json()
+    tokens = lambda seed: complete(seed=seed)["choices"][0]["logprobs"]["tokens"]
+    seed, whole = next((seed, found) for seed in range(99) if "<eos>" in (found := tokens(seed)))
+    found = complete(seed=seed, stop="<eos>")
+    assert found["usage"]["completion_tokens"] == whole.index("<eos>") + 1
+    assert found["choices"][0]["finish_reason"] == "stop"
+
+
+def test_what_the_chat_template_refuses_is_the_requests_fault_and_is_said(tmp_path):
+    tokenizer = gpt.load_tokenizer(write_family("llama2", tmp_path))
+    with pytest.raises(serve.ApiError) as error:
+        serve.chat_ids(ASK + ASK, tokenizer)
+    assert error.value.status == 400 and "roles must alternate" in error.value.body["error"]["message"]
+
+
+@pytest.mark.parametrize("stop", ["</think>", "think> c", "</think> cat"])
+def test_a_stop_may_name_an_added_token_or_hold_one(stop, tmp_path):
+    """Of a model whose <think> is a token, and no special one: it is text like any other."""
+    tokenizer = gpt.load_tokenizer(write_family("qwen3", tmp_path))
+    ids = tokenizer.encode("<think>the</think> cat and")
+    assert tokenizer.specials["</think>"] in ids
+    for stream in (False, True):
+        ends = serve.named_stops((stop,), tokenizer)
+        choice = serve.Choice(0, [1], 99, None, 0.0, stops=(stop,), stop_ids=ends, stream=stream)
+        choice.reader = serve.TextStream(tokenizer)
+        assert choice.add(ids, [0.0] * len(ids), None, True)
+        assert choice.text == "<think>the</think> cat and".partition(stop)[0]
 
 
 def test_every_end_ends_an_answer_and_none_is_text(measured):
