@@ -35,7 +35,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from scipy.special import ndtr, ndtri, stdtrit
+from scipy.special import ndtr, stdtrit
 
 import gpt
 
@@ -229,57 +229,12 @@ def from_rows(rows: list[dict]) -> Answers:
 # ---------------------------------------------------------------------------------------------------- statistics
 
 
-Z = float(ndtri(0.975))  # 1.96, of 95% intervals
-
-
-def same_prompt(prompts) -> np.ndarray:
-    """The cluster of each answer (N,): answers to one prompt have one number, from 0 up."""
-    return np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-
-
-def effective_size(values, clusters) -> float:
-    """How many answers to as many prompts know as much as these N: values (N,) in [0, 1], clusters (N,).
-
-    n_eff = N / D by the design effect D = V_cluster / V_simple (Kish 1965), where the ratio estimator has, with the
-    sums S_g of n_g answers to prompt g and the mean p,
-
-        V_cluster = sum_g (S_g - p n_g)^2        V_simple = sum_i (v_i - p)^2
-
-    A few events say little about D: both sums get z^2 / 4, the pseudo-observations of Wilson's interval, that in
-    V_cluster times the D of prompts whose answers are all equal, sum_g n_g^2 / N. D is 1 at least, and exactly 1 where
-    no prompt repeats. Few prompts: times (t_{N-1} / t_{G-1})^2 of Korn and Graubard 1998 and (G - 1) / G.
-    """
-    n, sizes, sums = len(values), np.bincount(clusters), np.bincount(clusters, values)
-    if len(sizes) == n:
-        return float(n)
-    p, most = values.mean(), (sizes**2).sum() / n
-    between, simple = ((sums - p * sizes) ** 2).sum(), ((values - p) ** 2).sum()
-    design = max(1.0, (between + Z**2 / 4 * most) / (simple + Z**2 / 4))
-    free = len(sizes) - 1  # degrees of freedom
-    few = (stdtrit(n - 1, 0.975) / stdtrit(max(free, 1), 0.975)) ** 2 * free / (free + 1)
-    return float(n / design * few)
-
-
-def share_interval(values, clusters) -> list[float]:
-    """95% interval of a share, the mean p of values (N,) in [0, 1] such as hits, or wins with ties a half.
-
-        (n p + z^2 / 2 +- z sqrt(n s^2 + z^2 / 4)) / (n + z^2)        s^2 = mean (v - p)^2, n = `effective_size`
-
-    Where all values are 0 or 1, s^2 = p (1 - p) and this is Wilson's interval (1927) with an effective sample size
-    (Franco et al. 2019, doi:10.1093/jssam/smy019). It does not shrink to a point where nothing was seen to happen: 0 of
-    500 is [0, 0.0076]. By cluster, it is about prompts that were not asked yet, not about more draws of the same ones.
-    """
-    n, p = effective_size(values, clusters), values.mean()
-    middle, half = n * p + Z**2 / 2, Z * math.sqrt(n * values.var() + Z**2 / 4)
-    return [max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))]
-
-
 def chance_of_rate(values, clusters) -> float:
     """One-sided p-value: how likely a mean of values (N,) in [0, 1] this high or higher is where the true one is 1/2.
 
-    The z at which the lower end of `share_interval` reaches 1/2, d = p - 1/2: z^2 = 2 n (sqrt(s^4 + d^2) - s^2).
+    The z at which the lower end of `gpt.share_interval` reaches 1/2, d = p - 1/2: z^2 = 2 n (sqrt(s^4 + d^2) - s^2).
     """
-    n, d, variance = effective_size(values, clusters), values.mean() - 0.5, values.var()
+    n, d, variance = gpt.effective_size(values, clusters), values.mean() - 0.5, values.var()
     z = math.sqrt(max(0.0, 2 * n * (math.hypot(variance, d) - variance)))
     return float(ndtr(-math.copysign(z, d)))
 
@@ -307,10 +262,10 @@ def mean_interval(values, clusters, share: bool = True) -> tuple[float, list[flo
     """(mean, 95% interval) of the values (N,) that are numbers: what has no verdict counts for nothing. None where
     nothing has one. Outcomes 0, 1/2 and 1 are a `share`, if they may be; all else is resampled."""
     told = np.isfinite(values)
-    values, clusters = values[told], same_prompt(clusters[told])
+    values, clusters = values[told], gpt.same_prompt(clusters[told])
     if not told.any():
         return None
-    interval = share_interval if share and np.isin(values, (0, 0.5, 1)).all() else bootstrap_interval
+    interval = gpt.share_interval if share and np.isin(values, (0, 0.5, 1)).all() else bootstrap_interval
     return float(values.mean()), interval(values, clusters)
 
 
@@ -342,7 +297,7 @@ def unjudged(told: dict, rows: list[dict]) -> dict[str, int]:
 
 def summarize(answers: Answers) -> dict:
     """Means, counts and intervals of the measures; lengths[n]: how many responses have n tokens; and `unjudged`."""
-    clusters, found = same_prompt(answers.prompts), {}
+    clusters, found = gpt.same_prompt(answers.prompts), {}
     for name, values in answers.numbers.items():
         found[name] = mean_interval(values, clusters, share=name not in ("kl", "length"))
     told = {name: np.isfinite(values) for name, values in answers.numbers.items()}
@@ -361,7 +316,7 @@ def closed(golds, start, clusters) -> tuple[float, list[float]] | None:
     sum(gold - start) / sum(1 - start) are over prompts, and prompts are resampled.
     """
     told = np.isfinite(golds) & np.isfinite(start)
-    gain, distance, clusters = (golds - start)[told], (1 - start)[told], same_prompt(clusters[told])
+    gain, distance, clusters = (golds - start)[told], (1 - start)[told], gpt.same_prompt(clusters[told])
     if not told.any() or distance.sum() <= 0:
         return None
     return float(gain.sum() / distance.sum()), bootstrap_interval(gain, clusters, weights=distance)
@@ -443,7 +398,7 @@ def win_rates(ours: Answers, theirs: Answers, pairwise: Callable | None = None) 
     if pairwise:
         by["pairwise"], same = ask_both_orders(pairwise, ours.prompts, ours.responses, theirs.responses, ours.rows)
         bias = {"pairwise": {"same_position": same}}
-    longer, clusters = ours.numbers["length"] - theirs.numbers["length"], same_prompt(ours.prompts)
+    longer, clusters = ours.numbers["length"] - theirs.numbers["length"], gpt.same_prompt(ours.prompts)
     return {name: win_rate(won, clusters, longer) | bias.get(name, {}) for name, won in by.items()}
 
 
@@ -453,8 +408,8 @@ def win_rate(won, clusters, longer=None) -> dict:
     told = np.isfinite(won)
     if not told.any():
         return {"unjudged": len(won)}
-    won, clusters = won[told], same_prompt(clusters[told])
-    row = {"rate": float(won.mean()), "interval": share_interval(won, clusters), "p": chance_of_rate(won, clusters)}
+    won, clusters = won[told], gpt.same_prompt(clusters[told])
+    row = {"rate": float(won.mean()), "interval": gpt.share_interval(won, clusters), "p": chance_of_rate(won, clusters)}
     row |= {"prompts": int(clusters.max()) + 1, "unjudged": int((~told).sum())}
     if longer is not None:
         controlled, interval = length_controlled(won, longer[told], clusters)
@@ -511,7 +466,7 @@ def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> tuple[dict, d
     (P,)."""
     stacked = {name: np.stack([r.numbers[name] for r in rounds], 1) for name in rounds[0].numbers}  # (P, N)
     won = {k: wins(stacked[k], theirs.numbers[k][:, None]) for k in ("gold", "reward") if k in stacked}
-    clusters, rows, golds = same_prompt(rounds[0].prompts), {}, {}
+    clusters, rows, golds = gpt.same_prompt(rounds[0].prompts), {}, {}
     for n in sizes:
         weights = np.stack([best_of_n_weights(scores, n) for scores in stacked["reward"]])
         values = {name: weighted_mean(x, weights) for name, x in stacked.items()}
@@ -639,12 +594,12 @@ def multiple_choice(exam: Exam, model, name: str) -> dict:
     sizes = [np.array([len(choice.strip().encode()) for choice in q["choices"]]) for q, _ in kept]
     plain = np.array([chosen(logps, q["answer"]) for q, logps in kept])
     normalised = np.array([chosen(logps / size, q["answer"]) for (q, logps), size in zip(kept, sizes)])
-    clusters = same_prompt([q["messages"] for q, _ in kept])
+    clusters = gpt.same_prompt([q["messages"] for q, _ in kept])
     return {
         "accuracy": float(plain.mean()),
-        "interval": share_interval(plain, clusters),
+        "interval": gpt.share_interval(plain, clusters),
         "normalised": float(normalised.mean()),
-        "normalised_interval": share_interval(normalised, clusters),
+        "normalised_interval": gpt.share_interval(normalised, clusters),
         "chance": float(np.mean([1 / len(size) for size in sizes])),
         "questions": len(kept),
         "left_out": left_out,
@@ -712,9 +667,9 @@ def conduct(exam: Exam, model) -> dict:
     if missing:
         raise ValueError(f"--conduct {exam.config.conduct} says nothing of {', '.join(sorted(missing))}")
     shares = {"complied": 1 - harm["harmless"], "declined": harm["declined"], "evaded": harm["evaded"]}
-    found = {name: mean_interval(x, same_prompt(bad.prompts)) for name, x in shares.items()}
+    found = {name: mean_interval(x, gpt.same_prompt(bad.prompts)) for name, x in shares.items()}
     others = {"helpful": no_harm["helpful"], "over-refused": no_harm["declined"], "evasive": no_harm["evaded"]}
-    found |= {name: mean_interval(x, same_prompt(good.prompts)) for name, x in others.items()}
+    found |= {name: mean_interval(x, gpt.same_prompt(good.prompts)) for name, x in others.items()}
     if silent := [name for name, x in found.items() if not x]:
         raise ValueError(f"--conduct {exam.config.conduct} gives no number for {', '.join(silent)}")
     unjudged = {name: int((~np.isfinite(x)).sum()) for name, x in (shares | others).items()}
@@ -1092,7 +1047,7 @@ def main(config: Config):
     reference = {"folder": config.ref, "gold": None}
     if config.gold:
         start = np.array(remember(exam, "reference", start_golds, config.ref), float)
-        clusters = same_prompt(exam.baseline.prompts)
+        clusters = gpt.same_prompt(exam.baseline.prompts)
         if not np.isfinite(start).any():
             raise ValueError(
                 f"--gold {config.gold} gave no number for any answer of {config.ref}: what does it return?"

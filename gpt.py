@@ -58,6 +58,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Int
+from scipy.special import ndtri, stdtrit
 
 # =====================================================================================================================
 # Part I. The model: what it is, what it says of a text, how it is sampled, scored and trained
@@ -716,6 +717,7 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   shard_batch, map_chunks               inside jit: rows spread over the devices; rows computed a chunk at a time
 #   to_numpy                              arrays from the devices to the host
 #   schedule, adamw                       the learning rate of each step; the optimiser, an optax one
+#   share_interval, same_prompt           95% interval of a share of answers, by prompt; which answers are to one prompt
 #   own_rows, own_texts, gather_rows      the rows, and their texts, that this process gives to functions; everyone's
 #   check_scores, read_gold, mean_gold    what a reward function said, checked; what a gold function said, and its mean
 #   normalize_scores                      a reward model whose scores of samples have mean 0 and standard deviation 1
@@ -2746,7 +2748,7 @@ def map_chunks(f, batch, chunks: int = 1):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 13. Optimiser, and means over held-out rows
+# 13. Optimiser, and intervals of shares
 
 
 def schedule(lr: float, steps: int, warmup: int | None = 0, decay: str = "cosine", final: float = 0.0):
@@ -2770,6 +2772,52 @@ def adamw(learning_rate, weight_decay=0.0, clip=1.0, b2=0.999, eps=1e-8):
     decays = lambda params: jax.tree_util.tree_map_with_path(lambda p, _: _path(p).endswith(".weight"), params)
     adam = optax.adamw(learning_rate, b2=b2, eps=eps, weight_decay=weight_decay, mask=decays)
     return optax.chain(optax.clip_by_global_norm(clip), adam) if clip else adam
+
+
+Z = float(ndtri(0.975))  # 1.96, of 95% intervals
+
+
+def same_prompt(prompts) -> np.ndarray:
+    """The cluster of each answer (N,): answers to one prompt have one number, from 0 up."""
+    return np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
+
+
+def effective_size(values, clusters) -> float:
+    """How many answers to as many prompts know as much as these N: values (N,) in [0, 1], clusters (N,).
+
+    n_eff = N / D by the design effect D = V_cluster / V_simple (Kish 1965), where the ratio estimator has, with the
+    sums S_g of n_g answers to prompt g and the mean p,
+
+        V_cluster = sum_g (S_g - p n_g)^2        V_simple = sum_i (v_i - p)^2
+
+    A few events say little about D: both sums get z^2 / 4, the pseudo-observations of Wilson's interval, that in
+    V_cluster times the D of prompts whose answers are all equal, sum_g n_g^2 / N. D is 1 at least, and exactly 1 where
+    no prompt repeats. Few prompts: times (t_{N-1} / t_{G-1})^2 of Korn and Graubard 1998 and (G - 1) / G.
+    """
+    n, sizes, sums = len(values), np.bincount(clusters), np.bincount(clusters, values)
+    if len(sizes) == n:
+        return float(n)
+    p, most = values.mean(), (sizes**2).sum() / n
+    between, simple = ((sums - p * sizes) ** 2).sum(), ((values - p) ** 2).sum()
+    design = max(1.0, (between + Z**2 / 4 * most) / (simple + Z**2 / 4))
+    free = len(sizes) - 1  # degrees of freedom
+    few = (stdtrit(n - 1, 0.975) / stdtrit(max(free, 1), 0.975)) ** 2 * free / (free + 1)
+    return float(n / design * few)
+
+
+def share_interval(values, clusters) -> list[float]:
+    """95% interval of a share, the mean p of values (N,) in [0, 1] such as hits, or wins with ties a half.
+
+        (n p + z^2 / 2 +- z sqrt(n s^2 + z^2 / 4)) / (n + z^2)        s^2 = mean (v - p)^2, n = `effective_size`
+
+    Where all values are 0 or 1, s^2 = p (1 - p) and this is Wilson's interval (1927) with an effective sample size
+    (Franco et al. 2019, doi:10.1093/jssam/smy019). It does not shrink to a point where nothing was seen to happen: 0 of
+    500 is [0, 0.0076]. By cluster, it is about prompts that were not asked yet, not about more draws of the same ones.
+    """
+    values = np.asarray(values, float)
+    n, p = effective_size(values, clusters), values.mean()
+    middle, half = n * p + Z**2 / 2, Z * math.sqrt(n * values.var() + Z**2 / 4)
+    return [max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))]
 
 
 # ---------------------------------------------------------------------------------------------------------------------

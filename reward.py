@@ -50,7 +50,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from scipy.special import ndtri, stdtrit
 from scipy.stats import binomtest
 
 import gpt
@@ -275,23 +274,6 @@ def calibration(gaps, temperature: float) -> dict:
     return {"ece": expected_calibration_error(p, y), "brier": float(np.mean((p - y) ** 2)), "nll": float(nll)}
 
 
-Z = float(ndtri(0.975))  # 1.96, of 95% intervals
-
-
-def interval(right, prompts) -> tuple[float, float]:
-    """95% interval of the share of `right` (N,), 0 or 1 for each of `prompts` (N,): Wilson's, by prompt, as in
-    `evaluate.share_interval`, which has the formulas. One prompt asked again and again has [0, 1]."""
-    clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-    sizes, sums, n = np.bincount(clusters), np.bincount(clusters, right), len(clusters)
-    p, prompts = float(np.mean(right)), len(sizes)
-    if prompts < n:  # n becomes how many answers to as many prompts know as much
-        design = (((sums - p * sizes) ** 2).sum() + Z**2 / 4 * (sizes**2).sum() / n) / (n * p * (1 - p) + Z**2 / 4)
-        few = (stdtrit(n - 1, 0.975) / stdtrit(max(prompts - 1, 1), 0.975)) ** 2 * (prompts - 1) / prompts
-        n = n / max(design, 1.0) * few
-    middle, half = n * p + Z**2 / 2, Z * np.sqrt(n * p * (1 - p) + Z**2 / 4)
-    return max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))
-
-
 def correlation(a, b) -> float:
     return float(np.corrcoef(a, b)[0, 1]) if np.std(a) > 0 and np.std(b) > 0 else 0.0
 
@@ -310,7 +292,7 @@ def report(members: list, batches: gpt.Batches, tokenizer, config: Config, teach
     result = {
         "pairs": n,
         "accuracy": correct / n,
-        "accuracy_interval": interval(gaps > 0, [prompt for prompt, _ in texts[::2]]),
+        "accuracy_interval": gpt.share_interval(gaps > 0, gpt.same_prompt(prompt for prompt, _ in texts[::2])),
         "longer_wins": float(np.mean(longer_by[unequal] > 0)) if unequal.any() else 0.5,
         "longer_wins_pairs": int(unequal.sum()),
         "accuracy_by_length_difference": accuracy_by_length(gaps, longer_by),
@@ -453,7 +435,7 @@ def best_of(gaps, chosen) -> dict | None:
     return {
         "choices": len(groups),
         "accuracy": float(np.mean(right)),
-        "accuracy_interval": interval(right, [prompt for prompt, _ in groups]),
+        "accuracy_interval": gpt.share_interval(right, gpt.same_prompt(prompt for prompt, _ in groups)),
         "chance": float(np.mean([1 / (1 + len(group)) for group in groups.values()])),
     }
 

@@ -63,7 +63,6 @@ from typing import Literal, NamedTuple
 
 import jax
 import numpy as np
-from scipy.special import ndtri, stdtrit
 
 import gpt
 
@@ -865,25 +864,8 @@ def run_label(config: Config):
 # ---------------------------------------------------------------------------------------------------- agreement
 
 
-Z = float(ndtri(0.975))  # 1.96, of 95% intervals
-
-
-def interval(right, prompts) -> tuple[float, float]:
-    """95% interval of the share of `right` (N,), 0 or 1 for each of `prompts` (N,): Wilson's, by prompt, as in
-    `evaluate.share_interval`, which has the formulas. One prompt asked again and again has [0, 1]."""
-    clusters = np.unique([str(prompt) for prompt in prompts], return_inverse=True)[1]
-    sizes, sums, n = np.bincount(clusters), np.bincount(clusters, right), len(clusters)
-    p, prompts = float(np.mean(right)), len(sizes)
-    if prompts < n:  # n becomes how many answers to as many prompts know as much
-        design = (((sums - p * sizes) ** 2).sum() + Z**2 / 4 * (sizes**2).sum() / n) / (n * p * (1 - p) + Z**2 / 4)
-        few = (stdtrit(n - 1, 0.975) / stdtrit(max(prompts - 1, 1), 0.975)) ** 2 * (prompts - 1) / prompts
-        n = n / max(design, 1.0) * few
-    middle, half = n * p + Z**2 / 2, Z * np.sqrt(n * p * (1 - p) + Z**2 / 4)
-    return max(0.0, float((middle - half) / (n + Z**2))), min(1.0, float((middle + half) / (n + Z**2)))
-
-
 def share_of(right, prompts) -> str:
-    low, high = interval(right, prompts)
+    low, high = gpt.share_interval(right, gpt.same_prompt(prompts))
     return f"{np.mean(right):.3f} [{low:.3f}, {high:.3f}] of {len(right):,} pairs"
 
 

@@ -2,7 +2,6 @@
 
 import ast
 import inspect
-import math
 from collections import Counter
 
 import numpy as np
@@ -37,22 +36,6 @@ def test_sigmoids():
         np.testing.assert_array_equal(evaluate._sigmoid(x), reward._sigmoid(x))
     small = x[np.abs(x) < 30]
     np.testing.assert_allclose(reward._sigmoid(small), 1 / (1 + np.exp(-small)), rtol=0, atol=1e-15)
-
-
-def test_wilson_intervals():
-    assert inspect.getsource(reward.interval) == inspect.getsource(rlaif.interval)
-    assert reward.Z == rlaif.Z == evaluate.Z
-    for n in (1, 2, 3, 10, 37, 500, 2345):
-        for hits in {0, 1, n // 3, n // 2, n - 1, n}:
-            right = np.arange(n) < hits
-            low, high = reward.interval(right, range(n))
-            # the interval's ends are the shares p from which hits / n lies 1.96 standard deviations away
-            for p in (low, high):
-                assert abs(hits / n - p) == pytest.approx(reward.Z * math.sqrt(max(p * (1 - p), 0) / n), abs=1e-9)
-            for prompts in (range(n), np.arange(n) // 2, np.arange(n) % 3, np.zeros(n)):
-                want = evaluate.share_interval(right.astype(float), evaluate.same_prompt(prompts))
-                assert reward.interval(right, prompts) == pytest.approx(want, abs=1e-12)
-    assert reward.interval([1, 1, 1], ["again"] * 3) == (0, 1)
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_chat import write_folder as write_family
+from scipy.stats import binomtest
 
 import evaluate
 import gpt
@@ -234,7 +235,7 @@ def test_few_prompts_have_wide_intervals():
         covered += low <= 0 <= high
     assert 0.915 <= covered / runs <= 0.98  # 0.89 between the 2.5th and the 97.5th percentile
     # 3 of 6 prompts, each asked 50 times with one answer: 5 degrees of freedom, so 2.57 in the place of 1.96
-    assert evaluate.effective_size(np.repeat([0.0, 1.0], 150), np.repeat(np.arange(6), 50)) == pytest.approx(
+    assert gpt.effective_size(np.repeat([0.0, 1.0], 150), np.repeat(np.arange(6), 50)) == pytest.approx(
         6 * (1.96793 / 2.57058) ** 2 * 5 / 6, rel=1e-4
     )
 
@@ -242,24 +243,24 @@ def test_few_prompts_have_wide_intervals():
 @pytest.mark.parametrize("hits, n", [(0, 500), (1, 500), (500, 500), (250, 500), (3, 7), (1, 1)])
 def test_the_interval_of_a_share_is_wilsons_where_no_prompt_repeats(hits, n):
     values = np.arange(n) < hits
-    found = evaluate.share_interval(values.astype(float), np.arange(n))
-    np.testing.assert_allclose(found, reward.interval(values, range(n)), atol=1e-9)
+    found = gpt.share_interval(values.astype(float), np.arange(n))
+    np.testing.assert_allclose(found, binomtest(hits, n).proportion_ci(method="wilson"), atol=1e-9)
 
 
 def test_none_of_500_is_not_never():
-    assert evaluate.share_interval(np.zeros(500), np.arange(500)) == [0, pytest.approx(0.0076, abs=5e-5)]
+    assert gpt.share_interval(np.zeros(500), np.arange(500)) == [0, pytest.approx(0.0076, abs=5e-5)]
     # all 500 were answers to 20 prompts: of other prompts less is known
-    low, high = evaluate.share_interval(np.zeros(500), np.arange(500) % 20)
+    low, high = gpt.share_interval(np.zeros(500), np.arange(500) % 20)
     assert low == 0 and 0.1 < high < 0.2
 
 
 def test_the_interval_of_wins_with_ties():
-    ties = evaluate.share_interval(np.full(500, 0.5), np.arange(500))
+    ties = gpt.share_interval(np.full(500, 0.5), np.arange(500))
     np.testing.assert_allclose(ties, [0.5 - 0.0038, 0.5 + 0.0038], atol=1e-4)  # 0 of 500 pairs were decided
     won = np.repeat([0.0, 0.5, 1.0], [1000, 2000, 3000])
     margin = 1.96 * won.std() / np.sqrt(6000)
     expected = [won.mean() - margin, won.mean() + margin]
-    np.testing.assert_allclose(evaluate.share_interval(won, np.arange(6000)), expected, atol=1e-3)
+    np.testing.assert_allclose(gpt.share_interval(won, np.arange(6000)), expected, atol=1e-3)
 
 
 def outcomes(rng, prompts: int, p: float, rho: float, n: int = 500):
@@ -279,9 +280,9 @@ def test_intervals_of_shares_hold_the_truth_as_often_as_they_say(prompts, p, rho
     rng, covered, naive, runs = np.random.default_rng(prompts), 0, 0, 1000
     for _ in range(runs):
         values, clusters = outcomes(rng, prompts, p, rho)
-        low, high = evaluate.share_interval(values, clusters)
+        low, high = gpt.share_interval(values, clusters)
         covered += low <= p <= high
-        low, high = evaluate.share_interval(values, np.arange(500))  # as if no prompt repeated
+        low, high = gpt.share_interval(values, np.arange(500))  # as if no prompt repeated
         naive += low <= p <= high
     assert 0.935 <= covered / runs <= 0.99
     assert rho < 0.1 or naive / runs < 0.93
@@ -291,7 +292,7 @@ def test_the_p_value_of_a_rate_is_that_of_its_interval():
     rng, below = np.random.default_rng(0), 0
     for rate in np.linspace(0.42, 0.62, 41):
         values, clusters = outcomes(rng, 250, rate, 0.2)
-        low, high = evaluate.share_interval(values, clusters)
+        low, high = gpt.share_interval(values, clusters)
         p = evaluate.chance_of_rate(values, clusters)
         assert (p < 0.025) == (low > 0.5) and (p > 0.975) == (high < 0.5)
         below += p < 0.025
@@ -309,7 +310,7 @@ def test_measures_are_shares_or_means_and_what_has_no_verdict_counts_for_nothing
     answers = evaluate.Answers(numbers, prompts, ["a"] * 300, rows, [[1]] * 300)
     row = evaluate.summarize(answers)
     assert row["gold"] == 0.5 and "kind" not in row and row["unjudged"] == {"gold": 100, "kind": 300, "list": 33}
-    np.testing.assert_allclose(row["intervals"]["gold"], reward.interval([0, 1] * 100, range(200)), atol=1e-9)
+    np.testing.assert_allclose(row["intervals"]["gold"], gpt.share_interval([0, 1] * 100, np.arange(200)), atol=1e-9)
     assert row["intervals"]["kl"] == [0, 0] and row["intervals"]["length"] == [1, 1]
     assert row["intervals"]["part"] == pytest.approx([-0.066, 0.066], abs=0.01)
     table = evaluate.unjudged_table({"mine": row | {"win": {"gold": {"rate": 0.5, "unjudged": 3}}}})
@@ -726,7 +727,9 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     scores = np.asarray(jax.jit(gpt.ScoreModel.__call__)(model, tokens, mask)).reshape(-1, 2)
     d = scores[:, 0] - scores[:, 1]
     assert found["pairs"] == 24 and found["accuracy"] == np.mean(d > 0)
-    assert found["accuracy_interval"] == pytest.approx(reward.interval(d > 0, [row["prompt"] for row in rows]))
+    assert found["accuracy_interval"] == pytest.approx(
+        gpt.share_interval(d > 0, gpt.same_prompt(row["prompt"] for row in rows))
+    )
     d = d[np.random.default_rng(0).permutation(24)]  # the order of gpt.Batches.once
     judged = d[np.random.default_rng(1).permutation(24)[12:]]  # the half that the temperature was not fitted on
     assert found["before"]["nll"] == pytest.approx(np.mean(np.log1p(np.exp(-judged))), rel=1e-4)

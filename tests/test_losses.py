@@ -316,12 +316,6 @@ def test_calibration_presents_pairs_in_random_order():
     np.testing.assert_allclose(reward.calibration(3 * d, 3.0)["nll"], good["nll"])
 
 
-def test_wilson_interval():
-    np.testing.assert_allclose(reward.interval([1] * 8 + [0] * 2, range(10)), (0.4902, 0.9433), atol=1e-4)
-    low, high = reward.interval([1] * 10, range(10))
-    assert low < 1 and high == pytest.approx(1)
-
-
 # ---------------------------------------------------------------------------------------------------- scores as trained
 
 

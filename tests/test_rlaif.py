@@ -598,7 +598,9 @@ def test_agreement_counts_the_part_that_the_principle_is_about(capsys):
     silent = lambda *args: [x | ({"gold": math.nan} if x["a"] == 2 else {}) for x in gold(*args)]
     # gold says nothing of the one pair that differed in it
     assert rlaif.agreement(rows, silent) == {"a": ([True, False], ["p", "p"])}
-    np.testing.assert_allclose(rlaif.interval([1] * 8 + [0] * 2, range(10)), (0.4902, 0.9433), atol=1e-4)  # Wilson
+    np.testing.assert_allclose(
+        gpt.share_interval([1] * 8 + [0] * 2, np.arange(10)), (0.4902, 0.9433), atol=1e-4
+    )  # Wilson
 
 
 def test_what_is_no_verdict_sides_with_nobody_and_is_counted(config, monkeypatch, capsys):

@@ -185,7 +185,7 @@ def test_an_answer_must_beat_all_others_of_its_choice():
     gaps, chosen = np.array([1.0, 2.0, 0.5, 1.0, 0.0, 3.0, -1.0]), list(zip("aaabbbc", "1112223"))  # prompt, answer
     found = reward.best_of(gaps, chosen)
     assert (found["choices"], found["accuracy"], found["chance"]) == (2, 0.5, 0.25)
-    assert found["accuracy_interval"] == pytest.approx(reward.interval([1, 0], "ab"))
+    assert found["accuracy_interval"] == pytest.approx(gpt.share_interval([1, 0], np.arange(2)))
     again = reward.best_of(gaps, list(zip("aaaaaaa", "1112223")))  # two choices of one prompt say nothing of others
     assert again["accuracy_interval"] == (0, 1)
     assert reward.best_of(gaps[2:], list("abcde")) is None and reward.best_of(gaps[:5], list("aabcd")) is None
