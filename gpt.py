@@ -703,6 +703,7 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   load_policy, load_frozen              a folder as (language model, its tokenizer); a model that does not learn
 #   load_reward_model, ensemble_folders   a folder as a reward model; the folders of an ensemble's members
 #   load_reward, Reward, load_function    what scores responses: reward models, or a function; "module:function"
+#   attach_reward, score_by_reference     its models, ready to score; scores and the reference's states by one pass
 #   find_folder, weights_hash             a folder, or a name on the Hub, as a folder; a hash of its weights
 #   Tokenizer, need_tokenizer             text <-> ids; the tokenizer of a folder
 #   check_tokenizer_of                    an error where a model has another tokenizer
@@ -2851,9 +2852,6 @@ def load_reward_model(path, tokenizer, ours, dtype: str, adapters: bool = False)
     """A frozen reward model with the tokenizer of `ours`, the policy's folder. With `adapters`, and if the reward model
     was trained as an adapter on `ours`, only its adapter and head, to be attached to that model."""
     model = load_adapter(path, ours) if adapters else None
-    if adapters and model is None:
-        command = f"reward.py --init {ours} --lora-rank 8"
-        print(f"{path} has no adapter on {ours} and stays a model of its own ({command} makes one that shares it)")
     model, theirs = load(path) if model is None else (model, load_tokenizer(path))
     if not isinstance(model, ScoreModel):
         raise ValueError(f"{path} is a language model, not a reward model: train one with reward.py")
@@ -2886,17 +2884,79 @@ class Reward(NamedTuple):
 
     models: list[ScoreModel]
     function: Callable | None  # (prompts, responses, rows) -> floats, one a response
+    reference: GPT | None = None  # the reference, where the one model is a head on its states: `score_by_reference`
 
 
-def load_reward(names, tokenizer, ours, dtype: str, adapters: bool = False) -> Reward:
+def load_reward(names, tokenizer, ours, dtype: str, ref: GPT, adapters: bool = False) -> Reward:
     """The Reward of one module:function, or of folders of reward models; an ensemble's folder means all its members.
-    The rest as for `load_reward_model`."""
+    `ref` is the frozen reference. The rest as for `load_reward_model`, and for `attach_reward`, which comes next."""
     if len(names) == 1 and ":" in names[0]:
         return Reward([], load_function(names[0]))
     if any(":" in name for name in names):
         raise ValueError(f"--reward {' '.join(names)}: folders of reward models, or one module:function, not both")
     folders = [folder for name in names for folder in ensemble_folders(name)]
-    return Reward([load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders], None)
+    models = [load_reward_model(folder, tokenizer, ours, dtype, adapters) for folder in folders]
+    shared = len(models) == 1 and is_beginning(models[0], ref)
+    if shared:
+        layers = f"layer {models[0].body.config.layers} of {ref.config.layers}"
+        print(f"{folders[0]} reads the reference's states after {layers}: it costs no forward pass of its own")
+    for folder, model in zip(folders, models):
+        if adapters and not shared and not isinstance(model.body, Adapter):
+            command = f"reward.py --init {ours} --lora-rank 8"
+            print(
+                f"{folder} has no adapter on {ours} and stays a model of its own ({command} makes one that shares it)"
+            )
+    return Reward(models, None, ref if shared else None)
+
+
+def is_beginning(model: ScoreModel, ref: GPT) -> bool:
+    """Whether a reward model's body is the first layers of `ref`, weight for weight, and its head reads nothing before
+    a response: a probe (probe.py) of the model that is the reference."""
+    body = model.body
+    if isinstance(body, Adapter) or model.pool not in ("last", "answer"):
+        return False
+    if dataclasses.replace(body.config, layers=ref.config.layers) != ref.config:
+        return False
+    ours, theirs = (jax.tree.leaves((x.wte, x.wpe, x.blocks)) for x in (body, ref))
+    return all(bool(jnp.array_equal(a, b[: len(a)])) for a, b in zip(ours, theirs, strict=True))
+
+
+def attach_reward(reward: Reward, base) -> Reward:
+    """The reward with its adapters on `base`, and without the layers that it has from the reference."""
+    models = [attach(model, base) for model in reward.models]
+    if reward.reference:
+        body = dataclasses.replace(models[0].body, wte=None, wpe=None, blocks=None, head=None)
+        models = [dataclasses.replace(models[0], body=body)]
+    return reward._replace(models=models)
+
+
+@partial(jax.jit, static_argnames=("ends", "chunks"))
+def score_by_reference(reward: ScoreModel, ref: GPT, prompts, prompt_mask, responses, mask, ends, chunks: int = 1):
+    """(`score` (B,), the reference's states where response tokens are predicted (B, T, D)), both of one pass: the body
+    of the reward model is the first layers of `ref`. Prompts are (P, Q), each for the next B / P of the responses
+    (B, T), and computed once for them."""
+    T, P = responses.shape[1], len(prompts)
+
+    def ask(rows):
+        prompts, prompt_mask, responses, mask = rows
+        K = responses.shape[1]
+        last = (jnp.repeat(x[:, -1:], K, axis=0) for x in (prompts, prompt_mask))  # it predicts the first token
+        tokens, real = score_inputs(*last, *(x.reshape(-1, T) for x in (responses, mask)), reward.suffix, ends)
+        prefix = (jnp.pad(x, ((0, 0), (1, 0)))[:, :-1] for x in (prompts, prompt_mask))  # never of width 0
+        layer, start = after_prefix(ref, tokens, real.astype(jnp.int32), *prefix)
+
+        def layer_and_read(carry, block):
+            states, read, number = carry
+            states = layer(states, block)
+            return states, jnp.where(number == reward.body.config.layers, states[0], read), number + 1
+
+        (hidden, _), read, _ = ref.scan_blocks(layer_and_read, (start, start[0], jnp.int32(1)), remat=False)
+        scores = reward.pooled(reward.body.norm(read), real, answer=real.at[:, 0].set(False))
+        return scores.reshape(-1, K), ref.norm(hidden)[:, :T].reshape(-1, K, T, hidden.shape[-1])
+
+    groups = prompts, prompt_mask, *(x.reshape(P, -1, T) for x in (responses, mask))
+    scores, hidden = map_chunks(ask, groups, chunks)
+    return scores.reshape(-1), hidden.reshape(-1, *hidden.shape[2:])
 
 
 def load_function(name: str):

@@ -124,26 +124,34 @@ def sampler(policy, base, config: Config) -> gpt.GPT:
 
 
 def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, ends, config: Config):
-    """(scores (P, K), metrics). A function is asked about this process's texts and rows, models about all token ids;
-    with a teacher there are neither, and all scores are 0. A response ends with one of the ids `ends`, or is cut off.
-    """
-    scores = jnp.zeros(len(generation.tokens))
+    """(scores (P, K), the reference's states (P, K, T, D) where they come with these, metrics). A function is asked
+    about this process's texts and rows, models about all token ids; with a teacher there are neither, and all scores
+    are 0. A response ends with one of the ids `ends`, or is cut off."""
+    prompts, responses = (batch["tokens"], batch["mask"]), (generation.tokens, generation.mask, ends, chunks(config))
+    by_group = lambda x: x.reshape(-1, config.group_size, *x.shape[1:])
+    scores, ref_hidden = jnp.zeros(len(generation.tokens)), None
     if reward.function:
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
+    elif reward.reference:
+        scores, ref_hidden = gpt.score_by_reference(reward.models[0], reward.reference, *prompts, *responses)
+        ref_hidden = by_group(ref_hidden)
     elif reward.models:
-        prompts = [jnp.repeat(batch[name], config.group_size, axis=0) for name in ("tokens", "mask")]
-        inputs = *prompts, generation.tokens, generation.mask, ends, chunks(config)
-        scores = jnp.stack([gpt.score(model, *inputs) for model in reward.models]).mean(0)
+        copies = [jnp.repeat(x, config.group_size, axis=0) for x in prompts]
+        scores = jnp.stack([gpt.score(model, *copies, *responses) for model in reward.models]).mean(0)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
     if config.missing_eos is not None:  # whatever the scale of the scores, not to end costs at least that much
         scores = jnp.where(ended, scores, jnp.minimum(scores, 0) - config.missing_eos)
-    return scores.reshape(-1, config.group_size), {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "val/num_eos_tokens": ended.sum(),
-        "eos_rate": ended.mean(),
-    }
+    return (
+        by_group(scores),
+        ref_hidden,
+        {
+            "objective/scores": scores.mean(),
+            "objective/scores_std": scores.std(),
+            "val/num_eos_tokens": ended.sum(),
+            "eos_rate": ended.mean(),
+        },
+    )
 
 
 def chunks(config: Config) -> int:
@@ -237,20 +245,22 @@ def distillation_advantages(logprobs, teacher_logprobs, mask):
 
 
 @partial(jax.jit, static_argnames="config")
-def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Phases 2 and 3: (the whole Rollout, metrics). Where one optimiser step learns from it, the policy is not asked
-    here: `update` computes its states in any case, and does what is left of both phases."""
+def complete_rollout(policy, base, ref, batch, generation: gpt.Generation, scores, config: Config, ref_hidden=None):
+    """Phases 2 and 3: (the whole Rollout, metrics). `ref_hidden` as from `score_responses`. Where one optimiser step
+    learns from it, the policy is not asked here: `update` computes its states in any case, and does what is left of
+    both phases."""
     tokens, mask, sampled_logprobs = (x.reshape(*scores.shape, -1) for x in generation)
     rollout = Rollout(batch["tokens"], batch["mask"], tokens, mask, sampled_logprobs, scores)
-    once = learned_once(config)
+    once, flat = learned_once(config), lambda x: x.reshape(-1, *x.shape[2:])  # (P, K, ...) -> (P K, ...)
 
-    def ask_models(rollout):
+    def ask_models(rows):
+        rollout, ref_hidden = rows
         policy_says = None if once else response_states(gpt.attach(policy, base), rollout, config)
-        ref_says = response_states(ref, rollout, config)
+        ref_says = response_states(ref, rollout, config) if ref_hidden is None else (ref, flat(ref_hidden))
         said = None if once else compare(*policy_says, *ref_says, rollout, config)
         return said, ref_says[1].reshape(*rollout.mask.shape, -1)
 
-    said, ref_hidden = gpt.map_chunks(ask_models, rollout, chunks(config))
+    said, ref_hidden = gpt.map_chunks(ask_models, (rollout, ref_hidden), chunks(config))
     if once or (config.teacher and config.kl == "loss"):
         rollout = rollout._replace(ref_hidden=ref_hidden)
     return (rollout, {}) if once else weigh(rollout, said, config)
@@ -466,12 +476,12 @@ def load_models(config: Config, key):
     return policy, base, base or gpt.load_frozen(config.init, config.dtype), tokenizer
 
 
-def load_reward(config: Config, tokenizer, base) -> gpt.Reward:
+def load_reward(config: Config, tokenizer, base, ref) -> gpt.Reward:
     """What scores answers: nothing where a teacher does."""
     if config.teacher:
         return gpt.Reward([], None)
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
-    return reward._replace(models=[gpt.attach(model, base) for model in reward.models])
+    adapters = config.lora_rank > 0
+    return gpt.attach_reward(gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, ref, adapters), base)
 
 
 # ------------------------------------------------------------------------------------- main
@@ -507,7 +517,7 @@ def resolve(config: Config) -> Config:
 def main(config: Config):
     key, config = gpt.start(config.seed), resolve(config)
     policy, base, ref, tokenizer = load_models(config, key)
-    reward = load_reward(config, tokenizer, base)
+    reward = load_reward(config, tokenizer, base, ref)
     gold = gpt.load_function(config.gold) if config.gold else None
     K = config.group_size
     prompts = gpt.Batches(
@@ -535,10 +545,10 @@ def main(config: Config):
         asked = {name: np.repeat(x, K, axis=0) for name, x in host_batch.items()}
         rows = gpt.own_rows(prompts.rows(asked))
         texts = gpt.own_texts(tokenizer, asked, generation, rows)
-        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
+        scores, ref_hidden, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         # 2, 3 what policy and reference say of every response token; advantages
-        rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config)
+        rollout, more = complete_rollout(state.policy, base, ref, batch, generation, scores, config, ref_hidden)
         # 4 epochs of minibatches
         history = []
         for minibatch in minibatches(iteration, config):

@@ -132,24 +132,32 @@ def sampler(policy, base, config: Config) -> gpt.GPT:
 
 
 def score_responses(reward: gpt.Reward, batch, generation: gpt.Generation, texts, rows, ends, config: Config):
-    """(scores (B,), metrics). A function is asked about this process's texts and rows, models about all token ids. A
-    response ends with one of the ids `ends`, or is cut off."""
+    """(scores (B,), the reference's states (B, T, D) where they come with the scores, metrics). A function is asked
+    about this process's texts and rows, models about all token ids. A response ends with one of the ids `ends`, or is
+    cut off."""
+    inputs = batch["tokens"], batch["mask"], generation.tokens, generation.mask, ends, chunks(config)
+    ref_hidden = None
     if reward.function:
         scores = gpt.gather_rows(gpt.check_scores(reward.function(*texts, rows), len(rows)))
         scores = gpt.put_batch({"scores": scores})["scores"]
+    elif reward.reference:
+        scores, ref_hidden = gpt.score_by_reference(reward.models[0], reward.reference, *inputs)
     else:
-        inputs = batch["tokens"], batch["mask"], generation.tokens, generation.mask, ends, chunks(config)
         members = jnp.stack([gpt.score(model, *inputs) for model in reward.models])
         scores = combine_scores(members, config.combine)
     ended = gpt.has_ended(generation.tokens, generation.mask, ends)
     if config.missing_eos is not None:  # whatever the scale of the scores, not to end costs at least that much
         scores = jnp.where(ended, scores, jnp.minimum(scores, 0) - config.missing_eos)
-    return scores, {
-        "objective/scores": scores.mean(),
-        "objective/scores_std": scores.std(),
-        "val/num_eos_tokens": ended.sum(),
-        "eos_rate": ended.mean(),
-    }
+    return (
+        scores,
+        ref_hidden,
+        {
+            "objective/scores": scores.mean(),
+            "objective/scores_std": scores.std(),
+            "val/num_eos_tokens": ended.sum(),
+            "eos_rate": ended.mean(),
+        },
+    )
 
 
 def combine_scores(scores, how: str, uwo_coef: float = 0.5):
@@ -250,17 +258,22 @@ def explained_variance(values, returns, mask):
 
 
 @partial(jax.jit, static_argnames="config")
-def complete_rollout(state: State, base, ref, batch, generation: gpt.Generation, scores, config: Config):
-    """Phases 2 and 3: (the whole Rollout, metrics)."""
+def complete_rollout(
+    state: State, base, ref, batch, generation: gpt.Generation, scores, config: Config, ref_hidden=None
+):
+    """Phases 2 and 3: (the whole Rollout, metrics). `ref_hidden` as from `score_responses`."""
     policy, critic = gpt.attach(state.policy, base), gpt.attach(state.critic, base)
 
-    def ask_models(rollout):
-        both = *response_states(policy, rollout, config), *response_states(ref, rollout, config)
+    def ask_models(rows):
+        rollout, ref_hidden = rows
+        ref_says = response_states(ref, rollout, config) if ref_hidden is None else (ref, ref_hidden)
+        both = *response_states(policy, rollout, config), *ref_says
         said = gpt.compare_heads(*both, rollout.responses, config.temperature)
         return *said, critic_forward(critic, rollout, config)
 
     rollout = Rollout(batch["tokens"], batch["mask"], generation.tokens, generation.mask)
-    logprobs, ref_logprobs, entropy, exact_kl, values = gpt.map_chunks(ask_models, rollout, chunks(config))
+    said = gpt.map_chunks(ask_models, (rollout, ref_hidden), chunks(config))
+    logprobs, ref_logprobs, entropy, exact_kl, values = said
     rewards = token_rewards(scores, logprobs, ref_logprobs, rollout.mask, config.beta)
     advantages, returns = gae(rewards, values, rollout.mask, lam=config.lam)
     advantages = whiten(advantages, rollout.mask)
@@ -449,9 +462,9 @@ def resolve(config: Config) -> Config:
 def main(config: Config):
     key, config = gpt.start(config.seed), resolve(config)
     policy, base, ref, tokenizer = load_models(config, key)
-    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, adapters=config.lora_rank > 0)
+    reward = gpt.load_reward(config.reward, tokenizer, config.init, config.dtype, ref, adapters=config.lora_rank > 0)
     critic, critic_from = make_critic(policy, base, reward.models, key)
-    reward = reward._replace(models=[gpt.attach(model, base) for model in reward.models])
+    reward = gpt.attach_reward(reward, base)
     gold = gpt.load_function(config.gold) if config.gold else None
     prompts = gpt.Batches(
         config.data, "prompts", tokenizer, config.batch_size, config.prompt_length, config.seed,
@@ -480,12 +493,12 @@ def main(config: Config):
         )  # fmt: skip
         rows = gpt.own_rows(prompts.rows(host_batch))
         texts = gpt.own_texts(tokenizer, host_batch, generation, rows)
-        scores, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
+        scores, ref_hidden, metrics = score_responses(reward, batch, generation, texts, rows, tokenizer.end_ids, config)
         metrics["special_tokens"] = gpt.special_tokens(tokenizer, generation)
         if iteration == 0:  # or every EOS would seem to earn the mean score (choice 6)
             state = state._replace(critic=replace(state.critic, bias=scores.mean()))
         # 2, 3 what the models say of every response token; rewards and advantages
-        rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config)
+        rollout, more = complete_rollout(state, base, ref, batch, generation, scores, config, ref_hidden)
         # 4 epochs of minibatches
         # an iteration has its own learning rates, also after one that --target-kl ended early
         opts, history = at_update((state.policy_opt, state.critic_opt), iteration * updates), []

@@ -810,10 +810,15 @@ def test_a_sampler_that_is_another_model_is_weighed_by_its_own_log_probs():
 
 def scored(script, scores, generation, batch=None, models=(), ends=(EOS,), **options):
     """What a script makes of a function's scores, or of reward models."""
-    reward = gpt.Reward(list(models), None if models else lambda *_: scores)
+    reward, batch = (
+        gpt.Reward(list(models), None if models else lambda *_: scores),
+        batch or dict(tokens=None, mask=None),
+    )
     rows = [{}] * len(generation.tokens)
     options |= dict(group_size=len(rows)) if script is grpo else {}
-    scores, metrics = script.score_responses(reward, batch, generation, ([], []), rows, ends, script.Config(**options))
+    scores, _, metrics = script.score_responses(
+        reward, batch, generation, ([], []), rows, ends, script.Config(**options)
+    )
     return scores.ravel(), metrics
 
 

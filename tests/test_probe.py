@@ -10,6 +10,8 @@ import numpy as np
 import pytest
 
 import gpt
+import grpo
+import ppo
 import probe
 import reward
 
@@ -111,6 +113,70 @@ def test_pairs_that_weigh_nothing_say_nothing(fitted, tmp_path):
     with pytest.raises(ValueError, match="no pair says which answer is better"):
         probe.main(replace(config, data=(str(tmp_path / "mute.jsonl"),), out=tmp_path / "mute"))
     assert not (tmp_path / "mute" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize("pool, suffix", [("answer", ()), ("last", ()), ("last", (9, 4))])
+def test_score_and_states_of_the_reference_come_of_one_pass(fitted, pool, suffix):
+    """Two prompts, one of them of one token, with three answers each: one that ends, one that is cut off, one of a
+    token alone."""
+    folder, config, tokenizer = fitted
+    (ref, _), P, K, T = gpt.load_policy(config.init), 2, 3, 4
+    model = replace(gpt.load(folder / "out")[0], pool=pool, suffix=suffix)
+    rng = np.random.default_rng(1)
+    prompts, mask = rng.integers(3, 12, (P, 5)), np.ones((P, 5), int)
+    prompts[1, :4], mask[1, :4] = tokenizer.pad_id, 0
+    responses, ended = rng.integers(3, 12, (P * K, T)), tokenizer.eos_id
+    real = np.array([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 0, 0]] * P)
+    responses[::3, 2], responses[2::3, 0] = ended, ended
+    repeat = lambda x: jnp.repeat(jnp.asarray(x), K, axis=0)
+    wanted = gpt.score(model, repeat(prompts), repeat(mask), responses, real, tokenizer.end_ids)
+    rollout = grpo.Rollout(*map(jnp.asarray, (prompts, mask, responses.reshape(P, K, T), real.reshape(P, K, T))), 0, 0)
+    _, states = grpo.response_states(ref, rollout, grpo.Config(dtype="float32"))
+    reward_model = gpt.attach_reward(gpt.Reward([model], None, ref), None).models[0]
+    assert reward_model.body.blocks is None  # its layers are the reference's
+    for chunks in (1, 2):
+        inputs = map(jnp.asarray, (prompts, mask, responses, real))
+        scores, hidden = gpt.score_by_reference(reward_model, ref, *inputs, tokenizer.end_ids, chunks)
+        np.testing.assert_allclose(scores, wanted, rtol=1e-4, atol=1e-5)
+        seen = real[:, :, None] > 0
+        np.testing.assert_allclose(jnp.where(seen, hidden, 0), jnp.where(seen, states, 0), rtol=1e-4, atol=1e-5)
+
+
+def test_only_a_probe_of_the_reference_shares_its_pass(fitted):
+    folder, config, _ = fitted
+    (ref, _), (model, _) = gpt.load_policy(config.init), gpt.load(folder / "out")
+    assert gpt.is_beginning(model, ref)
+    assert not gpt.is_beginning(replace(model, pool="mean"), ref)  # which reads the prompt, too
+    assert not gpt.is_beginning(model, replace(ref, wte=ref.wte.at[0, 0].add(1e-3)))
+    longer = replace(ref.blocks.q, weight=ref.blocks.q.weight.at[0].multiply(1.01))
+    assert not gpt.is_beginning(model, replace(ref, blocks=replace(ref.blocks, q=longer)))
+
+
+@pytest.mark.parametrize("script, rank", [(ppo, 0), (grpo, 2)])
+def test_learning_from_a_probe_of_the_reference_asks_no_second_model(fitted, monkeypatch, capsys, script, rank):
+    """The same run with the pass that the reference makes anyway, and with the probe as a model of its own."""
+    folder, config, tokenizer = fitted
+    gpt.write_rows(folder / "prompts.jsonl", [{"prompt": f"{a} {b}"} for a in "abcd" for b in "efgh"])
+    options = dict(
+        init=config.init, reward=(str(folder / "out"),), data=(str(folder / "prompts.jsonl"),), steps=2, batch_size=8,
+        minibatch_size=4, micro_batches=1, response_length=3, lora_rank=rank, gold=None, dtype="float32",
+        overwrite=True,
+    )  # fmt: skip
+    options |= {"group_size": 2} if script is grpo else {}
+    out = folder / script.__name__
+    run = lambda: (
+        script.main(script.Config(out=out, **options))
+        or [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    )
+    monkeypatch.setattr(gpt, "is_beginning", lambda model, ref: False)
+    apart = run()
+    monkeypatch.undo()
+    monkeypatch.setattr(gpt, "score", None)
+    together = run()
+    assert "it costs no forward pass of its own" in capsys.readouterr().out
+    for name in ("objective/scores", "objective/scores_std", "objective/kl_exact", "loss", "grad_norm"):
+        for one, two in zip(apart, together):
+            np.testing.assert_allclose(two[name], one[name], rtol=2e-3, atol=2e-5, err_msg=name)
 
 
 def test_features_are_what_the_model_says_and_are_computed_once(fitted, monkeypatch):

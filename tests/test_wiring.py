@@ -112,7 +112,7 @@ def rollouts(monkeypatch):
     asked, updates, levels = [], [], []
     metrics = {"response_length": 5.0, "objective/kl": 0.0}
 
-    def complete(state, base, ref, batch, generation, scores, config):
+    def complete(state, base, ref, batch, generation, scores, config, ref_hidden):
         policy = getattr(state, "policy", state)
         asked.append((first_number(policy), first_number(ref), np.asarray(scores)))
         levels.extend([float(state.critic.bias)] if hasattr(state, "critic") else [])
