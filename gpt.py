@@ -931,10 +931,10 @@ def _name_special(library, settings: dict, ends) -> dict[str, str]:
     no row for it."""
     import tokenizers
 
-    for i, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        token = tokenizers.AddedToken(**{key: x for key, x in token.items() if key != "__type"})
-        if library.get_added_tokens_decoder().get(int(i)) != token:  # as in transformers, it has the last word
-            library.add_tokens([token])
+    declared = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    make = lambda token: tokenizers.AddedToken(**{key: x for key, x in token.items() if key != "__type"})
+    added = library.get_added_tokens_decoder()  # of which the settings have the last word
+    library.add_tokens([t for i in sorted(declared) if (t := make(declared[i])) != added.get(i)])
     added = library.get_added_tokens_decoder()
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
     more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or {}
