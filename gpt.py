@@ -935,20 +935,22 @@ def _name_special(library, settings: dict, ends) -> dict[str, str]:
     no row for it."""
     import tokenizers
 
-    for i, token in sorted((settings.get("added_tokens_decoder") or {}).items(), key=lambda item: int(item[0])):
-        token = tokenizers.AddedToken(**{key: x for key, x in token.items() if key != "__type"})
-        if library.get_added_tokens_decoder().get(int(i)) != token:  # as in transformers, it has the last word
-            library.add_tokens([token])
+    declared = {int(i): token for i, token in (settings.get("added_tokens_decoder") or {}).items()}
+    make = lambda token: tokenizers.AddedToken(**{key: x for key, x in token.items() if key != "__type"})
+    added = library.get_added_tokens_decoder()  # of which the settings have the last word
+    library.add_tokens([t for i in sorted(declared) if (t := make(declared[i])) != added.get(i)])
     added = library.get_added_tokens_decoder()
     named = {name: token for name, token in settings.items() if name.endswith("_token")}
-    for more in map(settings.get, ("model_specific_special_tokens", "extra_special_tokens")):
-        named |= more if isinstance(more, dict) else {}
-    texts = {name: token["content"] if isinstance(token, dict) else token for name, token in named.items()}
-    texts = {name: text for name, text in texts.items() if text and isinstance(text, str)}
+    more = settings.get("extra_special_tokens") or settings.get("additional_special_tokens") or {}
+    listed = more if isinstance(more, list) else []
+    named |= (settings.get("model_specific_special_tokens") or {}) | ({} if listed else more)
+    text_of = lambda token: token["content"] if isinstance(token, dict) else token
+    texts = {name: text_of(token) for name, token in named.items() if token and isinstance(token, str | dict)}
     if "eos_token" not in texts and ends:  # a folder may name it by id only
         texts["eos_token"] = library.id_to_token(ends[0])
     known = {token.content: token for token in added.values()}
-    for text in {*texts.values(), *(added[i].content for i in ends if i in added)} - {None}:
+    others = [added[i].content for i in ends if i in added] + [x for x in map(text_of, listed) if x not in known]
+    for text in {*texts.values(), *others} - {None}:
         token = known.get(text, tokenizers.AddedToken(text, normalized=False))
         if not token.special and library.token_to_id(text) is not None:
             token.special = True

@@ -236,6 +236,15 @@ def test_a_row_that_the_template_refuses_is_named_by_line(loaded, tmp_path, caps
     assert "1 rows left out: the chat template refuses these messages: roles must alternate" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["additional_special_tokens", "extra_special_tokens"])
+def test_listed_tokens_are_special_unless_they_were_added_as_text(name, folders, tmp_path):
+    """The ids are those of transformers 5.24: "oth" is a word of the vocabulary, <think> was added as text."""
+    tokenizer = changed(folders["qwen3"], tmp_path, **{name: ["oth", "<think>", "<of no row>"]})
+    ids = tokenizer.encode("the other<think>", special=True)
+    assert [tokenizer.token_bytes(i) for i in ids] == [b"the", b" ", b"oth", b"er", b"<think>"]
+    assert tokenizer.decode(ids) == "the er<think>" and "<of no row>" not in tokenizer.specials
+
+
 def test_tokens_are_kept_until_a_name_of_the_template_is_another_token(loaded, folders, tmp_path):
     path = write(tmp_path / "rows.jsonl", {"messages": [ASK, SAY]})
     for name in ("<|begin_of_text|>", "<|end_of_text|>"):
