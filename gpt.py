@@ -3362,8 +3362,8 @@ class Run:
 
         self.flush()  # a NaN is found before it is saved
         self._ending = self.must_stop
-        if done == self.total and self._learns:
-            self._check_learned(state[0])
+        if done == self.total:
+            self._check_learned(self._before, fingerprint(state[0]))
         leaves = {_path(p): x for p, x in jax.tree_util.tree_leaves_with_path(state)}
         if done != self._saved:
             self.manager.save(done, args=ocp.args.StandardSave(leaves))
@@ -3379,9 +3379,9 @@ class Run:
             )  # fmt: skip
             raise SystemExit(1)
 
-    def _check_learned(self, model):
-        """A run whose model is at its end what it was at its start has learned from nothing."""
-        if (fingerprint(model) == self._before).all():
+    def _check_learned(self, before, after):
+        """A run whose model is at its end what it was at its start, by the fingerprints, has learned from nothing."""
+        if self._learns and (before == after).all():
             raise ValueError(
                 f"{self.total:,} steps have changed no weight: every gradient was 0 (rows that weigh nothing, rewards "
                 "that are all alike), or --lr is too small for the weights' precision. No model was written"
@@ -3540,8 +3540,10 @@ class Run:
         if self._manager is not None:
             self._manager.wait_until_finished()
         if isinstance(getattr(model, "body", model), Adapter):
-            save_adapter(self.out / "adapter", model, base)
-            model = merge(attach(model, load(base)[0]))
+            start, adapter = load(base)[0], model
+            model = merge(attach(adapter, start))
+            self._check_learned(fingerprint(start), fingerprint(getattr(model, "body", model)))
+            save_adapter(self.out / "adapter", adapter, base)
         save(self.out, model, tokenizer, {"run": self.info})
         if self.main:
             print(f"wrote {self.out}")

@@ -429,6 +429,14 @@ def test_what_is_saved_is_the_base_with_its_linear_layers_and_tables_moved(world
     jax.tree.map(np.testing.assert_array_equal, gpt.merge(gpt.attach(adapter, base)), merged)
 
 
+def test_an_adapter_that_moves_no_weight_of_its_base_is_an_error(world):
+    """Its own weights have changed, by too little for the sum."""
+    config = dpo.Config(**options(world, "still", "pairs", steps=2) | dict(lr=1e-30))
+    with pytest.raises(ValueError, match="2 steps have changed no weight.*--lr is too small"):
+        dpo.main(config)
+    assert not (world / "still" / "model.safetensors").exists() and not (world / "still" / "adapter").exists()
+
+
 @pytest.mark.parametrize("script, loss", [(dpo, "dpo"), (ipo_kto, "ipo"), (ipo_kto, "kto")])
 def test_with_adapters_the_reference_is_the_base_and_no_second_model(world, script, loss, monkeypatch):
     monkeypatch.setattr(gpt, "load_frozen", lambda *_: pytest.fail("a second model was loaded"))
