@@ -500,6 +500,10 @@ def resolve(config: Config) -> Config:
             f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches} x {K}"
         )
     gpt.check_batch_size(config.minibatch_size // K, "--minibatch-size / --group-size")
+    if config.missing_eos is not None and config.missing_eos < 0:
+        raise ValueError(
+            f"--missing-eos {config.missing_eos}: a price, 0 or above; below 0 not to end would be paid for"
+        )
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     if config.teacher and config.kl == "loss-uncorrected":

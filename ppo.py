@@ -451,6 +451,10 @@ def resolve(config: Config) -> Config:
             "--batch-size must be a multiple of --minibatch-size, and that of --micro-batches; "
             f"they are {config.batch_size}, {config.minibatch_size} and {config.micro_batches}"
         )
+    if config.missing_eos is not None and config.missing_eos < 0:
+        raise ValueError(
+            f"--missing-eos {config.missing_eos}: a price, 0 or above; below 0 not to end would be paid for"
+        )
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     # Adapters have twice the rate here, not 5 to 10 times as where rows are learned from: on three seeds their

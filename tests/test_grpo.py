@@ -392,6 +392,7 @@ def test_a_student_equal_to_its_teacher_learns_nothing_and_another_comes_nearer(
         (dict(minibatch_size=6), "--minibatch-size a multiple of it"),
         (dict(batch_size=12), "--batch-size must be a multiple of --minibatch-size"),
         (dict(micro_batches=4), "--micro-batches x --group-size"),
+        (dict(missing_eos=-1.0), "--missing-eos -1.0: a price, 0 or above"),
         (dict(epochs=0), "--epochs 0: a rollout is learned from once at least"),
         (dict(teacher="out/ppo", kl="loss-uncorrected"), "--teacher goes with --kl loss"),
         (dict(teacher="out/ppo", filter_groups=True), "no scores by which --filter-groups could choose"),

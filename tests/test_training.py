@@ -358,6 +358,7 @@ def test_learning_rates_end_where_they_should_also_where_target_kl_skips_steps(w
         (dict(reward=("my_rewards:nowhere",)), "cannot load my_rewards:nowhere"),
         (dict(reward=("SFT",)), "is a language model, not a reward model"),
         (dict(minibatch_size=10), "multiple of --minibatch-size"),
+        (dict(missing_eos=-1.0), "--missing-eos -1.0: a price, 0 or above"),
     ],
 )
 def test_ppo_names_what_is_wrong(world, options, message):
