@@ -32,6 +32,7 @@ Choices where code bases disagree:
 3. Minibatches are whole groups: a group's prompt is computed once, in sampling, scoring and update.
 4. A response that does not end is scored as in ppo.py.
 5. With --lora-rank the policy is a low-rank adapter on a frozen base, which itself is the reference.
+6. A reward model whose body is the reference's first layers (probe.py makes such) is read from the reference's pass.
 
     python grpo.py                                            # out/sft + out/reward -> out/grpo, by GRPO
     python grpo.py --advantage rloo --out out/rloo

@@ -27,7 +27,8 @@ Choices where code bases disagree:
 5. A response that does not end scores min(score, 0) - (--missing-eos). In OpenAI's code (Huang et al. 2024,
    arXiv:2403.17031, "EOS trick") a constant replaces the score: where finished responses score less than that, the
    policy is paid for never ending.
-6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. The critic starts with the
+6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. (A reward model whose body
+   is the reference's first layers, as probe.py makes them, is read from the reference's pass.) The critic starts with the
    body of the first reward model, which already knows what is good, and with a head of zeros. (Where the reward is a
    function, or only one of policy and reward model is an adapter, it has the policy's body.) Its bias is the mean score
    of the first rollout. With V = 0 the whole mean score would look like a surprise at the last token: every EOS would
