@@ -290,12 +290,16 @@ class GPT(eqx.Module):
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
-        if self.config.gpt2 and tokens.shape[1] > self.config.context:  # indexing would clamp, silently
-            raise ValueError(f"rows of {tokens.shape[1]} tokens > the {self.config.context} positions of the model")
+        self.check_length(tokens.shape[1])
         x = self.wte.look_up(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
+
+    def check_length(self, length: int):
+        """ValueError where rows of so many tokens have no learned positions: indexing would clamp, silently."""
+        if self.config.gpt2 and length > self.config.context:
+            raise ValueError(f"rows of {length} tokens > the {self.config.context} positions of the model")
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """A logit for every word, in fp32 whatever the model's dtype: bf16 is too coarse for a softmax over so many.
@@ -3006,7 +3010,8 @@ def is_beginning(model: ScoreModel, ref: GPT) -> bool:
     body = model.body
     if isinstance(body, Adapter) or model.pool not in ("last", "answer"):
         return False
-    if dataclasses.replace(body.config, layers=ref.config.layers) != ref.config:
+    same = {name: getattr(ref.config, name) for name in ("layers", "tied", "known_ids")}  # the others tell the states
+    if dataclasses.replace(body.config, **same) != ref.config:
         return False
     ours, theirs = (jax.tree.leaves((x.wte, x.wpe, x.blocks)) for x in (body, ref))
     return all(bool(jnp.array_equal(a, b[: len(a)])) for a, b in zip(ours, theirs, strict=True))
@@ -3026,7 +3031,8 @@ def score_by_reference(reward: ScoreModel, ref: GPT, prompts, prompt_mask, respo
     """(`score` (B,), the reference's states where response tokens are predicted (B, T, D)), both of one pass: the body
     of the reward model is the first layers of `ref`. Prompts are (P, Q), each for the next B / P of the responses
     (B, T), and computed once for them."""
-    T, P = responses.shape[1], len(prompts)
+    (P, Q), T = prompts.shape, responses.shape[1]
+    ref.check_length(Q + T + len(reward.suffix))
 
     def ask(rows):
         prompts, prompt_mask, responses, mask = rows

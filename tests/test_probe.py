@@ -132,10 +132,21 @@ def test_only_a_probe_of_the_reference_shares_its_pass(fitted):
     folder, config, _ = fitted
     (ref, _), (model, _) = gpt.load_policy(config.init), gpt.load(folder / "out")
     assert gpt.is_beginning(model, ref)
+    for other in (dict(known_ids=9), dict(tied=False)):  # which tell logits, and no states
+        assert gpt.is_beginning(model, replace(ref, config=replace(ref.config, **other)))
     assert not gpt.is_beginning(replace(model, pool="mean"), ref)  # which reads the prompt, too
     assert not gpt.is_beginning(model, replace(ref, wte=ref.wte.at[0, 0].add(1e-3)))
     longer = replace(ref.blocks.q, weight=ref.blocks.q.weight.at[0].multiply(1.01))
     assert not gpt.is_beginning(model, replace(ref, blocks=replace(ref.blocks, q=longer)))
+
+
+def test_a_suffix_beyond_the_learned_positions_is_refused():
+    ref = gpt.init(gpt.make_config(12, context=8, layers=1, heads=1, dim=8, family="gpt2"), jax.random.key(0))
+    model = gpt.init_score_model(ref, jax.random.key(1), suffix=(9, 4))
+    ones = jnp.ones((2, 4), int)
+    assert gpt.is_beginning(model, ref)
+    with pytest.raises(ValueError, match="rows of 10 tokens > the 8 positions"):
+        gpt.score_by_reference(model, ref, ones, ones, ones, ones, (0,))
 
 
 @pytest.mark.parametrize("script, rank", [(ppo, 0), (grpo, 2)])
