@@ -28,11 +28,11 @@ Choices where code bases disagree:
    arXiv:2403.17031, "EOS trick") a constant replaces the score: where finished responses score less than that, the
    policy is paid for never ending.
 6. Four models with their own weights: policy, frozen reference, critic, frozen reward model. (A reward model whose body
-   is the reference's first layers, as probe.py makes them, is read from the reference's pass.) The critic starts with the
-   body of the first reward model, which already knows what is good, and with a head of zeros. (Where the reward is a
-   function, or only one of policy and reward model is an adapter, it has the policy's body.) Its bias is the mean score
-   of the first rollout. With V = 0 the whole mean score would look like a surprise at the last token: every EOS would
-   seem to earn it.
+   is the reference's first layers, as probe.py makes them, is read from the reference's pass.) The critic starts with
+   the body of the first reward model, which already knows what is good, and with a head of zeros. (Where the reward is
+   a function, or only one of policy and reward model is an adapter, it has the policy's body.) Its bias is the mean
+   score of the first rollout. With V = 0 the whole mean score would look like a surprise at the last token: every EOS
+   would seem to earn it.
 7. With --lora-rank the policy is a low-rank adapter on a frozen base (Hydra-PPO, arXiv:2309.00754), and the base itself
    is the reference. A reward model that `reward.py --lora-rank` trained is one more adapter on it, and the critic
    starts as that one, with its rank. `gpt.attach(adapter, base)` is the model that an adapter makes; a whole model

@@ -217,6 +217,42 @@ def run_grpo_from(model, work: dict, tokenizer, rows: int, clock: Clock):
     ).train()  # fmt: skip
 
 
+def run_script(work: dict):
+    """A script of this project by TRL's trainer, on the same model folder and rows, with adapters of rank 8: grpo.py
+    (groups of four, two optimiser steps an iteration), reward.py, or sft.py as the README has it."""
+    import datasets
+    import peft
+    import trl
+
+    clock, name = Clock(), dict(grpo="GRPO", reward="Reward", sft="SFT")[work["script"]]
+    more = {
+        "grpo": dict(
+            per_device_train_batch_size=24, steps_per_generation=2, num_generations=4, max_completion_length=24,
+            beta=0.05, temperature=1.0, top_k=0,
+        ),
+        "reward": dict(per_device_train_batch_size=8, max_length=256),
+        "sft": dict(per_device_train_batch_size=8, gradient_accumulation_steps=4, max_length=512),
+    }[work["script"]]  # fmt: skip
+    settings = getattr(trl, f"{name}Config")(
+        output_dir=tempfile.mkdtemp(), max_steps=10_000, learning_rate=1e-4, max_grad_norm=1.0,
+        optim="adamw_torch_fused", report_to="none", save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        use_cpu=DEVICE == "cpu", bf16=work["bf16"], dataloader_pin_memory=False,
+        gradient_checkpointing=work["script"] == "sft", **more,
+    )  # fmt: skip
+    words = lambda completions, **_: [float(len(set(text.split()))) for text in completions]
+    adapters = peft.LoraConfig(
+        r=8, lora_alpha=8, target_modules="all-linear",
+        task_type="SEQ_CLS" if work["script"] == "reward" else "CAUSAL_LM",
+    )  # fmt: skip
+    with open(work["rows"]) as lines:
+        rows = datasets.Dataset.from_list([json.loads(line) for line in lines])
+    getattr(trl, f"{name}Trainer")(
+        model=work["model"], args=settings, train_dataset=rows, peft_config=adapters, callbacks=[clock],
+        processing_class=transformers.AutoTokenizer.from_pretrained(work["model"]),
+        **(dict(reward_funcs=words) if work["script"] == "grpo" else {}),
+    ).train()  # fmt: skip
+
+
 def memory_peak() -> int:
     """Bytes: of the GPU, or resident ones. Not getrusage's: on Linux a new program inherits there what the one that
     started it had."""
@@ -244,8 +280,9 @@ def main(work: dict):
             raise ValueError("this PyTorch sees no GPU, and bench.py does")
         torch.set_float32_matmul_precision("high")  # fp32 products as JAX has them there
     torch.manual_seed(0)
-    if work["work"] in ("ppo", "grpo", "dpo"):
-        return {"ppo": run_ppo, "grpo": run_grpo, "dpo": run_dpo}[work["work"]](work)
+    trainers = {"ppo": run_ppo, "grpo": run_grpo, "dpo": run_dpo, "script": run_script}
+    if work["work"] in trainers:
+        return trainers[work["work"]](work)
     once = {"train": prepare_train, "generate": prepare_generate}[work["work"]](work)
     for _ in range(WARM_UP):
         once()

@@ -25,10 +25,10 @@ Every row of the table is the median of --repeats timings, with the smallest and
                epoch's tokens that is padding
 
 --peers (a Python with torch and transformers), --trl-peers (one with TRL 0.24, which still has PPOTrainer) and
---dpo-peers (TRL 1.16 and PEFT, for grpo and dpo) run the same shapes in the same precision in tests/peers.py. Ours and
-the peer take turns, so that both see the same machine. "times peer" is the peer's median time divided by ours: above 1
-we are faster. "MB" is the most that our programs hold, weights and optimiser included; "peer MB" is what the peer's
-process has grown by since it loaded its libraries. Compilation is not timed.
+--dpo-peers (TRL 1.16 and PEFT, for grpo, dpo and against) run the same shapes in the same precision in tests/peers.py.
+Ours and the peer take turns, so that both see the same machine. "times peer" is the peer's median time divided by ours:
+above 1 we are faster. "MB" is the most that our programs hold, weights and optimiser included; "peer MB" is what the
+peer's process has grown by since it loaded its libraries. Compilation is not timed.
 
     python tools/bench.py                                              # the table, and out/bench/bench.json
     python tools/bench.py --only train generate --repeats 7 --peers ~/peers/bin/python
@@ -79,7 +79,7 @@ class Config:
     quick: bool = False  # models of a few thousand weights: does everything run? (the figures mean nothing)
     peers: Path | None = None  # a Python with torch and transformers, timed beside us
     trl_peers: Path | None = None  # a Python with TRL 0.24, timed beside ppo
-    dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside grpo and dpo
+    dpo_peers: Path | None = None  # a Python with TRL 1.16, timed beside grpo, dpo, against
     against: Path | None = None  # folder of another checkout, timed beside this one
     model: str = "models/smollm2"  # what both start from
     pairs: str = "data/hh/pairs.jsonl"  # and learn from
@@ -801,24 +801,33 @@ ROLLOUT = f"""--data prompts.jsonl --reward bench_reward:words {ADAPTERS} --batc
     --prompt-length 56 --response-length 24 --steps 9"""
 PAIRS = f"--data pairs.jsonl {ADAPTERS} --lr 1e-4 --batch-size 8 --length 256 --steps 12"
 RECIPE = "--data demos.jsonl --length 512 --lora-rank 8 --lr 2e-4 --batch-size 32 --micro-batches 4 --remat --overwrite"
-# work: (our command, the other's, steps of ours and of the other's that make up the work; None: the whole process)
+# work: (our command, the other's, steps of ours and of the other's that make up the work (None: the whole process),
+#        and of TRL: trainer, rows, whether in bf16, optimiser steps that make up the work)
 COMMANDS = {
     "RLOO iteration, 12 x 4 x (56 + 24) tokens, adapters, bf16": (
         f"grpo.py {ROLLOUT} --advantage rloo --missing-eos None --gold None",
         f"ppo.py {ROLLOUT} --advantage rloo --share lora --missing-eos keep --monitor none",
         (1, 1),
+        ("grpo", "prompts", True, 2),
     ),
     "reward model, 1,000 pairs, adapters, bf16": (
         f"reward.py {PAIRS} --normalize-with None --gold None",
         f"reward.py {PAIRS} --normalize-with none --gold none",
         (125, 125),
+        ("reward", "pairs", True, 125),
     ),
     "reward model by probe, 1,000 pairs": (
         "probe.py --data pairs.jsonl --dtype bfloat16 --batch-size 8 --length 256 --suffix '' --overwrite",
         f"reward.py {PAIRS} --normalize-with none --gold none",
         (None, 125),
+        None,
     ),
-    "SFT step of README's recipe": (f"sft.py {RECIPE} --steps 9", f"sft.py {RECIPE} --steps 9", (1, 1)),
+    "SFT step of README's recipe": (
+        f"sft.py {RECIPE} --steps 9",
+        f"sft.py {RECIPE} --steps 9",
+        (1, 1),
+        ("sft", "demos", False, 1),
+    ),
 }
 
 
@@ -829,7 +838,7 @@ def measure_against(table: Table, config: Config, limits: dict):
     here, turns = Path(__file__).resolve().parent.parent, 1 if config.quick else config.repeats
     with tempfile.TemporaryDirectory() as folder:
         write_bench_rows(config.pairs, Path(folder))
-        for name, (ours, theirs, steps) in COMMANDS.items():
+        for name, (ours, theirs, steps, trl) in COMMANDS.items():
             found = []
             for _ in range(turns):
                 both = zip((here, config.against.resolve()), (ours, theirs), steps)
@@ -841,6 +850,17 @@ def measure_against(table: Table, config: Config, limits: dict):
             )  # fmt: skip
             time_share, memory_share = (np.median(x[:, 0]) / np.median(x[:, 1]) for x in (seconds, peaks))
             print(f"  of the other's: time {time_share:.2f}, peak memory {memory_share:.2f}", flush=True)
+            if trl and config.dpo_peers:
+                took, peak = trl_script(config, Path(folder), *trl)
+                print(f"  TRL: {took:.2f} s, {peak / 2**30:.2f} GiB", flush=True)
+
+
+def trl_script(config: Config, folder: Path, script: str, rows: str, bf16: bool, steps: int) -> tuple[float, int]:
+    """(seconds, peak bytes) of the same work by TRL's trainer: so many optimiser steps, from the mean of a few."""
+    work = dict(script=script, rows=str(folder / f"{rows}.jsonl"), model=str(Path(config.model).resolve()), bf16=bf16)
+    with Peer(config.dpo_peers, config, work="script", **work) as peer:
+        seconds = [peer.seconds() for _ in range(2 if script == "sft" else 6)]
+        return steps * float(np.mean(seconds)), resident_peak(peer.process.pid)
 
 
 def write_bench_rows(pairs: str, folder: Path):
