@@ -861,9 +861,12 @@ def reading(reference: dict, against: str) -> str:
     ref, start = Path(reference["folder"]).name, ""
     if reference["gold"] is not None:
         gold = with_interval(reference["gold"], reference["interval"])
-        start = f" {ref}'s gold is the mean of {reference['draws']} draws here, {gold}."
+        start = (
+            f"`closed`: share of the distance from {ref} to 1. {ref}'s gold is the mean of {reference['draws']} draws "
+        )
+        start += f"here, {gold}. "
     return (
-        f"`closed`: share of the distance from {ref} to 1.{start} KL to {ref} in nats a sequence (best of n: an upper "
+        f"{start}KL to {ref} in nats a sequence (best of n: an upper "
         f"bound). `win`: against {against}, by gold, ties a half; `win, equal length`: the same where both answers are "
         "equally long, by a logistic regression. `distinct-n`: distinct n-grams over all n-grams of all responses. "
         "`repeats`: share of 3-grams said before in the same response. Intervals: 95%, by prompt; of shares Wilson's, "
@@ -1045,7 +1048,7 @@ def main(config: Config):
         rows, curve, golds = rows | found["rows"], found["curve"], golds | found["golds"]
     rows = {name: row | {"closed": None} for name, row in rows.items()}
     reference = {"folder": config.ref, "gold": None}
-    if config.gold:
+    if config.gold and ":" in config.gold:  # a reward model's scores have no perfect 1
         start = np.array(remember(exam, "reference", start_golds, config.ref), float)
         clusters = gpt.same_prompt(exam.baseline.prompts)
         if not np.isfinite(start).any():

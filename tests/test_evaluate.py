@@ -756,6 +756,7 @@ def test_a_reward_model_rates_answers_beside_gold(world, reward_model, monkeypat
     evaluate.main(settings(world, "by-model", **options))  # the model as gold: of the best that another one picks
     judged = json.loads((world / "by-model" / "summary.json").read_text())["models"]
     assert judged["start"]["gold"] == pytest.approx(np.mean(expected), rel=1e-4) and "best-of-2" in judged
+    assert judged["start"]["closed"] is None  # of a way to a perfect 1, which such scores do not have
 
 
 @pytest.mark.parametrize(
