@@ -187,7 +187,7 @@ def test_an_answer_must_beat_all_others_of_its_choice():
     assert (found["choices"], found["accuracy"], found["chance"]) == (2, 0.5, 0.25)
     assert found["accuracy_interval"] == pytest.approx(gpt.share_interval([1, 0], np.arange(2)))
     again = reward.best_of(gaps, list(zip("aaaaaaa", "1112223")))  # two choices of one prompt say nothing of others
-    assert again["accuracy_interval"] == (0, 1)
+    assert again["accuracy_interval"] == [0, 1]
     assert reward.best_of(gaps[2:], list("abcde")) is None and reward.best_of(gaps[:5], list("aabcd")) is None
 
 

@@ -402,9 +402,9 @@ def test_a_rows_margin_widens_the_gap_that_is_asked_for(world, monkeypatch):
 
 
 def test_a_temperature_is_fitted_on_one_half_and_judged_on_the_other(monkeypatch):
-    gaps, asked = np.random.default_rng(0).normal(1, 1, 40), []
+    gaps, asked, texts = np.random.default_rng(0).normal(1, 1, 40), [], [(str(i), "") for i in range(80)]
     scores = np.stack([gaps, np.zeros(40)], 1)
-    monkeypatch.setattr(reward, "score_pairs", lambda *_: (scores, None, np.ones((40, 2)), []))
+    monkeypatch.setattr(reward, "score_pairs", lambda *_: (scores, None, np.ones((40, 2)), texts))
     fit, calibrate = reward.fit_temperature, reward.calibration
     monkeypatch.setattr(reward, "fit_temperature", lambda gaps: asked.append(gaps) or fit(gaps))
     monkeypatch.setattr(reward, "calibration", lambda gaps, T: asked.append(gaps) or calibrate(gaps, T))
