@@ -1362,6 +1362,8 @@ def read_tensors(path: Path) -> dict[str, np.ndarray]:
 
     tensors = {}
     for file in weight_files(path):
+        if not file.is_file():
+            raise FileNotFoundError(f"{file} is missing: model.safetensors.index.json lists it")
         try:
             with safe_open(file, "numpy"):  # checks that the file is whole, and its table of tensors right
                 data = np.memmap(file, np.uint8, "r")

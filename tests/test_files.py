@@ -177,6 +177,9 @@ def test_files_that_the_index_does_not_list_are_passed_over(golden, tmp_path):
     assert_equal_leaves(gpt.load(tmp_path)[0], want)
     (tmp_path / "model-1.safetensors").rename(tmp_path / "model.safetensors")  # an index of parts that are gone
     assert_equal_leaves(gpt.load(tmp_path)[0], want)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="model-1.safetensors is missing: .*index.json lists it"):
+        gpt.load(tmp_path)
 
 
 @pytest.mark.parametrize(
