@@ -852,7 +852,7 @@ def measure_against(table: Table, config: Config, limits: dict):
             print(f"  of the other's: time {time_share:.2f}, peak memory {memory_share:.2f}", flush=True)
             if trl and config.dpo_peers:
                 took, peak = trl_script(config, Path(folder), *trl)
-                print(f"  TRL: {took:.2f} s, {peak / 2**30:.2f} GiB", flush=True)
+                print(f"  TRL: {took:.2f} s, {peak / 1e9:.2f} GB", flush=True)
 
 
 def trl_script(config: Config, folder: Path, script: str, rows: str, bf16: bool, steps: int) -> tuple[float, int]:
