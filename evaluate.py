@@ -861,10 +861,8 @@ def reading(reference: dict, against: str) -> str:
     ref, start = Path(reference["folder"]).name, ""
     if reference["gold"] is not None:
         gold = with_interval(reference["gold"], reference["interval"])
-        start = (
-            f"`closed`: share of the distance from {ref} to 1. {ref}'s gold is the mean of {reference['draws']} draws "
-        )
-        start += f"here, {gold}. "
+        drawn = f"{ref}'s gold is the mean of {reference['draws']} draws here, {gold}"
+        start = f"`closed`: share of the distance from {ref} to 1. {drawn}. "
     return (
         f"{start}KL to {ref} in nats a sequence (best of n: an upper "
         f"bound). `win`: against {against}, by gold, ties a half; `win, equal length`: the same where both answers are "
