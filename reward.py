@@ -494,8 +494,10 @@ def print_report(result: dict):
         print(
             f"  {name} T = {result['temperature']:.2f}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items())
         )
-    if result["temperature"] >= MAX_TEMPERATURE or low <= 0.5:
+    if result["temperature"] >= MAX_TEMPERATURE or result["accuracy"] <= 0.5:
         print("  NO BETTER THAN A COIN on held-out pairs: there is nothing in these scores for a policy to learn")
+    elif low <= 0.5:
+        print("  NOT TOLD FROM A COIN by so few held-out pairs: hold out more before a policy learns from these scores")
     for name in [name for name in ("teacher", "gold") if name in result]:
         print(f"  {name}: " + "  ".join(f"{k} {v:.3f}" for k, v in result[name].items()))
 

@@ -218,6 +218,18 @@ def test_beside_the_rule_that_the_longer_answer_wins():
     assert reward.compare_with_length(np.ones(3), np.ones(3)) is None
 
 
+@pytest.mark.parametrize(
+    ("accuracy", "interval", "temperature", "said"),
+    [(0.75, [0.47, 0.91], 1.0, "NOT TOLD FROM A COIN"), (0.5, [0.44, 0.56], 1.0, "NO BETTER THAN A COIN"),
+     (0.7, [0.6, 0.8], reward.MAX_TEMPERATURE, "NO BETTER THAN A COIN"), (0.7, [0.6, 0.8], 1.0, None)],
+)  # fmt: skip
+def test_few_pairs_are_no_verdict_on_a_reward_model(capsys, accuracy, interval, temperature, said):
+    result = {"accuracy": accuracy, "accuracy_interval": interval, "temperature": temperature, "pairs": 12}
+    reward.print_report(result | {"longer_wins": 0.5, "beside_length": None, "before": {}, "after": {}})
+    out = capsys.readouterr().out
+    assert [text for text in ("NOT TOLD FROM A COIN", "NO BETTER THAN A COIN") if text in out] == [said] * bool(said)
+
+
 def test_beside_what_the_frozen_model_finds_likely(fitted):
     """Three rules by hand; and in a run's report, answer by answer."""
     logprobs = np.array([[-4.0, -6], [-9, -6], [-5, -4], [-3, -8], [-6, -6]])
