@@ -236,15 +236,6 @@ def learnt(found: dict, count: int) -> str:
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def check_context(model: gpt.GPT, batches: gpt.Batches):
-    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
-    longest = max(int(data.lengths.max()) for data in batches.sets)
-    if model.config.gpt2 and longest > model.config.context:
-        raise ValueError(
-            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
-        )
-
-
 def check(config: Config):
     """Complain of what cannot work, before anything is loaded."""
     gpt.check_batch_size(config.batch_size)
@@ -268,12 +259,12 @@ def main(config: Config):
     gpt.check_tokenizer_of(config.ref or config.init, tokenizer, config.init)
     load_pairs = partial(
         gpt.Batches, kind="pairs", tokenizer=tokenizer, batch_size=config.batch_size, length=config.length,
-        seed=config.seed, skip_bad=config.skip_bad_rows, split_prompts=config.share_prefix,
+        seed=config.seed, skip_bad=config.skip_bad_rows, forked=config.share_prefix,
     )  # fmt: skip
     pairs, heldout = load_pairs(config.data), config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
     for batches in filter(None, (pairs, heldout)):
-        check_context(policy, batches)
+        gpt.check_context(policy, batches)
 
     steps = pairs.plan(config.steps, config.micro_batches)
     lr = gpt.schedule(config.lr, steps, None, "linear")

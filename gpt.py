@@ -133,7 +133,6 @@ def make_config(vocab_size: int, context: int, layers: int, heads: int, dim: int
 #   cast_layers(block, dtype)    the block, its weights in `dtype`
 #   map_columns(f, width, *xs)   f(*xs), on a few of the T columns at a time: f makes `width` floats a token
 #   map_chunks(f, xs, chunks)    f(xs), on one chunk of the rows after the other
-#   continue_prefix(...)         model(tokens), of rows that continue a shared prompt, which is computed once
 #   shard_batch(x)               x, with its rows spread over the devices
 #   merge(model)                 the model, with its adapter added into its weights
 #
@@ -262,14 +261,16 @@ class GPT(eqx.Module):
     head: Array | None  # (V, D); None when tied: one leaf used twice, never two that drift apart
     config: Config = eqx.field(static=True)
 
-    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False) -> Float[Array, "B T D"]:
-        """Hidden states after the last norm. `segments` (B, T) says which document each token is of, 0 is padding:
-        tokens see only earlier tokens of their own segment, and positions count from 0 in each. Packing, left and
-        right padding are all this one rule."""
+    def __call__(self, tokens: Int[Array, "B T"], segments=None, remat: bool = False, forked: bool = False):
+        """Hidden states (B, T, D) after the last norm. `segments` (B, T) says which document each token is of, 0 is
+        padding: tokens see only earlier tokens of their own segment, and positions count from 0 in each. Packing, left
+        and right padding are all this one rule. `forked`: segments 2, 3, ... of a row all go on from its segment 1."""
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        x, rope = self.embed(tokens, segment_positions(segments))
-        visible = causal_mask(segments)
+        if not forked:  # positions of a forked row end before it does: what makes such rows minds how long they become
+            self.check_length(tokens.shape[1])
+        x, rope = self.embed(tokens, segment_positions(segments, forked))
+        visible = causal_mask(segments, forked)
         x = self.scan_blocks(lambda x, block: shard_batch(block(x, rope, visible)[0]), x, remat)
         return self.norm(x)
 
@@ -290,7 +291,6 @@ class GPT(eqx.Module):
 
     def embed(self, tokens, positions):
         """Input vectors (B, T, D), and the rotary angles where the family has them."""
-        self.check_length(tokens.shape[1])
         x = self.wte.look_up(tokens) if isinstance(self.wte, eqx.Module) else self.wte[tokens]
         if self.wpe is not None:
             return shard_batch(x + self.wpe[positions]), None
@@ -314,18 +314,32 @@ class GPT(eqx.Module):
         return jnp.where(jnp.arange(logits.shape[-1]) < self.config.known_ids, logits, MASKED)
 
 
-def segment_positions(segments: Int[Array, "B T"]) -> Int[Array, "B T"]:
-    """[[0, 0, 1, 1, 1, 2, 2]] -> [[0, 1, 0, 1, 2, 0, 1]]: positions restart where the segment changes."""
+def segment_positions(segments: Int[Array, "B T"], forked: bool = False) -> Int[Array, "B T"]:
+    """[[0, 0, 1, 1, 1, 2, 2]] -> [[0, 1, 0, 1, 2, 0, 1]]: positions restart where the segment changes. `forked`: after
+    the last of segment 1, [[0, 1, 0, 1, 2, 3, 4]]."""
     index = jnp.arange(segments.shape[1])
     starts = jnp.concatenate([jnp.ones_like(segments[:, :1], bool), segments[:, 1:] != segments[:, :-1]], 1)
-    return index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+    positions = index - lax.cummax(jnp.where(starts, index, 0), axis=1)
+    if not forked:
+        return positions
+    return positions + jnp.where(segments > 1, (segments == 1).sum(1, keepdims=True), 0)
 
 
-def causal_mask(segments: Int[Array, "B T"]) -> Array:
+def causal_mask(segments: Int[Array, "B T"], forked: bool = False) -> Array:
     """(B, T, T): True where a token (second axis) may attend to another (third axis): to itself and to earlier ones of
-    its segment, never to padding."""
-    same = (segments[:, :, None] == segments[:, None, :]) & (segments[:, None, :] > 0)
-    return same & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+    its segment, never to padding. `forked`: also to segment 1."""
+    own, other = segments[:, :, None], segments[:, None, :]
+    visible = (own == other) & (other > 0)
+    if forked:
+        visible = visible | (own > 1) & (other == 1)
+    return visible & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
+
+
+def fork_sides(segments: Int[Array, "B T"], sides: int) -> tuple[Array, Array]:
+    """Of forked rows, where segments 2, 3, ... go on from segment 1: (whole, own), (B, sides, T) each, True on the
+    tokens that a side, 2 or 3 or ..., has read, and on those that are its alone."""
+    own = segments[:, None] == jnp.arange(2, 2 + sides)[None, :, None]
+    return own | (segments == 1)[:, None], own
 
 
 def init(config: Config, key) -> GPT:
@@ -426,19 +440,19 @@ def token_logprobs(model: GPT, tokens: Int[Array, "B T"], segments=None, tempera
 def completion_logprobs(model: GPT, batch, remat: bool = False):
     """(log p of each completion, the number of its tokens), (...) each, from tokens, segments and mask (..., T).
 
-    Sums over the tokens whose mask is 1, their EOS included. Where the batch has a `prefix` (`Batches` with
-    `split_prompts`), each prompt is computed once for all of its completions.
+    Sums over the tokens whose mask is 1, their EOS included. A batch with `answers` (B, K, A) has the K completions of
+    a prompt in one row (B, T), behind it (`fork`): the prompt is computed once for them, and the sums are (B, K).
     """
-    rows = lambda name: batch[name].reshape(-1, batch[name].shape[-1])
-    tokens, segments = rows("tokens"), rows("segments")
-    if "prefix" in batch:
-        # each row begins with the prompt's last token, which predicts the first of the answer
-        hidden = continue_prefix(model, tokens, segments, batch["prefix"], batch["prefix_mask"], remat)
-    else:
-        hidden = model(tokens, segments, remat)
-    logprobs, _ = head_logprobs(model, hidden[:, :-1], tokens[:, 1:])
-    mask, shape = rows("mask")[:, 1:] > 0, batch["tokens"].shape[:-1]
-    return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
+    tokens, segments, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
+    if "answers" not in batch:
+        hidden, mask, shape = model(tokens, segments, remat), mask[:, 1:] > 0, batch["tokens"].shape[:-1]
+        logprobs, _ = head_logprobs(model, hidden[:, :-1], tokens[:, 1:])
+        return jnp.where(mask, logprobs, 0.0).sum(1).reshape(shape), mask.sum(1).reshape(shape)
+    hidden, at = model(tokens, segments, remat, forked=True), batch["answers"].reshape(len(tokens), -1)
+    hidden = jnp.take_along_axis(hidden, jnp.maximum(at - 1, 0)[..., None], 1)  # where each of them is predicted
+    logprobs, _ = head_logprobs(model, hidden, jnp.take_along_axis(tokens, at, 1))
+    sums = lambda x: jnp.where(at > 0, x, 0).reshape(batch["answers"].shape).sum(-1)
+    return sums(logprobs), sums(1)
 
 
 def head_logprobs(model: GPT, hidden: Float[Array, "B T D"], targets: Int[Array, "B T"], temperature=1.0):
@@ -599,6 +613,7 @@ def has_ended(tokens: Int[Array, "B T"], mask, ends: tuple[int, ...]) -> Array:
 def prefill(model: GPT, layers, prompts, prompt_mask, slots: int):
     """Run the prompts once: hidden states (B, Q, D), and each layer's keys and values with room for `slots` tokens."""
     room = ((0, 0), (0, 0), (0, slots - prompts.shape[1]), (0, 0))
+    model.check_length(prompts.shape[1])
     x, rope = model.embed(prompts, segment_positions(prompt_mask))
     caches = []
     for layer in layers:
@@ -714,6 +729,7 @@ def descend(optimizer, loss_fn, model, opt_state, batch, micro_batches: int = 1,
 #   check_tokenizer_of                    an error where a model has another tokenizer
 #   Batches                               batches(step): rows as arrays (table in chapter 10); `plan` says how many
 #                                         steps a run takes, `stream` makes batches ahead, `once` gives every row once
+#   check_context                         an error where a row has more tokens than the model has learned positions
 #   trainable, Adapter, attach            (what learns, its frozen base): the model and None, or an adapter and the
 #                                         model; what an adapter is; adapter and base as one model
 #   compute_dtype, cast                   the precision of the forward pass; a model in that precision
@@ -2053,7 +2069,8 @@ def _write_token_data(folder, path, kind, tokenizer, max_length, suffix, skip_ba
 #   mask                  (B, T)   1 on scored tokens: an answer's and its end, or all of a text but its first. Prompts
 #                                  alone have none: there it is 1 on all tokens
 #   segments              (B, T)   1, 2, ...: which text of its row a token is of; 0 on PAD. Not of prompts alone
-#   prefix, prefix_mask   (B, Q)   the prompt that both answers of a pair continue, where it is split off
+#   answers            (B, 2, A)   of pairs in one row each, tokens, mask and segments (B, T): where in it the scored
+#                                  tokens of each answer stand, and 0 where an answer has no more
 #   weight, label_p       (B,)     of pairs and thumbs: how much one counts in the loss; P(chosen is the better one)
 #   margin                (B,)     of pairs: by how much chosen was rated higher (for reward.py)
 #   label                 (B,)     of thumbs: 1 for a good answer, 0 for a bad one
@@ -2066,14 +2083,14 @@ class Batches:
     Texts are packed: laid end to end in rows of `length` tokens, told apart by their segments. Prompts are padded on
     the left, to one width, since they end where the response begins. Other rows are padded on the right, to one of four
     widths; rows of similar length share a batch (they are sorted within windows of 50 batches): few compilations,
-    little padding. `split_prompts`: the prompt that both answers of a pair continue stands apart (`_split_prompts`).
+    little padding. `forked`: both answers of a pair stand in one row, behind their prompt (`fork`).
     Training calls `plan` first, which makes the batch smaller where there are fewer rows than it takes.
     """
 
     WINDOW = 50
 
     def __init__(self, data, kind, tokenizer, batch_size: int, length: int, seed: int, suffix=(), skip_bad=False,
-                 split_prompts=False):  # fmt: skip
+                 forked=False):  # fmt: skip
         sources = parse_sources(data)
         self.kind, self.batch_size, self.length, self.seed = kind, batch_size, length, seed
         self.pad = tokenizer.pad_id
@@ -2084,12 +2101,8 @@ class Batches:
         weights = [weight for _, weight in sources]
         if weights[0] is not None:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
-        self.longest = None  # tokens that are split off, and that are left in a row, at most
-        if split_prompts:
-            prompts = [prompt_sizes(data) for data in self.sets]
-            rests = [data.lengths.max(1) - size for data, size in zip(self.sets, prompts)]
-            self.longest = tuple(int(np.concatenate(sizes).max()) for sizes in (prompts, rests))
-        self.keys = np.concatenate([self._sort_keys(data) for data in self.sets])
+        self.forked = forked
+        self.widths = np.concatenate([fork_widths(data) if forked else data.lengths.max(1) for data in self.sets])
         self._epochs = lru_cache(maxsize=2)(self._epoch)
 
     @property
@@ -2163,53 +2176,27 @@ class Batches:
             width = self.WINDOW * self.batch_size
             starts = np.concatenate([[0], np.cumsum(self.sizes)])
             windows = [picks[i : i + width] for i in range(0, len(picks), width)]
-            orders = [np.argsort(self.keys[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
+            orders = [np.argsort(self.widths[starts[w[:, 0]] + w[:, 1]], kind="stable") for w in windows]
             picks = np.concatenate([window[order] for window, order in zip(windows, orders)])
         return rng.permutation(picks.reshape(-1, self.batch_size, 2))
-
-    def _sort_keys(self, data: TokenData) -> np.ndarray:
-        """(rows,): rows of similar keys need little padding beside each other. The key is a row's length; where prompts
-        are split off, the width of the prompt and then the longer answer, because these are padded separately."""
-        longest = data.lengths.max(1)
-        if self.longest is None:
-            return longest
-        prompts = prompt_sizes(data)
-        return prompts // bucket_step(self.longest[0], multiple=16) * (self.length + 1) + longest - prompts
 
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         if self.kind == "text":
             return self._packed(picks)
-        sides = self.sets[0].sides
+        sides, longest = self.sets[0].sides, int(self.widths.max())
         rows = [self.sets[source].sequence(row, side) for source, row in picks for side in range(sides)]
-        if self.longest:
-            batch = self._split_prompts(rows)
-        elif self.kind == "prompts":
-            batch = pad_rows(rows, max(int(data.lengths.max()) for data in self.sets), self.pad, left=True)
+        if self.kind == "prompts":
+            batch = pad_rows(rows, longest, self.pad, left=True)
             batch["mask"] = batch.pop("segments")  # nothing of a prompt is scored: its mask tells tokens from padding
+        elif self.forked:
+            groups = [rows[i : i + sides] for i in range(0, len(rows), sides)]
+            batch = fork(groups, self.pad, (longest, max(int(data.scored.max()) for data in self.sets)))
         else:
             batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
-        if sides > 1:
-            batch |= {x: batch[x].reshape(len(picks), sides, -1) for x in ("tokens", "mask", "segments")}
+            if sides > 1:
+                batch = {name: x.reshape(len(picks), sides, -1) for name, x in batch.items()}
         extras = np.stack([self.sets[source].extras[row] for source, row in picks])
         return batch | dict(zip(EXTRAS, extras.T)) | dict(index=picks)
-
-    def _split_prompts(self, rows) -> dict:
-        """Pairs, as rows of chosen and rejected by turns, whose two rows no longer repeat their prompt: it stands in
-        `prefix` and `prefix_mask` (P, Q). Its last token stays in both rows, (2 P, T), since there the first token of
-        the answer is predicted.
-
-            prompt a b c, chosen x y, rejected z      prefix  a b      tokens  c x y    mask  0 1 1
-                                                                               c z            0 1
-        """
-        forks = [max(int(mask.argmax()) - 1, 0) for _, mask in rows[::2]]  # tokens of each prefix
-        prefixes = [(ids[:fork], mask[:fork]) for (ids, mask), fork in zip(rows[::2], forks)]
-        rows = [(ids[fork:], mask[fork:]) for (ids, mask), fork in zip(rows, np.repeat(forks, 2))]
-        widths = [
-            bucket(max(len(ids) for ids, _ in part), longest, multiple=16)
-            for part, longest in zip((prefixes, rows), self.longest)
-        ]
-        prefix = pad_rows(prefixes, widths[0], self.pad)
-        return pad_rows(rows, widths[1], self.pad) | dict(prefix=prefix["tokens"], prefix_mask=prefix["segments"])
 
     def _packed(self, picks):
         shape = (len(picks), self.length)
@@ -2238,19 +2225,54 @@ def pad_rows(rows, width: int, pad: int, left: bool = False) -> dict[str, np.nda
     return batch
 
 
-def prompt_sizes(data: TokenData) -> np.ndarray:
-    """(rows,) how many tokens of each pair `Batches` with `split_prompts` takes out: the prompt's, but its last one."""
-    return np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
+def fork(groups, pad: int, longest: tuple[int, int]) -> dict[str, np.ndarray]:
+    """Answers to one prompt in one row, which is shorter and less work than a row for each: tokens, mask and segments
+    (B, T), and answers (B, K, A), of B groups of K rows (ids, mask) that begin alike. `longest`: of any T and A.
+
+        prompt a b c, answers x y and z       tokens    a b   c x y   c z
+                                              segments  1 1   2 2 2   3 3
+                                              mask      0 0   0 1 1   0 1     answers  3 4, 6 0
+
+    The prompt's last token stands in each answer, since there the answer's first token is predicted.
+    """
+    groups = [(max(int(group[0][1].argmax()) - 1, 0), group) for group in groups]  # with the tokens of each segment 1
+    sizes = [at + sum(len(ids) - at for ids, _ in group) for at, group in groups]
+    scored = max(int(mask.sum()) for _, group in groups for _, mask in group)
+    shape = len(groups), bucket(max(sizes), longest[0], multiple=16, widths=8)
+    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "mask", "segments")}
+    batch["tokens"] += pad
+    answers = np.zeros((len(groups), len(groups[0][1]), bucket(scored, longest[1], multiple=16)), np.int32)
+    for i, (at, group) in enumerate(groups):
+        parts = [(ids[at:], mask[at:]) for ids, mask in group]
+        parts = [tuple(x[:at] for x in group[0]), *parts]
+        for name, column in (("tokens", 0), ("mask", 1)):
+            batch[name][i, : sizes[i]] = np.concatenate([part[column] for part in parts])
+        batch["segments"][i, : sizes[i]] = np.repeat(np.arange(1, 1 + len(parts)), [len(ids) for ids, _ in parts])
+        for k in range(len(group)):
+            columns = np.flatnonzero((batch["segments"][i] == 2 + k) & (batch["mask"][i] > 0))
+            answers[i, k, : len(columns)] = columns
+    return batch | dict(answers=answers)
 
 
-def bucket(longest: int, length: int, multiple: int = 8) -> int:
-    """The narrowest of four widths up to `length` that holds `longest`."""
-    step = bucket_step(length, multiple)
+def fork_widths(data: TokenData) -> np.ndarray:
+    """(rows,): how many tokens each pair has in a row of `fork`."""
+    prompts = np.maximum(data.lengths[:, 0] - data.scored[:, 0] - 1, 0)
+    return data.lengths.sum(1) - prompts
+
+
+def bucket(longest: int, length: int, multiple: int = 8, widths: int = 4) -> int:
+    """The narrowest of so many widths up to `length` that holds `longest`."""
+    step = -(-length // widths // multiple) * multiple or multiple
     return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
 
 
-def bucket_step(length: int, multiple: int = 8) -> int:
-    return -(-length // 4 // multiple) * multiple or multiple
+def check_context(model: GPT, batches: Batches):
+    """ValueError where the longest row, its prompt included, has more tokens than the model has learned positions."""
+    longest = max(int(data.lengths.max()) for data in batches.sets)
+    if model.config.gpt2 and longest > model.config.context:
+        raise ValueError(
+            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
+        )
 
 
 def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:
@@ -2704,6 +2726,7 @@ def after_prefix(model: GPT, tokens, segments, prefix, prefix_mask):
     seen = (repeat(prefix_mask)[:, None, :] > 0) & (segments[:, :, None] > 0)
     visible = jnp.concatenate([seen, causal_mask(segments)], -1)
     positions = segment_positions(segments) + repeat(prefix_mask.sum(1))[:, None]
+    model.check_length(max(tokens.shape[1], prefix.shape[1]))
     prefix_x, prefix_rope = model.embed(prefix, segment_positions(prefix_mask))
     x, rope = model.embed(tokens, positions)
 

@@ -288,15 +288,6 @@ def put_rows(policy, ref, batch, config: Config):
 # ---------------------------------------------------------------------------------------------------- main
 
 
-def check_context(model: gpt.GPT, batches: gpt.Batches):
-    """Refuse rows with more tokens, prompt included, than the model has learned positions."""
-    longest = max(int(data.lengths.max()) for data in batches.sets)
-    if model.config.gpt2 and longest > model.config.context:
-        raise ValueError(
-            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
-        )
-
-
 def resolve(config: Config) -> Config:
     """The defaults that depend on the loss, and complaints about what does not go together."""
     kind = {"ipo": "pairs", "kto": "thumbs"}[config.loss]
@@ -374,13 +365,13 @@ def main(config: Config):
     load_rows = partial(
         gpt.Batches, kind="thumbs" if kto else "pairs", tokenizer=tokenizer, batch_size=config.batch_size,
         length=config.length, seed=config.seed, skip_bad=config.skip_bad_rows,
-        split_prompts=config.share_prefix and not kto,
+        forked=config.share_prefix and not kto,
     )  # fmt: skip
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_rows(heldout) if heldout else None
     for rows in filter(None, (batches, heldout)):
-        check_context(policy, rows)
+        gpt.check_context(policy, rows)
     steps = batches.plan(config.steps, config.micro_batches)
     if kto:
         config, heldout = with_class_weights(config, batches), check_prompts(batches, heldout)

@@ -228,16 +228,17 @@ def check_probabilities(said, n: int) -> np.ndarray:
 
 
 def pair_batch(rollout: Rollout, pairs: Pairs) -> dict[str, np.ndarray]:
-    """Pairs as `gpt.Batches` lays them out with `split_prompts`: the prompt once, but its last token, in `prefix`; that
-    token and the answers, (B, 2, 1 + T), in `tokens`, so that in each row a token is predicted by the one before it."""
-    last = rollout.queries[pairs.items][..., -1:]
-    mask = rollout.mask[pairs.items]
+    """Pairs as `gpt.fork` lays them out, padding included: the prompt but its last token as segment 1, then that token
+    and an answer, twice, as segments 2 and 3: within each a token is predicted by the one before it."""
+    (a, b), T = pairs.items.T, rollout.mask.shape[1]
+    queries, last = rollout.queries[a, :-1], rollout.queries[a, -1:]
+    one, none = np.ones_like(last), np.zeros_like(queries)
+    mask, row = rollout.mask, lambda *parts: np.concatenate(parts, 1)
     return dict(
-        prefix=rollout.queries[pairs.items[:, 0], :-1],
-        prefix_mask=rollout.query_mask[pairs.items[:, 0], :-1],
-        tokens=np.concatenate([last, rollout.responses[pairs.items]], -1),
-        segments=np.concatenate([np.ones_like(last), mask], -1),
-        mask=np.concatenate([np.zeros_like(last), mask], -1),
+        tokens=row(queries, last, rollout.responses[a], last, rollout.responses[b]),
+        segments=row(rollout.query_mask[a, :-1], 2 * one, 2 * mask[a], 3 * one, 3 * mask[b]),
+        mask=row(none, 0 * one, mask[a], 0 * one, mask[b]),
+        answers=mask[pairs.items] * (queries.shape[1] + np.array([[1], [2 + T]]) + np.arange(T)),
         p=pairs.p,
         weight=pairs.weight,
     )

@@ -62,20 +62,24 @@ POOLS = ("last", "answer")
 @partial(jax.jit, static_argnames="dtype")
 def layer_features(body: gpt.GPT, batch, dtype):
     """(B, L, 2, D): what a head could read of each of B pairs after each of L layers and the last norm, at the last
-    token and on average over the answer's tokens; the chosen answer's minus the rejected one's. A prompt is computed
-    once for both answers, as in `gpt.continue_prefix`."""
+    token and on average over the answer's tokens; the chosen answer's minus the rejected one's. Both stand in one row
+    behind their prompt (`gpt.fork`)."""
     body = gpt.cast(body, dtype)
-    tokens, real, mask = (batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask"))
-    next_layer, start = gpt.after_prefix(body, tokens, real, batch["prefix"], batch["prefix_mask"])
+    segments, rows = batch["segments"], jnp.arange(len(batch["tokens"]))[:, None]
+    _, own = gpt.fork_sides(segments, 2)
+    answer = (own & (batch["mask"][:, None] > 0)).astype(jnp.float32)
+    last = segments.shape[1] - 1 - jnp.argmax(jnp.flip(own, -1), -1)  # (B, 2)
+    x, rope = body.embed(batch["tokens"], gpt.segment_positions(segments, forked=True))
+    visible = gpt.causal_mask(segments, forked=True)
 
-    def layer(carry, block):
-        x, _ = carry = next_layer(carry, block)
+    def layer(x, block):
+        x = gpt.shard_batch(block(x, rope, visible)[0])
         hidden = body.norm(x).astype(jnp.float32)
-        mean = (hidden * mask[:, :, None]).sum(1) / mask.sum(1, keepdims=True)
-        read = jnp.stack([hidden[jnp.arange(len(x)), real.sum(1) - 1], mean], 1)
-        return carry, read[0::2] - read[1::2]
+        mean = jnp.einsum("bst,btd->bsd", answer, hidden) / answer.sum(-1, keepdims=True)
+        read = jnp.stack([hidden[rows, last], mean], 2)  # (B, 2, pools, D)
+        return x, read[:, 0] - read[:, 1]
 
-    return jnp.moveaxis(jax.lax.scan(layer, start, body.blocks)[1], 0, 1)
+    return jnp.moveaxis(jax.lax.scan(layer, x, body.blocks)[1], 0, 1)
 
 
 # ---------------------------------------------------------------------------------------------------- the head
@@ -176,7 +180,7 @@ def gather_features(run: gpt.Run, body: gpt.GPT, batches: gpt.Batches, config: C
     features = np.lib.format.open_memmap(folder / "pairs.npy", "r+" if done else "w+", np.float16, shape)
     stream = batches.stream(done, run.total)
     for step in run.steps(done):
-        names = ("tokens", "segments", "mask", "prefix", "prefix_mask")
+        names = ("tokens", "segments", "mask")
         batch = {name: x for name, x in next(stream).items() if name in names}
         found = layer_features(body, gpt.put_batch(batch), gpt.compute_dtype(config.dtype))
         features[step * size : (step + 1) * size] = gpt.to_numpy(found)
@@ -229,8 +233,9 @@ def main(config: Config):
         load_prompts(config, tokenizer)
     batches = gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed, suffix=suffix,
-        skip_bad=config.skip_bad_rows, split_prompts=True,
+        skip_bad=config.skip_bad_rows, forked=True,
     )  # fmt: skip
+    gpt.check_context(body, batches)
     steps = batches.plan()
     run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))
     # 1 what the frozen model computes of every pair
@@ -238,7 +243,7 @@ def main(config: Config):
     # 2 layer, reading and head
     rows = [batches(step) for step in range(steps)]
     column = lambda name: np.concatenate([row[name] for row in rows])
-    prompts = [tuple(ids[m > 0].tolist()) for row in rows for ids, m in zip(row["prefix"], row["prefix_mask"])]
+    prompts = [tuple(ids[part == 1].tolist()) for row in rows for ids, part in zip(row["tokens"], row["segments"])]
     told = column("weight") > 0  # what weighs nothing says nothing
     y, weight, groups = (x[told] for x in (2 * column("label_p") - 1, column("weight"), dialogues(prompts)))
     if not y.any():

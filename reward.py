@@ -146,19 +146,16 @@ def score_metrics(chosen, rejected) -> dict:
 
 
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
-    """Scores (B, 2) of a batch of pairs: tokens and segments (B, 2, T), chosen first."""
-    tokens, segments, mask = flatten(batch)
-    return model(tokens, segments, remat, mask).reshape(-1, 2)
-
-
-def flatten(batch):
-    """tokens, segments and mask of a batch of pairs as rows, (2 B, T) each: chosen, rejected, chosen, ..."""
-    return [batch[name].reshape(-1, batch[name].shape[-1]) for name in ("tokens", "segments", "mask")]
+    """Scores (B, 2) of a batch of pairs, chosen first, both in one row behind their prompt (`gpt.fork`)."""
+    hidden = model.body(batch["tokens"], batch["segments"], remat, forked=True)
+    whole, own = gpt.fork_sides(batch["segments"], 2)
+    answer = own & (batch["mask"][:, None] > 0)
+    return jax.vmap(partial(model.pooled, hidden), in_axes=1, out_axes=1)(whole, answer)
 
 
 def batch_loss(model: gpt.ScoreModel, batch, config: Config):
-    """(loss, metrics) of a batch of pairs: tokens and segments (B, 2, T), chosen first; weight, margin, label_p (B,);
-    with --teacher its scores, "teacher" (B, 2)."""
+    """(loss, metrics) of a batch of pairs, as `gpt.fork` lays them out: tokens, segments and mask (B, T); weight,
+    margin, label_p (B,); with --teacher its scores, "teacher" (B, 2)."""
     model = gpt.cast(model, gpt.compute_dtype(config.dtype))
     scores = pair_scores(model, batch, config.remat)
     if config.teacher:
@@ -329,8 +326,9 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
         scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
             taught.append(mean_score(teachers, on_device)[:real_rows])
-        lengths.append(batch["mask"].sum(-1)[:real_rows])
-        texts += [split_text(*row, tokenizer, members[0].suffix) for row in zip(*flatten(batch))][: 2 * real_rows]
+        lengths.append((batch["answers"] > 0).sum(-1)[:real_rows])
+        pairs = zip(*(batch[name][:real_rows] for name in ("tokens", "segments", "mask")))
+        texts += [split_text(*pair, side, tokenizer, members[0].suffix) for pair in pairs for side in (2, 3)]
     join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
 
@@ -342,10 +340,11 @@ def shown(batches: gpt.Batches, what: str):
     )
 
 
-def split_text(tokens, segments, mask, tokenizer, suffix) -> tuple[str, str]:
-    """(prompt, response) of a row as text, without suffix and special tokens."""
-    response = tokens[mask > 0]
-    prompt, response = tokens[(segments > 0) & (mask == 0)], response[: len(response) - len(suffix)]
+def split_text(tokens, segments, mask, side: int, tokenizer, suffix) -> tuple[str, str]:
+    """(prompt, response) of a pair's segment `side`, 2 or 3, as text, without suffix and special tokens."""
+    of_side = (segments == 1) | (segments == side)
+    prompt, response = tokens[of_side & (mask == 0)], tokens[of_side & (mask > 0)]
+    response = response[: len(response) - len(suffix)]
     return tokenizer.decode(prompt), tokenizer.decode(response)
 
 
@@ -401,9 +400,9 @@ def heldout_logprobs(policy: str, config: Config, heldout: str, tokenizer):
     answers and the numbers of their tokens, end included, (N, 2) each."""
     gpt.check_tokenizer_of(policy, tokenizer, config.report)
     policy, logprobs = gpt.load_frozen(policy, config.dtype), jax.jit(gpt.completion_logprobs)
-    batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, split_prompts=True), []
+    batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, forked=True), []
     for batch, real_rows in shown(batches, "log p of held-out pairs"):
-        batch = {name: batch[name] for name in ("tokens", "segments", "mask", "prefix", "prefix_mask")}
+        batch = {name: batch[name] for name in ("tokens", "segments", "mask", "answers")}
         found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, gpt.put_batch(batch)))])
     return [np.concatenate(parts) for parts in zip(*found)]
 
@@ -523,6 +522,7 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     key = jax.random.fold_in(jax.random.key(config.seed), member)
     body, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
+    gpt.check_context(body, batches)
     model = gpt.init_score_model(body, key, config.pool, suffix_ids(config, tokenizer))
     body, base = gpt.trainable(body, config.lora_rank, config.dtype, jax.random.fold_in(key, 2))
     model = gpt.shard(replace(model, body=body))
@@ -546,7 +546,7 @@ def load_pairs(config: Config, tokenizer, member: int = 0) -> gpt.Batches:
     """Batches of pairs; each member of an ensemble has its own order."""
     return gpt.Batches(
         config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed + 1000 * member,
-        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows,
+        suffix=suffix_ids(config, tokenizer), skip_bad=config.skip_bad_rows, forked=True,
     )  # fmt: skip
 
 
@@ -601,7 +601,9 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
     if heldout is None:
         print("no held-out pairs (--heldout): no report")
         return
-    pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix)
+    pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix, forked=True)
+    for model in members:
+        gpt.check_context(model.body, pairs)
     own = None
     if config.report and not members[0].suffix:  # a suffix stands where the answer's end would
         policy = start_of(gpt.ensemble_folders(config.report)[0])

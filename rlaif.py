@@ -306,17 +306,12 @@ class LocalJudge:
         return odds / odds.sum(1, keepdims=True)
 
     def _batch(self, ids, ends):
-        """Each text once, as the prefix of its options: the text's last token begins each option's row."""
+        """Each text once, with all options behind it."""
         ids = [*ids, *[ids[0]] * (self.config.batch_size - len(ids))]
-        width, tail = _width(max(map(len, ids))), max(map(len, ends)) + 1
-        prefix, tokens = np.zeros((len(ids), width), np.int32), np.zeros((len(ids), len(ends), tail), np.int32)
-        prefix_mask, segments, mask = np.zeros_like(prefix), np.zeros_like(tokens), np.zeros_like(tokens)
-        for i, text in enumerate(ids):
-            prefix[i, : len(text) - 1], prefix_mask[i, : len(text) - 1] = text[:-1], 1
-            for j, end in enumerate(ends):
-                tokens[i, j, : len(end) + 1], segments[i, j, : len(end) + 1] = [text[-1], *end], 1
-                mask[i, j, 1 : len(end) + 1] = 1
-        return dict(tokens=tokens, segments=segments, mask=mask, prefix=prefix, prefix_mask=prefix_mask)
+        row = lambda text, end: (np.array(text + end, np.int32), np.repeat([0, 1], [len(text), len(end)]))
+        longest = max(map(len, ids)) + sum(len(end) + 1 for end in ends)
+        groups = [[row(text, end) for end in ends] for text in ids]
+        return gpt.fork(groups, self.tokenizer.pad_id, (_width(longest), max(map(len, ends))))
 
     def write(self, texts, stops, seed: int):
         ids, size = self.encode(texts, self.config.response_length), self.config.batch_size

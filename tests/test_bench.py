@@ -120,14 +120,14 @@ def test_a_dpo_step_both_ways_beside_its_peer_with_memory(tmp_path, monkeypatch)
     assert rows[1]["memory"] < rows[0]["memory"]  # no reference, shorter rows
 
 
-def test_pairs_with_a_prefix_are_the_same_pairs_and_less_work():
+def test_forked_pairs_are_the_same_pairs_and_less_work():
     shape = bench.shapes(quick=True)["toy GPT-2"]
     model = gpt.init(shape, jax.random.key(0))
     whole, shared = (bench.random_pairs(shape, 4, 8, 6, s) for s in (False, True))
     np.testing.assert_allclose(*(gpt.completion_logprobs(model, b)[0] for b in (whole, shared)), rtol=1e-5)
     weights, head, scores = bench.multiplied_weights(model), model.wte.size, 12 * shape.layers * shape.dim
-    tokens = 4 * (7 + 2 * 7)  # prefixes, and rows that begin with the prompt's last token
-    body = 6 * (weights - head) * tokens + 6 * head * 4 * 2 * 7
+    tokens = 4 * (7 + 2 * 7)  # the prompt but its last token, and twice that token and an answer
+    body = 6 * (weights - head) * tokens + 6 * head * 4 * 2 * 6
     attention = scores * 4 * (7 * 7 + 2 * 7 * (7 + 7))
     assert bench.pair_flops(model, shared, shared=True) == body + attention
     assert bench.pair_flops(model, whole, shared=False) == bench.training_flops(model, 8, 14) * 4 / 3

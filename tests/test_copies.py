@@ -67,9 +67,8 @@ def test_how_rollouts_are_sampled_and_weighed(name):
     assert inspect.getsource(getattr(ppo, name)) == inspect.getsource(getattr(grpo, name)) and ppo.CAP == grpo.CAP
 
 
-@pytest.mark.parametrize("name", ["heldout_means", "check_context"])
-def test_what_learns_from_rows_against_a_reference(name):
-    assert inspect.getsource(getattr(dpo, name)) == inspect.getsource(getattr(ipo_kto, name))
+def test_what_learns_from_rows_against_a_reference():
+    assert inspect.getsource(dpo.heldout_means) == inspect.getsource(ipo_kto.heldout_means)
 
 
 @pytest.mark.parametrize("name", ["normalize", "load_prompts", "suffix_ids", "resolve"])

@@ -716,7 +716,7 @@ def test_the_table_of_reward_models_shows_what_reward_py_measured_on_pairs(world
     letters = np.random.default_rng(0).permutation([(a, b) for a in "abcdefgh" for b in "abcdefgh" if a != b])
     rows = [{"prompt": "Human: a", "chosen": a, "rejected": f"{b} {b}"} for a, b in letters.tolist()[:24]]
     write_rows(world / "pairs.jsonl", rows)
-    pairs = gpt.Batches(str(world / "pairs.jsonl"), "pairs", tokenizer, 5, 32, 0, suffix=model.suffix)
+    pairs = gpt.Batches(str(world / "pairs.jsonl"), "pairs", tokenizer, 5, 32, 0, suffix=model.suffix, forked=True)
     measured = reward.report([model], pairs, tokenizer, SimpleNamespace(gold="my_scores:letters"))
     gpt.write_json(world / "rm" / "report.json", measured)
     evaluate.main(evaluate.Config(rewards=(str(world / "rm"),), out=world / "rewards"))

@@ -1073,22 +1073,23 @@ def test_batches_come_in_few_widths_that_fit_their_rows(demos, plain):
     assert {gpt.bucket(n, 100) for n in range(1, 101)} == {32, 64, 96, 100}
 
 
-def test_pairs_go_by_the_width_of_their_prompt_then_by_the_longer_answer(plain, tmp_path):
-    """What `split_prompts` pads: a batch of long and short prompts, or long and short answers, would be mostly pads."""
+def test_forked_pairs_share_a_batch_with_pairs_as_long_together(plain, tmp_path):
+    """Prompt and both answers: a batch of long and short ones would be mostly pads."""
     rng = np.random.default_rng(0)
     sizes = [(p, a) for p in (4, 50) for a in (2, 20)] * 16
     text = lambda n: " ".join(rng.choice(WORDS, n))
     rows = [{"prompt": text(p), "chosen": f" a {text(a)}", "rejected": f" b {text(a)}"} for p, a in sizes]
-    batches = gpt.Batches(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 8, 96, 0, split_prompts=True)
+    batches = gpt.Batches(write_rows(tmp_path / "pairs.jsonl", rows), "pairs", plain, 8, 96, 0, forked=True)
     kinds = [{sizes[row] for _, row in batches(step)["index"]} for step in range(batches.steps_per_epoch)]
     assert all(len(kind) == 1 for kind in kinds) and len(kinds) == 8
     for step in range(8):
         batch = batches(step)
         ((prompt, answer),) = kinds[step]
-        assert batch["prefix"].shape[1] == gpt.bucket(prompt - 1, 49, 16) and batch["prefix_mask"].sum() == 8 * (
-            prompt - 1
-        )
-        assert batch["tokens"].shape == (8, 2, gpt.bucket(answer + 3, 23, 16))  # the prompt's last token, a or b, EOS
+        size = prompt - 1 + 2 * (answer + 3)  # of each answer: the prompt's last token, a or b, EOS
+        assert (batch["segments"] > 0).sum(1).tolist() == 8 * [size] and (
+            (batch["answers"] > 0).sum(-1) == answer + 2
+        ).all()
+        assert batch["tokens"].shape == (8, gpt.bucket(size, 95, 16, widths=8))
 
 
 def test_files_are_mixed_in_proportion_to_their_weights(demos, plain, tmp_path):
@@ -1188,7 +1189,7 @@ def test_the_table_of_a_batchs_keys_is_whole(plain, tmp_path):
     found = {}
     for kind, row in rows.items():
         path = write_rows(tmp_path / f"{kind}.jsonl", [row] * 2)
-        found[kind] = set(gpt.Batches(path, kind, plain, 1, 16, 0, split_prompts=kind == "pairs")(0))
+        found[kind] = set(gpt.Batches(path, kind, plain, 1, 16, 0, forked=kind == "pairs")(0))
     assert set.union(*found.values()) == keys
     assert found["text"] == {"tokens", "mask", "segments"} and "segments" not in found["prompts"]
 

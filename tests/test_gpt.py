@@ -467,25 +467,40 @@ def test_rematerialisation_changes_nothing(llama, tokens):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), kept, again)
 
 
-# prefixes -------------------------------------------------------------------------------------------------------------
+# forked rows ----------------------------------------------------------------------------------------------------------
 
 
-def pairs_with_and_without_prefix(prompts=(5, 1, 3), answers=((4, 6), (2, 1), (5, 5))):
-    """The same pairs as two rows each, and as rows that continue a prefix: batches for `completion_logprobs`."""
+def pairs_apart_and_forked(prompts=(5, 1, 3), answers=((4, 6), (2, 1), (5, 5))):
+    """The same pairs as two rows each, and as one row with both answers: batches for `completion_logprobs`."""
     rng, B = np.random.default_rng(3), len(prompts)
-    whole = {name: np.zeros((B, 2, 12), np.int32) for name in ("tokens", "segments", "mask")}
-    shared = {name: np.zeros((B, 2, 8), np.int32) for name in whole}
-    shared |= {name: np.zeros((B, 6), np.int32) for name in ("prefix", "prefix_mask")}
+    apart, groups = {name: np.zeros((B, 2, 12), np.int32) for name in ("tokens", "segments", "mask")}, []
     for i, p in enumerate(prompts):
-        prompt = rng.integers(4, V, p)
-        shared["prefix"][i, : p - 1], shared["prefix_mask"][i, : p - 1] = prompt[:-1], 1
+        prompt, group = rng.integers(4, V, p), []
         for side, size in enumerate(answers[i]):
-            ids = np.concatenate([prompt, rng.integers(4, V, size)])
-            for batch, start in ((whole, 0), (shared, p - 1)):
-                n = len(ids) - start
-                batch["tokens"][i, side, :n], batch["segments"][i, side, :n] = ids[start:], 1
-                batch["mask"][i, side, p - start : n] = 1
-    return whole, shared
+            n, ids = p + size, np.concatenate([prompt, rng.integers(4, V, size)])
+            apart["tokens"][i, side, :n], apart["segments"][i, side, :n], apart["mask"][i, side, p:n] = ids, 1, 1
+            group.append((ids, apart["mask"][i, side, :n]))
+        groups.append(group)
+    return apart, gpt.fork(groups, 0, (32, 6))
+
+
+def test_a_forked_row_by_hand():
+    rows = [([1, 2, 3, 8, 9], [0, 0, 0, 1, 1]), ([1, 2, 3, 7], [0, 0, 0, 1])], [([4, 5], [0, 1]), ([4, 6], [0, 1])]
+    found = gpt.fork([[tuple(map(np.array, row)) for row in group] for group in rows], 0, (12, 2))
+    assert {name: x.tolist() for name, x in found.items()} == {
+        "tokens": [[1, 2, 3, 8, 9, 3, 7] + 5 * [0], [4, 5, 4, 6] + 8 * [0]],
+        "segments": [[1, 1, 2, 2, 2, 3, 3] + 5 * [0], [2, 2, 3, 3] + 8 * [0]],
+        "mask": [[0, 0, 0, 1, 1, 0, 1] + 5 * [0], [0, 1, 0, 1] + 8 * [0]],
+        "answers": [[[3, 4], [6, 0]], [[1, 0], [3, 0]]],
+    }
+    segments = jnp.array([[1, 1, 2, 2, 3, 0]])
+    assert gpt.segment_positions(segments, forked=True)[0, :5].tolist() == [0, 1, 2, 3, 2]
+    assert gpt.causal_mask(segments, forked=True)[0].astype(int).tolist() == [
+        [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [0] * 6,
+    ]  # fmt: skip
+    whole, own = gpt.fork_sides(segments, 2)
+    assert whole[0].astype(int).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
+    assert own[0].astype(int).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]]
 
 
 @partial(jax.jit, static_argnames="remat")
@@ -495,13 +510,13 @@ def margin_and_gradient(model, batch, remat):
     return (logps[:, 0] - 0.7 * logps[:, 1]).mean(), (logps, counts)
 
 
-def test_answers_to_a_prefix_have_the_logprobs_and_gradients_of_whole_rows(model):
+def test_answers_in_one_row_have_the_logprobs_and_gradients_of_whole_rows(model):
     """Prompts of 5, 1 and 3 tokens, answers of different lengths; recomputed activations change nothing."""
-    whole, shared = pairs_with_and_without_prefix()
-    (_, (expected, counts)), gradient = margin_and_gradient(model, whole, remat=False)
-    assert counts.tolist() == [[4, 6], [2, 1], [5, 5]]
+    apart, forked = pairs_apart_and_forked()
+    (_, (expected, counts)), gradient = margin_and_gradient(model, apart, remat=False)
+    assert counts.tolist() == (forked["answers"] > 0).sum(-1).tolist() == [[4, 6], [2, 1], [5, 5]]
     for remat in (False,) if model.config.gpt2 else (False, True):
-        (_, (found, same_counts)), same_gradient = margin_and_gradient(model, shared, remat=remat)
+        (_, (found, same_counts)), same_gradient = margin_and_gradient(model, forked, remat=remat)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
         np.testing.assert_array_equal(same_counts, counts)
         for a, b in zip(jax.tree.leaves(same_gradient), jax.tree.leaves(gradient), strict=True):
@@ -510,17 +525,37 @@ def test_answers_to_a_prefix_have_the_logprobs_and_gradients_of_whole_rows(model
 
 
 def test_an_answer_is_blind_to_the_other_answer_and_to_padding(model):
-    _, shared = pairs_with_and_without_prefix()
-    changed = {name: x.copy() for name, x in shared.items()}
-    changed["tokens"][:, 0, 1:] = np.where(changed["segments"][:, 0, 1:] > 0, 4, 0)  # all of each chosen answer
-    padding = (changed["segments"] == 0), (changed["prefix_mask"] == 0)
-    changed["tokens"][padding[0]], changed["prefix"][padding[1]] = 7, 9
+    _, forked = pairs_apart_and_forked()
+    changed = {name: x.copy() for name, x in forked.items()}
+    changed["tokens"][(changed["segments"] == 2) & (changed["mask"] > 0)] = 4  # all of each chosen answer
+    changed["tokens"][changed["segments"] == 0] = 7
     logps = lambda batch: np.asarray(margin_and_gradient(model, batch, remat=False)[0][1][0])
-    before, after = logps(shared), logps(changed)
+    before, after = logps(forked), logps(changed)
     np.testing.assert_array_equal(before[:, 1], after[:, 1])
     assert (before[:, 0] != after[:, 0]).all()
-    changed["prefix"][0, 0] = 3 + changed["prefix"][0, 0] % 4  # the prompt itself counts
+    changed["tokens"][0, 0] = 3 + changed["tokens"][0, 0] % 4  # the prompt itself counts
     assert (logps(changed)[0] != after[0]).all()
+
+
+def test_a_forked_row_may_be_longer_than_the_learned_positions(model):
+    """Its positions are those of whole rows, which fit: only these are counted."""
+    _, forked = pairs_apart_and_forked()
+    wpe = None if model.wpe is None else model.wpe[:12]
+    short = dataclasses.replace(model, config=dataclasses.replace(model.config, context=12), wpe=wpe)
+    assert forked["tokens"].shape[1] > 12
+    np.testing.assert_array_equal(*(gpt.completion_logprobs(m, forked)[0] for m in (short, model)))
+
+
+def test_rows_that_continue_a_prefix_have_the_states_of_whole_rows(model):
+    """Two rows to each of two prefixes, the second of which is padded on the left."""
+    ids = jnp.asarray(np.random.default_rng(3).integers(4, V, (6, 4)))
+    prefix, rows = ids[:2], ids[2:, :3]
+    mask = jnp.array([[1, 1, 1, 1], [0, 0, 1, 1]])
+    found = gpt.continue_prefix(model, rows, jnp.ones_like(rows), prefix, mask)
+    for i, row in enumerate(rows):
+        start = prefix[i // 2][mask[i // 2] > 0]
+        whole = model(jnp.concatenate([start, row])[None])[0, len(start) :]
+        np.testing.assert_allclose(found[i], whole, rtol=1e-5, atol=1e-5)
 
 
 # generation -----------------------------------------------------------------------------------------------------------

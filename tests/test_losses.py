@@ -221,12 +221,15 @@ def test_bradley_terry_stays_finite_at_huge_differences():
 
 def pair_batch(label_p):
     rng = np.random.default_rng(3)
-    tokens = jnp.asarray(rng.integers(1, 6, (4, 2, 6)), jnp.int32)
-    segments = jnp.asarray(np.arange(6) < np.array([[6, 4], [3, 5], [6, 6], [4, 4]])[..., None], jnp.int32)
+    groups = []
+    for lengths in ((6, 4), (3, 5), (6, 6), (4, 4)):  # two tokens of each are the prompt
+        prompt = rng.integers(1, 6, 2)
+        sides = [np.concatenate([prompt, rng.integers(1, 6, n - 2)]) for n in lengths]
+        groups.append([(ids, (np.arange(len(ids)) > 1).astype(int)) for ids in sides])
     extras = dict(
         margin=jnp.zeros(4), weight=jnp.array([1.0, 2.0, 1.0, 0.5]), label_p=jnp.asarray(label_p, jnp.float32)
     )
-    return dict(tokens=tokens, segments=segments, mask=segments) | extras
+    return jax.tree.map(jnp.asarray, gpt.fork(groups, 0, (12, 4))) | extras
 
 
 def test_reward_loss_puts_chosen_first_and_smooths_soft_labels_evenly():
@@ -235,8 +238,8 @@ def test_reward_loss_puts_chosen_first_and_smooths_soft_labels_evenly():
     batch, e = pair_batch(p), 0.1
     config = reward.Config(dtype="float32", label_smoothing=e)
     loss = jax.jit(partial(reward.batch_loss, config=config))(model, batch)[0]
-    d = np.array([float(jnp.subtract(*(score(model, t[None, : s.sum()], s[None, : s.sum()])[0] for t, s in zip(*row))))
-                  for row in zip(batch["tokens"], batch["segments"])])  # fmt: skip
+    sides = [[t[(s == 1) | (s == side)][None] for side in (2, 3)] for t, s in zip(batch["tokens"], batch["segments"])]
+    d = np.array([float(jnp.subtract(*(score(model, ids, jnp.ones_like(ids))[0] for ids in pair))) for pair in sides])
     target = p * (1 - e) + (1 - p) * e  # a label that is wrong with probability e
     expected = np.average(target * bt(d) + (1 - target) * bt(-d), weights=batch["weight"])
     np.testing.assert_allclose(loss, expected, **CLOSE)

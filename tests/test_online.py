@@ -181,10 +181,12 @@ def pairs_of(batch):
     """[(prompt, answer a, answer b)] of a batch, in ids, where its weight is 1."""
     found = []
     for i in np.flatnonzero(batch["weight"]):
-        before, tokens = batch["prefix"][i][batch["prefix_mask"][i] > 0], batch["tokens"][i]
-        assert (batch["segments"][i][:, 0] == 1).all() and (batch["mask"][i][:, 0] == 0).all()
-        sides = [tuple(x[m > 0].tolist()) for x, m in zip(tokens, batch["mask"][i])]
-        found.append(((*before.tolist(), int(tokens[0, 0])), *sides))
+        tokens, segments, scored = (batch[name][i] for name in ("tokens", "segments", "mask"))
+        a, b = (tokens[(segments == side) & (scored == 0)].tolist() for side in (2, 3))
+        assert a == b and len(a) == 1  # the prompt's last token
+        sides = [tuple(tokens[(segments == side) & (scored > 0)].tolist()) for side in (2, 3)]
+        assert [tuple(tokens[at[at > 0]].tolist()) for at in batch["answers"][i]] == sides
+        found.append(((*tokens[segments == 1].tolist(), *a), *sides))
     return found
 
 
@@ -251,10 +253,11 @@ def test_a_judges_probabilities_are_the_labels_and_what_it_cannot_compare_counts
     online.main(replace(config, keep_truncated=True))
     (batch,) = steps.seen
     tokenizer, judged = gpt.load_tokenizer(world.words), gpt.load_function("my_labels:judged")
-    a, b = ([tokenizer.decode(t[m > 0]) for t, m in zip(batch["tokens"][:, i], batch["mask"][:, i])] for i in (0, 1))
-    inside = lambda x, mask: x[mask > 0][:-1] if tokenizer.eos_id in x[mask > 0] else x[mask > 0]
-    special = lambda x, mask: bool(tokenizer.special_ids & set(inside(x, mask).tolist()))
-    bad = [any(map(special, x, mask)) for x, mask in zip(batch["tokens"], batch["mask"])]
+    sides = [[ids[at[at > 0]] for at in answers] for ids, answers in zip(batch["tokens"], batch["answers"])]
+    a, b = (list(map(tokenizer.decode, side)) for side in zip(*sides))
+    inside = lambda ids: ids[:-1] if tokenizer.eos_id in ids else ids
+    special = lambda ids: bool(tokenizer.special_ids & set(inside(ids).tolist()))
+    bad = [any(map(special, pair)) for pair in sides]
     usable = [bool(x.strip() and y.strip() and x != y and not b) for x, y, b in zip(a, b, bad)]
     assert [pair[:2] for pair in judged] == [(x, y) for x, y, good in zip(a, b, usable) if good]  # no other was asked
     verdicts = iter(judged)

@@ -489,22 +489,22 @@ def test_both_sides_in_one_forward_are_the_sums_of_each_alone(world):
         np.testing.assert_allclose(found[row, side], by_brute_force(world.model, ids, scored), **CLOSE)
 
 
-def test_batches_with_a_prefix_hold_the_same_pairs_in_fewer_columns(world):
-    tokenizer, columns = gpt.load_tokenizer(world.words), []
-    for shared in (False, True):
-        batches, pairs = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0, split_prompts=shared), {}
+def test_forked_batches_hold_the_same_pairs_in_fewer_columns(world):
+    tokenizer, columns, found = gpt.load_tokenizer(world.words), [0, 0], [{}, {}]
+    for forked in (False, True):
+        batches = gpt.Batches(world.pairs, "pairs", tokenizer, 16, 40, 0, forked=forked)
         for batch in map(batches, range(batches.steps_per_epoch)):
-            before = np.where(batch["prefix_mask"], batch["prefix"], -1) if shared else np.zeros((16, 0), int)
+            columns[forked] += batch["tokens"][0].size
             for i, (_, row) in enumerate(batch["index"]):
-                start, real = before[i][before[i] >= 0].tolist(), batch["segments"][i] > 0
-                ids = [start + batch["tokens"][i, side][real[side]].tolist() for side in (0, 1)]
-                scored = [[0] * len(start) + batch["mask"][i, side][real[side]].tolist() for side in (0, 1)]
-                pairs[int(row)] = ids, scored
-            columns.append((shared, batch["tokens"][0].size + before.shape[1]))
-        if not shared:
-            expected = pairs
-    assert len(pairs) == 64 and pairs == expected
-    assert sum(n for shared, n in columns if shared) < 0.9 * sum(n for shared, n in columns if not shared)
+                tokens, segments, mask = (batch[name][i] for name in ("tokens", "segments", "mask"))
+                for side in (0, 1):
+                    if forked:
+                        real = (segments == 1) | (segments == 2 + side)
+                        pair = tokens[real].tolist(), mask[real].tolist()
+                    else:
+                        pair = tokens[side][segments[side] > 0].tolist(), mask[side][segments[side] > 0].tolist()
+                    found[forked][int(row), side] = pair
+    assert len(found[0]) == 128 and found[0] == found[1] and columns[1] < 0.9 * columns[0]
 
 
 @pytest.mark.parametrize("name", ["dpo", "ipo"])
@@ -512,7 +512,7 @@ def test_a_step_with_a_shared_prefix_is_the_step_of_two_rows(world, name):
     module, config = (dpo, world.dpo("x")) if name == "dpo" else (ipo_kto, world.ipo("x", reduction="mean"))
     ref, results = jax.tree.map(lambda x: 0.9 * x, world.model), []
     for shared in (False, True):
-        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0, split_prompts=shared)
+        batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 12, 0, forked=shared)
         batch, _ = next(batches.once())
         state, step = make(module, config, world.model)
         after, metrics = step(state, ref, gpt.put_batch(batch), *([0.0] if module is ipo_kto else []))
@@ -526,7 +526,7 @@ def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
     shape = gpt.make_config(24, 9, 1, 2, 16, "gpt2")
     batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0)
     with pytest.raises(ValueError, match="tokens > the 9 positions of the model: lower --length"):
-        dpo.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
+        gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
 
 
 def make(module, config, model):

@@ -194,7 +194,7 @@ def test_features_are_what_the_model_says_and_are_computed_once(fitted, monkeypa
     folder, config, tokenizer = fitted
     features = np.load(folder / "out" / "features" / "pairs.npy")
     pairs = partial(gpt.Batches, config.data, "pairs", tokenizer, config.batch_size, config.length, config.seed)
-    batch, (body, _) = pairs()._assemble(pairs(split_prompts=True)(0)["index"]), gpt.load_policy(config.init)
+    batch, (body, _) = pairs(forked=True)(0), gpt.load_policy(config.init)
     for pool, name in enumerate(probe.POOLS):
         for unit in (0, 9):  # a head that reads one feature of the last layer
             model = gpt.ScoreModel(body, jnp.eye(16)[unit], None, jnp.zeros(()), name)

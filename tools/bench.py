@@ -745,23 +745,21 @@ def random_pairs(shape: gpt.Config, rows: int, prompt: int, new: int, shared: bo
     mask[..., prompt:] = 1
     batch = dict(tokens=tokens, mask=mask, segments=np.ones_like(tokens))
     if shared:
-        before = tokens[:, 0, : prompt - 1]
-        batch = {name: x[..., prompt - 1 :] for name, x in batch.items()}
-        batch |= dict(prefix=before, prefix_mask=np.ones_like(before))
+        batch = gpt.fork([list(zip(*pair)) for pair in zip(tokens, mask)], 0, (prompt - 1 + 2 * (new + 1), new))
     ones = np.ones(rows, np.float32)
     return batch | dict(weight=ones, label_p=ones)
 
 
 def pair_flops(model: gpt.GPT, batch: dict, shared: bool) -> float:
     """FLOPs of one step, counted as in `training_flops`. Asking the reference in the step is a third more. A shared
-    prompt needs no head, and the tokens of both answers attend to it."""
-    rows, tokens = batch["tokens"].size // batch["tokens"].shape[-1], batch["tokens"].shape[-1]
+    prompt needs no head, and the tokens of both answers attend to it, and not to each other."""
     if not shared:
-        return training_flops(model, rows, tokens) * 4 / 3
-    B, P = batch["prefix"].shape
+        return training_flops(model, 2 * len(batch["tokens"]), batch["tokens"].shape[-1]) * 4 / 3
+    B, prompt, answer = len(batch["tokens"]), *(int((batch["segments"][0] == part).sum()) for part in (1, 2))
     score = 12 * model.config.layers * model.config.heads * model.config.head_dim  # of one token with another one
-    body = training_flops(model, B, P) - 6 * B * P * model.wte.size
-    return training_flops(model, rows, tokens) + body + rows * tokens * P * score
+    rows = training_flops(model, B, prompt) + training_flops(model, 2 * B, answer)
+    headless = (batch["segments"] > 0).sum() - batch["mask"].sum()  # tokens that predict nothing
+    return rows + 2 * B * answer * prompt * score - 6 * int(headless) * model.wte.size
 
 
 # ---------------------------------------------------------------------------------------------------- data
