@@ -2235,23 +2235,23 @@ def fork(groups, pad: int, longest: tuple[int, int]) -> dict[str, np.ndarray]:
 
     The prompt's last token stands in each answer, since there the answer's first token is predicted.
     """
-    groups = [(max(int(group[0][1].argmax()) - 1, 0), group) for group in groups]  # with the tokens of each segment 1
-    sizes = [at + sum(len(ids) - at for ids, _ in group) for at, group in groups]
-    scored = max(int(mask.sum()) for _, group in groups for _, mask in group)
-    shape = len(groups), bucket(max(sizes), longest[0], multiple=16, widths=8)
-    batch = {name: np.zeros(shape, np.int32) for name in ("tokens", "mask", "segments")}
-    batch["tokens"] += pad
-    answers = np.zeros((len(groups), len(groups[0][1]), bucket(scored, longest[1], multiple=16)), np.int32)
-    for i, (at, group) in enumerate(groups):
-        parts = [(ids[at:], mask[at:]) for ids, mask in group]
-        parts = [tuple(x[:at] for x in group[0]), *parts]
-        for name, column in (("tokens", 0), ("mask", 1)):
-            batch[name][i, : sizes[i]] = np.concatenate([part[column] for part in parts])
-        batch["segments"][i, : sizes[i]] = np.repeat(np.arange(1, 1 + len(parts)), [len(ids) for ids, _ in parts])
-        for k in range(len(group)):
-            columns = np.flatnonzero((batch["segments"][i] == 2 + k) & (batch["mask"][i] > 0))
-            answers[i, k, : len(columns)] = columns
-    return batch | dict(answers=answers)
+    rows, segments, scored = [], [], []
+    for group in groups:
+        at = max(int(group[0][1].argmax()) - 1, 0)  # the tokens of segment 1
+        parts = [[x[:at] for x in group[0]], *([x[at:] for x in row] for row in group)]
+        ids, mask = (np.concatenate(column) for column in zip(*parts))
+        segment = np.repeat(np.arange(1, 2 + len(group)), [len(ids) for ids, _ in parts])
+        rows.append((ids, mask))
+        segments.append(segment)
+        scored.append([np.flatnonzero((segment == side) & (mask > 0)) for side in range(2, 2 + len(group))])
+    batch = pad_rows(rows, bucket(max(map(len, segments)), longest[0], multiple=16, widths=8), pad)
+    most = bucket(max(len(at) for of_row in scored for at in of_row), longest[1], multiple=16)
+    batch["answers"] = np.zeros((len(rows), len(scored[0]), most), np.int32)
+    for i, segment in enumerate(segments):
+        batch["segments"][i, : len(segment)] = segment
+        for side, at in enumerate(scored[i]):
+            batch["answers"][i, side, : len(at)] = at
+    return batch
 
 
 def fork_widths(data: TokenData) -> np.ndarray:
