@@ -19,8 +19,8 @@ Details that matter:
 3. Without --ref the reference is the model of --init, so z is 0 at the first step, and the loss ln 2.
 4. --precompute-ref writes the reference's log-probs beside the token cache, once for each model, tokenizer, length and
    file, and the reference leaves memory.
-5. Both answers continue one computation of their prompt, and the head works on the answers alone; log-probs and
-   gradients are those of two whole rows (--no-share-prefix).
+5. Both answers stand in one row behind their prompt, which is computed once, and the head works on the answers alone;
+   log-probs and gradients are those of two whole rows (--no-share-prefix).
 6. A soft label p = P(chosen is better), `label_p` on a row, is the pair both ways round: p L(z) + (1 - p) L(-z).
 
 Pairs of the policy's own answers, made as it learns: online.py.

@@ -19,7 +19,8 @@ The order of this file is that of a run: loss, step, normalisation, calibration,
    deviation below 1), for a function as reward, and with --normalize-with None.
 2. The temperature T of the report is fitted on normalised scores: P(chosen is better) = sigmoid(gap / T). It is only
    reported; scores are not divided by it.
-3. Training and use share one rule for EOS and suffix (`gpt.score_inputs`).
+3. Training and use share one rule for EOS and suffix (`gpt.score_inputs`). In training both answers stand in one row
+   behind their prompt, which is computed once (`gpt.fork`); neither sees the other.
 4. Ties count as errors in the accuracy; scores are compared in fp32.
 5. One epoch: a reward model that sees its labels twice learns their noise.
 6. With --teacher a small model learns the scores of a large one, or the mean of an ensemble's, and no label: the loss

@@ -777,7 +777,9 @@ def measure_data(table: Table, config: Config, limits: dict):
                     gpt.encode_row(row, kind, tokenizer, config.length)
 
         table.measure(f"{name}: from JSONL", read_raw, rows, "rows/s")
-        batches = gpt.Batches(path, kind, tokenizer, config.batch_size, config.length, config.seed)
+        batches = gpt.Batches(
+            path, kind, tokenizer, config.batch_size, config.length, config.seed, forked=kind == "pairs"
+        )
         steps = min(batches.steps_per_epoch, 200)
         read_cache = lambda batches=batches, steps=steps: sum(1 for _ in batches.stream(0, steps))
         table.measure(f"{name}: from the token cache", read_cache, steps * config.batch_size, "rows/s")
@@ -797,7 +799,7 @@ def padding_waste(batches: gpt.Batches, most: int = 500) -> float:
 ADAPTERS = "--lora-rank 8 --dtype bfloat16 --overwrite"
 ROLLOUT = f"""--data prompts.jsonl --reward bench_reward:words {ADAPTERS} --batch-size 48 --minibatch-size 24 --epochs 1
     --prompt-length 56 --response-length 24 --steps 9"""
-PAIRS = f"--data pairs.jsonl {ADAPTERS} --lr 1e-4 --batch-size 8 --length 256 --steps 12"
+PAIRS = f"--data pairs.jsonl {ADAPTERS} --lr 1e-4 --batch-size 8 --length 256"
 RECIPE = "--data demos.jsonl --length 512 --lora-rank 8 --lr 2e-4 --batch-size 32 --micro-batches 4 --remat --overwrite"
 # work: (our command, the other's, steps of ours and of the other's that make up the work (None: the whole process),
 #        and of TRL: trainer, rows, whether in bf16, optimiser steps that make up the work)
@@ -809,14 +811,14 @@ COMMANDS = {
         ("grpo", "prompts", True, 2),
     ),
     "reward model, 1,000 pairs, adapters, bf16": (
-        f"reward.py {PAIRS} --normalize-with None --gold None",
-        f"reward.py {PAIRS} --normalize-with none --gold none",
-        (125, 125),
+        f"reward.py {PAIRS} --steps 125 --normalize-with None --gold None",
+        f"reward.py {PAIRS} --steps 12 --normalize-with none --gold none",
+        (None, 125),
         ("reward", "pairs", True, 125),
     ),
     "reward model by probe, 1,000 pairs": (
         "probe.py --data pairs.jsonl --dtype bfloat16 --batch-size 8 --length 256 --suffix '' --overwrite",
-        f"reward.py {PAIRS} --normalize-with none --gold none",
+        f"reward.py {PAIRS} --steps 12 --normalize-with none --gold none",
         (None, 125),
         None,
     ),
