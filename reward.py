@@ -533,7 +533,9 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     state, first = run.restore(state)
     stream = batches.stream(first, steps)
     for step in run.steps(first):
-        state, metrics = train_step(state, base, teachers, gpt.put_batch(next(stream)), optimizer, config)
+        batch = next(stream)
+        del batch["answers"]  # scores are read by segment, and a program for each of its widths would be compiled
+        state, metrics = train_step(state, base, teachers, gpt.put_batch(batch), optimizer, config)
         run.log(step, metrics)
         run.checkpoint(step, state)
     model = state.model
