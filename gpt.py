@@ -879,7 +879,7 @@ class Tokenizer:
     @cached_property
     def _template(self):
         try:
-            return _template_environment().from_string(self.template)
+            return template_environment().from_string(self.template)
         except Exception as error:
             where = f"{self.folder}: its chat template cannot be read (line {getattr(error, 'lineno', '?')}: {error})"
             raise ValueError(f"{where}; mend it, or take it out of the folder") from None
@@ -974,7 +974,7 @@ def _chat_templates(settings: dict, tokenizer: Tokenizer, folder) -> dict[str, s
 
 
 @lru_cache
-def _template_environment():
+def template_environment():
     """Where chat templates run: a sandbox, since they are somebody's code, with what transformers offers them."""
     from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment

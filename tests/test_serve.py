@@ -679,12 +679,17 @@ BAD = [
             ("suffix", "end"), ("bad_words", ["a"]), ("truncate_prompt_tokens", 4), ("length_penalty", 2.0),
             ("use_beam_search", True), ("include_stop_str_in_output", True), ("skip_special_tokens", False),
             ("tool_choice", "required"), ("prompt_logprobs", 0), ("max_new_tokens", 5), ("n_predict", 5),
+            ("chat_template_kwargs", {"enable_thinking": False}), ("chat_template_kwargs", True), ("tools", True),
+            ("web_search_options", {"search_context_size": "low"}), ("verbosity", "low"), ("dry_multiplier", 0.8),
+            ("response_format", {"type": "json_object", "schema": None}), ("suffix", "null"), ("n_predict", -1),
         ]
     ),
     ("/v1/chat/completions", {"messages": ASK, "logprobs": False, "top_logprobs": 3}, "top_logprobs"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', None),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+    ("/v1/chat/completions", {"messages": [*ASK, {"role": "assistant", "tool_calls": [{}]}, *ASK]}, "messages"),
+    ("/v1/completions", {"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ("/v1/completions", {}, "prompt"),
     ("/v1/completions", {"prompt": ""}, "prompt"),
     ("/v1/completions", {"prompt": []}, "prompt"),
@@ -724,6 +729,9 @@ def test_what_asks_for_nothing_changes_nothing(http):
     nothing = {"repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "frequency_penalty": 0.0, "best_of": 1}
     nothing |= {"stop_token_ids": [], "logit_bias": {}, "suffix": "", "use_beam_search": False, "guided_json": None}
     nothing |= {"skip_special_tokens": True, "response_format": {"type": "text"}, "tool_choice": "auto", "tools": []}
+    nothing |= {"structured_outputs": {"json": None}, "logprobs": None, "verbosity": "medium", "tfs_z": 1.0}
+    no = {"tools": "null", "functions": False, "tool_choice": "none", "function_call": {"type": "none"}, "audio": False}
+    no |= {"response_format": {"type": "text", "json_schema": None}, "chat_template_kwargs": {}, "documents": "null"}
     null = dict.fromkeys(
         [
             *serve.NEUTRAL,
@@ -740,10 +748,44 @@ def test_what_asks_for_nothing_changes_nothing(http):
         ]
     )
     off = {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "n": 1, "stop": []}  # whole numbers as floats
-    for more in (nothing, null, off, {"top_k": 0}, {"top_k": 2**31 - 1}, {"max_completion_tokens": 10**30}):
+    for more in (nothing, no, null, off, {"top_k": 0}, {"top_k": 2**31 - 1}, {"max_completion_tokens": 10**30}):
         response = http.post("/v1/completions", json=body | more)
         assert response.status_code == 200, response.text
         assert response.json()["choices"][0]["text"] == expected, more
+
+
+THINKS = (  # reads a setting as Qwen3's template does, and a text
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is defined and enable_thinking is false %}no {% endif %}<{{ mood }}{% endif %}"
+)
+
+
+def test_chat_template_kwargs_reach_the_template_and_nothing_else_does(http, live, words, tmp_path, monkeypatch):
+    shutil.copytree(words, tmp_path / "words")
+    settings = json.loads((tmp_path / "words" / "tokenizer_config.json").read_text()) | {"chat_template": THINKS}
+    (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path / "words")
+    monkeypatch.setattr(live.server.models["one"], "tokenizer", tokenizer)
+
+    def ask(kwargs, path="/v1/chat/completions", **options):
+        body = {"messages": ASK, "chat_template_kwargs": kwargs, "return_token_ids": True, "max_tokens": 2} | options
+        return http.post(path, json=body)
+
+    read = lambda response: tokenizer.decode(response.json()["choices"][0]["prompt_token_ids"])
+    plain, quiet = read(ask(None)), read(ask({"enable_thinking": False}))
+    assert [text.split().count("no") for text in (plain, quiet)] == [0, 1]
+    assert read(ask({"enable_thinking": True})) == read(ask({})) == read(ask({"enable_thinking": None})) == plain
+    assert ask({"enable_thinking": False}, "/tokenize").json()["count"] == ask({}, "/tokenize").json()["count"] + 1
+    assert not ask({"mood": "mild 2"}).is_error
+    for kwargs, message in (
+        ({"thinking": False}, r"does not read 'thinking' of chat_template_kwargs, but: enable_thinking, mood$"),
+        ({"messages": []}, "does not read 'messages'"), ({"eos_token": "a"}, "does not read 'eos_token'"),
+        ({"mood": ["a"]}, "mood of chat_template_kwargs is a number"),
+        *(({"mood": text}, "a text that holds nothing of a special token") for text in ("eos", "eos>", "<pad>")),
+    ):  # fmt: skip
+        error = ask(kwargs).json()["error"]
+        assert error["param"] == "chat_template_kwargs" and re.search(message, error["message"])
+    assert ask({"enable_thinking": False}, store=True).json()["error"]["param"] == "store"
 
 
 def test_limits_mean_what_they_say_at_their_ends(http):
