@@ -1625,7 +1625,7 @@ TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # th
 # Keys of rows and messages that change what they mean: what no text says, what `prepare.py` maps, what is learned.
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs")
 NOT_TEXT += ("image", "images", "video", "videos", "audio", "audios")
-MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]")
+MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]", "{}", "null")
 LEARNED, UNLEARNED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
 
 

@@ -11,6 +11,7 @@
 Written: pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts;
 thumbs thumbs and prompts; text text.jsonl (so do transcripts, by --kind text). Each has its NAME-heldout.jsonl, and
 report.json counts what was read, kept, dropped and repaired, and the keys that were not read. Empty files are left out.
+Rows of prompts alone keep their other keys, which a reward function may want to see.
 
 Read: .jsonl, .json (also one big array) and plain text, each also as .gz; hub:ORG/NAME[/SPLIT[/CONFIG]]; and .db, the
 votes of serve.py: pairs and thumbs as its view `training_rows` gives them (one of the two by --kind). Rows have the
@@ -26,7 +27,7 @@ project's formats (gpt.KINDS) or these:
     {messages, label}                                  thumbs on the last message
     {instruction, input, output}, Alpaca; {input, output}   demos, as messages
     {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
-    {turns: [...]}, MT-bench                           prompts: the first turn
+    {turns: [...]}, MT-bench; {messages} unanswered    prompts: the first turn, or the messages
 In each of them, `response`, `output` and `solution` answer a prompt, an instruction, a question or a problem as
 `completion` does; a question or an instruction, with its `input` or `context`, may stand beside chosen and rejected;
 `system`, `system_prompt` and `history` open the prompt; `kto_tag`, or a `label` that is true or false, makes a thumb of
@@ -218,6 +219,7 @@ SAME = {"system_prompt": "system", "system_message": "system", "problem": "quest
 SAME |= {f"{x}{of}": f"score_{x}" for x in ("chosen", "rejected") for of in ("_score", "_rating", "-score", "-rating")}
 SAME |= {"rating_chosen": "score_chosen", "rating_rejected": "score_rejected"}
 SAME |= {"is_truncated": "truncated", "conversation": "conversations", "helpfulness": "rating"}
+NOTHING = (*gpt.NOTHING, False)  # of what is asked for; the `kto_tag` that training refuses may be false
 BESIDE = {"score_chosen": "score_rejected", "score_rejected": "score_chosen"}  # keys that are read together or not
 REPLIES = ("response", "output", "solution")  # names of what answers a prompt, an instruction or a question
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
@@ -256,7 +258,7 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
     if not isinstance(row, dict):
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
-    empty = lambda name: SAME.get(name, name) in (*gpt.NOT_TEXT, "system", "history") and row[name] in gpt.NOTHING
+    empty = lambda name: SAME.get(name, name) in (*gpt.NOT_TEXT, "system", "history") and row[name] in NOTHING
     row = {name: value for name, value in row.items() if not empty(name)}
     known = known_names(row)
     theirs = {ours: name for name, ours in known.items()}
@@ -264,7 +266,20 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
         kind, texts, unread = convert_known({known[name]: value for name, value in row.items()})
     except gpt.BadRow as error:
         raise gpt.BadRow(re.sub(r"`(\w+)`", lambda name: f"`{theirs.get(name[1], name[1])}`", str(error))) from None
-    return kind, texts, {re.sub(r"^\w+", lambda name: theirs.get(name[0], name[0]), name) for name in unread}
+    unread = {re.sub(r"^\w+", lambda name: theirs.get(name[0], name[0]), name) for name in unread}
+    if kind == "prompts":  # a reward function may want to see what stands beside a prompt
+        seen = take(row, *sorted(name for name in unread if not AN_ANSWER.fullmatch(name) and name not in TEXTS))
+        seen = {name: value for name, value in seen.items() if is_json(value)}
+        texts, unread = texts | seen, unread - seen.keys()
+    return kind, texts, unread
+
+
+def is_json(value) -> bool:
+    """Tables also hold times, images and the like."""
+    try:
+        return bool(ENCODE(value))
+    except (TypeError, ValueError):
+        return False
 
 
 def known_names(row: dict) -> dict[str, str]:
@@ -284,7 +299,7 @@ def known_names(row: dict) -> dict[str, str]:
     asked = next((name for name in ("prompt", "instruction", "question") if name in theirs), None)
     reply = next((name for name in REPLIES if name in theirs), None)
     if asked is None and (reply or "chosen" in theirs):
-        asked = "instruction"
+        asked = "prompt" if isinstance(row.get("input"), list) else "instruction"
         call("input", asked)  # alone it is what is asked
     if asked in ("instruction", "question"):
         call("context", "input")
@@ -293,6 +308,12 @@ def known_names(row: dict) -> dict[str, str]:
         if asked == "question":
             call("question", "instruction")
     return known
+
+
+def unanswered(messages: list[dict]) -> tuple[str, dict]:
+    """A conversation that ends with a question, as (kind, texts): a prompt where nothing was answered before."""
+    answered = any(message["role"] == "assistant" for message in messages)
+    return ("demos", {"messages": messages}) if answered else ("prompts", {"prompt": messages})
 
 
 def named(row: dict) -> str:
@@ -326,6 +347,8 @@ def convert_known(row: dict) -> tuple[str, dict, set[str]]:
         raise
     except (TypeError, AttributeError, LookupError, ValueError) as error:
         raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
+    if kind == "demos" and {m["role"] for m in texts.get("messages", [])[-1:]} == {"user"}:
+        kind, texts = unanswered(texts["messages"])
     for name in TEXTS:
         if not isinstance(texts.get(name, ""), str | list):
             raise gpt.BadRow(f"`{name}` is {type(texts[name]).__name__}, not text or messages")
@@ -344,7 +367,7 @@ def message_keys(values: dict) -> set[str]:
 
 
 def refuse_keys(row: dict):
-    found = [name for name in gpt.NOT_TEXT if row.get(name) not in gpt.NOTHING]
+    found = [name for name in gpt.NOT_TEXT if row.get(name) not in NOTHING]
     if found:
         raise gpt.BadRow(f"`{found[0]}` is not supported, and the row means something else without it")
 
@@ -418,11 +441,16 @@ def number(row: dict, name: str) -> float:
     return value
 
 
+def message_list(value) -> list[dict]:
+    messages = [value] if isinstance(value, dict) else value
+    if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
+        raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
+    return messages
+
+
 def to_messages(value) -> list[dict]:
     """{role, content} messages from those or from ShareGPT's {from, value}, also from a single one."""
-    given = [value] if isinstance(value, dict) else value
-    if not isinstance(given, list) or not given or not all(isinstance(m, dict) for m in given):
-        raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
+    given = message_list(value)
     for message in given:
         refuse_keys(message)
         check_learned(message)
@@ -483,7 +511,7 @@ def read_messages(name: str) -> Callable[[dict], dict]:
     completion; with no weights, all of them are learned."""
 
     def read(row: dict) -> dict:
-        turns = row[name]
+        turns = message_list(row[name])
         weights = [turn_weight(m) for m in turns if role_of(m) == "assistant"]
         if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
             return {"messages": to_messages(turns)}

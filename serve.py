@@ -1313,14 +1313,14 @@ NEUTRAL = {
     for names, values in (
         ("min_tokens mirostat xtc_probability dry_multiplier dynatemp_range", (0,)),
         ("repetition_penalty repeat_penalty length_penalty typical_p tfs_z", (1,)),
-        ("use_beam_search include_stop_str_in_output", (False,)),
+        ("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", (False,)),
         ("skip_special_tokens", (True,)),
         ("tool_choice function_call", ("none", "auto", {"type": "none"}, {"type": "auto"}, *NO_LIST)),
         ("response_format", ({"type": "text"}, "text", *NO_LIST)),
         ("modalities", (["text"],)),
         ("reasoning_effort", ("none",)),
         ("verbosity", ("medium",)),
-        ("suffix guided_regex guided_grammar grammar", ()),
+        ("suffix guided_regex guided_grammar grammar regex ebnf", ()),
         ("logit_bias stop_token_ids bad_words allowed_token_ids truncate_prompt_tokens prompt_logprobs", ()),
         ("guided_json guided_choice structured_outputs json_schema max_new_tokens n_predict", ()),
         ("tools functions documents audio prediction web_search_options chat_template chat_template_kwargs", NO_LIST),
@@ -1364,6 +1364,7 @@ class Sampling(Unsupported, kw_only=True):
 class CompletionRequest(Sampling, kw_only=True):
     prompt: str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
 
 
@@ -1384,6 +1385,10 @@ class ChatRequest(Sampling, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
+    echo: Any = None  # this and the following may only say what is done: `make_job`
+    add_special_tokens: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
 
 
 class ResponsePart(Struct):
@@ -1496,6 +1501,12 @@ async def read_bytes(request: Request) -> bytes:
     return body
 
 
+KNOWN = {  # what a message may hold, to whom sends more
+    "role": ": known are system, developer, user and assistant, since tools are not supported",
+    "type": ": only text is read, no images, sound, files or calls of tools",
+}
+
+
 def decode_body(body: bytes, kind):
     try:
         return msgspec.json.decode(body, type=kind)
@@ -1504,6 +1515,7 @@ def decode_body(body: bytes, kind):
         param = re.split(r"[.\[`]", path.lstrip("."))[0] or None
         missing = re.search(r"missing required field `(\w+)`", message)
         param = missing[1] if missing and not param else param
+        message += KNOWN.get(path.rpartition(".")[2], "") if "enum" in message else ""
         raise ApiError(400, f"{message} ({param})" if param else message, param) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
@@ -1512,14 +1524,23 @@ def decode_body(body: bytes, kind):
 def refuse_unsupported(request, neutral: dict):
     """Options that would change the answer must not be ignored. `neutral`: the values of each that ask for nothing."""
     for name, values in neutral.items():
-        if without_nulls(getattr(request, name)) not in (None, "", [], {}, *values):
+        if asks(request, name, values):
             also = "".join(f", or send {json.dumps(value)}" for value in values[:1] if values is not NO_LIST)
             raise ApiError(400, f"{name} is not supported: leave it out{also}", name, "unsupported_value")
-    for message, name in itertools.product(getattr(request, "messages", ()), ("tool_calls", "function_call", "audio")):
-        if getattr(message, name) not in (None, "", [], {}, *NO_LIST):
-            raise ApiError(400, f"a message has {name}, which is not supported", "messages", "unsupported_value")
+    refuse_calls(request)
     if isinstance(request, ChatRequest) and request.logprobs is False and request.top_logprobs:
         raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
+
+
+def asks(values, name: str, neutral=NO_LIST) -> bool:
+    """Whether a request or a message says something under a name, beside the values that are neutral."""
+    return without_nulls(getattr(values, name)) not in (None, "", [], {}, *neutral)
+
+
+def refuse_calls(request):
+    for message, name in itertools.product(getattr(request, "messages", ()), ("tool_calls", "function_call", "audio")):
+        if asks(message, name):
+            raise ApiError(400, f"a message has {name}, which is not supported", "messages", "unsupported_value")
 
 
 def without_nulls(value):
@@ -1679,12 +1700,16 @@ class Job:
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """A request with its choices; ApiError if it asks for something that it may not."""
     chat, tokenizer, neutral = isinstance(request, ChatRequest), model.tokenizer, NEUTRAL
+    goes_on = not chat or request.messages[-1].role == "assistant"
     if chat and isinstance(request.chat_template_kwargs, dict):
         neutral = {name: values for name, values in NEUTRAL.items() if name != "chat_template_kwargs"}
         tokenizer = set_template(tokenizer, model.name, request.chat_template_kwargs)
-        check_stored(request)
+    if chat:
+        turns = {"add_generation_prompt": (not goes_on,), "continue_final_message": (goes_on,)}
+        neutral = neutral | {"echo": (False,), "add_special_tokens": (False,)} | turns
     refuse_unsupported(request, neutral | {"best_of": (request.n or 1,)})
-    goes_on = not chat or request.messages[-1].role == "assistant"
+    if request.store:
+        check_stored(request)
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
     n = request.n or 1
     if len(prompts) * n > MAX_CHOICES:
@@ -1709,9 +1734,11 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
     for prompt in prompts:
-        ids = (
-            chat_ids(prompt, tokenizer) if chat else prompt if isinstance(prompt, list) else text_ids(prompt, tokenizer)
-        )
+        if chat:
+            ids = chat_ids(prompt, tokenizer)
+        else:
+            bos = request.add_special_tokens is not False
+            ids = prompt if isinstance(prompt, list) else text_ids(prompt, tokenizer, bos)
         check_prompt(ids, model, room=limit > 0)
         for number in range(n):
             stored = uuid.uuid4().hex if request.store else None
@@ -1723,10 +1750,12 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
 
 
 def check_stored(request: Sampling):
-    """Training shows a prompt as the template has it without settings, and what is stored is for training."""
-    if request.store and without_nulls(request.chat_template_kwargs):
-        said = "an answer to chat_template_kwargs is not stored, since training does not render them: leave store out"
-        raise ApiError(400, said, "store")
+    """Refuse to store what votes could not teach: training shows a prompt as the template has it of messages alone."""
+    for name in ("chat_template_kwargs", "chat_template", "tools", "functions", "documents"):
+        if asks(request, name):
+            said = f"an answer to {name} is not stored, since training does not render them: leave store out"
+            raise ApiError(400, said, "store")
+    refuse_calls(request)
 
 
 def named_stops(stops, tokenizer: gpt.Tokenizer) -> frozenset:
@@ -2909,10 +2938,10 @@ class Relay(Server):
         models = await self.served() if store or named in (None, "", "default") else {}
         if named in (None, "", "default"):
             sent["model"] = next(iter(models), None)
-        if store and getattr(body, "echo", None):
-            raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
         if store:
             check_stored(body)
+            if getattr(body, "echo", None):
+                raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
         for name in ("store", "metadata"):
             sent.pop(name, None)
         response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))

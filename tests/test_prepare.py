@@ -299,7 +299,9 @@ def test_answers_under_unknown_names_are_no_prompts_unless_asked_for(tmp_path):
         with pytest.raises(gpt.BadRow, match="in0.jsonl:1: `.*` reads like an answer.*--kind prompts"):
             run(tmp_path, [{"prompt": "q"} | more], heldout=0, overwrite=True)
         report, rows = run(tmp_path, [{"prompt": "q"} | more], heldout=0, kind="prompts", overwrite=True)
-        assert rows["prompts"] == [{"prompt": "q"}] and report["keys_not_read"] == dict.fromkeys(more, 1)
+        kept = {name: value for name, value in more.items() if name == "winner"}
+        assert rows["prompts"] == [{"prompt": "q"} | kept]
+        assert report["keys_not_read"] == dict.fromkeys(more.keys() - kept.keys(), 1)
 
 
 @pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}"])
@@ -360,6 +362,16 @@ def test_a_label_in_words_is_a_class_unless_it_may_be_a_thumb(tmp_path):
                 run(tmp_path, [row | {"label": label}], heldout=0, out="bad")
 
 
+def test_prompts_keep_what_a_reward_function_may_want_to_see(tmp_path):
+    check = {"data_source": "math", "reward_model": {"ground_truth": "4"}, "query": "q"}
+    rows = [{"prompt": [user("p")], "responses": ["x"], "text": "t"} | check, {"messages": [user("q")], "truth": "4"}]
+    report, written = run(tmp_path, rows, heldout=0, kind="prompts")
+    assert written["prompts"] == [{"prompt": [user("p")]} | check, {"prompt": [user("q")], "truth": "4"}]
+    assert report["keys_not_read"] == dict(responses=1, text=1)
+    with pytest.raises(gpt.BadRow, match="in0.jsonl:2: this row holds prompts, not demos"):
+        run(tmp_path, [{"messages": [user("q"), assistant("a")]}, rows[1]], heldout=0, out="mixed")
+
+
 def test_what_a_server_cut_is_truncated_and_what_is_not_to_be_learned_is_dropped(tmp_path):
     demo = {"prompt": "q", "completion": "a"}
     rows = [demo | {"finish_reason": "length"}, demo | {"completion": "b", "finish_reason": "stop"}]
@@ -397,6 +409,7 @@ def test_roles_are_mapped_or_refused(tmp_path):
 
 def test_empty_columns_are_absent_and_full_ones_are_refused(tmp_path):
     row = {"prompt": "q", "completion": "a", "tools": "[]", "images": [], "system": "", "chosen": None}
+    row |= {"image": False, "functions": "null", "chat_template_kwargs": "{}"}
     report, rows = run(tmp_path, [row], heldout=0)
     assert rows["demos"] == [{"prompt": "q", "completion": "a"}] and report["keys_not_read"] == {}
     with pytest.raises(gpt.BadRow, match="`images` is not supported"):
@@ -552,7 +565,8 @@ ASK = HH.format("q")
         ({"text": "t", "title": "x", "source": "s"}, "text", {"text": "t", "source": "s"}),
         ({"prompt": "q"}, "prompts", {"prompt": "q"}),
         ({"prompt": "q", "answer": "4"}, "prompts", {"prompt": "q", "answer": "4"}),
-        ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")]}),
+        ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")], "question_id": 1}),
+        ({"input": [user("q")], "output": "a"}, "demos", {"prompt": [user("q")], "completion": "a"}),
         ({"prompt": "q", "completion": "a", "id": 7}, "demos", {"id": 7, "prompt": "q", "completion": "a"}),
         ({"messages": [user("q"), assistant("a")]}, "demos", {"messages": [user("q"), assistant("a")]}),
         (

@@ -681,6 +681,8 @@ BAD = [
             ("tool_choice", "required"), ("prompt_logprobs", 0), ("max_new_tokens", 5), ("n_predict", 5),
             ("chat_template_kwargs", {"enable_thinking": False}), ("chat_template_kwargs", True), ("tools", True),
             ("web_search_options", {"search_context_size": "low"}), ("verbosity", "low"), ("dry_multiplier", 0.8),
+            ("echo", True), ("add_special_tokens", True), ("add_generation_prompt", False), ("regex", "a+"),
+            ("continue_final_message", True), ("return_tokens_as_token_ids", True),
             ("response_format", {"type": "json_object", "schema": None}), ("suffix", "null"), ("n_predict", -1),
         ]
     ),
@@ -786,6 +788,39 @@ def test_chat_template_kwargs_reach_the_template_and_nothing_else_does(http, liv
         error = ask(kwargs).json()["error"]
         assert error["param"] == "chat_template_kwargs" and re.search(message, error["message"])
     assert ask({"enable_thinking": False}, store=True).json()["error"]["param"] == "store"
+
+
+def test_requests_say_how_the_turn_opens_only_as_it_does(http):
+    """vLLM's names: an answer continues the assistant's last message, and opens a turn after any other."""
+    begun = [*ASK, {"role": "assistant", "content": "a"}]
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    opens = {"add_generation_prompt": True, "continue_final_message": False, "echo": False, "add_special_tokens": False}
+    for messages, wanted, other in ((ASK, opens, goes_on), (begun, goes_on, opens)):
+        body = {"messages": messages, "seed": 3, "max_tokens": 4}
+        plain = text_of(http.post("/v1/chat/completions", json=body))
+        assert text_of(http.post("/v1/chat/completions", json=body | wanted)) == plain
+        for name in goes_on:
+            error = http.post("/v1/chat/completions", json=body | {name: other[name]}).json()["error"]
+            assert error["param"] == name and error["message"].endswith(f"or send {json.dumps(wanted[name])}")
+
+
+def test_a_text_may_come_without_the_token_before_it(http, live, monkeypatch):
+    monkeypatch.setattr(live.server.models["one"].tokenizer, "bos_id", 3)
+    body = {"prompt": "a b", "max_tokens": 1, "return_token_ids": True}
+    ids = lambda **more: http.post("/v1/completions", json=body | more).json()["choices"][0]["prompt_token_ids"]
+    assert ids() == ids(add_special_tokens=True) == [3, *ids(add_special_tokens=False)]
+
+
+def test_what_a_message_may_hold_is_said(http):
+    for message, said in (
+        ({"role": "tool", "content": "4"}, "known are system, developer, user and assistant, since tools"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "only text is read, no images",
+        ),
+    ):
+        error = http.post("/v1/chat/completions", json={"messages": [*ASK, message]}).json()["error"]
+        assert error["param"] == "messages" and said in error["message"]
 
 
 def test_limits_mean_what_they_say_at_their_ends(http):
@@ -924,6 +959,15 @@ def test_the_responses_api_says_what_the_chat_says(http, live, request, by):
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=name):
             client.responses.create(**asked | more)
+
+
+def test_a_response_is_asked_for_nothing_in_many_ways(http):
+    body = {"input": "a b c", "max_output_tokens": 5, "temperature": 0}
+    text = lambda **more: http.post("/v1/responses", json=body | more).json()["output"][0]["content"][0]["text"]
+    nothing = {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": None, "summary": None}, "tools": []}
+    nothing |= {"text": {"format": {"type": "text", "schema": None}, "verbosity": "medium"}, "tool_choice": "none"}
+    nothing |= {"truncation": "disabled", "background": False, "conversation": None, "previous_response_id": ""}
+    assert text(**nothing) == text() != ""
 
 
 def test_a_response_is_stored_on_request_and_one_that_fails_says_so(votes, http, live, monkeypatch):
@@ -1472,6 +1516,9 @@ def test_refusals_of_another_engine_keep_their_words(relay, http):
         assert answers[0].json() == answers[1].json()
     echo = relay.post("/v1/completions", json={"prompt": "a", "echo": True, "store": True})
     assert echo.status_code == 400 and echo.json()["error"]["param"] == "store"
+    for more in ({"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"x": 1}}, {"documents": ["a"]}):
+        chat = relay.post("/v1/chat/completions", json={"messages": ASK, "store": True} | more)
+        assert chat.status_code == 400 and chat.json()["error"]["param"] == "store"
 
 
 def engine_that(script: dict):
