@@ -1515,7 +1515,7 @@ def decode_body(body: bytes, kind):
         param = re.split(r"[.\[`]", path.lstrip("."))[0] or None
         missing = re.search(r"missing required field `(\w+)`", message)
         param = missing[1] if missing and not param else param
-        message += KNOWN.get(path.rpartition(".")[2], "") if "enum" in message else ""
+        message += KNOWN.get(path.rpartition(".")[2].rstrip("`"), "") if "enum" in message else ""
         raise ApiError(400, f"{message} ({param})" if param else message, param) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
