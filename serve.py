@@ -1621,8 +1621,8 @@ def set_template(tokenizer: gpt.Tokenizer, model_name: str, settings: dict) -> g
         return tokenizer
     read = names_in(tokenizer.template) - {"messages", "add_generation_prompt", "tools", "documents", *tokenizer.names}
     if unknown := sorted(settings.keys() - read):
-        known = ", ".join(sorted(read)) or "nothing of that kind"
-        said = f"the chat template of {model_name} does not read {unknown[0]!r} of {param}, but: {known}"
+        known = f"but: {', '.join(sorted(read))}" if read else "nor any other: leave them out"
+        said = f"the chat template of {model_name} does not read {unknown[0]!r} of {param}, {known}"
         raise ApiError(400, said, param, "unsupported_value")
     marks = {c for special in tokenizer.specials for c in special if not c.isalnum()}
     for name, value in settings.items():

@@ -788,6 +788,8 @@ def test_chat_template_kwargs_reach_the_template_and_nothing_else_does(http, liv
         error = ask(kwargs).json()["error"]
         assert error["param"] == "chat_template_kwargs" and re.search(message, error["message"])
     assert ask({"enable_thinking": False}, store=True).json()["error"]["param"] == "store"
+    monkeypatch.undo()
+    assert ask({"mood": "mild"}).json()["error"]["message"].endswith("nor any other: leave them out")
 
 
 def test_requests_say_how_the_turn_opens_only_as_it_does(http):
