@@ -266,7 +266,7 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
         kind, texts, unread = convert_known({known[name]: value for name, value in row.items()})
     except gpt.BadRow as error:
         raise gpt.BadRow(re.sub(r"`(\w+)`", lambda name: f"`{theirs.get(name[1], name[1])}`", str(error))) from None
-    unread = {re.sub(r"^\w+", lambda name: theirs.get(name[0], name[0]), name) for name in unread}
+    unread = {re.sub(r"^[^.]+", lambda name: theirs.get(name[0], name[0]), name) for name in unread}
     if kind == "prompts":  # a reward function may want to see what stands beside a prompt
         seen = take(row, *sorted(name for name in unread if not AN_ANSWER.fullmatch(name) and name not in TEXTS))
         seen = {name: value for name, value in seen.items() if is_json(value)}
@@ -283,8 +283,8 @@ def is_json(value) -> bool:
 
 
 def known_names(row: dict) -> dict[str, str]:
-    """{key of the row: what this file calls it}: answers are the completion of a prompt, the output of an instruction.
-    No two keys get one name: the first one has it, and the other keeps its own."""
+    """{key of the row: its name in SHAPES}: what answers is the completion of a prompt, the output of an instruction.
+    No two keys get one name: the first has it, and the other keeps its own."""
     known = {}
     for name in row:
         ours = SAME.get(name, name)

@@ -344,6 +344,8 @@ def test_keys_that_are_not_read_are_called_as_the_file_does(tmp_path):
     report, written = run(tmp_path, rows, heldout=0)
     assert report["keys_not_read"] == dict(chosen_score=1, problem=1, rejected_rating=1)
     assert [set(row) for row in written["pairs"]] == [{"prompt", "chosen", "rejected"}] * 2
+    row = {"query": "q", "response": "a", "output-tokens": 3}
+    assert run(tmp_path, [row], heldout=0, out="dash")[0]["keys_not_read"] == {"output-tokens": 1}
     report, _ = run(
         tmp_path, [{"conversation": [user("q") | {"country": "x"}, assistant("a")]}], heldout=0, out="talks"
     )
