@@ -110,6 +110,7 @@ class Exam(NamedTuple):
     texts: dict = {}  # name -> gpt.Batches, for the perplexity
     questions: dict = {}  # name -> checked rows
     baseline: Answers | None = None  # answers that win rates are against
+    candidates: list[Answers] | None = None  # the reference's that are drawn already: `sample_candidates`
 
 
 @partial(jax.jit, static_argnames=("temperature",))
@@ -456,9 +457,11 @@ def best_of(exam: Exam, folder: str, *sizes) -> dict:
 
 
 def sample_candidates(exam: Exam, n: int) -> list[Answers]:
-    """n answers of the reference to every prompt."""
-    bar = gpt.progress(iterable=range(n), desc="candidates", unit=" a prompt")
-    return [answer(exam, exam.ref, exam.config.temperature, stream=2 + i) for i in bar]
+    """n answers of the reference to every prompt. Best-of-n and the start of "closed" begin with the same ones."""
+    drawn = exam.candidates
+    for i in gpt.progress(iterable=range(len(drawn), n), desc="candidates", unit=" a prompt"):
+        drawn.append(answer(exam, exam.ref, exam.config.temperature, stream=2 + i))
+    return drawn[:n]
 
 
 def best_of_rows(rounds: list[Answers], theirs: Answers, sizes) -> tuple[dict, dict]:
@@ -968,7 +971,7 @@ def set_exam(config: Config) -> Exam:
         pairwise=gpt.load_function(config.pairwise) if config.pairwise else None,
         harmful=read(config.harmful), harmless=read(config.harmless),
         texts={bare(name): rows(file, kinds[file]) for name, file in short_names(config.perplexity).items()},
-        questions=questions,
+        questions=questions, candidates=[],
     )  # fmt: skip
 
 

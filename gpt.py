@@ -895,7 +895,7 @@ class Tokenizer:
     @cached_property
     def _template(self):
         try:
-            return _template_environment().from_string(self.template)
+            return template_environment().from_string(self.template)
         except Exception as error:
             where = f"{self.folder}: its chat template cannot be read (line {getattr(error, 'lineno', '?')}: {error})"
             raise ValueError(f"{where}; mend it, or take it out of the folder") from None
@@ -990,7 +990,7 @@ def _chat_templates(settings: dict, tokenizer: Tokenizer, folder) -> dict[str, s
 
 
 @lru_cache
-def _template_environment():
+def template_environment():
     """Where chat templates run: a sandbox, since they are somebody's code, with what transformers offers them."""
     from jinja2 import ext, nodes
     from jinja2.sandbox import ImmutableSandboxedEnvironment
@@ -1641,7 +1641,7 @@ TEXTS = ("prompt", "completion", "chosen", "rejected", "messages", "text")  # th
 # Keys of rows and messages that change what they mean: what no text says, what `prepare.py` maps, what is learned.
 NOT_TEXT = ("tools", "functions", "tool_calls", "function_call", "documents", "chat_template_kwargs")
 NOT_TEXT += ("image", "images", "video", "videos", "audio", "audios")
-MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]")
+MEANING, NOTHING = (*NOT_TEXT, "kto_tag", "system", "system_prompt", "history"), (None, "", [], {}, "[]", "{}", "null")
 LEARNED, UNLEARNED = ("weight", "train", "trainable", "loss"), ("masked", "mask", "loss_mask")  # of messages
 
 

@@ -11,26 +11,29 @@
 Written: pairs become pairs.jsonl, prompts.jsonl and demos.jsonl (prompt + chosen); demonstrations demos and prompts;
 thumbs thumbs and prompts; text text.jsonl (so do transcripts, by --kind text). Each has its NAME-heldout.jsonl, and
 report.json counts what was read, kept, dropped and repaired, and the keys that were not read. Empty files are left out.
+Rows of prompts alone keep their other keys, which a reward function may want to see.
 
 Read: .jsonl, .json (also one big array) and plain text, each also as .gz; hub:ORG/NAME[/SPLIT[/CONFIG]]; and .db, the
 votes of serve.py: pairs and thumbs as its view `training_rows` gives them (one of the two by --kind). Rows have the
 project's formats (gpt.KINDS) or these:
     {chosen, rejected}, HH-RLHF                        pairs; the prompt is the start that both sides share
-    {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference
+    {prompt, completion, rating}, several a prompt     pairs of every two unlike ratings, margin = their difference; so
+                                                       HelpSteer's helpfulness
     {prompt, chosen, rejected, score_chosen, score_rejected}, UltraFeedback's   pairs, margin = the difference; so
                                                        chosen_rating, rejected_rating and the like
     {prompt, chosen: [text], rejected: [text, ...]}, RewardBench 2's            pairs, each of one side with each other
-    {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos
+    {conversations: [{from, value}], chosen, rejected}, ShareGPT                pairs; without the sides: demos; so
+                                                       WildChat's conversation
     {messages, label}                                  thumbs on the last message
-    {instruction, input, output}, Alpaca               demos, as messages
+    {instruction, input, output}, Alpaca; {input, output}   demos, as messages
     {question, answer}, GSM8K                          demos, as messages; what follows #### also as `answer`
-    {turns: [...]}, MT-bench                           prompts: the first turn
+    {turns: [...]}, MT-bench; {messages} unanswered    prompts: the first turn, or the messages
 In each of them, `response`, `output` and `solution` answer a prompt, an instruction, a question or a problem as
 `completion` does; a question or an instruction, with its `input` or `context`, may stand beside chosen and rejected;
 `system`, `system_prompt` and `history` open the prompt; `kto_tag`, or a `label` that is true or false, makes a thumb of
-a demonstration; a conversation whose assistant turns but the last have weight 0 (or `train` or `loss` false, or
-`masked`) teaches the last. Refused by line: tools, images, other roles and weights, and an answer under another name
-where it would leave a prompt alone. Keys that are not read, of messages too, are counted.
+a demonstration (a class, such as "math", is not read); a conversation whose assistant turns but the last have weight 0
+(or `train` or `loss` false, or `masked`) teaches the last. Refused by line: tools, images, other roles and weights, and
+an answer under another name where it would leave a prompt alone. Keys that are not read, of messages too, are counted.
 
 Split. A row is held out when a hash of (seed, its FIRST human turn in lower case with single blanks) falls below
 --heldout. Data sets of dialogues hold several cuts of one dialogue; all of them open with the same turn, so they stay
@@ -214,7 +217,10 @@ ROLES |= dict.fromkeys(("assistant", "gpt", "chatgpt", "bing", "bard", "bot", "m
 ROLES |= {"system": "system", "developer": "system"}
 SAME = {"system_prompt": "system", "system_message": "system", "problem": "question", "query": "question"}
 SAME |= {f"{x}{of}": f"score_{x}" for x in ("chosen", "rejected") for of in ("_score", "_rating", "-score", "-rating")}
-SAME |= {"is_truncated": "truncated"}
+SAME |= {"rating_chosen": "score_chosen", "rating_rejected": "score_rejected"}
+SAME |= {"is_truncated": "truncated", "conversation": "conversations", "helpfulness": "rating"}
+NOTHING = (*gpt.NOTHING, False)  # of what is asked for; the `kto_tag` that training refuses may be false
+BESIDE = {"score_chosen": "score_rejected", "score_rejected": "score_chosen"}  # keys that are read together or not
 REPLIES = ("response", "output", "solution")  # names of what answers a prompt, an instruction or a question
 CARRIED = ("id", "source", "margin", "weight", "label_p", "truncated")  # what a row keeps beside its texts
 # names of answers, in rows that would otherwise become prompts alone
@@ -246,26 +252,94 @@ def spread(raw: str | dict) -> list:
 
 
 def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
-    """A line or an object -> (kind, row in the project's format, keys left out); whatever is wrong comes as BadRow."""
+    """A line or an object -> (kind, row in the project's format, keys left out); whatever is wrong comes as BadRow, in
+    the row's own names."""
     row = gpt.parse_json(raw) if isinstance(raw, str) else raw
     if not isinstance(row, dict):
         raise gpt.BadRow(f"a {type(row).__name__}, not an object")
     row = {name: value for name, value in row.items() if value is not None}  # in tables, absent values are null
-    row = {SAME.get(name, name) if SAME.get(name) not in row else name: value for name, value in row.items()}
-    empty = lambda name: name in (*gpt.NOT_TEXT, "system", "history") and row[name] in gpt.NOTHING
+    empty = lambda name: SAME.get(name, name) in (*gpt.NOT_TEXT, "system", "history") and row[name] in NOTHING
     row = {name: value for name, value in row.items() if not empty(name)}
+    known = known_names(row)
+    theirs = {ours: name for name, ours in known.items()}
+    try:
+        kind, texts, unread = convert_known({known[name]: value for name, value in row.items()})
+    except gpt.BadRow as error:
+        raise gpt.BadRow(re.sub(r"`(\w+)`", lambda name: f"`{theirs.get(name[1], name[1])}`", str(error))) from None
+    unread = {re.sub(r"^[^.]+", lambda name: theirs.get(name[0], name[0]), name) for name in unread}
+    if kind == "prompts":  # a reward function may want to see what stands beside a prompt
+        seen = take(row, *sorted(name for name in unread if not AN_ANSWER.fullmatch(name) and name not in TEXTS))
+        seen = {name: value for name, value in seen.items() if is_json(value)}
+        texts, unread = texts | seen, unread - seen.keys()
+    return kind, texts, unread
+
+
+def is_json(value) -> bool:
+    """Tables also hold times, images and the like."""
+    try:
+        return bool(ENCODE(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def known_names(row: dict) -> dict[str, str]:
+    """{key of the row: its name in SHAPES}: what answers is the completion of a prompt, the output of an instruction.
+    No two keys get one name: the first has it, and the other keeps its own."""
+    known = {}
+    for name in row:
+        ours = SAME.get(name, name)
+        known[name] = name if ours != name and (ours in row or ours in known.values()) else ours
+    theirs = {ours: name for name, ours in known.items()}
+
+    def call(name: str, ours: str):
+        if name in theirs and ours not in theirs:
+            known[theirs[name]] = ours
+            theirs[ours] = theirs.pop(name)
+
+    asked = next((name for name in ("prompt", "instruction", "question") if name in theirs), None)
+    reply = next((name for name in REPLIES if name in theirs), None)
+    if asked is None and (reply or "chosen" in theirs):
+        asked = "prompt" if isinstance(row.get("input"), list) else "instruction"
+        call("input", asked)  # alone it is what is asked
+    if asked in ("instruction", "question"):
+        call("context", "input")
+    if reply and "chosen" not in theirs:
+        call(reply, "completion" if asked == "prompt" else "output")
+        if asked == "question":
+            call("question", "instruction")
+    return known
+
+
+def unanswered(messages: list[dict]) -> tuple[str, dict]:
+    """A conversation that ends with a question, as (kind, texts): a prompt where nothing was answered before."""
+    answered = any(message["role"] == "assistant" for message in messages)
+    return ("demos", {"messages": messages}) if answered else ("prompts", {"prompt": messages})
+
+
+def named(row: dict) -> str:
+    return ", ".join(f"`{name}`" for name in row) or "(none)"
+
+
+def convert_known(row: dict) -> tuple[str, dict, set[str]]:
+    """`convert` of a row in known names."""
     refuse_keys(row)
     if row.get("train") is False:
         row = {"weight": 0} | {name: value for name, value in row.items() if name not in ("train", "weight")}
     if row.get("finish_reason") == "length":  # of an answer that its server cut
         row = {"truncated": True} | {name: value for name, value in row.items() if name != "finish_reason"}
+    if not isinstance(row.get("truncated", True), bool | list):
+        raise gpt.BadRow(f"`truncated` is {row['truncated']!r}: true, false, or a list of the answers that were cut")
+    unread = {name for name, other in BESIDE.items() if name in row and other not in row}
+    unread |= {"label"} if isinstance(row.get("label"), str) and not is_thumb(row["label"]) else set()
+    row = {name: value for name, value in row.items() if name not in unread}
     if ("chosen" in row) != ("rejected" in row):
-        raise gpt.BadRow(f"`chosen` and `rejected` must both be there (found: {', '.join(row)})")
-    row = rename_replies(row)
+        raise gpt.BadRow(f"`chosen` and `rejected` must both be there (found: {named(row)})")
     shape = next((shape for shape in SHAPES if row.keys() >= set(shape.keys)), None)
     if shape is None:
         known = ", ".join("{" + ", ".join(shape.keys) + "}" for shape in reversed(SHAPES))
-        raise gpt.BadRow(f"unknown format, with the keys {', '.join(row) or '(none)'}; known are {known}")
+        raise gpt.BadRow(f"unknown format, with the keys {named(row)}; known are {known}")
+    if shape.kind == "text" and "role" in row:
+        raise gpt.BadRow("`text` with a `role` is one message of a talk: write the talk, {messages: [{role, content}]}")
     try:
         texts = shape.read(row) if shape.read else take(row, *shape.keys)
         kind, texts, around = surround(shape.kind, row, texts)
@@ -273,21 +347,14 @@ def convert(raw: str | dict) -> tuple[str, dict, set[str]]:
         raise
     except (TypeError, AttributeError, LookupError, ValueError) as error:
         raise gpt.BadRow(f"a value is not of the type that its format has ({error!r})") from None
+    if kind == "demos" and {m["role"] for m in texts.get("messages", [])[-1:]} == {"user"}:
+        kind, texts = unanswered(texts["messages"])
+    for name in TEXTS:
+        if not isinstance(texts.get(name, ""), str | list):
+            raise gpt.BadRow(f"`{name}` is {type(texts[name]).__name__}, not text or messages")
     carried = ("source",) if shape.kind == "text" else CARRIED
-    unread = row.keys() - {*shape.keys, *shape.more, *carried, *around}
+    unread |= row.keys() - {*shape.keys, *shape.more, *carried, *around}
     return kind, take(row, *carried) | texts, unread | message_keys(take(row, *shape.keys, *shape.more))
-
-
-def rename_replies(row: dict) -> dict:
-    """The row with its answer under the name that its shape has: completion of a prompt, output of an instruction."""
-    reply = next((name for name in REPLIES if name in row), None)
-    asked = next((name for name in ("prompt", "instruction", "question") if name in row), None)
-    if "context" in row and asked in ("instruction", "question") and "input" not in row:
-        row = {"input" if name == "context" else name: value for name, value in row.items()}
-    if not reply or not asked or "chosen" in row or (asked == "prompt" and "completion" in row):
-        return row
-    names = {reply: "completion" if asked == "prompt" else "output", "question": "instruction"}
-    return {name if asked == "prompt" and name == "question" else names.get(name, name): x for name, x in row.items()}
 
 
 def message_keys(values: dict) -> set[str]:
@@ -300,7 +367,7 @@ def message_keys(values: dict) -> set[str]:
 
 
 def refuse_keys(row: dict):
-    found = [name for name in gpt.NOT_TEXT if row.get(name) not in gpt.NOTHING]
+    found = [name for name in gpt.NOT_TEXT if row.get(name) not in NOTHING]
     if found:
         raise gpt.BadRow(f"`{found[0]}` is not supported, and the row means something else without it")
 
@@ -317,19 +384,29 @@ def refuse_answers(unread: set[str]):
 def surround(kind: str, row: dict, texts: dict) -> tuple[str, dict, set[str]]:
     """What stands beside the turns in any shape: `system` and `history` open the prompt, `kto_tag` makes a thumb of a
     demonstration. Returns (kind, texts, keys that were read)."""
-    earlier = [{"role": "system", "content": row["system"]}] if "system" in row else []
+    earlier = [{"role": "system", "content": text_at(row, "system")}] if "system" in row else []
     for turn in row.get("history", ()):
         earlier += [{"role": role, "content": text} for role, text in zip(("user", "assistant"), turn, strict=True)]
     if earlier and kind != "text":
         texts = add_earlier(texts, to_messages(earlier))
     tag = "label" if kind == "demos" and is_thumb(row.get("label")) else "kto_tag"
     if tag in row:
-        if kind != "demos" or not isinstance(row[tag], bool):
-            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}: true or false on demos, or rename it")
+        if kind != "demos":
+            raise gpt.BadRow(f"`{tag}` is {row[tag]!r} on a row of {kind}: it is true or false, and on demos alone")
+        thumb(row, tag)
         if "messages" in texts:
             texts = {"prompt": texts["messages"][:-1], "completion": texts["messages"][-1:]}
         kind, texts = "thumbs", texts | {"label": row[tag]}
     return kind, texts, {tag} | ({"system", "history"} if kind != "text" else set())
+
+
+def thumb(row: dict, name: str) -> bool:
+    if not isinstance(row[name], bool):
+        raise gpt.BadRow(
+            f"`{name}` is {row[name]!r}: of a thumb it is true (a good answer) or false (a bad one); if it says "
+            "something else, name it otherwise"
+        )
+    return row[name]
 
 
 def add_earlier(texts: dict, earlier: list[dict]) -> dict:
@@ -351,6 +428,12 @@ def take(row: dict, *names: str) -> dict:
     return {name: row[name] for name in names if name in row}
 
 
+def text_at(row: dict, name: str) -> str:
+    if not isinstance(row[name], str):
+        raise gpt.BadRow(f"`{name}` is {type(row[name]).__name__}, not text")
+    return row[name]
+
+
 def number(row: dict, name: str) -> float:
     value = row[name]
     if isinstance(value, bool) or not isinstance(value, int | float) or not np.isfinite(value):
@@ -358,17 +441,22 @@ def number(row: dict, name: str) -> float:
     return value
 
 
-def to_messages(value) -> list[dict]:
-    """{role, content} messages from those or from ShareGPT's {from, value}, also from a single one."""
+def message_list(value) -> list[dict]:
     messages = [value] if isinstance(value, dict) else value
     if not isinstance(messages, list) or not messages or not all(isinstance(m, dict) for m in messages):
         raise gpt.BadRow(f"{str(value)[:60]!r} is not a list of messages")
-    for message in messages:
+    return messages
+
+
+def to_messages(value) -> list[dict]:
+    """{role, content} messages from those or from ShareGPT's {from, value}, also from a single one."""
+    given = message_list(value)
+    for message in given:
         refuse_keys(message)
         check_learned(message)
-    messages = [(m.get("role", m.get("from")), text_of(m.get("content", m.get("value")))) for m in messages]
-    if any(not isinstance(part, str) for message in messages for part in message):
-        raise gpt.BadRow("a message needs a role and a content that are text")
+    messages = [(m.get("role", m.get("from")), text_of(m.get("content", m.get("value")))) for m in given]
+    if wrong := [i for i, message in enumerate(messages) if not all(isinstance(part, str) for part in message)]:
+        raise gpt.BadRow(f"a message needs a role and a content that are text (found: {named(given[wrong[0]])})")
     unknown = next((role for role, _ in messages if role.lower() not in ROLES), None)
     if unknown is not None:
         raise gpt.BadRow(f"a message of role {unknown!r}; known are {', '.join(ROLES)}")
@@ -391,7 +479,8 @@ def turn_weight(message: dict):
 
 def is_thumb(label) -> bool:
     """Whether a `label` beside an answer says that it is good or bad, and is no class of another kind."""
-    words = ("good", "bad", "yes", "no", "true", "false", "up", "down", "accepted", "rejected")
+    words = ("good", "bad", "yes", "no", "true", "false", "up", "down", "accepted", "rejected", "chosen", "positive")
+    words += ("negative", "desirable", "undesirable", "correct", "incorrect", "like", "dislike", "0", "1")
     return label.lower() in words if isinstance(label, str) else label in (0, 1)
 
 
@@ -422,7 +511,7 @@ def read_messages(name: str) -> Callable[[dict], dict]:
     completion; with no weights, all of them are learned."""
 
     def read(row: dict) -> dict:
-        turns = row[name]
+        turns = message_list(row[name])
         weights = [turn_weight(m) for m in turns if role_of(m) == "assistant"]
         if weights[-1:] not in ([1], [None]) or len(weights) < 2 or any(weight != 0 for weight in weights[:-1]):
             return {"messages": to_messages(turns)}
@@ -439,11 +528,12 @@ def read_pair(row: dict) -> dict:
         side if isinstance(side, str) else to_messages(side) for side in (row["chosen"], row["rejected"])
     )
     prompt = row.get("prompt", row.get("conversations"))
-    asked = row.get("question", row.get("instruction"))
-    if prompt is None and asked is not None:
-        prompt = [{"role": "user", "content": join_input(asked, row)}]
-        answer = lambda side: [{"role": "assistant", "content": side.strip()}] if isinstance(side, str) else side
-        chosen, rejected = answer(chosen), answer(rejected)
+    asked = next((name for name in ("question", "instruction") if name in row), None)
+    if prompt is None and asked:
+        prompt = join_input(asked, row)
+        if isinstance(chosen, str) and isinstance(rejected, str):
+            prompt = [{"role": "user", "content": prompt}]
+            chosen, rejected = ([{"role": "assistant", "content": side.strip()}] for side in (chosen, rejected))
     if prompt is not None and not isinstance(prompt, str):
         prompt = to_messages(prompt)
     if isinstance(prompt, str) and isinstance(chosen, list):  # one message answers it, several begin with it
@@ -487,21 +577,25 @@ def read_rating(row: dict) -> dict:
 
 def read_labelled_messages(row: dict) -> dict:
     messages = to_messages(row["messages"])
-    return {"prompt": messages[:-1], "completion": messages[-1:], "label": row["label"]}
+    return {"prompt": messages[:-1], "completion": messages[-1:], "label": thumb(row, "label")}
+
+
+def read_thumb(row: dict) -> dict:
+    return take(row, "prompt", "completion") | {"label": thumb(row, "label")}
 
 
 def read_instruction(row: dict) -> dict:
     """`answer` beside the output is the short one, which a reward function may want to see."""
-    return exchange(join_input(row["instruction"], row), row["output"]) | take(row, "answer")
+    return exchange(join_input("instruction", row), text_at(row, "output")) | take(row, "answer")
 
 
 def read_question(row: dict) -> dict:
-    _, marker, answer = row["answer"].rpartition("####")
-    return exchange(join_input(row["question"], row), row["answer"]) | ({"answer": answer.strip()} if marker else {})
+    _, marker, answer = text_at(row, "answer").rpartition("####")
+    return exchange(join_input("question", row), row["answer"]) | ({"answer": answer.strip()} if marker else {})
 
 
 def join_input(asked: str, row: dict) -> str:
-    return "\n\n".join(filter(None, (asked, row.get("input"))))
+    return "\n\n".join(filter(None, (text_at(row, name) for name in (asked, "input") if name in row)))
 
 
 def exchange(question: str, answer: str) -> dict:
@@ -509,12 +603,16 @@ def exchange(question: str, answer: str) -> dict:
     return {"prompt": [user], "completion": [assistant]}
 
 
-PAIR_KEYS = ("prompt", "conversations", "question", "instruction", "input", "score_chosen", "score_rejected")
 SHAPES = (  # a row has the first of them that fits
-    Shape("pairs", ("chosen", "rejected"), PAIR_KEYS, read_pair),
+    *(Shape("pairs", (asked, "chosen", "rejected"), tuple(BESIDE), read_pair) for asked in ("prompt", "conversations")),
+    *(
+        Shape("pairs", (asked, "chosen", "rejected"), ("input", *BESIDE), read_pair)
+        for asked in ("question", "instruction")
+    ),
+    Shape("pairs", ("chosen", "rejected"), tuple(BESIDE), read_pair),
     Shape("ratings", ("prompt", "completion", "rating"), read=read_rating),
     Shape("thumbs", ("messages", "label"), read=read_labelled_messages),
-    Shape("thumbs", ("prompt", "completion", "label")),
+    Shape("thumbs", ("prompt", "completion", "label"), read=read_thumb),
     Shape("demos", ("prompt", "completion")),
     Shape("demos", ("messages",), read=read_messages("messages")),
     Shape("demos", ("conversations",), read=read_messages("conversations")),

@@ -24,6 +24,7 @@ import asyncio
 import bisect
 import collections
 import contextlib
+import copy
 import ctypes
 import dataclasses
 import datetime
@@ -56,6 +57,7 @@ import equinox as eqx
 import httpx2
 import jax
 import jax.numpy as jnp
+import jinja2.meta
 import msgspec
 import numpy as np
 import tyro
@@ -1070,17 +1072,18 @@ class Served:
         group = group[:count]
         size, pieces = piece_size(left[group[0]], self.pieces), []
         rows = np.array(group + group[:1] * (count - len(group)))  # filled up with the first one again
-        some = Slots(*(x[rows] for x in self.state)) if alone else None
+        drawing = Slots(*(x[rows] for x in self.state)) if alone else None
         for row, slot in enumerate(group):
             choice = self.filling[slot]
             start = min(choice.filled, self.context - size)  # near the end some tokens are read once more
             ids = choice.ids[start : choice.filled + left[slot]][:size]
             pieces.append((ids, choice.ids[start + 1 :][:size], slot, start))
-            if alone and start + len(ids) == len(choice.ids):
-                some.remaining[row] = choice.limit
+            if drawing and start + len(ids) == len(choice.ids):
+                drawing.remaining[row] = choice.limit
         wanted = any(self.filling[slot].echo for slot in group)
-        draws = some if alone and some.remaining.any() else None
-        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, draws)
+        if drawing and not drawing.remaining.any():
+            drawing = None
+        first, scores = self.read(pieces + pieces[:1] * (count - len(group)), size, wanted, drawing)
         scores = jax.tree.map(np.asarray, scores) if wanted else None
         for row, (ids, _, slot, start) in enumerate(pieces):
             choice = self.filling[slot]
@@ -1091,8 +1094,8 @@ class Served:
             self.held[slot] = choice.ids[: choice.filled]
             if choice.filled >= len(choice.ids) - (not alone):
                 self.filled(choice, slot, post)
-        if draws:
-            self.take_drawn(rows, draws, *first, post)
+        if drawing:
+            self.take_drawn(rows, drawing, *first, post)
         return count * size
 
     def filled(self, choice: Choice, slot: int, post):
@@ -1304,21 +1307,23 @@ Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_le
 
 
 # options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
+NO_LIST = (False, "null")  # what else clients send for no tools
 NEUTRAL = {
     name: values
     for names, values in (
-        ("min_tokens mirostat xtc_probability", (0,)),
-        ("repetition_penalty repeat_penalty length_penalty typical_p", (1,)),
-        ("use_beam_search include_stop_str_in_output", (False,)),
+        ("min_tokens mirostat xtc_probability dry_multiplier dynatemp_range", (0,)),
+        ("repetition_penalty repeat_penalty length_penalty typical_p tfs_z", (1,)),
+        ("use_beam_search include_stop_str_in_output return_tokens_as_token_ids", (False,)),
         ("skip_special_tokens", (True,)),
-        ("tool_choice function_call", ("none", "auto")),
-        ("response_format", ({"type": "text"},)),
+        ("tool_choice function_call", ("none", "auto", {"type": "none"}, {"type": "auto"}, *NO_LIST)),
+        ("response_format", ({"type": "text"}, "text", *NO_LIST)),
         ("modalities", (["text"],)),
         ("reasoning_effort", ("none",)),
-        ("logit_bias stop_token_ids bad_words allowed_token_ids truncate_prompt_tokens prompt_logprobs suffix", ()),
-        ("guided_json guided_regex guided_choice guided_grammar structured_outputs grammar json_schema", ()),
-        ("tools functions documents audio prediction chat_template chat_template_kwargs", ()),
-        ("max_new_tokens n_predict", ()),
+        ("verbosity", ("medium",)),
+        ("suffix guided_regex guided_grammar grammar regex ebnf", ()),
+        ("logit_bias stop_token_ids bad_words allowed_token_ids truncate_prompt_tokens prompt_logprobs", ()),
+        ("guided_json guided_choice structured_outputs json_schema max_new_tokens n_predict", ()),
+        ("tools functions documents audio prediction web_search_options chat_template chat_template_kwargs", NO_LIST),
     )
     for name in names.split()
 }
@@ -1359,6 +1364,7 @@ class Sampling(Unsupported, kw_only=True):
 class CompletionRequest(Sampling, kw_only=True):
     prompt: str | Annotated[list[str | TokenId | Annotated[list[TokenId], Meta(min_length=1)]], Meta(min_length=1)]
     echo: bool | None = None
+    add_special_tokens: bool | None = None
     logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
 
 
@@ -1370,12 +1376,19 @@ class TextPart(Struct):
 class Message(Struct):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart] | None = None
+    tool_calls: Any = None  # refused, as what NEUTRAL names
+    function_call: Any = None
+    audio: Any = None
 
 
 class ChatRequest(Sampling, kw_only=True):
     messages: Annotated[list[Message], Meta(min_length=1, max_length=1024)]
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Meta(ge=0, le=TOP)] | None = None
+    echo: Any = None  # this and the following may only say what is done: `make_job`
+    add_special_tokens: Any = None
+    add_generation_prompt: Any = None
+    continue_final_message: Any = None
 
 
 class ResponsePart(Struct):
@@ -1391,9 +1404,11 @@ class ResponseItem(Struct):
 
 # of the Responses API, which keeps no conversations here: the messages of one are sent again each time
 NEUTRAL_RESPONSES = {
-    "previous_response_id": (), "conversation": (), "prompt": (), "include": (), "tools": (), "max_tool_calls": (),
-    "background": (False,), "truncation": ("disabled",), "top_logprobs": (0,), "tool_choice": ("auto", "none"),
-    "reasoning": ({"effort": "none"},), "text": ({"format": {"type": "text"}},),
+    "previous_response_id": (), "conversation": (), "prompt": (), "max_tool_calls": (),
+    "include": (["reasoning.encrypted_content"],),  # there is none
+    "background": (False,), "truncation": ("disabled",), "top_logprobs": (0,), "tools": NO_LIST,
+    "tool_choice": NEUTRAL["tool_choice"], "reasoning": ({"effort": "none"},),
+    "text": ({"format": {"type": "text"}}, {"format": {"type": "text"}, "verbosity": "medium"}),
 }  # fmt: skip
 UnsupportedResponses = msgspec.defstruct(
     "UnsupportedResponses", [(k, Any, None) for k in NEUTRAL_RESPONSES], kw_only=True
@@ -1417,6 +1432,7 @@ class ResponsesRequest(UnsupportedResponses, kw_only=True):
 class TokenizeRequest(Struct):
     prompt: str | None = None
     messages: list[Message] | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
     add_special_tokens: bool = True
     model: str | None = None
 
@@ -1485,6 +1501,12 @@ async def read_bytes(request: Request) -> bytes:
     return body
 
 
+KNOWN = {  # what a message may hold, to whom sends more
+    "role": ": known are system, developer, user and assistant, since tools are not supported",
+    "type": ": only text is read, no images, sound, files or calls of tools",
+}
+
+
 def decode_body(body: bytes, kind):
     try:
         return msgspec.json.decode(body, type=kind)
@@ -1493,6 +1515,7 @@ def decode_body(body: bytes, kind):
         param = re.split(r"[.\[`]", path.lstrip("."))[0] or None
         missing = re.search(r"missing required field `(\w+)`", message)
         param = missing[1] if missing and not param else param
+        message += KNOWN.get(path.rpartition(".")[2].rstrip("`"), "") if "enum" in message else ""
         raise ApiError(400, f"{message} ({param})" if param else message, param) from None
     except (msgspec.DecodeError, RecursionError, UnicodeDecodeError) as error:
         raise ApiError(400, f"the body is not JSON that can be read ({error})") from None
@@ -1501,11 +1524,31 @@ def decode_body(body: bytes, kind):
 def refuse_unsupported(request, neutral: dict):
     """Options that would change the answer must not be ignored. `neutral`: the values of each that ask for nothing."""
     for name, values in neutral.items():
-        if getattr(request, name) not in (None, "", [], {}, *values):
-            also = "".join(f", or send {json.dumps(value)}" for value in values[:1])
+        if asks(request, name, values):
+            also = "".join(f", or send {json.dumps(value)}" for value in values[:1] if values is not NO_LIST)
             raise ApiError(400, f"{name} is not supported: leave it out{also}", name, "unsupported_value")
+    refuse_calls(request)
     if isinstance(request, ChatRequest) and request.logprobs is False and request.top_logprobs:
         raise ApiError(400, "top_logprobs asks for what logprobs false declines: set logprobs true", "top_logprobs")
+
+
+def asks(values, name: str, neutral=NO_LIST) -> bool:
+    """Whether a request or a message says something under a name, beside the values that are neutral."""
+    return without_nulls(getattr(values, name)) not in (None, "", [], {}, *neutral)
+
+
+def refuse_calls(request):
+    for message, name in itertools.product(getattr(request, "messages", ()), ("tool_calls", "function_call", "audio")):
+        if asks(message, name):
+            raise ApiError(400, f"a message has {name}, which is not supported", "messages", "unsupported_value")
+
+
+def without_nulls(value):
+    """Objects without what is null in them: libraries write out what their user left empty."""
+    if not isinstance(value, dict):
+        return value
+    found = {name: without_nulls(x) for name, x in value.items()}
+    return {name: x for name, x in found.items() if x is not None}
 
 
 SAMPLING = {  # where neither request nor model says more
@@ -1561,6 +1604,36 @@ def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
     except Exception as error:  # a template is somebody's code; what it says itself is a ValueError
         reason = f"the chat template cannot render these messages ({type(error).__name__})"
         raise ApiError(400, str(error) if isinstance(error, ValueError) else reason, "messages") from None
+
+
+@lru_cache
+def names_in(template: str) -> set[str]:
+    """The names that a chat template takes from outside."""
+    return jinja2.meta.find_undeclared_variables(gpt.template_environment().parse(template))
+
+
+def set_template(tokenizer: gpt.Tokenizer, model_name: str, settings: dict) -> gpt.Tokenizer:
+    """The tokenizer with `chat_template_kwargs` for its chat template, under vLLM's name: {"enable_thinking": false},
+    say. Refused is what the template does not read, and what could be read as a part of a special token."""
+    settings = {name: value for name, value in settings.items() if value is not None}
+    param = "chat_template_kwargs"
+    if not settings:
+        return tokenizer
+    read = names_in(tokenizer.template) - {"messages", "add_generation_prompt", "tools", "documents", *tokenizer.names}
+    if unknown := sorted(settings.keys() - read):
+        known = f"but: {', '.join(sorted(read))}" if read else "nor any other: leave them out"
+        said = f"the chat template of {model_name} does not read {unknown[0]!r} of {param}, {known}"
+        raise ApiError(400, said, param, "unsupported_value")
+    marks = {c for special in tokenizer.specials for c in special if not c.isalnum()}
+    for name, value in settings.items():
+        text = value if isinstance(value, str) else ""
+        forged = marks & {*text} or tokenizer.has_special(text) or any(text and text in x for x in tokenizer.specials)
+        if forged or not isinstance(value, str | bool | int | float):
+            said = f"{name} of {param} is a number, true, false, or a text that holds nothing of a special token"
+            raise ApiError(400, said, param)
+    settled = copy.copy(tokenizer)
+    settled.names = tokenizer.names | settings
+    return settled
 
 
 def opens_with_blank(tokenizer: gpt.Tokenizer) -> bool:
@@ -1626,9 +1699,17 @@ class Job:
 
 def make_job(request: Sampling, model: Served, config: Config) -> Job:
     """A request with its choices; ApiError if it asks for something that it may not."""
-    refuse_unsupported(request, NEUTRAL | {"best_of": (request.n or 1,)})
-    chat, tokenizer = isinstance(request, ChatRequest), model.tokenizer
+    chat, tokenizer, neutral = isinstance(request, ChatRequest), model.tokenizer, NEUTRAL
     goes_on = not chat or request.messages[-1].role == "assistant"
+    if chat and isinstance(request.chat_template_kwargs, dict):
+        neutral = {name: values for name, values in NEUTRAL.items() if name != "chat_template_kwargs"}
+        tokenizer = set_template(tokenizer, model.name, request.chat_template_kwargs)
+    if chat:
+        turns = {"add_generation_prompt": (not goes_on,), "continue_final_message": (goes_on,)}
+        neutral = neutral | {"echo": (False,), "add_special_tokens": (False,)} | turns
+    refuse_unsupported(request, neutral | {"best_of": (request.n or 1,)})
+    if request.store:
+        check_stored(request)
     prompts = [chat_messages(request.messages)] if chat else prompt_list(request.prompt)
     n = request.n or 1
     if len(prompts) * n > MAX_CHOICES:
@@ -1653,9 +1734,11 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
     )  # fmt: skip
     events, choices = asyncio.Queue(), []
     for prompt in prompts:
-        ids = (
-            chat_ids(prompt, tokenizer) if chat else prompt if isinstance(prompt, list) else text_ids(prompt, tokenizer)
-        )
+        if chat:
+            ids = chat_ids(prompt, tokenizer)
+        else:
+            bos = request.add_special_tokens is not False
+            ids = prompt if isinstance(prompt, list) else text_ids(prompt, tokenizer, bos)
         check_prompt(ids, model, room=limit > 0)
         for number in range(n):
             stored = uuid.uuid4().hex if request.store else None
@@ -1664,6 +1747,15 @@ def make_job(request: Sampling, model: Served, config: Config) -> Job:
             choices.append(choice)
     name = ("chatcmpl-" if chat else "cmpl-") + uuid.uuid4().hex
     return Job(request, model, chat, name, int(time.time()), prompts, choices, events)
+
+
+def check_stored(request: Sampling):
+    """Refuse to store what votes could not teach: training shows a prompt as the template has it of messages alone."""
+    for name in ("chat_template_kwargs", "chat_template", "tools", "functions", "documents"):
+        if asks(request, name):
+            said = f"an answer to {name} is not stored, since training does not render them: leave store out"
+            raise ApiError(400, said, "store")
+    refuse_calls(request)
 
 
 def named_stops(stops, tokenizer: gpt.Tokenizer) -> frozenset:
@@ -2432,7 +2524,7 @@ class Server:
         messages = chat_messages(body.messages or [])
         check_chars(model, len(body.prompt or "") + sum(len(m["content"]) for m in messages))
         if messages:
-            ids = chat_ids(messages, model.tokenizer)
+            ids = chat_ids(messages, set_template(model.tokenizer, model.name, body.chat_template_kwargs or {}))
         elif body.prompt is not None:
             ids = text_ids(body.prompt, model.tokenizer, bos=body.add_special_tokens)
         else:
@@ -2846,8 +2938,10 @@ class Relay(Server):
         models = await self.served() if store or named in (None, "", "default") else {}
         if named in (None, "", "default"):
             sent["model"] = next(iter(models), None)
-        if store and getattr(body, "echo", None):
-            raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
+        if store:
+            check_stored(body)
+            if getattr(body, "echo", None):
+                raise ApiError(400, "an answer with its prompt (echo) is not stored: leave store out", "store")
         for name in ("store", "metadata"):
             sent.pop(name, None)
         response = await unless_gone(request, self.ask("POST", request.url.path, json=sent))

@@ -69,6 +69,15 @@ def test_chats_have_transformers_ids(i, reply, tokenizer, family, theirs):
         assert tokenizer.chat(CHATS[i], reply) == ids
 
 
+@pytest.mark.parametrize("name", ["think_token", "image_token", "mask_token"])
+def test_any_setting_called_token_makes_a_word_special(folders, tmp_path, name):
+    """What transformers 5.24.0 makes of the folder with this setting, also of a word of the vocabulary."""
+    tokenizer = changed(folders["qwen2"], tmp_path, **{name: "the"})
+    ids = [220, 257, 263, 270, 16, 13, 261, 220, 16, 17, 271, 257, 198]
+    assert tokenizer.encode(" the cat\n\n1. and 12  the\n", special=True) == ids
+    assert tokenizer.decode(ids) == "  cat\n\n1. and 12  \n"
+
+
 def test_added_tokens_that_are_not_special_are_text(loaded):
     tokenizer, text = loaded["qwen3"], "<think>the</think>"
     ids = tokenizer.encode(text)

@@ -299,14 +299,79 @@ def test_answers_under_unknown_names_are_no_prompts_unless_asked_for(tmp_path):
         with pytest.raises(gpt.BadRow, match="in0.jsonl:1: `.*` reads like an answer.*--kind prompts"):
             run(tmp_path, [{"prompt": "q"} | more], heldout=0, overwrite=True)
         report, rows = run(tmp_path, [{"prompt": "q"} | more], heldout=0, kind="prompts", overwrite=True)
-        assert rows["prompts"] == [{"prompt": "q"}] and report["keys_not_read"] == dict.fromkeys(more, 1)
+        kept = {name: value for name, value in more.items() if name == "winner"}
+        assert rows["prompts"] == [{"prompt": "q"} | kept]
+        assert report["keys_not_read"] == dict.fromkeys(more.keys() - kept.keys(), 1)
 
 
-@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "{}-rating"])
+@pytest.mark.parametrize("name", ["score_{}", "{}_score", "{}_rating", "{}-rating", "rating_{}"])
 def test_ratings_of_both_sides_have_several_spellings(tmp_path, name):
     scores = lambda chosen, rejected: {name.format("chosen"): chosen, name.format("rejected"): rejected}
     report, rows = run(tmp_path, [pair("a", **scores(4, 2.5)), pair("b", **scores(1, 5))], heldout=0)
     assert [row["margin"] for row in rows["pairs"]] == [1.5] and counts(report) == {"rated the other way round": 1}
+
+
+@pytest.mark.parametrize(
+    "row, message",
+    [
+        (pair("a", chosen_score="high", rejected_score=1), "`chosen_score` is 'high', not a number"),
+        (pair("a", **{"chosen-rating": "7", "rejected-rating": 2}), "`chosen-rating` is '7', not a number"),
+        ({"prompt": "q", "response": "a", "helpfulness": "4"}, "`helpfulness` is '4', not a number"),
+        ({"prompt": "q", "response": 5}, "`response` is int, not text"),
+        ({"problem": 5, "solution": "a"}, "`problem` is int, not text"),
+        ({"query": "q", "response": 5}, "`response` is int, not text"),
+        ({"input": "q", "output": 5}, "`output` is int, not text"),
+        ({"question": "q", "context": 5, "response": "a"}, "`context` is int, not text"),
+        ({"prompt": "q", "completion": "a", "is_truncated": "yes"}, "`is_truncated` is 'yes': true, false"),
+        ({"system_prompt": 5, "query": "q", "response": "a"}, "`system_prompt` is int"),
+        ({"system_prompt": "s", "messages": [{"role": "system", "content": "t"}]}, "a `system_prompt` key and"),
+        ({"problem": "q", "topic": "sums"}, "the keys `problem`, `topic`; known"),
+        ({"query": "q", "chosen": "a"}, r"must both be there \(found: `query`, `chosen`\)"),
+        (
+            {"messages": [{"role": "user", "text": "q"}]},
+            r"a role and a content that are text \(found: `role`, `text`\)",
+        ),
+        ({"message_id": "x", "role": "prompter", "text": "q"}, "`text` with a `role` is one message of a talk"),
+    ],
+)
+def test_errors_call_keys_as_the_file_does(tmp_path, row, message):
+    with pytest.raises(gpt.BadRow, match=f"in0.jsonl:1: .*{message}"):
+        run(tmp_path, [row], heldout=0)
+
+
+def test_keys_that_are_not_read_are_called_as_the_file_does(tmp_path):
+    rows = [pair("a", chosen_score=3, problem="p"), pair("b", rejected_rating=3)]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert report["keys_not_read"] == dict(chosen_score=1, problem=1, rejected_rating=1)
+    assert [set(row) for row in written["pairs"]] == [{"prompt", "chosen", "rejected"}] * 2
+    row = {"query": "q", "response": "a", "output-tokens": 3}
+    assert run(tmp_path, [row], heldout=0, out="dash")[0]["keys_not_read"] == {"output-tokens": 1}
+    report, _ = run(
+        tmp_path, [{"conversation": [user("q") | {"country": "x"}, assistant("a")]}], heldout=0, out="talks"
+    )
+    assert report["kind"] == "demos" and report["keys_not_read"] == {"conversation.country": 1}
+
+
+def test_a_label_in_words_is_a_class_unless_it_may_be_a_thumb(tmp_path):
+    talk = [user("q"), assistant("a")]
+    for i, row in enumerate(({"messages": talk}, {"prompt": "q", "completion": "a"}, {"query": "q", "response": "a"})):
+        report, written = run(tmp_path, [row | {"label": "math"}], heldout=0, out=f"class{i}")
+        assert report["kind"] == "demos" and report["keys_not_read"] == {"label": 1} and len(written["demos"]) == 1
+        for label in ("good", "Undesirable", 1):
+            with pytest.raises(
+                gpt.BadRow, match=f"in0.jsonl:1: `label` is {label!r}: of a thumb it is true.* otherwise"
+            ):
+                run(tmp_path, [row | {"label": label}], heldout=0, out="bad")
+
+
+def test_prompts_keep_what_a_reward_function_may_want_to_see(tmp_path):
+    check = {"data_source": "math", "reward_model": {"ground_truth": "4"}, "query": "q"}
+    rows = [{"prompt": [user("p")], "responses": ["x"], "text": "t"} | check, {"messages": [user("q")], "truth": "4"}]
+    report, written = run(tmp_path, rows, heldout=0, kind="prompts")
+    assert written["prompts"] == [{"prompt": [user("p")]} | check, {"prompt": [user("q")], "truth": "4"}]
+    assert report["keys_not_read"] == dict(responses=1, text=1)
+    with pytest.raises(gpt.BadRow, match="in0.jsonl:2: this row holds prompts, not demos"):
+        run(tmp_path, [{"messages": [user("q"), assistant("a")]}, rows[1]], heldout=0, out="mixed")
 
 
 def test_what_a_server_cut_is_truncated_and_what_is_not_to_be_learned_is_dropped(tmp_path):
@@ -346,6 +411,7 @@ def test_roles_are_mapped_or_refused(tmp_path):
 
 def test_empty_columns_are_absent_and_full_ones_are_refused(tmp_path):
     row = {"prompt": "q", "completion": "a", "tools": "[]", "images": [], "system": "", "chosen": None}
+    row |= {"image": False, "functions": "null", "chat_template_kwargs": "{}"}
     report, rows = run(tmp_path, [row], heldout=0)
     assert rows["demos"] == [{"prompt": "q", "completion": "a"}] and report["keys_not_read"] == {}
     with pytest.raises(gpt.BadRow, match="`images` is not supported"):
@@ -419,6 +485,13 @@ def test_heldout_files(tmp_path):
 # ---- spellings
 
 
+def test_helpfulness_of_several_answers_is_their_rating(tmp_path):
+    rows = [{"prompt": "q", "response": f"a {n}", "helpfulness": n, "verbosity": 2} for n in (4, 1)]
+    report, written = run(tmp_path, rows, heldout=0)
+    assert written["pairs"] == [{"prompt": "q", "chosen": "a 4", "rejected": "a 1", "margin": 3}]
+    assert report["keys_not_read"] == {"verbosity": 2}
+
+
 def test_ratings_become_pairs_with_margins(tmp_path):
     rated = [("p", "x", 1), ("q", "u", 0.3), ("p", "y", 4), ("p", "z", 1), ("q", "v", 0.1), ("r", "w", 5)]
     rows = [{"prompt": p, "completion": c, "rating": r} for p, c, r in rated]
@@ -480,10 +553,22 @@ ASK = HH.format("q")
             "pairs",
             {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
         ),
+        (
+            {"instruction": "q", "chosen": [user("q"), assistant("a")], "rejected": [user("q"), assistant("b")]},
+            "pairs",
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        ),
+        (
+            {"input": "q", "chosen": "a", "rejected": "b", "system": ""},
+            "pairs",
+            {"prompt": [user("q")], "chosen": [assistant("a")], "rejected": [assistant("b")]},
+        ),
+        ({"input": "q", "output": "a"}, "demos", {"prompt": [user("q")], "completion": [assistant("a")]}),
         ({"text": "t", "title": "x", "source": "s"}, "text", {"text": "t", "source": "s"}),
         ({"prompt": "q"}, "prompts", {"prompt": "q"}),
         ({"prompt": "q", "answer": "4"}, "prompts", {"prompt": "q", "answer": "4"}),
-        ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")]}),
+        ({"turns": ["q", "r"], "question_id": 1}, "prompts", {"prompt": [user("q")], "question_id": 1}),
+        ({"input": [user("q")], "output": "a"}, "demos", {"prompt": [user("q")], "completion": "a"}),
         ({"prompt": "q", "completion": "a", "id": 7}, "demos", {"id": 7, "prompt": "q", "completion": "a"}),
         ({"messages": [user("q"), assistant("a")]}, "demos", {"messages": [user("q"), assistant("a")]}),
         (
@@ -732,8 +817,8 @@ def test_same_input_same_bytes(tmp_path):
         ),
         ('{"chosen": "a", "rejected": [{"role": "user", "content": "b"}]}', r"in\.jsonl:3: one of `chosen` and"),
         ('{"chosen": 1, "rejected": 2}', r"in\.jsonl:3: '1' is not a list of messages"),
-        ('{"question": "q", "answer": 2}', r"in\.jsonl:3: a value is not of the type that its format has"),
-        ('{"a": 1, "b": 2}', r"in\.jsonl:3: unknown format, with the keys a, b; known are \{text\}"),
+        ('{"question": "q", "answer": 2}', r"in\.jsonl:3: `answer` is int, not text"),
+        ('{"a": 1, "b": 2}', r"in\.jsonl:3: unknown format, with the keys `a`, `b`; known are \{text\}"),
         (
             '{"prompt": "q", "chosen": "a", "rejected": "b", "margin": "x"}',
             r"in\.jsonl:3: `margin` is 'x', not a number",
@@ -763,8 +848,8 @@ def test_errors_before_any_work(tmp_path):
         ([str(tmp_path / "latin.txt")], {}, ValueError, "not whole UTF-8 text"),
         ([str(tmp_path / "cut.jsonl.gz")], {}, ValueError, "not whole UTF-8 text"),
         ([str(tmp_path / "empty.jsonl")], {}, ValueError, "holds no rows"),
-        ([[{"a": 1}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys a;"),
-        ([[{"completion": "a"}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys completion; known"),
+        ([[{"a": 1}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys `a`;"),
+        ([[{"completion": "a"}]], {}, gpt.BadRow, r"in0\.jsonl:1: unknown format, with the keys `completion`; known"),
         ([one, demo], {}, ValueError, "in0.jsonl holds pairs, .*in1.jsonl holds demos: .*--kind"),
         (["a.jsonl:0.5", "b.jsonl"], {}, ValueError, "weight above 0"),
         ([one], {"heldout": 1.5}, ValueError, "not a share"),
@@ -914,8 +999,11 @@ def test_odd_values_are_bad_rows_or_kept(tmp_path):
         (str(tmp_path / "deep.jsonl"), "deep.jsonl:1: JSON that is nested too deep"),
         ([{"instruction": "q", "output": "a", "history": [["x"]]}], "in0.jsonl:1: a value is not of the type"),
         ([{"messages": [user("q"), assistant("a") | {"train": False}]}], "in0.jsonl:1: a message has weight False"),
-        ([{"instruction": "q", "output": "a", "label": "bad"}], "in0.jsonl:1: `label` is 'bad' on a row of demos"),
-        ([{"conversations": [*TURN, {"from": "gpt", "value": "a"}], "label": 0}], "in0.jsonl:1: `label` is 0 on a row"),
+        ([{"instruction": "q", "output": "a", "label": "bad"}], "in0.jsonl:1: `label` is 'bad': of a thumb"),
+        (
+            [{"conversations": [*TURN, {"from": "gpt", "value": "a"}], "label": 0}],
+            "in0.jsonl:1: `label` is 0: of a thumb",
+        ),
         ([{"prompt": "q", "completion": "a", "audio": "x.wav"}], "in0.jsonl:1: `audio`"),
     ):
         with pytest.raises(gpt.BadRow, match=message):

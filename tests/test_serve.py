@@ -679,12 +679,19 @@ BAD = [
             ("suffix", "end"), ("bad_words", ["a"]), ("truncate_prompt_tokens", 4), ("length_penalty", 2.0),
             ("use_beam_search", True), ("include_stop_str_in_output", True), ("skip_special_tokens", False),
             ("tool_choice", "required"), ("prompt_logprobs", 0), ("max_new_tokens", 5), ("n_predict", 5),
+            ("chat_template_kwargs", {"enable_thinking": False}), ("chat_template_kwargs", True), ("tools", True),
+            ("web_search_options", {"search_context_size": "low"}), ("verbosity", "low"), ("dry_multiplier", 0.8),
+            ("echo", True), ("add_special_tokens", True), ("add_generation_prompt", False), ("regex", "a+"),
+            ("continue_final_message", True), ("return_tokens_as_token_ids", True),
+            ("response_format", {"type": "json_object", "schema": None}), ("suffix", "null"), ("n_predict", -1),
         ]
     ),
     ("/v1/chat/completions", {"messages": ASK, "logprobs": False, "top_logprobs": 3}, "top_logprobs"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": NaN}', None),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "a"}], "temperature": 1e999}', "temperature"),
     ("/v1/chat/completions", '{"messages": [{"role": "user", "content": "\\ud800"}]}', None),
+    ("/v1/chat/completions", {"messages": [*ASK, {"role": "assistant", "tool_calls": [{}]}, *ASK]}, "messages"),
+    ("/v1/completions", {"prompt": "a", "chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
     ("/v1/completions", {}, "prompt"),
     ("/v1/completions", {"prompt": ""}, "prompt"),
     ("/v1/completions", {"prompt": []}, "prompt"),
@@ -724,6 +731,9 @@ def test_what_asks_for_nothing_changes_nothing(http):
     nothing = {"repetition_penalty": 1.0, "length_penalty": 1, "min_tokens": 0, "frequency_penalty": 0.0, "best_of": 1}
     nothing |= {"stop_token_ids": [], "logit_bias": {}, "suffix": "", "use_beam_search": False, "guided_json": None}
     nothing |= {"skip_special_tokens": True, "response_format": {"type": "text"}, "tool_choice": "auto", "tools": []}
+    nothing |= {"structured_outputs": {"json": None}, "logprobs": None, "verbosity": "medium", "tfs_z": 1.0}
+    no = {"tools": "null", "functions": False, "tool_choice": "none", "function_call": {"type": "none"}, "audio": False}
+    no |= {"response_format": {"type": "text", "json_schema": None}, "chat_template_kwargs": {}, "documents": "null"}
     null = dict.fromkeys(
         [
             *serve.NEUTRAL,
@@ -740,10 +750,79 @@ def test_what_asks_for_nothing_changes_nothing(http):
         ]
     )
     off = {"temperature": 1, "top_p": 1, "top_k": -1, "min_p": 0, "n": 1, "stop": []}  # whole numbers as floats
-    for more in (nothing, null, off, {"top_k": 0}, {"top_k": 2**31 - 1}, {"max_completion_tokens": 10**30}):
+    for more in (nothing, no, null, off, {"top_k": 0}, {"top_k": 2**31 - 1}, {"max_completion_tokens": 10**30}):
         response = http.post("/v1/completions", json=body | more)
         assert response.status_code == 200, response.text
         assert response.json()["choices"][0]["text"] == expected, more
+
+
+THINKS = (  # reads a setting as Qwen3's template does, and a text
+    "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}{% if add_generation_prompt %}assistant: "
+    "{% if enable_thinking is defined and enable_thinking is false %}no {% endif %}<{{ mood }}{% endif %}"
+)
+
+
+def test_chat_template_kwargs_reach_the_template_and_nothing_else_does(http, live, words, tmp_path, monkeypatch):
+    shutil.copytree(words, tmp_path / "words")
+    settings = json.loads((tmp_path / "words" / "tokenizer_config.json").read_text()) | {"chat_template": THINKS}
+    (tmp_path / "words" / "tokenizer_config.json").write_text(json.dumps(settings))
+    tokenizer = gpt.load_tokenizer(tmp_path / "words")
+    monkeypatch.setattr(live.server.models["one"], "tokenizer", tokenizer)
+
+    def ask(kwargs, path="/v1/chat/completions", **options):
+        body = {"messages": ASK, "chat_template_kwargs": kwargs, "return_token_ids": True, "max_tokens": 2} | options
+        return http.post(path, json=body)
+
+    read = lambda response: tokenizer.decode(response.json()["choices"][0]["prompt_token_ids"])
+    plain, quiet = read(ask(None)), read(ask({"enable_thinking": False}))
+    assert [text.split().count("no") for text in (plain, quiet)] == [0, 1]
+    assert read(ask({"enable_thinking": True})) == read(ask({})) == read(ask({"enable_thinking": None})) == plain
+    assert ask({"enable_thinking": False}, "/tokenize").json()["count"] == ask({}, "/tokenize").json()["count"] + 1
+    assert not ask({"mood": "mild 2"}).is_error
+    for kwargs, message in (
+        ({"thinking": False}, r"does not read 'thinking' of chat_template_kwargs, but: enable_thinking, mood$"),
+        ({"messages": []}, "does not read 'messages'"), ({"eos_token": "a"}, "does not read 'eos_token'"),
+        ({"mood": ["a"]}, "mood of chat_template_kwargs is a number"),
+        *(({"mood": text}, "a text that holds nothing of a special token") for text in ("eos", "eos>", "<pad>")),
+    ):  # fmt: skip
+        error = ask(kwargs).json()["error"]
+        assert error["param"] == "chat_template_kwargs" and re.search(message, error["message"])
+    assert ask({"enable_thinking": False}, store=True).json()["error"]["param"] == "store"
+    monkeypatch.undo()
+    assert ask({"mood": "mild"}).json()["error"]["message"].endswith("nor any other: leave them out")
+
+
+def test_requests_say_how_the_turn_opens_only_as_it_does(http):
+    """vLLM's names: an answer continues the assistant's last message, and opens a turn after any other."""
+    begun = [*ASK, {"role": "assistant", "content": "a"}]
+    goes_on = {"add_generation_prompt": False, "continue_final_message": True}
+    opens = {"add_generation_prompt": True, "continue_final_message": False, "echo": False, "add_special_tokens": False}
+    for messages, wanted, other in ((ASK, opens, goes_on), (begun, goes_on, opens)):
+        body = {"messages": messages, "seed": 3, "max_tokens": 4}
+        plain = text_of(http.post("/v1/chat/completions", json=body))
+        assert text_of(http.post("/v1/chat/completions", json=body | wanted)) == plain
+        for name in goes_on:
+            error = http.post("/v1/chat/completions", json=body | {name: other[name]}).json()["error"]
+            assert error["param"] == name and error["message"].endswith(f"or send {json.dumps(wanted[name])}")
+
+
+def test_a_text_may_come_without_the_token_before_it(http, live, monkeypatch):
+    monkeypatch.setattr(live.server.models["one"].tokenizer, "bos_id", 2)
+    body = {"prompt": "a b", "max_tokens": 1, "return_token_ids": True}
+    ids = lambda **more: http.post("/v1/completions", json=body | more).json()["choices"][0]["prompt_token_ids"]
+    assert ids() == ids(add_special_tokens=True) == [2, *ids(add_special_tokens=False)]
+
+
+def test_what_a_message_may_hold_is_said(http):
+    for message, said in (
+        ({"role": "tool", "content": "4"}, "known are system, developer, user and assistant, since tools"),
+        (
+            {"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]},
+            "only text is read, no images",
+        ),
+    ):
+        error = http.post("/v1/chat/completions", json={"messages": [*ASK, message]}).json()["error"]
+        assert error["param"] == "messages" and said in error["message"]
 
 
 def test_limits_mean_what_they_say_at_their_ends(http):
@@ -882,6 +961,15 @@ def test_the_responses_api_says_what_the_chat_says(http, live, request, by):
     ):  # fmt: skip
         with pytest.raises(openai.BadRequestError, match=name):
             client.responses.create(**asked | more)
+
+
+def test_a_response_is_asked_for_nothing_in_many_ways(http):
+    body = {"input": "a b c", "max_output_tokens": 5, "temperature": 0}
+    text = lambda **more: http.post("/v1/responses", json=body | more).json()["output"][0]["content"][0]["text"]
+    nothing = {"include": ["reasoning.encrypted_content"], "reasoning": {"effort": None, "summary": None}, "tools": []}
+    nothing |= {"text": {"format": {"type": "text", "schema": None}, "verbosity": "medium"}, "tool_choice": "none"}
+    nothing |= {"truncation": "disabled", "background": False, "conversation": None, "previous_response_id": ""}
+    assert text(**nothing) == text() != ""
 
 
 def test_a_response_is_stored_on_request_and_one_that_fails_says_so(votes, http, live, monkeypatch):
@@ -1161,7 +1249,7 @@ def test_a_dead_engine_is_told_by_health(folder, tmp_path):
 
         model.decode = broken
         with ThreadPoolExecutor(2) as pool:
-            waiting = [pool.submit(say, http) for _ in range(2)]
+            waiting = [pool.submit(say, http, ignore_eos=True) for _ in range(2)]  # no first token ends them
             assert {future.result().status_code for future in waiting} <= {500, 503}
         wait_for(lambda: http.get("/health").status_code == 503)
         assert http.get("/health").json()["error"]["code"] == "engine_dead" and say(http).status_code == 503
@@ -1430,6 +1518,9 @@ def test_refusals_of_another_engine_keep_their_words(relay, http):
         assert answers[0].json() == answers[1].json()
     echo = relay.post("/v1/completions", json={"prompt": "a", "echo": True, "store": True})
     assert echo.status_code == 400 and echo.json()["error"]["param"] == "store"
+    for more in ({"tools": [{"type": "function"}]}, {"chat_template_kwargs": {"x": 1}}, {"documents": ["a"]}):
+        chat = relay.post("/v1/chat/completions", json={"messages": ASK, "store": True} | more)
+        assert chat.status_code == 400 and chat.json()["error"]["param"] == "store"
 
 
 def engine_that(script: dict):
