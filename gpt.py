@@ -909,9 +909,14 @@ class Tokenizer:
     def turn(self, messages: list[dict]) -> tuple[str, str]:
         """(opened, said) of the last message: the template's text up to where the message begins, and the message as
         the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
-        finished one in another (they cut its thoughts): there `said` is the bare content."""
+        finished one in another (they cut its thoughts): there `said` is the bare content, without the <think> that
+        the template has opened the turn with."""
         opened, finished = self.render(messages[:-1], True), self.render(messages, False)
-        said = finished.removeprefix(opened) if finished.startswith(opened) else messages[-1]["content"]
+        if finished.startswith(opened):
+            said = finished.removeprefix(opened)
+        else:
+            tag = re.search(r"(?:<[^<>\s]+>\s*)?\Z", opened)[0]  # R1's <think>: an answer that has it too says it once
+            said = messages[-1]["content"].removeprefix(tag).removeprefix(tag.strip())
         end = self._end_texts.search(said)
         return opened, said[: end.end()] if end else said
 
@@ -1824,9 +1829,12 @@ EXTRAS = ("margin", "weight", "label_p", "label")  # optional numbers of a row: 
 
 
 def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
-    if not isinstance(prompt, str):
-        return tokenizer.chat(prompt)
-    return [i for i in (tokenizer.bos_id,) if i is not None] + tokenizer.encode(prompt)
+    """Ids of a text or of messages. Where the last of these is the assistant's, an answer goes on with it."""
+    if isinstance(prompt, str):
+        return [i for i in (tokenizer.bos_id,) if i is not None] + tokenizer.encode(prompt)
+    if goes_on(prompt):
+        return tokenizer.chat(prompt[:-1]) + encode_opening(prompt[:-1], prompt[-1]["content"], tokenizer)
+    return tokenizer.chat(prompt)
 
 
 def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
@@ -1835,22 +1843,40 @@ def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
     produce, whatever merges the joint text would allow."""
     if isinstance(completion, list) and isinstance(prompt, list):
         messages, mark = tokenizer.hide([*prompt, completion[-1]])
-        opened, said = tokenizer.turn(messages)
+        opened, said = _go_on(messages, tokenizer) if goes_on(prompt) else tokenizer.turn(messages)
         return _ended(tokenizer.reveal(said, mark, opened), tokenizer)
     if isinstance(completion, list):
         completion = ("" if prompt[-1:].isspace() else " ") + completion[-1]["content"]
     return _ended(tokenizer.encode(completion, after="\n"), tokenizer)
 
 
+def goes_on(prompt: list[dict]) -> bool:
+    """Whether an answer to these messages goes on with the last of them, which is the assistant's."""
+    return len(prompt) > 1 and prompt[-1]["role"] == "assistant"
+
+
 def encode_opening(prompt: list[dict], content: str, tokenizer: Tokenizer) -> list[int]:
     """Ids with which an assistant's turn after `prompt` begins, up to the end of `content`: the turn goes on."""
     messages, mark = tokenizer.hide([*prompt, {"role": "assistant", "content": content}])
+    opened, said = _begin(messages, tokenizer)
+    return tokenizer.reveal(said, mark, opened)
+
+
+def _begin(messages: list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
+    """`Tokenizer.turn`, up to the end of the last message's content."""
     opened, said = tokenizer.turn(messages)
     for text in (messages[-1]["content"], messages[-1]["content"].strip()):  # templates trim
         if text in said:
-            said = said[: said.rfind(text) + len(text)] if text else ""
-            break
-    return tokenizer.reveal(said, mark, opened)
+            return opened, said[: said.rfind(text) + len(text)] if text else ""
+    return opened, said
+
+
+def _go_on(messages: list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
+    """`Tokenizer.turn`, where the last message is the rest of the turn that the message before it begins."""
+    *prompt, first, rest = messages
+    opened, begun = _begin([*prompt, first], tokenizer)
+    _, said = tokenizer.turn([*prompt, first | {"content": first["content"] + rest["content"]}])
+    return opened + begun, said.removeprefix(begun) if said.startswith(begun) else rest["content"]
 
 
 def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -1874,7 +1900,10 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
                 ids, scored, done = [], [], ""
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
-            ids, scored, done = ids + prompt + answer, scored + [0] * len(prompt) + [1] * len(answer), opened + said
+            # GLM's turns end where the next one's <|user|> begins
+            ends = bool(scored) and prompt[0] in tokenizer.end_ids and ids[-1] not in tokenizer.end_ids
+            scored += [int(ends)] + [0] * (len(prompt) - 1) + [1] * len(answer)
+            ids, done = ids + prompt + answer, opened + said
     ids = _ended(ids, tokenizer)
     return ids, (scored + [1])[: len(ids)]
 
@@ -1965,7 +1994,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)  # says what is missing
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.names, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 10]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 11]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):
