@@ -898,6 +898,11 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
             f"llama.cpp has no tokenizer like that of {folder} ({spec['model'].get('type')}): it has byte pairs cut as "
             f"{', '.join(SPLITS)} do, and SentencePiece's. Models of the toy world, whose words are whole, stay here"
         )
+    if own := [token.content for token in tokenizer.added.values() if has_own_rule(token, byte_pairs=bool(name))]:
+        print(
+            "left out, since a GGUF has no such rules: where some tokens are read, and which blanks around them they "
+            f"take (lstrip, rstrip, single_word, normalized): {', '.join(own)}"
+        )
     rows = range(config.vocab_size)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
     writer.add_token_types([kinds.get(i, UNUSED) for i in rows])
@@ -913,6 +918,13 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
         print(f"left out, since a GGUF names three end tokens: {', '.join(unsaid)}")
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_chat_template([dict(name=name, template=text) for name, text in tokenizer.templates.items()])
+
+
+def has_own_rule(token: tokenizers.AddedToken, byte_pairs: bool) -> bool:
+    """Whether an added token is read otherwise than as its text, wherever that stands. One that is not special may be
+    looked for in the normalised text, which in SentencePiece's vocabularies has a blank before it."""
+    normalised = token.normalized and not token.special and not byte_pairs
+    return token.lstrip or token.rstrip or token.single_word or normalised
 
 
 def has_blanks(tokenizer: gpt.Tokenizer, folder: Path) -> bool:

@@ -788,7 +788,7 @@ class Tokenizer:
         self.files, self.folder = files or {}, folder
         self.templates = _chat_templates(settings, self, folder)
         self.template = self.templates["default"]
-        self._library, self._tokens = library, tokens
+        self._library, self.added = library, tokens
         kept = self.special_ids | self._turn_markers()  # no text becomes one of these
         for i in kept - self.special_ids:
             tokens[i].special = True
@@ -843,7 +843,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes; in a byte-level vocabulary they may be only a part of a character."""
         text, decoder = self._library.id_to_token(token_id) or "", str(self._library.decoder)
-        if token_id in self._tokens:
+        if token_id in self.added:
             return text.encode()
         if "ByteLevel" in decoder:
             return b"".join(bytes([BYTES[c]]) if c in BYTES else c.encode() for c in text)
@@ -887,7 +887,7 @@ class Tokenizer:
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
         """(messages, mark): the messages with a mark, a character that they do not hold, after each character of what
         reads like a special token. `reveal` tells by it what a person wrote from what the template wrote."""
-        names = [self._tokens[i].content for i in self._real.values()]
+        names = [self.added[i].content for i in self._real.values()]
         for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
             if found := [name for name in names if role in name]:
                 raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
