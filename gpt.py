@@ -756,7 +756,7 @@ CHATML_TEMPLATE = (
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "generation_config.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 OTHER_TEMPLATES = "additional_chat_templates/*.jinja"  # as transformers 5 saves those that are not the default
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
@@ -1019,7 +1019,8 @@ def load_tokenizer(path) -> Tokenizer | None:
     if "tokenizer.json" in files:
         library = _read_tokenizer_json(files["tokenizer.json"], settings, path)
     elif {"vocab.json", "merges.txt"} <= set(files):
-        settings = {"eos_token": "<|endoftext|>"} | settings
+        added = {i: {"content": text} for text, i in json.loads(files.get("added_tokens.json", "{}")).items()}
+        settings = {"eos_token": "<|endoftext|>"} | ({"added_tokens_decoder": added} if added else {}) | settings
         library, encode = _gpt2_tokenizer(json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n"))
         encode = None if "added_tokens_decoder" in settings else encode  # it knows none of them
     else:
