@@ -774,10 +774,12 @@ class Tokenizer:
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
         self.specials = {token.content: i for i, token in tokens.items()}  # all added tokens, special or not
-        self.vocab_size = max([*library.get_vocab().values(), *tokens]) + 1
+        known = {*library.get_vocab().values(), *tokens}
+        self.vocab_size = max(known) + 1
         if self.names.get("eos_token") not in self.specials:
             raise ValueError(f"{folder}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
         self.eos_id = self.specials[self.names["eos_token"]]
+        ends = (i for i in ends if i in known)  # some files list -1, or an id of another tokenizer's
         self.end_ids = tuple(dict.fromkeys([self.eos_id, *ends]))  # all that end an answer; `eos_id` is the first
         first = library.encode("a")  # with what its post-processor puts before it: transformers goes by that alone
         self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None  # before every plain text
@@ -956,7 +958,8 @@ def _name_special(library, settings: dict, ends) -> dict[str, str]:
     text_of = lambda token: token["content"] if isinstance(token, dict) else token
     texts = {name: text_of(token) for name, token in named.items() if token and isinstance(token, str | dict)}
     if "eos_token" not in texts and ends:  # a folder may name it by id only
-        texts["eos_token"] = library.id_to_token(ends[0])
+        words = {i: word for word, i in library.get_vocab().items()}
+        texts["eos_token"] = next((words[i] for i in ends if i in words), None)
     known = {token.content: token for token in added.values()}
     others = [added[i].content for i in ends if i in added] + [x for x in map(text_of, listed) if x not in known]
     for text in {*texts.values(), *others} - {None}:
@@ -1901,9 +1904,10 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
                 ids, scored, done = [], [], ""
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
-            # GLM's turns end where the next one's <|user|> begins
-            ends = bool(scored) and prompt[0] in tokenizer.end_ids and ids[-1] not in tokenizer.end_ids
-            scored += [int(ends)] + [0] * (len(prompt) - 1) + [1] * len(answer)
+            marks = [0] * len(prompt)
+            if ids and ids[-1] not in tokenizer.end_ids:  # GLM's turns end where the next one's <|user|> begins
+                marks[:1] = [int(i in tokenizer.end_ids) for i in prompt[:1]]
+            scored += marks + [1] * len(answer)
             ids, done = ids + prompt + answer, opened + said
     ids = _ended(ids, tokenizer)
     return ids, (scored + [1])[: len(ids)]

@@ -110,6 +110,12 @@ def test_ends_are_listed_and_the_pad_is_none_of_them(loaded, folders, tmp_path):
     assert len(loaded["llama3"].end_ids) == len(loaded["qwen3"].end_ids) == 2
     tokenizer = changed(folders["gemma"], tmp_path, pad_token="<eos>")
     assert tokenizer.pad_id not in tokenizer.end_ids
+    for name, settings in (("named", {}), ("by-id", dict(eos_token=None))):  # ids that no token has are no ends
+        (tmp_path / name).mkdir()
+        turn = tokenizer.specials["<end_of_turn>"]
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 10**6, turn]}))
+        ends = changed(folders["gemma"], tmp_path / name, **settings).end_ids
+        assert ends == ((tokenizer.eos_id, turn) if name == "named" else (turn,))
 
 
 # what a message holds -------------------------------------------------------------------------------------------------
@@ -237,6 +243,12 @@ def test_a_turn_that_ends_where_the_next_one_begins_learns_to_end(folders, tmp_p
     ids, mask = gpt.encode_messages([ASK, SAY, ASK, SAY], tokenizer)
     assert stretches(ids, mask, tokenizer) == ["and 12<|user|>", "and 12<|endoftext|>"]
     assert ids[:-1] == tokenizer.chat([ASK, SAY, ASK, SAY], reply=False)
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_both_trained_on(loaded):
+    tokenizer = loaded["mistral"]  # whose template writes nothing between them
+    ids, mask = gpt.encode_messages([ASK, SAY, SAY], tokenizer)
+    assert len(ids) == len(mask) and stretches(ids, mask, tokenizer) == [" and 12</s> and 12</s>"]
 
 
 def test_an_answer_goes_on_with_the_assistants_turn_that_a_prompt_ends_with(tokenizer, family):
