@@ -232,11 +232,7 @@ def peft_to_model(source: Path, target: Path, base: str | None):
 def read_peft(source: Path, settings: dict, model: gpt.GPT, base: str) -> gpt.Adapter | gpt.ScoreModel:
     """The adapter in a PEFT folder, for `model`, that of the folder `base`. A kind of adapter that is not read here is
     an error, and so is a tensor that is missing, left over, or of another shape than the base's."""
-    for key, wanted in dict(peft_type="LORA", bias="none", use_dora=False, use_rslora=False).items():
-        if settings.get(key, wanted) != wanted:
-            raise ValueError(
-                f"{source}/adapter_config.json: {key} = {settings[key]!r} is not read here, only {wanted!r}"
-            )
+    check_settings(settings, source / "adapter_config.json")
     file = source / "adapter_model.safetensors"
     if not file.is_file():
         raise FileNotFoundError(f"no {file.name} in {source}")
@@ -258,10 +254,29 @@ def read_peft(source: Path, settings: dict, model: gpt.GPT, base: str) -> gpt.Ad
     return found
 
 
+PEFT_VALUES = dict(peft_type=("LORA",), bias=("none",), init_lora_weights=(True, "gaussian", "orthogonal", "eva"))
+PEFT_PLAIN = {  # settings that change nothing of what the tensors of an adapter compute, or that are read below
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "ensure_weight_tying", "eva_config", "exclude_modules",
+    "fan_in_fan_out", "inference_mode", "layers_pattern", "layers_to_transform", "lora_alpha", "lora_dropout",
+    "megatron_config", "megatron_core", "modules_to_save", "peft_version", "qalora_group_size", "r", "rank_pattern",
+    "revision", "target_modules", "target_parameters", "task_type", "unsloth_fixed", "use_rslora",
+}  # fmt: skip
+
+
+def check_settings(settings: dict, file: Path):
+    """ValueError where a setting says that the adapter computes otherwise, on another base than the one it names
+    (PiSSA, OLoRA, CorDA and LoftQ change it first), or only after some tokens, and where nothing is known of it."""
+    for key, value in settings.items():
+        if not value or key in PEFT_PLAIN or value in PEFT_VALUES.get(key, ()):
+            continue
+        only = f", only {' or '.join(map(repr, PEFT_VALUES[key]))}" if key in PEFT_VALUES else ""
+        raise ValueError(f"{file}: {key} = {value!r:.60} is not read here{only}")
+
+
 def read_adapter(tensors: dict, settings: dict, model: gpt.GPT, tied: bool) -> gpt.Adapter:
     """Take an adapter's arrays out of `tensors`. Modules of another alpha / r than the settings' get its factor in b:
     one scale holds for all of an adapter here. `tied`: embedding and head change together."""
-    modules, scale = peft_modules(model.config), settings["lora_alpha"] / settings["r"]
+    modules, scale = peft_modules(model.config), scaling(settings, settings["lora_alpha"], settings["r"]) or 1.0
     take = partial(take_pair, tensors, settings, scale)
     layers, tables, V, D = {}, {}, *model.wte.shape
     if f"{modules['wte']}.lora_embedding_A" in tensors:
@@ -274,7 +289,8 @@ def read_adapter(tensors: dict, settings: dict, model: gpt.GPT, tied: bool) -> g
         if not (wte and head and all(map(np.array_equal, wte, head))):
             raise ValueError("this model's head is its embedding: both need the same adapter (ensure_weight_tying)")
     for name, module in modules.items():
-        if name not in gpt.TABLES and f"{module.format(i=0)}.lora_A.weight" in tensors:
+        layers_of = [f"{module.format(i=i)}.lora_A.weight" in tensors for i in range(model.config.layers)]
+        if name not in gpt.TABLES and any(layers_of):
             I, O = (D, 3 * D) if name == "qkv" else getattr(model.blocks, name).weight.shape[1:]
             pairs = [take(module.format(i=i), "lora_{}.weight", I, O) for i in range(model.config.layers)]
             if len({a.shape for a, _ in pairs}) > 1:
@@ -300,7 +316,12 @@ def take_pair(tensors: dict, settings: dict, scale: float, module: str, form: st
     # as in PEFT, a key is the end of a module's name, or a regular expression for it
     patterns = settings.get("alpha_pattern") or {}
     alphas = [alpha for key, alpha in patterns.items() if re.match(rf"(.*\.)?({key})$", module)]
-    return a, b * np.float32([*alphas, settings["lora_alpha"]][0] / r / scale)
+    return a, b * np.float32(scaling(settings, [*alphas, settings["lora_alpha"]][0], r) / scale)
+
+
+def scaling(settings: dict, alpha: float, r: int) -> float:
+    """The factor of B A: alpha / r, or alpha / sqrt(r) where it is rank-stabilised (arXiv:2312.03732)."""
+    return alpha / (math.sqrt(r) if settings.get("use_rslora") else r)
 
 
 def drop_copies(tensors: dict, model: gpt.GPT):
@@ -877,6 +898,11 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
             f"llama.cpp has no tokenizer like that of {folder} ({spec['model'].get('type')}): it has byte pairs cut as "
             f"{', '.join(SPLITS)} do, and SentencePiece's. Models of the toy world, whose words are whole, stay here"
         )
+    if own := [token.content for token in tokenizer.added.values() if has_own_rule(token, byte_pairs=bool(name))]:
+        print(
+            "left out, since a GGUF has no such rules: where some tokens are read, and which blanks around them they "
+            f"take (lstrip, rstrip, single_word, normalized): {', '.join(own)}"
+        )
     rows = range(config.vocab_size)
     writer.add_token_list([words.get(i, f"[PAD{i}]") for i in rows])
     writer.add_token_types([kinds.get(i, UNUSED) for i in rows])
@@ -892,6 +918,13 @@ def write_tokenizer(writer, folder: Path, config: gpt.Config):
         print(f"left out, since a GGUF names three end tokens: {', '.join(unsaid)}")
     writer.add_add_bos_token(tokenizer.bos_id is not None)
     writer.add_chat_template([dict(name=name, template=text) for name, text in tokenizer.templates.items()])
+
+
+def has_own_rule(token: tokenizers.AddedToken, byte_pairs: bool) -> bool:
+    """Whether an added token is read otherwise than as its text, wherever that stands. One that is not special may be
+    looked for in the normalised text, which in SentencePiece's vocabularies has a blank before it."""
+    normalised = token.normalized and not token.special and not byte_pairs
+    return token.lstrip or token.rstrip or token.single_word or normalised
 
 
 def has_blanks(tokenizer: gpt.Tokenizer, folder: Path) -> bool:

@@ -772,7 +772,7 @@ CHATML_TEMPLATE = (
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt",
-    "chat_template.jinja", "generation_config.json",
+    "added_tokens.json", "chat_template.jinja", "generation_config.json",
 )  # fmt: skip
 OTHER_TEMPLATES = "additional_chat_templates/*.jinja"  # as transformers 5 saves those that are not the default
 ROLES = {"system", "developer", "user", "assistant", "tool", "function", "ipython"}  # of whom templates know
@@ -790,10 +790,12 @@ class Tokenizer:
         tokens = library.get_added_tokens_decoder()  # id -> token
         self.special_ids = {i for i, token in tokens.items() if token.special}  # left out of text
         self.specials = {token.content: i for i, token in tokens.items()}  # all added tokens, special or not
-        self.vocab_size = max([*library.get_vocab().values(), *tokens]) + 1
+        known = {*library.get_vocab().values(), *tokens}
+        self.vocab_size = max(known) + 1
         if self.names.get("eos_token") not in self.specials:
             raise ValueError(f"{folder}: no end-of-sequence token; name `eos_token` in tokenizer_config.json")
         self.eos_id = self.specials[self.names["eos_token"]]
+        ends = (i for i in ends if i in known)  # some files list -1, or an id of another tokenizer's
         self.end_ids = tuple(dict.fromkeys([self.eos_id, *ends]))  # all that end an answer; `eos_id` is the first
         first = library.encode("a")  # with what its post-processor puts before it: transformers goes by that alone
         self.bos_id = first.ids[0] if first.special_tokens_mask[:1] == [1] else None  # before every plain text
@@ -804,7 +806,7 @@ class Tokenizer:
         self.files, self.folder = files or {}, folder
         self.templates = _chat_templates(settings, self, folder)
         self.template = self.templates["default"]
-        self._library, self._tokens = library, tokens
+        self._library, self.added = library, tokens
         kept = self.special_ids | self._turn_markers()  # no text becomes one of these
         for i in kept - self.special_ids:
             tokens[i].special = True
@@ -859,7 +861,7 @@ class Tokenizer:
     def token_bytes(self, token_id: int) -> bytes:
         """A token's own bytes; in a byte-level vocabulary they may be only a part of a character."""
         text, decoder = self._library.id_to_token(token_id) or "", str(self._library.decoder)
-        if token_id in self._tokens:
+        if token_id in self.added:
             return text.encode()
         if "ByteLevel" in decoder:
             return b"".join(bytes([BYTES[c]]) if c in BYTES else c.encode() for c in text)
@@ -903,7 +905,7 @@ class Tokenizer:
     def hide(self, messages: list[dict]) -> tuple[list[dict], str]:
         """(messages, mark): the messages with a mark, a character that they do not hold, after each character of what
         reads like a special token. `reveal` tells by it what a person wrote from what the template wrote."""
-        names = [self._tokens[i].content for i in self._real.values()]
+        names = [self.added[i].content for i in self._real.values()]
         for role in {message["role"] for message in messages} - ROLES:  # <|{role}|> in a template would be the token
             if found := [name for name in names if role in name]:
                 raise BadRow(f"the role {role!r} is a part of the special token {found[0]}: name it otherwise")
@@ -925,9 +927,14 @@ class Tokenizer:
     def turn(self, messages: list[dict]) -> tuple[str, str]:
         """(opened, said) of the last message: the template's text up to where the message begins, and the message as
         the template writes it, up to the token that ends the turn. Some templates open a turn in one way and write a
-        finished one in another (they cut its thoughts): there `said` is the bare content."""
+        finished one in another (they cut its thoughts): there `said` is the bare content, without the <think> that
+        the template has opened the turn with."""
         opened, finished = self.render(messages[:-1], True), self.render(messages, False)
-        said = finished.removeprefix(opened) if finished.startswith(opened) else messages[-1]["content"]
+        if finished.startswith(opened):
+            said = finished.removeprefix(opened)
+        else:
+            tag = re.search(r"(?:<[^<>\s]+>\s*)?\Z", opened)[0]  # R1's <think>: an answer that has it too says it once
+            said = messages[-1]["content"].removeprefix(tag).removeprefix(tag.strip())
         end = self._end_texts.search(said)
         return opened, said[: end.end()] if end else said
 
@@ -967,7 +974,8 @@ def _name_special(library, settings: dict, ends) -> dict[str, str]:
     text_of = lambda token: token["content"] if isinstance(token, dict) else token
     texts = {name: text_of(token) for name, token in named.items() if token and isinstance(token, str | dict)}
     if "eos_token" not in texts and ends:  # a folder may name it by id only
-        texts["eos_token"] = library.id_to_token(ends[0])
+        words = {i: word for word, i in library.get_vocab().items()}
+        texts["eos_token"] = next((words[i] for i in ends if i in words), None)
     known = {token.content: token for token in added.values()}
     others = [added[i].content for i in ends if i in added] + [x for x in map(text_of, listed) if x not in known]
     for text in {*texts.values(), *others} - {None}:
@@ -1030,7 +1038,8 @@ def load_tokenizer(path) -> Tokenizer | None:
     if "tokenizer.json" in files:
         library = _read_tokenizer_json(files["tokenizer.json"], settings, path)
     elif {"vocab.json", "merges.txt"} <= set(files):
-        settings = {"eos_token": "<|endoftext|>"} | settings
+        added = {i: {"content": text} for text, i in json.loads(files.get("added_tokens.json", "{}")).items()}
+        settings = {"eos_token": "<|endoftext|>"} | ({"added_tokens_decoder": added} if added else {}) | settings
         library, encode = _gpt2_tokenizer(json.loads(files["vocab.json"]), files["merges.txt"].decode().split("\n"))
         encode = None if "added_tokens_decoder" in settings else encode  # it knows none of them
     else:
@@ -1840,9 +1849,12 @@ EXTRAS = ("margin", "weight", "label_p", "label")  # optional numbers of a row: 
 
 
 def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
-    if not isinstance(prompt, str):
-        return tokenizer.chat(prompt)
-    return [i for i in (tokenizer.bos_id,) if i is not None] + tokenizer.encode(prompt)
+    """Ids of a text or of messages. Where the last of these is the assistant's, an answer goes on with it."""
+    if isinstance(prompt, str):
+        return [i for i in (tokenizer.bos_id,) if i is not None] + tokenizer.encode(prompt)
+    if goes_on(prompt):
+        return tokenizer.chat(prompt[:-1]) + encode_opening(prompt[:-1], prompt[-1]["content"], tokenizer)
+    return tokenizer.chat(prompt)
 
 
 def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
@@ -1851,22 +1863,40 @@ def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
     produce, whatever merges the joint text would allow."""
     if isinstance(completion, list) and isinstance(prompt, list):
         messages, mark = tokenizer.hide([*prompt, completion[-1]])
-        opened, said = tokenizer.turn(messages)
+        opened, said = _go_on(messages, tokenizer) if goes_on(prompt) else tokenizer.turn(messages)
         return _ended(tokenizer.reveal(said, mark, opened), tokenizer)
     if isinstance(completion, list):
         completion = ("" if prompt[-1:].isspace() else " ") + completion[-1]["content"]
     return _ended(tokenizer.encode(completion, after="\n"), tokenizer)
 
 
+def goes_on(prompt: list[dict]) -> bool:
+    """Whether an answer to these messages goes on with the last of them, which is the assistant's."""
+    return len(prompt) > 1 and prompt[-1]["role"] == "assistant"
+
+
 def encode_opening(prompt: list[dict], content: str, tokenizer: Tokenizer) -> list[int]:
     """Ids with which an assistant's turn after `prompt` begins, up to the end of `content`: the turn goes on."""
     messages, mark = tokenizer.hide([*prompt, {"role": "assistant", "content": content}])
+    opened, said = _begin(messages, tokenizer)
+    return tokenizer.reveal(said, mark, opened)
+
+
+def _begin(messages: list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
+    """`Tokenizer.turn`, up to the end of the last message's content."""
     opened, said = tokenizer.turn(messages)
     for text in (messages[-1]["content"], messages[-1]["content"].strip()):  # templates trim
         if text in said:
-            said = said[: said.rfind(text) + len(text)] if text else ""
-            break
-    return tokenizer.reveal(said, mark, opened)
+            return opened, said[: said.rfind(text) + len(text)] if text else ""
+    return opened, said
+
+
+def _go_on(messages: list[dict], tokenizer: Tokenizer) -> tuple[str, str]:
+    """`Tokenizer.turn`, where the last message is the rest of the turn that the message before it begins."""
+    *prompt, first, rest = messages
+    opened, begun = _begin([*prompt, first], tokenizer)
+    _, said = tokenizer.turn([*prompt, first | {"content": first["content"] + rest["content"]}])
+    return opened + begun, said.removeprefix(begun) if said.startswith(begun) else rest["content"]
 
 
 def _ended(ids: list[int], tokenizer: Tokenizer) -> list[int]:
@@ -1890,7 +1920,11 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
                 ids, scored, done = [], [], ""
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
-            ids, scored, done = ids + prompt + answer, scored + [0] * len(prompt) + [1] * len(answer), opened + said
+            marks = [0] * len(prompt)
+            if ids and ids[-1] not in tokenizer.end_ids:  # GLM's turns end where the next one's <|user|> begins
+                marks[:1] = [int(i in tokenizer.end_ids) for i in prompt[:1]]
+            scored += marks + [1] * len(answer)
+            ids, done = ids + prompt + answer, opened + said
     ids = _ended(ids, tokenizer)
     return ids, (scored + [1])[: len(ids)]
 
@@ -1981,7 +2015,7 @@ def token_data(path, kind, tokenizer: Tokenizer, max_length: int, suffix=(), ski
         open_text(path)  # says what is missing
     ids = [tokenizer.fingerprint, tokenizer.template, tokenizer.names, tokenizer.bos_id]
     ids += [tokenizer.end_ids, tokenizer.vocab_size]
-    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 10]
+    key = [file_hash(path), *ids, kind, max_length, list(suffix), skip_bad, 11]
     name = hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
     cache = path.parent / ".tokens"
     if not os.access(path.parent, os.W_OK):

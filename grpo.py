@@ -505,6 +505,8 @@ def resolve(config: Config) -> Config:
         raise ValueError(
             f"--missing-eos {config.missing_eos}: a price, 0 or above; below 0 not to end would be paid for"
         )
+    if not config.temperature > 0:
+        raise ValueError(f"--temperature {config.temperature}: above 0, since log-probs are divided by it")
     if config.epochs < 1:
         raise ValueError(f"--epochs {config.epochs}: a rollout is learned from once at least")
     if config.teacher and config.kl == "loss-uncorrected":

@@ -1593,14 +1593,10 @@ def chat_messages(messages: list[Message]) -> list[dict]:
 
 def chat_ids(messages: list[dict], tokenizer: gpt.Tokenizer) -> list[int]:
     """The prompt's ids of a chat. If its last message is the assistant's, the answer continues it."""
-    opened = messages[-1]["role"] == "assistant"
-    if opened and len(messages) == 1:
+    if [message["role"] for message in messages] == ["assistant"]:
         raise ApiError(400, "messages hold an assistant's turn alone: nothing is asked", "messages")
     try:
-        if not opened:
-            return gpt.encode_prompt(messages, tokenizer)
-        prompt, content = messages[:-1], messages[-1]["content"]
-        return gpt.encode_prompt(prompt, tokenizer) + gpt.encode_opening(prompt, content, tokenizer)
+        return gpt.encode_prompt(messages, tokenizer)
     except Exception as error:  # a template is somebody's code; what it says itself is a ValueError
         reason = f"the chat template cannot render these messages ({type(error).__name__})"
         raise ApiError(400, str(error) if isinstance(error, ValueError) else reason, "messages") from None

@@ -119,6 +119,12 @@ def test_ends_are_listed_and_the_pad_is_none_of_them(loaded, folders, tmp_path):
     assert len(loaded["llama3"].end_ids) == len(loaded["qwen3"].end_ids) == 2
     tokenizer = changed(folders["gemma"], tmp_path, pad_token="<eos>")
     assert tokenizer.pad_id not in tokenizer.end_ids
+    for name, settings in (("named", {}), ("by-id", dict(eos_token=None))):  # ids that no token has are no ends
+        (tmp_path / name).mkdir()
+        turn = tokenizer.specials["<end_of_turn>"]
+        (tmp_path / name / "generation_config.json").write_text(json.dumps({"eos_token_id": [-1, 10**6, turn]}))
+        ends = changed(folders["gemma"], tmp_path / name, **settings).end_ids
+        assert ends == ((tokenizer.eos_id, turn) if name == "named" else (turn,))
 
 
 # what a message holds -------------------------------------------------------------------------------------------------
@@ -224,6 +230,51 @@ def test_assistants_turns_are_trained_on_with_the_token_that_ends_them(tokenizer
     assert all(text.endswith(end) and "and 12" in text for text in trained)
     if family != "r1":
         assert ids == tokenizer.chat([ASK, SAY, ASK, SAY], reply=False)[: len(ids)]
+
+
+def test_a_thought_that_the_template_opens_is_not_opened_twice(loaded):
+    """R1's template opens a turn with <think>, and cuts the thoughts of a finished one; the rows have them whole."""
+    tokenizer = loaded["r1"]
+    for begun in ("<think>\n", "<think>", ""):
+        said = THOUGHT | {"content": f"{begun}the</think>the cat"}
+        ids = gpt.encode_prompt([ASK], tokenizer) + gpt.encode_completion([said], tokenizer, [ASK])
+        text = b"".join(map(tokenizer.token_bytes, ids)).decode()
+        assert text.endswith("<｜Assistant｜><think>\nthe</think>the cat<｜end▁of▁sentence｜>"), begun
+
+
+def test_a_turn_that_ends_where_the_next_one_begins_learns_to_end(folders, tmp_path):
+    """GLM's turns have no end of their own: <|user|>, with which the next one begins, is one of the model's ends."""
+    template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
+    template += "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+    user = gpt.load_tokenizer(folders["phi"]).specials["<|user|>"]
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [user]}))
+    tokenizer = changed(folders["phi"], tmp_path, chat_template=template)
+    ids, mask = gpt.encode_messages([ASK, SAY, ASK, SAY], tokenizer)
+    assert stretches(ids, mask, tokenizer) == ["and 12<|user|>", "and 12<|endoftext|>"]
+    assert ids[:-1] == tokenizer.chat([ASK, SAY, ASK, SAY], reply=False)
+
+
+def test_two_turns_of_the_assistant_in_a_row_are_both_trained_on(loaded):
+    tokenizer = loaded["mistral"]  # whose template writes nothing between them
+    ids, mask = gpt.encode_messages([ASK, SAY, SAY], tokenizer)
+    assert len(ids) == len(mask) and stretches(ids, mask, tokenizer) == [" and 12</s> and 12</s>"]
+
+
+def test_an_answer_goes_on_with_the_assistants_turn_that_a_prompt_ends_with(tokenizer, family):
+    """As TRL does where a prompt's last message is the assistant's, and as the server does."""
+    begun, rest = [ASK, SAY | {"content": "and the"}], [SAY | {"content": " cat 12"}]
+    text = lambda ids: b"".join(map(tokenizer.token_bytes, ids)).decode()
+    prompt, answer = gpt.encode_prompt(begun, tokenizer), gpt.encode_completion(rest, tokenizer, begun)
+    assert text(prompt) == text(gpt.encode_prompt([ASK], tokenizer) + gpt.encode_opening([ASK], "and the", tokenizer))
+    whole = gpt.encode_completion([SAY | {"content": "and the cat 12"}], tokenizer, [ASK])
+    assert text(prompt + answer) == text(gpt.encode_prompt([ASK], tokenizer) + whole)
+    assert text(answer).startswith(" cat 12") and answer[-1] == whole[-1]
+    if family == "r1":  # what was begun may be shown otherwise in the end
+        thought = [SAY | {"content": "the</think>\nand"}]
+        assert (
+            text(gpt.encode_completion(thought, tokenizer, [ASK, SAY | {"content": "<think>"}])[:-1])
+            == "the</think>\nand"
+        )
 
 
 # rows and their errors ------------------------------------------------------------------------------------------------

@@ -382,6 +382,22 @@ def test_blanks_after_special_tokens_are_as_the_model_reads_them(tmp_path, capsy
         assert back.encode(text, True) == ours.encode(text, True)
 
 
+def test_tokens_with_rules_of_their_own_are_named(tmp_path, capsys):
+    """llama.cpp reads a token wherever its text stands, and no blanks with it."""
+    folder = run(sentencepiece_gguf(tmp_path / "x.gguf"), tmp_path / "model")
+    spec = json.loads((folder / "tokenizer.json").read_text())
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False, special=False)
+    rules = {"<|u|>": dict(rstrip=True, special=True), "<s2>": dict(normalized=True, special=True), "<t>": {},
+             "<n>": dict(normalized=True), "<w>": dict(single_word=True)}  # fmt: skip
+    end = 1 + max(token["id"] for token in spec["added_tokens"] + [{"id": max(spec["model"]["vocab"].values())}])
+    spec["added_tokens"] += [plain | dict(id=end + i, content=x) | rules[x] for i, x in enumerate(rules)]
+    (folder / "tokenizer.json").write_text(json.dumps(spec))
+    model = gpt.init(dataclasses.replace(gpt.load(folder)[0].config, vocab_size=end + len(rules)), jax.random.key(0))
+    gpt.save(tmp_path / "more", model, gpt.load_tokenizer(folder))
+    run(tmp_path / "more", tmp_path / "y.gguf")
+    assert "(lstrip, rstrip, single_word, normalized): <|u|>, <n>, <w>\n" in capsys.readouterr().out
+
+
 def test_words_that_are_cut_before_they_are_joined_have_no_scores():
     spec = {"model": {"type": "BPE", "byte_fallback": True, "vocab": {"▁": 0}, "merges": []}}
     blanks = dict(type="Metaspace", replacement="▁", prepend_scheme="always")

@@ -619,6 +619,20 @@ def test_vocabulary_and_merges_with_added_tokens(byte_level, tmp_path):
     assert tokenizer.encode(text, special=True) == want and tokenizer.decode(want) == "the a<tool>"
 
 
+def test_added_tokens_have_a_file_of_their_own_in_older_folders(byte_level, tmp_path):
+    """As transformers 4 saved it before 4.33, and 5 reads it where tokenizer_config.json does not list the tokens."""
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(byte_level[1] / name, tmp_path)
+    size = gpt.load_tokenizer(tmp_path).vocab_size
+    (tmp_path / "added_tokens.json").write_text(json.dumps({"<tool>": size, "<end>": size + 1}))
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps({"eos_token": "<end>"}))
+    tokenizer = gpt.load_tokenizer(tmp_path)
+    assert tokenizer.eos_id == size + 1 and tokenizer.vocab_size == size + 2
+    ids = tokenizer.encode("a<tool>b<end>", special=True)
+    assert ids == [*tokenizer.encode("a"), size, *tokenizer.encode("b"), size + 1]
+    assert tokenizer.decode(ids) == "a<tool>b" and "added_tokens.json" in tokenizer.files
+
+
 def test_the_pad_is_never_the_eos(any_folder, byte_level):
     for folder in (any_folder, byte_level[1]):
         tokenizer = gpt.load_tokenizer(folder)

@@ -393,6 +393,7 @@ def test_a_student_equal_to_its_teacher_learns_nothing_and_another_comes_nearer(
         (dict(batch_size=12), "--batch-size must be a multiple of --minibatch-size"),
         (dict(micro_batches=4), "--micro-batches x --group-size"),
         (dict(missing_eos=-1.0), "--missing-eos -1.0: a price, 0 or above"),
+        (dict(temperature=0.0), "--temperature 0.0: above 0, since log-probs are divided by it"),
         (dict(epochs=0), "--epochs 0: a rollout is learned from once at least"),
         (dict(teacher="out/ppo", kl="loss-uncorrected"), "--teacher goes with --kl loss"),
         (dict(teacher="out/ppo", filter_groups=True), "no scores by which --filter-groups could choose"),

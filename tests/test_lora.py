@@ -292,6 +292,25 @@ def test_an_adapter_that_peft_trained_changes_its_base_by_alpha_over_r_b_a(golde
         np.testing.assert_allclose(again[name], x, rtol=1e-5, atol=1e-6)
 
 
+def test_what_does_not_change_an_adapter_is_read_and_rank_stabilised_ones_have_their_scale(golden, tmp_path):
+    """rsLoRA's scale is alpha / sqrt(r), also of a module with a rank and an alpha of its own."""
+    base, _ = gpt.load(golden / "gpt2")
+    D, F, L = base.config.dim, base.config.ffn, base.config.layers
+    modules = {"attn.c_proj": (D, D, 2, 3), "mlp.c_fc": (D, F, 4, 5)}
+    tensors = {}
+    for module, (I, O, r, _) in modules.items():
+        tensors |= gpt2_factors(base, module, I, O, [r] * L)
+    others = dict(init_lora_weights="gaussian", unsloth_fixed=True, corda_config=None, use_dora=False, loftq_config={})
+    pattern = dict(rank_pattern={"mlp.c_fc": 4}, alpha_pattern={"mlp.c_fc": 5}, use_rslora=True)
+    write_peft(tmp_path / "peft", tensors, **pattern, **others)
+    convert_folder(tmp_path / "peft", tmp_path / "model", golden / "gpt2")
+    before, after = (load_file(folder / "model.safetensors") for folder in (golden / "gpt2", tmp_path / "model"))
+    for module, (_, _, r, alpha) in modules.items():
+        name = f"transformer.h.0.{module}.weight"
+        A, B = (tensors[name.replace(".weight", f".lora_{factor}.weight")] for factor in "AB")
+        np.testing.assert_allclose(after[name], before[name] + alpha / r**0.5 * (B @ A).T, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_converted_is_named(golden, tmp_path):
     write(tmp_path, "gpt2", golden, policy)
     base, _ = gpt.load(golden / "gpt2")
@@ -306,6 +325,10 @@ def test_what_cannot_be_converted_is_named(golden, tmp_path):
     kinds = {
         "ia3": (good, dict(peft_type="IA3"), "peft_type = 'IA3' is not read here, only 'LORA'"),
         "dora": (good, dict(use_dora=True), "use_dora = True is not read here"),
+        "pissa": (good, dict(init_lora_weights="pissa_niter_4"), "init_lora_weights = 'pissa_niter_4' is not read"),
+        "alora": (good, dict(alora_invocation_tokens=[5, 6]), r"alora_invocation_tokens = \[5, 6\] is not read here$"),
+        "unheard": (good, dict(use_next_lora=True), "use_next_lora = True is not read here"),
+        "layers": (dict([*good.items()][2:]), {}, "h.0.attn.c_proj.lora_A.weight is missing"),
         "missing": ({name: x for name, x in good.items() if name != list(good)[-1]}, {}, "lora_B.weight is missing"),
         "moved": (
             good | {"transformer.wte.base_layer.weight": base.wte + 1},

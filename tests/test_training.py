@@ -359,6 +359,7 @@ def test_learning_rates_end_where_they_should_also_where_target_kl_skips_steps(w
         (dict(reward=("SFT",)), "is a language model, not a reward model"),
         (dict(minibatch_size=10), "multiple of --minibatch-size"),
         (dict(missing_eos=-1.0), "--missing-eos -1.0: a price, 0 or above"),
+        (dict(temperature=-1.0), "--temperature -1.0: above 0, since log-probs are divided by it"),
     ],
 )
 def test_ppo_names_what_is_wrong(world, options, message):
