@@ -94,7 +94,7 @@ people: $M/config.json data/prose/text.jsonl
 	$(PROBE) --data data/hh/pairs-heldout.jsonl --out out/people/gold
 	$(TRUST) --report out/people/gold --heldout data/hh/pairs.jsonl
 	$(PY) grpo.py $(PEOPLE) --advantage rloo --out out/people/rloo
-	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --out out/people/ppo
+	$(PY) ppo.py $(PEOPLE) --critic-lr 1e-3 --micro-batches 4 --out out/people/ppo
 	$(PY) dpo.py $(ADAPT) --data data/hh/pairs.jsonl --steps $(REAL_STEPS) --batch-size 8 --length $(HH_LENGTH) \
 	  --beta 0.1 --lr 5e-4 --out out/people/dpo
 	$(PY) evaluate.py $(REPORT) --models $M $(addprefix out/people/,rloo ppo dpo) --data data/hh/prompts-heldout.jsonl \
