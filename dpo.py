@@ -178,6 +178,7 @@ def precompute(batches: gpt.Batches, config: Config) -> list[np.ndarray]:
     files = [data.folder / f"ref-{weights}-{gpt.compute_dtype(config.dtype).__name__}.npy" for data in batches.sets]
     if not all(file.exists() for file in files):
         ref, step = load_ref(config), jax.jit(partial(pair_logprobs, config=config))
+        gpt.check_context(ref, batches)
         tables = [np.zeros((len(data), 2), np.float32) for data in batches.sets]
         bar = gpt.progress(total=sum(map(len, tables)), desc="reference log-probs", unit=" pairs")
         # the last batch is filled up with rows seen before: the first `real_rows` are new
@@ -281,6 +282,8 @@ def main(config: Config):
             heldout_tables = precompute(heldout, config)
     else:
         ref = load_ref(config, base)
+        for batches in filter(None, (pairs, heldout)):
+            gpt.check_context(ref, batches)
     stream = pairs.stream(first, steps)
     for step in run.steps(first):
         batch = put_pairs(next(stream), tables)

@@ -382,6 +382,8 @@ def main(config: Config):
         ref = base  # an adapter's base is the model of --init
     else:
         ref = gpt.load_frozen(config.ref or config.init, config.dtype)
+        for rows in filter(None, (batches, heldout)):
+            gpt.check_context(ref, rows)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))

@@ -402,6 +402,7 @@ def heldout_logprobs(policy: str, config: Config, heldout: str, tokenizer):
     gpt.check_tokenizer_of(policy, tokenizer, config.report)
     policy, logprobs = gpt.load_frozen(policy, config.dtype), jax.jit(gpt.completion_logprobs)
     batches, found = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, forked=True), []
+    gpt.check_context(policy, batches)
     for batch, real_rows in shown(batches, "log p of held-out pairs"):
         batch = {name: batch[name] for name in ("tokens", "segments", "mask", "answers")}
         found.append([x[:real_rows] for x in gpt.to_numpy(logprobs(policy, gpt.put_batch(batch)))])
@@ -523,7 +524,8 @@ def train_member(member: int, out: Path, config: Config, optimizer, steps: int, 
     key = jax.random.fold_in(jax.random.key(config.seed), member)
     body, tokenizer = gpt.load_policy(config.init)
     batches = load_pairs(config, tokenizer, member)
-    gpt.check_context(body, batches)
+    for reader in (body, *(teacher.body for teacher in teachers)):
+        gpt.check_context(reader, batches)
     model = gpt.init_score_model(body, key, config.pool, suffix_ids(config, tokenizer))
     body, base = gpt.trainable(body, config.lora_rank, config.dtype, jax.random.fold_in(key, 2))
     model = gpt.shard(replace(model, body=body))
@@ -605,7 +607,7 @@ def write_report(members, tokenizer, out: Path, config: Config, teachers=()):
         print("no held-out pairs (--heldout): no report")
         return
     pairs = gpt.Batches(heldout, "pairs", tokenizer, 64, config.length, 0, suffix=members[0].suffix, forked=True)
-    for model in members:
+    for model in (*members, *teachers):
         gpt.check_context(model.body, pairs)
     own = None
     if config.report and not members[0].suffix:  # a suffix stands where the answer's end would

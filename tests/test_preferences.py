@@ -22,6 +22,7 @@ from test_training import Spy, leaves, log, same
 import dpo
 import gpt
 import ipo_kto
+import reward
 
 compile_once = test_training.compile_once
 CLOSE = dict(rtol=2e-5, atol=2e-5)
@@ -527,6 +528,26 @@ def test_rows_beyond_the_learned_positions_are_refused_prefix_included(world):
     batches = gpt.Batches(world.pairs, "pairs", gpt.load_tokenizer(world.words), 16, 40, 0)
     with pytest.raises(ValueError, match="tokens > the 9 positions of the model: lower --length"):
         gpt.check_context(jax.eval_shape(partial(gpt.init, shape), jax.random.key(0)), batches)
+
+
+@pytest.mark.parametrize("how", ["dpo", "precomputed", "ipo", "teacher"])
+def test_a_frozen_model_with_too_few_positions_is_refused(world, tmp_path, how):
+    """A forked row may be longer than the positions: only this check stands between them and clamped ones."""
+    tokenizer = gpt.load_tokenizer(world.words)
+    short = gpt.init(gpt.make_config(tokenizer.vocab_size, 8, 1, 2, 16, "gpt2"), jax.random.key(0))
+    short = gpt.init_score_model(short, jax.random.key(1)) if how == "teacher" else short
+    gpt.save(tmp_path / "short", short, tokenizer)
+    folder, options = str(tmp_path / "short"), dict(data=(world.pairs,), out=tmp_path / "out", steps=1)
+    run = {
+        "dpo": lambda: dpo.main(world.dpo("x-dpo", ref=folder)),
+        "precomputed": lambda: dpo.main(world.dpo("x-table", ref=folder, precompute_ref=True)),
+        "ipo": lambda: ipo_kto.main(world.ipo("x-ipo", ref=folder)),
+        "teacher": lambda: reward.main(
+            reward.Config(init=world.sft, teacher=folder, suffix="", normalize_with=None, gold=None, **options)
+        ),
+    }[how]
+    with pytest.raises(ValueError, match="tokens > the 8 positions of the model: lower --length"):
+        run()
 
 
 def make(module, config, model):
