@@ -131,7 +131,7 @@ def with_ref(ref, batch, config: Config):
 
 
 def batch_loss(policy, batch, config: Config):
-    """(loss, metrics) of a batch of pairs with "ref_logps": tokens, segments and mask (B, 2, T), chosen first."""
+    """(loss, metrics) of pairs with "ref_logps", chosen first: in one row each (`gpt.fork`), or two, (B, 2, T)."""
     chosen, rejected = pair_logprobs(policy, batch, config).T
     ref_chosen, ref_rejected = batch["ref_logps"].T
     losses, metrics = dpo_loss(

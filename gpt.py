@@ -267,7 +267,7 @@ class GPT(eqx.Module):
         and right padding are all this one rule. `forked`: segments 2, 3, ... of a row all go on from its segment 1."""
         if segments is None:
             segments = jnp.ones(tokens.shape, jnp.int32)
-        if not forked:  # positions of a forked row end before it does: what makes such rows minds how long they become
+        if not forked:  # a forked row has fewer positions than tokens: who makes one calls `check_context`
             self.check_length(tokens.shape[1])
         x, rope = self.embed(tokens, segment_positions(segments, forked))
         visible = causal_mask(segments, forked)
@@ -1857,17 +1857,27 @@ def encode_prompt(prompt, tokenizer: Tokenizer) -> list[int]:
     return tokenizer.chat(prompt)
 
 
-def encode_completion(completion, tokenizer: Tokenizer, prompt="") -> list[int]:
+def encode_completion(completion, tokenizer: Tokenizer, prompt="", note=lambda text: None) -> list[int]:
     """Ids of the completion of `prompt`, each a text or messages, with exactly one end token: the one with which the
     chat template ends a turn, or EOS. Tokenised apart from the prompt: these are the ids that the policy would have to
     produce, whatever merges the joint text would allow."""
     if isinstance(completion, list) and isinstance(prompt, list):
         messages, mark = tokenizer.hide([*prompt, completion[-1]])
         opened, said = _go_on(messages, tokenizer) if goes_on(prompt) else tokenizer.turn(messages)
+        note_thought(opened, said, note)
         return _ended(tokenizer.reveal(said, mark, opened), tokenizer)
     if isinstance(completion, list):
         completion = ("" if prompt[-1:].isspace() else " ") + completion[-1]["content"]
     return _ended(tokenizer.encode(completion, after="\n"), tokenizer)
+
+
+def note_thought(opened: str, said: str, note):
+    """Say it where an answer begins inside a thought that the template has opened, and never leaves it."""
+    tag = re.search(r"<(think|thinking|thought|reasoning)>\s*\Z", opened)
+    if tag and f"</{tag[1]}>" not in said:
+        note(
+            f"the chat template opens <{tag[1]}>, and no </{tag[1]}> follows: all of the answer is learned as a thought"
+        )
 
 
 def goes_on(prompt: list[dict]) -> bool:
@@ -1918,6 +1928,7 @@ def encode_messages(messages, tokenizer: Tokenizer, note=lambda text: None) -> t
             if not opened.startswith(done):
                 note("the chat template shows earlier turns otherwise: only the answers after them are trained on")
                 ids, scored, done = [], [], ""
+            note_thought(opened, said, note)
             prompt = tokenizer.reveal(opened[len(done) :], mark, done)
             answer = tokenizer.reveal(said, mark, opened)
             marks = [0] * len(prompt)
@@ -1967,7 +1978,7 @@ def encode_row(
         return [(prompt, [0] * len(prompt))]
     sequences = []
     for name in ("chosen", "rejected") if kind == "pairs" else ("completion",):
-        answer = encode_completion(row[name], tokenizer, row["prompt"])
+        answer = encode_completion(row[name], tokenizer, row["prompt"], note)
         if name in truncated_sides(row):
             answer = answer[:-1]
         answer = answer[:room]

@@ -164,7 +164,7 @@ def completion_logprobs(model, batch, config: Config):
 
 
 def batch_loss(policy, batch, config: Config):
-    """(loss, metrics) of a batch `with_ref`: tokens, segments and mask, (B, 2, T) for pairs or (B, T) for thumbs."""
+    """(loss, metrics) of a batch `with_ref`: pairs in one row (`gpt.fork`) or two, (B, 2, T); or thumbs, (B, T)."""
     logps, ref, weight = completion_logprobs(policy, batch, config), batch["ref_logps"], batch["weight"]
     if config.loss == "kto":
         lambdas = config.desirable_weight, config.undesirable_weight

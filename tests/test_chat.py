@@ -242,6 +242,19 @@ def test_a_thought_that_the_template_opens_is_not_opened_twice(loaded):
         assert text.endswith("<｜Assistant｜><think>\nthe</think>the cat<｜end▁of▁sentence｜>"), begun
 
 
+@pytest.mark.parametrize("row", [{"prompt": [ASK], "completion": [SAY]}, {"messages": [ASK, SAY]}])
+def test_an_answer_that_never_leaves_an_opened_thought_is_named(loaded, row):
+    """R1's template opens <think>; Qwen3's writes an empty thought before an answer that has none."""
+    for name, told in (("r1", True), ("qwen3", False)):
+        notes = []
+        gpt.encode_row(row, "demos", loaded[name], 64, note=notes.append)
+        assert any("no </think> follows" in note for note in notes) == told, name
+    notes, thought = [], THOUGHT | {"content": "<think>\nthe</think>the cat"}
+    row = {name: [*value[:-1], thought] if value[-1] == SAY else value for name, value in row.items()}
+    gpt.encode_row(row, "demos", loaded["r1"], 64, note=notes.append)
+    assert not any("follows" in note for note in notes)
+
+
 def test_a_turn_that_ends_where_the_next_one_begins_learns_to_end(folders, tmp_path):
     """GLM's turns have no end of their own: <|user|>, with which the next one begins, is one of the model's ends."""
     template = "{% for m in messages %}<|{{ m.role }}|>\n{{ m.content }}{% endfor %}"
