@@ -264,8 +264,7 @@ def main(config: Config):
     )  # fmt: skip
     pairs, heldout = load_pairs(config.data), config.heldout or gpt.heldout_file(config.data)
     heldout = load_pairs(heldout) if heldout else None
-    for batches in filter(None, (pairs, heldout)):
-        gpt.check_context(policy, batches)
+    gpt.check_context(policy, pairs, heldout)
 
     steps = pairs.plan(config.steps, config.micro_batches)
     lr = gpt.schedule(config.lr, steps, None, "linear")
@@ -282,8 +281,7 @@ def main(config: Config):
             heldout_tables = precompute(heldout, config)
     else:
         ref = load_ref(config, base)
-        for batches in filter(None, (pairs, heldout)):
-            gpt.check_context(ref, batches)
+        gpt.check_context(ref, pairs, heldout)
     stream = pairs.stream(first, steps)
     for step in run.steps(first):
         batch = put_pairs(next(stream), tables)

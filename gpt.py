@@ -296,10 +296,10 @@ class GPT(eqx.Module):
             return shard_batch(x + self.wpe[positions]), None
         return shard_batch(x), rope_angles(self.config, positions)
 
-    def check_length(self, length: int):
+    def check_length(self, length: int, remedy: str = ""):
         """ValueError where rows of so many tokens have no learned positions: indexing would clamp, silently."""
         if self.config.gpt2 and length > self.config.context:
-            raise ValueError(f"rows of {length} tokens > the {self.config.context} positions of the model")
+            raise ValueError(f"rows of {length} tokens > the {self.config.context} positions of the model{remedy}")
 
     def logits(self, hidden: Float[Array, "*rows D"]) -> Float[Array, "*rows V"]:
         """A logit for every word, in fp32 whatever the model's dtype: bf16 is too coarse for a softmax over so many.
@@ -335,11 +335,11 @@ def causal_mask(segments: Int[Array, "B T"], forked: bool = False) -> Array:
     return visible & jnp.tril(jnp.ones((segments.shape[1],) * 2, bool))
 
 
-def fork_sides(segments: Int[Array, "B T"], sides: int) -> tuple[Array, Array]:
-    """Of forked rows, where segments 2, 3, ... go on from segment 1: (whole, own), (B, sides, T) each, True on the
-    tokens that a side, 2 or 3 or ..., has read, and on those that are its alone."""
-    own = segments[:, None] == jnp.arange(2, 2 + sides)[None, :, None]
-    return own | (segments == 1)[:, None], own
+def fork_sides(segments: Int[Array, "B T"], mask, sides: int) -> tuple[Array, Array]:
+    """Of forked rows, where segments 2, 3, ... go on from segment 1: (whole, answer), (B, sides, T) each, True on the
+    tokens that a side, 2 or 3 or ..., has read, and on those of its own whose `mask` is 1. Of NumPy's arrays, too."""
+    own = segments[:, None] == np.arange(2, 2 + sides)[:, None]
+    return own | (segments == 1)[:, None], own & (mask > 0)[:, None]
 
 
 def init(config: Config, key) -> GPT:
@@ -2148,6 +2148,7 @@ class Batches:
             self.counts = [max(1, round(w / sum(weights) * sum(self.sizes))) for w in weights]
         self.forked = forked
         self.widths = np.concatenate([fork_widths(data) if forked else data.lengths.max(1) for data in self.sets])
+        self.longest = int(self.widths.max()), max(int(data.scored.max()) for data in self.sets)  # row, and answer
         self._epochs = lru_cache(maxsize=2)(self._epoch)
 
     @property
@@ -2228,14 +2229,13 @@ class Batches:
     def _assemble(self, picks) -> dict[str, np.ndarray]:
         if self.kind == "text":
             return self._packed(picks)
-        sides, longest = self.sets[0].sides, int(self.widths.max())
+        sides = self.sets[0].sides
         rows = [self.sets[source].sequence(row, side) for source, row in picks for side in range(sides)]
         if self.kind == "prompts":
-            batch = pad_rows(rows, longest, self.pad, left=True)
+            batch = pad_rows(rows, self.longest[0], self.pad, left=True)
             batch["mask"] = batch.pop("segments")  # nothing of a prompt is scored: its mask tells tokens from padding
         elif self.forked:
-            groups = [rows[i : i + sides] for i in range(0, len(rows), sides)]
-            batch = fork(groups, self.pad, (longest, max(int(data.scored.max()) for data in self.sets)))
+            batch = fork([rows[i : i + sides] for i in range(0, len(rows), sides)], self.pad, self.longest)
         else:
             batch = pad_rows(rows, bucket(max(len(ids) for ids, _ in rows), self.length), self.pad)
             if sides > 1:
@@ -2311,13 +2311,10 @@ def bucket(longest: int, length: int, multiple: int = 8, widths: int = 4) -> int
     return int(min(-(-max(longest, 1) // step) * step, max(length, longest)))
 
 
-def check_context(model: GPT, batches: Batches):
+def check_context(model: GPT, *batches: Batches | None):
     """ValueError where the longest row, its prompt included, has more tokens than the model has learned positions."""
-    longest = max(int(data.lengths.max()) for data in batches.sets)
-    if model.config.gpt2 and longest > model.config.context:
-        raise ValueError(
-            f"rows of {longest} tokens > the {model.config.context} positions of the model: lower --length"
-        )
+    longest = max(int(data.lengths.max()) for some in filter(None, batches) for data in some.sets)
+    model.check_length(longest, ": lower --length")
 
 
 def pack(lengths: np.ndarray, size: int, seed: int, window: int = 4096) -> list[list[tuple[int, int, int]]]:

@@ -370,8 +370,7 @@ def main(config: Config):
     batches = load_rows(config.data)
     heldout = config.heldout or gpt.heldout_file(config.data)
     heldout = load_rows(heldout) if heldout else None
-    for rows in filter(None, (batches, heldout)):
-        gpt.check_context(policy, rows)
+    gpt.check_context(policy, batches, heldout)
     steps = batches.plan(config.steps, config.micro_batches)
     if kto:
         config, heldout = with_class_weights(config, batches), check_prompts(batches, heldout)
@@ -382,8 +381,7 @@ def main(config: Config):
         ref = base  # an adapter's base is the model of --init
     else:
         ref = gpt.load_frozen(config.ref or config.init, config.dtype)
-        for rows in filter(None, (batches, heldout)):
-            gpt.check_context(ref, rows)
+        gpt.check_context(ref, batches, heldout)
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(batches.hashes, **vars(config) | dict(steps=steps))

@@ -292,7 +292,7 @@ def main(config: Config):
     optimizer = gpt.adamw(lr, clip=config.clip_norm)
     policy, base = gpt.trainable(policy, config.lora_rank, config.dtype, key)
     ref = gpt.load_frozen(config.ref or config.init, config.dtype) if base is None or config.ref else base
-    ref.check_length(config.prompt_length + config.response_length)
+    ref.check_length(config.prompt_length + config.response_length, ": lower --prompt-length or --response-length")
     state = State(policy, gpt.shard(optimizer.init(policy)))
 
     run = gpt.Run(prompts.hashes, **vars(config))

@@ -66,9 +66,9 @@ def layer_features(body: gpt.GPT, batch, dtype):
     behind their prompt (`gpt.fork`)."""
     body = gpt.cast(body, dtype)
     segments, rows = batch["segments"], jnp.arange(len(batch["tokens"]))[:, None]
-    _, own = gpt.fork_sides(segments, 2)
-    answer = (own & (batch["mask"][:, None] > 0)).astype(jnp.float32)
-    last = segments.shape[1] - 1 - jnp.argmax(jnp.flip(own, -1), -1)  # (B, 2)
+    whole, answer = gpt.fork_sides(segments, batch["mask"], 2)
+    answer = answer.astype(jnp.float32)
+    last = segments.shape[1] - 1 - jnp.argmax(jnp.flip(whole, -1), -1)  # (B, 2)
     x, rope = body.embed(batch["tokens"], gpt.segment_positions(segments, forked=True))
     visible = gpt.causal_mask(segments, forked=True)
 

@@ -149,8 +149,7 @@ def score_metrics(chosen, rejected) -> dict:
 def pair_scores(model: gpt.ScoreModel, batch, remat: bool = False):
     """Scores (B, 2) of a batch of pairs, chosen first, both in one row behind their prompt (`gpt.fork`)."""
     hidden = model.body(batch["tokens"], batch["segments"], remat, forked=True)
-    whole, own = gpt.fork_sides(batch["segments"], 2)
-    answer = own & (batch["mask"][:, None] > 0)
+    whole, answer = gpt.fork_sides(batch["segments"], batch["mask"], 2)
     return jax.vmap(partial(model.pooled, hidden), in_axes=1, out_axes=1)(whole, answer)
 
 
@@ -327,9 +326,10 @@ def score_pairs(members, teachers, batches: gpt.Batches, tokenizer):
         scores.append(mean_score(members, on_device)[:real_rows])
         if teachers:
             taught.append(mean_score(teachers, on_device)[:real_rows])
-        lengths.append((batch["answers"] > 0).sum(-1)[:real_rows])
-        pairs = zip(*(batch[name][:real_rows] for name in ("tokens", "segments", "mask")))
-        texts += [split_text(*pair, side, tokenizer, members[0].suffix) for pair in pairs for side in (2, 3)]
+        whole, answer = (x[:real_rows] for x in gpt.fork_sides(batch["segments"], batch["mask"], 2))
+        lengths.append(answer.sum(-1))
+        for tokens, *sides in zip(batch["tokens"], whole, answer):
+            texts += [split_text(tokens, *side, tokenizer, members[0].suffix) for side in zip(*sides)]
     join = lambda parts: np.concatenate(parts) if parts else None
     return join(scores), join(taught), join(lengths), texts
 
@@ -341,10 +341,9 @@ def shown(batches: gpt.Batches, what: str):
     )
 
 
-def split_text(tokens, segments, mask, side: int, tokenizer, suffix) -> tuple[str, str]:
-    """(prompt, response) of a pair's segment `side`, 2 or 3, as text, without suffix and special tokens."""
-    of_side = (segments == 1) | (segments == side)
-    prompt, response = tokens[of_side & (mask == 0)], tokens[of_side & (mask > 0)]
+def split_text(tokens, whole, answer, tokenizer, suffix) -> tuple[str, str]:
+    """(prompt, response) of one side of a row (`gpt.fork_sides`) as text, without suffix and special tokens."""
+    prompt, response = tokens[whole & ~answer], tokens[answer]
     response = response[: len(response) - len(suffix)]
     return tokenizer.decode(prompt), tokenizer.decode(response)
 

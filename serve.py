@@ -1306,8 +1306,8 @@ Stop = Annotated[str, Meta(min_length=1, max_length=64)]
 Metadata = Annotated[dict[Id, Annotated[str, Meta(max_length=512)]], Meta(max_length=16)]
 
 
-# options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
 NO_LIST = (False, "null")  # what else clients send for no tools
+# options that would change the answer and are not here, and the values that ask for nothing, as null and empty ones do
 NEUTRAL = {
     name: values
     for names, values in (

@@ -498,7 +498,7 @@ def test_a_forked_row_by_hand():
     assert gpt.causal_mask(segments, forked=True)[0].astype(int).tolist() == [
         [1, 0, 0, 0, 0, 0], [1, 1, 0, 0, 0, 0], [1, 1, 1, 0, 0, 0], [1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0], [0] * 6,
     ]  # fmt: skip
-    whole, own = gpt.fork_sides(segments, 2)
+    whole, own = gpt.fork_sides(segments, jnp.ones_like(segments), 2)
     assert whole[0].astype(int).tolist() == [[1, 1, 1, 1, 0, 0], [1, 1, 0, 0, 1, 0]]
     assert own[0].astype(int).tolist() == [[0, 0, 1, 1, 0, 0], [0, 0, 0, 0, 1, 0]]
 
